@@ -1,0 +1,69 @@
+"""What the kernels read and write: one layer's typed block views, and one step's index tensors.
+
+Knows tensors and sizes, nothing of sequences or requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SealedViews(NamedTuple):
+    """Quantized views over a layer's arena. NB blocks, H kv heads, R code rows, G key groups.
+
+    A code row is one byte row: with 2 bits, row t holds tokens t, t + R, t + 2R and t + 3R of a
+    block at bits 0, 2, 4 and 6. The views are logical; their strides follow the device.
+    """
+
+    key_codes: Tensor  # uint8 [NB, H, R, key_dim]
+    value_codes: Tensor  # uint8 [NB, H, R, value_dim]
+    key_scale: Tensor  # fp16 [NB, H, block_size], or [NB, H, G, key_dim] below 8 bits
+    key_zero: Tensor | None  # fp16 [NB, H, G, key_dim], below 8 bits
+    value_scale: Tensor  # fp16 [NB, H, block_size]
+    value_zero: Tensor | None  # fp16 [NB, H, block_size], below 8 bits
+
+
+@dataclass(frozen=True)
+class LayerRecords:
+    """One layer's arena under both readings of a record, and how to quantize into it."""
+
+    open_keys: Tensor  # [NB, H, open_block_size, key_dim], full precision
+    open_values: Tensor  # [NB, H, open_block_size, value_dim]
+    sealed: SealedViews | None  # None in the native format
+    bits: int = 0
+    key_clip: float = 1.0
+    value_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepIndices:
+    """One step of N sequences and T new tokens; int64 tensors on the cache's device.
+
+    The context of a sequence, everything stored before the step, is the first
+    `min(context_len, num_head_tokens)` tokens in its first open blocks, then
+    `num_sealed * block_size` tokens in sealed blocks, then the rest in further open blocks.
+    """
+
+    query_lens: tuple[int, ...]  # [N] new tokens of each sequence, known on the host
+    context_lens_host: tuple[int, ...]  # [N] the same as `context_lens`
+    context_lens: Tensor  # [N]
+    query_start_loc: Tensor  # [N + 1]
+    positions: Tensor  # [T]
+    open_table: Tensor  # [N, C]
+    sealed_table: Tensor  # [N, B]
+    num_sealed: Tensor  # [N]
+    stored_tokens: Tensor  # [W] new tokens that are written to open blocks ...
+    stored_slots: Tensor  # [W] ... and their slots: block_id * open_block_size + offset
+    seal_block_ids: Tensor  # [S]
+    seal_sources: Tensor  # [S, block_size] open slot, or ~index of a new token
+    block_size: int
+    open_block_size: int
+    num_head_tokens: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device

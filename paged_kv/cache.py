@@ -1,0 +1,310 @@
+"""The arena: every layer's blocks in memory, under typed views, and what they cost.
+
+Knows tensors and block ids, nothing of requests or models. One uint8 arena per layer,
+`[num_blocks, num_kv_heads, record_bytes]`; a block id names the same record in every layer, open
+and sealed blocks are two readings of the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .block_manager import BlockManager, StepPlan
+from .blocks import BlockGeometry
+from .errors import ConfigError, OutOfBlocksError
+from .formats import KVFormat, RecordLayout, block_geometry
+from .kernels.attention import ContextGroup, attend, plan_groups
+from .kernels.records import LayerRecords, SealedViews, StepIndices
+from .kernels.store import store
+
+FULL_PRECISION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """What one attention layer stores for each token."""
+
+    kv_format: KVFormat
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def record_layout(self, dtype: torch.dtype) -> RecordLayout:
+        return RecordLayout(
+            kv_format=self.kv_format,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            itemsize=dtype.itemsize,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryStats:
+    """Bytes over all layers. `allocated = used + wasted`, `total = allocated + free`.
+
+    `used` counts the records of sealed blocks and the tokens that open blocks hold; the rest of
+    the open blocks' records is `wasted`.
+    """
+
+    total: int
+    free: int
+    allocated: int
+    used: int
+    wasted: int
+    head: int
+    body: int
+    tail: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A plan on the cache's device, with what the layers share. Made by `PagedKVCache.begin`."""
+
+    indices: StepIndices
+    groups: list[ContextGroup]
+
+
+class PagedKVCache:
+    """Quantized K/V blocks of all layers of a model.
+
+    `layers` are the attention layers in order; `dtype` is the precision of open blocks and of the
+    native format. Size the pool by `num_blocks`, or by bytes with `num_blocks_for`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        *,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.geometry = cache_geometry(layers, dtype)
+        if num_blocks < 1:
+            raise ConfigError(f"num_blocks must be at least 1, got {num_blocks}")
+        self.layers = tuple(layers)
+        self.num_blocks = num_blocks
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.arenas: list[Tensor] = []
+        self.records: list[LayerRecords] = []
+        for layer in layers:
+            layout = layer.record_layout(dtype)
+            shape = (num_blocks, layer.num_kv_heads, layout.record_bytes)
+            arena = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            self.arenas.append(arena)
+            self.records.append(layer_records(arena, layout, dtype, self.geometry.open_block_size))
+
+    def begin(self, plan: StepPlan) -> Step:
+        """Bring a plan's index arrays to the device, once a step."""
+
+        def on_device(array: object) -> Tensor:
+            return torch.as_tensor(array, dtype=torch.int64).to(self.device)
+
+        stored = (plan.slot_mapping >= 0).nonzero()[0]
+        indices = StepIndices(
+            query_lens=tuple(plan.num_scheduled_tokens.tolist()),
+            context_lens_host=tuple(plan.context_lens.tolist()),
+            context_lens=on_device(plan.context_lens),
+            query_start_loc=on_device(plan.query_start_loc),
+            positions=on_device(plan.positions),
+            open_table=on_device(plan.open_table),
+            sealed_table=on_device(plan.sealed_table),
+            num_sealed=on_device(plan.num_sealed),
+            stored_tokens=on_device(stored),
+            stored_slots=on_device(plan.slot_mapping[stored]),
+            seal_block_ids=on_device(plan.seal_block_ids),
+            seal_sources=on_device(plan.seal_sources),
+            block_size=self.geometry.block_size,
+            open_block_size=self.geometry.open_block_size,
+            num_head_tokens=self.geometry.num_head_tokens,
+        )
+        return Step(indices=indices, groups=plan_groups(indices))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        return block_bytes(self.layers, self.dtype)
+
+    def bytes_per_token(self) -> float:
+        """Bytes that one sealed token takes over all layers (native: one token)."""
+        return self.block_bytes / self.geometry.block_size
+
+    def memory_stats(self, manager: BlockManager) -> MemoryStats:
+        """What the pool of `manager`, which hands out this cache's blocks, holds now."""
+        geometry = self.geometry
+        slots = manager.active_slots
+        lengths = manager.num_computed_tokens[slots]
+        sealed = int(manager.num_sealed[slots].sum())
+        num_open = int(manager.num_open_blocks(slots).sum())
+        head = int(
+            (-(-lengths.clip(max=geometry.num_head_tokens) // geometry.open_block_size)).sum()
+        )
+        open_tokens = int(lengths.sum()) - sealed * geometry.block_size
+        token_bytes = sum(
+            layer.num_kv_heads * layer.record_layout(self.dtype).token_bytes
+            for layer in self.layers
+        )
+        allocated = manager.allocator.num_allocated * self.block_bytes
+        used = sealed * self.block_bytes + open_tokens * token_bytes
+        total = sum(arena.nbytes for arena in self.arenas)
+        return MemoryStats(
+            total=total,
+            free=total - allocated,
+            allocated=allocated,
+            used=used,
+            wasted=allocated - used,
+            head=head * self.block_bytes,
+            body=sealed * self.block_bytes,
+            tail=(num_open - head) * self.block_bytes,
+        )
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedKVCache,
+    layer: int,
+    step: Step,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    attention_chunk: int | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attend from a step's new tokens to all earlier ones, then store their K/V.
+
+    `query` [T, num_q_heads, key_dim], `key` [T, num_kv_heads, key_dim] and `value`
+    [T, num_kv_heads, value_dim] are the flattened new tokens of every sequence of the step, in
+    the order of the plan. Returns [T, num_q_heads, value_dim]. `scale` defaults to
+    key_dim ** -0.5; for the masks see `kernels.attention.attend`. Call it once for each layer.
+    """
+    check_shapes(query, key, value, cache.layers[layer], len(step.indices.positions))
+    output = attend(
+        query,
+        key,
+        value,
+        cache.records[layer],
+        step.groups,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        attention_chunk=attention_chunk,
+        sink_logits=sink_logits,
+    )
+    store(cache.records[layer], key, value, step.indices)
+    return output
+
+
+def check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, num_tokens: int
+) -> None:
+    """Raise `ConfigError` unless the tensors are one layer's new tokens."""
+    expected_key = (num_tokens, layer.num_kv_heads, layer.key_dim)
+    expected_value = (num_tokens, layer.num_kv_heads, layer.value_dim)
+    if key.shape != expected_key:
+        raise ConfigError(f"key must have shape {expected_key}, got {tuple(key.shape)}")
+    if value.shape != expected_value:
+        raise ConfigError(f"value must have shape {expected_value}, got {tuple(value.shape)}")
+    fits = (
+        query.ndim == 3
+        and query.shape[0] == num_tokens
+        and query.shape[1] % layer.num_kv_heads == 0
+        and query.shape[2] == layer.key_dim
+    )
+    if not fits:
+        raise ConfigError(
+            f"query must have shape ({num_tokens}, a multiple of {layer.num_kv_heads}, "
+            f"{layer.key_dim}), got {tuple(query.shape)}"
+        )
+
+
+def cache_geometry(layers: Sequence[LayerSpec], dtype: torch.dtype) -> BlockGeometry:
+    """The block geometry that these layers share; what a `BlockManager` is made with."""
+    if not layers:
+        raise ConfigError("a cache needs at least one layer, got none")
+    if dtype not in FULL_PRECISION_DTYPES:
+        raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    return block_geometry([layer.record_layout(dtype) for layer in layers])
+
+
+def block_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return sum(layer.num_kv_heads * layer.record_layout(dtype).record_bytes for layer in layers)
+
+
+def num_blocks_for(memory_bytes: int, layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
+    """Blocks that fit in `memory_bytes`; raises `OutOfBlocksError` when not even one does."""
+    size = block_bytes(layers, dtype)
+    if memory_bytes < size:
+        raise OutOfBlocksError(f"{memory_bytes} bytes hold no block; one takes {size} bytes")
+    return memory_bytes // size
+
+
+def layer_records(
+    arena: Tensor, layout: RecordLayout, dtype: torch.dtype, open_block_size: int
+) -> LayerRecords:
+    """Typed views over an arena [num_blocks, num_kv_heads, record_bytes].
+
+    The inner order of the codes follows the device, the logical views are the same: on a GPU both
+    dot products contract along memory (keys [rows, D], values [D, rows]), on a CPU both accumulate
+    vertically (keys [D, rows], values [rows, D]).
+    """
+    kv_format = layout.kv_format
+    key_dim, value_dim, block_size = layout.key_dim, layout.value_dim, kv_format.block_size
+    on_cpu = arena.device.type == "cpu"
+    value_offset = open_block_size * key_dim * dtype.itemsize
+    open_keys = record_view(arena, dtype, 0, (open_block_size, key_dim))
+    open_values = record_view(arena, dtype, value_offset, (open_block_size, value_dim))
+    if kv_format.is_native:
+        return LayerRecords(open_keys=open_keys, open_values=open_values, sealed=None)
+
+    def codes(section: str, dim: int, channel_major: bool) -> Tensor:
+        rows = layout.num_code_rows
+        shape = (dim, rows) if channel_major else (rows, dim)
+        view = record_view(arena, torch.uint8, layout.offset(section), shape)
+        return view.transpose(-1, -2) if channel_major else view
+
+    def metadata(section: str, *shape: int) -> Tensor:
+        return record_view(arena, torch.float16, layout.offset(section), shape)
+
+    asymmetric = kv_format.is_asymmetric
+    key_shape = (kv_format.num_key_groups, key_dim) if asymmetric else (block_size,)
+    sealed = SealedViews(
+        key_codes=codes("key_codes", key_dim, on_cpu),
+        value_codes=codes("value_codes", value_dim, not on_cpu),
+        key_scale=metadata("key_scale", *key_shape),
+        key_zero=metadata("key_zero", *key_shape) if asymmetric else None,
+        value_scale=metadata("value_scale", block_size),
+        value_zero=metadata("value_zero", block_size) if asymmetric else None,
+    )
+    assert kv_format.bits is not None
+    return LayerRecords(
+        open_keys=open_keys,
+        open_values=open_values,
+        sealed=sealed,
+        bits=kv_format.bits,
+        key_clip=kv_format.key_clip,
+        value_clip=kv_format.value_clip,
+    )
+
+
+def record_view(
+    arena: Tensor, dtype: torch.dtype, byte_offset: int, inner_shape: tuple[int, ...]
+) -> Tensor:
+    """`inner_shape` elements of `dtype` at an offset of every record: [NB, H, *inner_shape]."""
+    typed = arena.view(dtype)
+    inner_strides = [1]
+    for size in reversed(inner_shape[1:]):
+        inner_strides.insert(0, inner_strides[0] * size)
+    return typed.as_strided(
+        (*typed.shape[:2], *inner_shape),
+        (typed.stride(0), typed.stride(1), *inner_strides),
+        byte_offset // dtype.itemsize,
+    )

@@ -1,0 +1,39 @@
+"""Every exception that paged_kv raises on purpose. Knows messages, never state."""
+
+from __future__ import annotations
+
+
+class PagedKVError(Exception):
+    """Base of all errors raised by paged_kv."""
+
+
+class ConfigError(PagedKVError, ValueError):
+    """A setting has a value that cannot work; the message names the value and what was expected."""
+
+
+class InvalidRequestError(PagedKVError, ValueError):
+    """A request cannot be served as asked; nothing was queued and other requests go on."""
+
+
+class PromptTooLongError(InvalidRequestError):
+    """A prompt, or a prompt and its output, is longer than the model or the pool allows."""
+
+
+class OutOfBlocksError(PagedKVError, MemoryError):
+    """The pool is too small for what was asked of it."""
+
+
+class UnsupportedModelError(PagedKVError):
+    """The model computes attention in a way that paged_kv cannot reproduce."""
+
+
+class ModelNotFoundError(PagedKVError, FileNotFoundError):
+    """No model can be loaded from the given path or name."""
+
+
+class NonFiniteLogitsError(PagedKVError, ArithmeticError):
+    """The model produced NaN or infinite logits for a request; only that request ends."""
+
+
+class MissingDependencyError(PagedKVError, ImportError):
+    """An optional package is needed; the message says which extra to install."""
