@@ -200,7 +200,7 @@ def dense_attention(
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=True
         )
-    grouped = query.unflatten(1, (-1, group_size))
+    grouped = query.reshape(len(query), -1, group_size, *query.shape[2:])
     scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * scale  # [N, H, group, L, K]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

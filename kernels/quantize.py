@@ -62,11 +62,16 @@ def pack_planes(codes: Tensor, bits: int) -> Tensor:
     With R rows out, row t holds the codes of tokens t, t + R, t + 2R, ... at bits 0, bits,
     2 * bits, ...
     """
-    planes = codes.unflatten(-2, (8 // bits, -1))
+    planes = split_dim(codes, 8 // bits)
     packed = planes[..., 0, :, :].clone()
     for plane in range(1, 8 // bits):
         packed |= planes[..., plane, :, :] << (plane * bits)
     return packed
+
+
+def split_dim(tokens: Tensor, parts: int) -> Tensor:
+    """Tokens [..., n, D] as [..., parts, n / parts, D]."""
+    return tokens.reshape(*tokens.shape[:-2], parts, -1, tokens.shape[-1])
 
 
 def unpack_planes(packed: Tensor, bits: int) -> Tensor:
@@ -91,7 +96,7 @@ def dequantize_keys(
     """
     if zero is None:
         return dequantize_symmetric(packed, scale, dtype)
-    codes = unpack_planes(packed, bits).to(dtype).unflatten(-2, (scale.shape[-2], -1))
+    codes = split_dim(unpack_planes(packed, bits).to(dtype), scale.shape[-2])
     keys = codes * scale.to(dtype)[..., None, :] + zero.to(dtype)[..., None, :]
     return keys.flatten(-3, -2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .quantize import pack_planes, quantize_asymmetric, quantize_symmetric
+from .quantize import pack_planes, quantize_asymmetric, quantize_symmetric, split_dim
 from .records import LayerRecords, SealedViews, StepIndices
 
 
@@ -44,7 +44,7 @@ def gather_tokens(open_blocks: Tensor, new_tokens: Tensor, sources: Tensor) -> T
     open_block_size = open_blocks.shape[2]
     stored = open_blocks[slots // open_block_size, :, slots % open_block_size]
     tokens[~is_new] = stored[~is_new]
-    return tokens.unflatten(0, (num_blocks, block_size)).transpose(1, 2)
+    return tokens.reshape(num_blocks, block_size, *tokens.shape[1:]).transpose(1, 2)
 
 
 def seal_keys(records: LayerRecords, sealed: SealedViews, keys: Tensor, block_ids: Tensor) -> None:
@@ -52,7 +52,7 @@ def seal_keys(records: LayerRecords, sealed: SealedViews, keys: Tensor, block_id
     if sealed.key_zero is None:
         sealed.key_codes[block_ids], sealed.key_scale[block_ids] = quantize_symmetric(keys)
         return
-    groups = keys.unflatten(2, (sealed.key_zero.shape[2], -1))
+    groups = split_dim(keys, sealed.key_zero.shape[2])
     codes, scale, zero = quantize_asymmetric(groups, 3, records.bits, records.key_clip)
     sealed.key_codes[block_ids] = pack_planes(codes.flatten(2, 3), records.bits)
     sealed.key_scale[block_ids] = scale

@@ -1,1 +1,82 @@
-"""paged_kv: a paged-attention block manager whose KV blocks are quantized."""
+"""paged_kv: a paged-attention block manager whose KV blocks are quantized.
+
+Names are imported when they are first used, so that the block manager needs no torch and the cache
+no transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .errors import MissingDependencyError, PagedKVError
+
+if TYPE_CHECKING:
+    from .attention import paged_attention as paged_attention
+    from .block_manager import BlockManager as BlockManager
+    from .block_manager import StepPlan as StepPlan
+    from .blocks import BlockGeometry as BlockGeometry
+    from .cache import LayerSpec as LayerSpec
+    from .cache import MemoryStats as MemoryStats
+    from .cache import PagedKVCache as PagedKVCache
+    from .cache import cache_geometry as cache_geometry
+    from .cache import num_blocks_for as num_blocks_for
+    from .formats import INT2 as INT2
+    from .formats import INT4 as INT4
+    from .formats import INT8 as INT8
+    from .formats import NATIVE as NATIVE
+    from .formats import KVFormat as KVFormat
+    from .llm import LLM as LLM
+    from .llm import Completion as Completion
+    from .llm import RequestOutput as RequestOutput
+    from .llm import StreamEvent as StreamEvent
+    from .sampling import SamplingParams as SamplingParams
+    from .scheduler.request import Request as Request
+    from .scheduler.scheduler import ScheduledStep as ScheduledStep
+    from .scheduler.scheduler import Scheduler as Scheduler
+
+_HOME = {
+    "INT2": "formats",
+    "INT4": "formats",
+    "INT8": "formats",
+    "LLM": "llm",
+    "NATIVE": "formats",
+    "BlockGeometry": "blocks",
+    "BlockManager": "block_manager",
+    "Completion": "llm",
+    "KVFormat": "formats",
+    "LayerSpec": "cache",
+    "MemoryStats": "cache",
+    "PagedKVCache": "cache",
+    "Request": "scheduler.request",
+    "RequestOutput": "llm",
+    "SamplingParams": "sampling",
+    "ScheduledStep": "scheduler.scheduler",
+    "Scheduler": "scheduler.scheduler",
+    "StepPlan": "block_manager",
+    "StreamEvent": "llm",
+    "cache_geometry": "cache",
+    "num_blocks_for": "cache",
+    "paged_attention": "attention",
+}
+_EXTRA_PACKAGES = ("transformers", "tokenizers", "safetensors", "rich")
+
+__all__ = ["PagedKVError", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f".{_HOME[name]}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA_PACKAGES:
+            raise
+        raise MissingDependencyError(
+            f"paged_kv.{name} needs {error.name}: pip install 'paged-kv[models]'"
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -74,6 +74,12 @@ class BlockGeometry:
     def sealed_table_width(self, max_tokens: int) -> int:
         return int(self.num_sealed_blocks(np.array([max_tokens]))[0])
 
+    def blocks_held(self, num_tokens: int) -> int:
+        """Blocks of a sequence that stores `num_tokens`."""
+        num_sealed = int(self.num_sealed_blocks(np.array([num_tokens]))[0])
+        open_end = -(-num_tokens // self.open_block_size)
+        return open_end - num_sealed * (self.open_blocks_per_block - 1)
+
     def max_blocks(self, num_tokens: int) -> int:
         """The most blocks that a sequence growing one token a step to `num_tokens` holds at once.
 

@@ -17,9 +17,8 @@ from .block_manager import BlockManager, StepPlan
 from .blocks import BlockGeometry
 from .errors import ConfigError, OutOfBlocksError
 from .formats import KVFormat, RecordLayout, block_geometry
-from .kernels.attention import ContextGroup, attend, plan_groups
+from .kernels.attention import ContextGroup, plan_groups
 from .kernels.records import LayerRecords, SealedViews, StepIndices
-from .kernels.store import store
 
 FULL_PRECISION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -161,67 +160,6 @@ class PagedKVCache:
             head=head * self.block_bytes,
             body=sealed * self.block_bytes,
             tail=(num_open - head) * self.block_bytes,
-        )
-
-
-def paged_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: PagedKVCache,
-    layer: int,
-    step: Step,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    attention_chunk: int | None = None,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
-    """Attend from a step's new tokens to all earlier ones, then store their K/V.
-
-    `query` [T, num_q_heads, key_dim], `key` [T, num_kv_heads, key_dim] and `value`
-    [T, num_kv_heads, value_dim] are the flattened new tokens of every sequence of the step, in
-    the order of the plan. Returns [T, num_q_heads, value_dim]. `scale` defaults to
-    key_dim ** -0.5; for the masks see `kernels.attention.attend`. Call it once for each layer.
-    """
-    check_shapes(query, key, value, cache.layers[layer], len(step.indices.positions))
-    output = attend(
-        query,
-        key,
-        value,
-        cache.records[layer],
-        step.groups,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        sliding_window=sliding_window,
-        attention_chunk=attention_chunk,
-        sink_logits=sink_logits,
-    )
-    store(cache.records[layer], key, value, step.indices)
-    return output
-
-
-def check_shapes(
-    query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, num_tokens: int
-) -> None:
-    """Raise `ConfigError` unless the tensors are one layer's new tokens."""
-    expected_key = (num_tokens, layer.num_kv_heads, layer.key_dim)
-    expected_value = (num_tokens, layer.num_kv_heads, layer.value_dim)
-    if key.shape != expected_key:
-        raise ConfigError(f"key must have shape {expected_key}, got {tuple(key.shape)}")
-    if value.shape != expected_value:
-        raise ConfigError(f"value must have shape {expected_value}, got {tuple(value.shape)}")
-    fits = (
-        query.ndim == 3
-        and query.shape[0] == num_tokens
-        and query.shape[1] % layer.num_kv_heads == 0
-        and query.shape[2] == layer.key_dim
-    )
-    if not fits:
-        raise ConfigError(
-            f"query must have shape ({num_tokens}, a multiple of {layer.num_kv_heads}, "
-            f"{layer.key_dim}), got {tuple(query.shape)}"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PagedKVError(Exception):
     """Base of all errors raised by paged_kv."""
@@ -33,6 +35,17 @@ class ModelNotFoundError(PagedKVError, FileNotFoundError):
 
 class NonFiniteLogitsError(PagedKVError, ArithmeticError):
     """The model produced NaN or infinite logits for a request; only that request ends."""
+
+
+class GenerationError(PagedKVError):
+    """Some requests of a `generate` call failed while they ran.
+
+    `outputs` holds what every request produced, the failed ones with their `error`.
+    """
+
+    def __init__(self, message: str, outputs: Sequence[object]) -> None:
+        super().__init__(message)
+        self.outputs = outputs
 
 
 class MissingDependencyError(PagedKVError, ImportError):

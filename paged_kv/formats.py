@@ -83,7 +83,7 @@ class KVFormat:
         return self.block_size // self.key_group_size
 
     def with_options(self, **changes: int | float) -> KVFormat:
-        """The same format with some fields changed, for example `INT2.with_options(key_clip=1.0)`."""
+        """The same format with some fields changed: `INT2.with_options(key_clip=1.0)`."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,365 @@
+"""Text in, text out: a model, its quantized cache and the engine behind two methods."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .block_manager import BlockManager
+from .cache import MemoryStats, PagedKVCache, block_bytes, cache_geometry, num_blocks_for
+from .engine import Engine, SequenceUpdate
+from .errors import (
+    ConfigError,
+    GenerationError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PagedKVError,
+)
+from .formats import KVFormat, resolve_format
+from .memory import parse_memory
+from .model import PagedModel
+from .progress import Progress
+from .sampling import SamplingParams
+from .scheduler.scheduler import Scheduler
+from .text import ChatMessages, Prompt, encode_prompt
+
+DEFAULT_KV_MEMORY = 1 << 30
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """One continuation. `finish_reason`: "stop", "length" or "error"."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: PagedKVError | None = None
+
+
+@dataclass(kw_only=True)
+class RequestOutput:
+    """A prompt and its `n` continuations."""
+
+    prompt: Prompt
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+
+    @property
+    def text(self) -> str:
+        """The first continuation's text."""
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The first continuation's tokens."""
+        return self.completions[0].token_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamEvent:
+    """A new token of one continuation: of prompt `prompt_index`, sample `sample_index`."""
+
+    prompt_index: int
+    sample_index: int
+    token_id: int | None
+    text: str
+    finish_reason: str | None
+    error: PagedKVError | None
+
+
+class LLM:
+    """A Hugging Face causal language model that decodes many requests on quantized KV blocks.
+
+    `model` is a local folder, a hub name or a loaded model, which this object takes over until
+    `close()`. `kv_format` is "native", "int8", "int4", "int2" or a `KVFormat`. The pool is sized by
+    `num_blocks` or by `kv_memory` (bytes, or text such as "2GiB"); without either by what
+    `max_num_seqs` full-length sequences need, at most 1 GiB. A step runs at most `max_num_seqs`
+    sequences and `token_budget` tokens. One thread at a time may use an LLM.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        kv_format: str | KVFormat = "int8",
+        kv_memory: int | str | None = None,
+        num_blocks: int | None = None,
+        max_num_seqs: int = 64,
+        token_budget: int = 1024,
+        max_model_len: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        resolved_format = resolve_format(kv_format)
+        if kv_memory is not None and num_blocks is not None:
+            raise ConfigError(
+                f"give kv_memory or num_blocks, not both: got {kv_memory!r} and {num_blocks}"
+            )
+        memory_bytes = None if kv_memory is None else parse_memory(kv_memory)
+        if not isinstance(model, PreTrainedModel):
+            tokenizer = tokenizer or load_tokenizer(model)
+            model = load_model(model, dtype)
+        elif dtype is not None and model.dtype != dtype:
+            raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
+        if device is not None:
+            cast(torch.nn.Module, model).to(device)
+        model.train(False)
+        model_len = resolve_model_len(model, max_model_len)
+        self._model = PagedModel(model)
+        try:
+            layers = self._model.layers(resolved_format)
+            geometry = cache_geometry(layers, model.dtype)
+            if memory_bytes is not None:
+                num_blocks = num_blocks_for(memory_bytes, layers, model.dtype)
+            elif num_blocks is None:
+                wanted = max_num_seqs * (geometry.max_blocks(model_len) + 1)
+                affordable = DEFAULT_KV_MEMORY // block_bytes(layers, model.dtype)
+                num_blocks = max(min(wanted, affordable), 1)
+            manager = BlockManager(
+                geometry,
+                num_blocks=num_blocks,
+                max_num_seqs=max_num_seqs,
+                max_model_len=model_len,
+            )
+            scheduler = Scheduler(manager, token_budget=token_budget)
+            cache = PagedKVCache(
+                layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device
+            )
+        except BaseException:
+            self._model.close()
+            raise
+        self.kv_format = resolved_format
+        self.tokenizer = tokenizer
+        self.engine = Engine(
+            self._model, cache, manager, scheduler, tokenizer, end_token_ids(model)
+        )
+        self._request_numbers = itertools.count()
+        self._mailboxes: dict[str, deque[SequenceUpdate]] = {}
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model its own attention back; this object cannot be used afterwards."""
+        self._model.close()
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.manager.max_model_len
+
+    def memory_stats(self) -> MemoryStats:
+        return self.engine.cache.memory_stats(self.engine.manager)
+
+    def bytes_per_token(self) -> float:
+        """Bytes of one sealed token over all layers (native: of one token)."""
+        return self.engine.cache.bytes_per_token()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priorities: Sequence[int] | None = None,
+        show_progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one prompt or many, in order. `params` are one for all or one for each.
+
+        Every prompt is checked before any is queued. If requests fail while they run, the others
+        are served and `GenerationError` carries all outputs. `show_progress` None shows a progress
+        bar on a terminal when the work is long.
+        """
+        batch = as_batch(prompts)
+        per_prompt = as_params(params, len(batch))
+        token_ids = [encode_prompt(prompt, self.tokenizer) for prompt in batch]
+        outputs = [
+            RequestOutput(
+                prompt=prompt,
+                prompt_token_ids=ids,
+                completions=[Completion() for _ in range(p.n)],
+            )
+            for prompt, ids, p in zip(batch, token_ids, per_prompt, strict=True)
+        ]
+        total = sum(p.n for p in per_prompt)
+        with Progress(total, self.engine, show_progress) as progress:
+            for event in self._run(token_ids, per_prompt, priorities):
+                completion = outputs[event.prompt_index].completions[event.sample_index]
+                completion.text += event.text
+                if event.token_id is not None:
+                    completion.token_ids.append(event.token_id)
+                completion.finish_reason = event.finish_reason
+                completion.error = event.error
+                progress.update(is_finished=event.finish_reason is not None)
+        errors = [c.error for output in outputs for c in output.completions if c.error]
+        if errors:
+            raise GenerationError(
+                f"{len(errors)} of {total} requests failed: {errors[0]}", outputs
+            ) from errors[0]
+        return outputs
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priorities: Sequence[int] | None = None,
+    ) -> Iterator[StreamEvent]:
+        """Like `generate`, but yields every token as it comes.
+
+        The requests are queued by this call; closing the iterator aborts those that are left. A
+        request that fails ends with an event that carries its `error`.
+        """
+        batch = as_batch(prompts)
+        token_ids = [encode_prompt(prompt, self.tokenizer) for prompt in batch]
+        return self._run(token_ids, as_params(params, len(batch)), priorities)
+
+    def _run(
+        self,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        priorities: Sequence[int] | None,
+    ) -> Iterator[StreamEvent]:
+        if priorities is not None and len(priorities) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts, but {len(priorities)} priorities")
+        places: dict[str, tuple[int, int]] = {}
+        try:
+            for prompt_index, (token_ids, p) in enumerate(zip(prompts, params, strict=True)):
+                for sample_index in range(p.n):
+                    request_id = str(next(self._request_numbers))
+                    self.engine.add_request(
+                        request_id,
+                        token_ids,
+                        p,
+                        priority=priorities[prompt_index] if priorities else 0,
+                        sample_index=sample_index,
+                    )
+                    places[request_id] = (prompt_index, sample_index)
+        except BaseException:
+            self._abort(places)
+            raise
+        mailbox: deque[SequenceUpdate] = deque()
+        self._mailboxes.update(dict.fromkeys(places, mailbox))
+        return self._events(places, mailbox)
+
+    def _events(
+        self, places: dict[str, tuple[int, int]], mailbox: deque[SequenceUpdate]
+    ) -> Iterator[StreamEvent]:
+        """Step the engine until these requests are over; updates of others go to their owners."""
+        try:
+            while places:
+                if not mailbox:
+                    for update in self.engine.step():
+                        self._mailboxes[update.request_id].append(update)
+                    continue
+                update = mailbox.popleft()
+                prompt_index, sample_index = places[update.request_id]
+                if update.finish_reason is not None:
+                    del places[update.request_id], self._mailboxes[update.request_id]
+                yield StreamEvent(
+                    prompt_index=prompt_index,
+                    sample_index=sample_index,
+                    token_id=update.token_id,
+                    text=update.new_text,
+                    finish_reason=update.finish_reason,
+                    error=update.error,
+                )
+        finally:
+            self._abort(places)
+
+    def _abort(self, request_ids: dict[str, tuple[int, int]]) -> None:
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+            self._mailboxes.pop(request_id, None)
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list: text, token ids and chat messages are each one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not prompts:
+        raise InvalidRequestError("the prompt is empty" if prompts == "" else "no prompts given")
+    if isinstance(prompts[0], (int, dict)):
+        return [cast("Sequence[int] | ChatMessages", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def as_params(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    """Sampling parameters for each of `count` prompts."""
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ConfigError(f"{count} prompts, but {len(params)} sampling parameters")
+    return list(params)
+
+
+def load_model(name: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load a causal language model; `ModelNotFoundError` where there is none."""
+    check_model_path(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"no causal language model at {str(name)!r}: {error}") from error
+    return cast(PreTrainedModel, model)
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    check_model_path(name)
+    try:
+        return cast(PreTrainedTokenizerBase, cast(Any, AutoTokenizer).from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"no tokenizer at {str(name)!r}: {error}") from error
+
+
+def check_model_path(name: str | Path) -> None:
+    """A folder that does not exist is never looked up on a hub."""
+    path = Path(name)
+    looks_local = isinstance(name, Path) or path.is_absolute() or str(name)[0:1] in (".", "~")
+    if (looks_local or len(path.parts) > 2) and not path.is_dir():
+        raise ModelNotFoundError(f"no model folder at {str(name)!r}")
+
+
+def resolve_model_len(model: PreTrainedModel, max_model_len: int | None) -> int:
+    """The longest sequence: the model's own limit, or less."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if max_model_len is None:
+        if limit is None:
+            raise ConfigError("this model states no length limit; give max_model_len")
+        return int(limit)
+    if max_model_len < 1 or (limit is not None and max_model_len > limit):
+        raise ConfigError(f"max_model_len must be from 1 to {limit}, got {max_model_len}")
+    return max_model_len
+
+
+def end_token_ids(model: PreTrainedModel) -> list[int]:
+    """The end-of-sequence tokens of a model's generation configuration."""
+    configuration = model.generation_config
+    found = None if configuration is None else configuration.eos_token_id
+    if found is None:
+        return []
+    return [found] if isinstance(found, int) else list(found)

@@ -1,0 +1,293 @@
+"""Any Hugging Face decoder-only language model on paged blocks, through its own extension points.
+
+Knows transformers, never requests. A step is one flattened ragged batch (1, T): every layer's
+attention call lands in `paged_attention_forward`, which finds the step through a context variable,
+because keyword arguments do not reach the attention of every architecture. No attention mask is
+registered, so transformers builds none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from .attention import paged_attention
+from .cache import LayerSpec, PagedKVCache, Step
+from .errors import PagedKVError, UnsupportedModelError
+from .formats import KVFormat
+
+# Not containing "flash", "sdpa", "flex_attention" or "/": transformers treats those specially.
+IMPLEMENTATION: Final = "paged_kv"
+# Keyword arguments of attention calls that do not change what is computed here.
+INERT_ARGUMENTS: Final = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+# RoPE whose angles depend on the length of the batch: keys stored earlier would be wrong later.
+BATCH_DEPENDENT_ROPE: Final = frozenset({"dynamic", "longrope"})
+RECURRENT_LAYER_TYPES: Final = ("linear", "mamba", "recurrent", "conv", "rwkv")
+PROBE_LENGTH: Final = 3
+
+
+@dataclass
+class Probe:
+    """What each layer stores, written down during one forward pass without a cache."""
+
+    shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ActiveStep:
+    """Where the attention calls of the running forward pass read and write."""
+
+    cache: PagedKVCache
+    step: Step
+    cache_layer: dict[int, int]  # a module's layer_idx -> its place in the cache
+
+
+_active: ContextVar[ActiveStep | Probe | None] = ContextVar("paged_kv_active_step", default=None)
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """What transformers calls for each layer: query, key and value are [1, heads, T, dim]."""
+    active = _active.get()
+    if active is None:
+        raise PagedKVError(
+            "this model is attached to a paged_kv LLM; close() that first to call it directly"
+        )
+    check_attention_call(module, query, attention_mask, sliding_window, kwargs)
+    layer_idx = cast(int, module.layer_idx)
+    if isinstance(active, Probe):
+        if layer_idx in active.shapes:
+            raise UnsupportedModelError(f"layer {layer_idx} calls attention more than once")
+        active.shapes[layer_idx] = (key.shape[1], key.shape[3], value.shape[3])
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    output = paged_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        active.cache,
+        active.cache_layer[layer_idx],
+        active.step,
+        scale=scaling,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        attention_chunk=attention_chunk_of(module),
+        sink_logits=s_aux,
+    )
+    return output.unsqueeze(0), None
+
+
+def check_attention_call(
+    module: nn.Module,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+    kwargs: dict[str, object],
+) -> None:
+    """Refuse a call that means more than this library computes."""
+    name = type(module).__name__
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{name} brings its own attention mask")
+    if query.shape[0] != 1:
+        raise UnsupportedModelError(f"{name} reshapes the batch to {query.shape[0]} rows")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedModelError(f"{name} is not causal")
+    unknown = {k for k, v in kwargs.items() if v is not None} - INERT_ARGUMENTS
+    if unknown:
+        raise UnsupportedModelError(
+            f"{name} passes arguments that paged_kv does not know: {', '.join(sorted(unknown))}"
+        )
+    if layer_type_of(module) == "sliding_attention" and sliding_window is None:
+        raise UnsupportedModelError(f"{name} has a sliding window but does not pass it on")
+
+
+def layer_type_of(module: nn.Module) -> str | None:
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+    return layer_types[module.layer_idx] if layer_types else None
+
+
+def attention_chunk_of(module: nn.Module) -> int | None:
+    """Chunked attention is never passed as an argument: it is read from the configuration."""
+    if layer_type_of(module) != "chunked_attention":
+        return None
+    return cast(int, cast(Any, module.config).attention_chunk_size)
+
+
+AttentionInterface.register(IMPLEMENTATION, paged_attention_forward)
+
+
+class PagedModel:
+    """A causal language model attached to paged attention.
+
+    Attaching switches the model's attention implementation; `close()` switches it back. Raises
+    `UnsupportedModelError`, and leaves the model as it was, where paged attention would not
+    compute what the model means.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        refuse_unsupported(model)
+        self.model = model
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        attach(model)
+        self._is_attached = True
+        try:
+            self.layer_shapes, self.vocab_size = self._probe()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def close(self) -> None:
+        """Give the model its own attention implementation back."""
+        if self._is_attached:
+            self._is_attached = False
+            detach(self.model)
+
+    def layers(self, kv_format: KVFormat) -> list[LayerSpec]:
+        """What the cache of this model must hold, in the order of its layers."""
+        return [
+            LayerSpec(kv_format=kv_format, num_kv_heads=heads, key_dim=key, value_dim=value)
+            for heads, key, value in self.layer_shapes.values()
+        ]
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        cache: PagedKVCache,
+        step: Step,
+    ) -> Tensor:
+        """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`."""
+        cache_layer = {layer_idx: place for place, layer_idx in enumerate(self.layer_shapes)}
+        with running(ActiveStep(cache, step, cache_layer)):
+            return self._call(token_ids, positions, logit_rows)
+
+    def _call(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+        arguments = {"logits_to_keep": logit_rows} if self._keeps_logits else {}
+        logits: Tensor = self.model(
+            input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **arguments
+        ).logits
+        return logits[0] if self._keeps_logits else logits[0, logit_rows]
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[dict[int, tuple[int, int, int]], int]:
+        """Run a few tokens: which layers call attention with what shapes, and how many logits."""
+        probe = Probe()
+        tokens = torch.zeros(PROBE_LENGTH, dtype=torch.int64, device=self.device)
+        positions = torch.arange(PROBE_LENGTH, device=self.device)
+        with running(probe):
+            logits = self._call(tokens, positions, positions[-1:])
+        expected = self.model.config.get_text_config().num_hidden_layers
+        if len(probe.shapes) != expected:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} calls the attention interface in "
+                f"{len(probe.shapes)} of its {expected} layers"
+            )
+        return dict(sorted(probe.shapes.items())), logits.shape[-1]
+
+
+@contextmanager
+def running(active: ActiveStep | Probe) -> Iterator[None]:
+    """Make a step or a probe the one that attention calls find."""
+    token = _active.set(active)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` for what no probe can see."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model")
+    recurrent = [
+        kind
+        for kind in getattr(config, "layer_types", None) or ()
+        if any(word in kind for word in RECURRENT_LAYER_TYPES)
+    ]
+    if getattr(model, "_is_stateful", False) or recurrent:
+        raise UnsupportedModelError(
+            f"{name} has recurrent layers{f' ({recurrent[0]})' if recurrent else ''}; "
+            "their state is not a KV cache"
+        )
+    for rope_type in rope_types(config):
+        if rope_type in BATCH_DEPENDENT_ROPE:
+            raise UnsupportedModelError(
+                f"{name} uses {rope_type} RoPE, whose angles depend on the length of the batch"
+            )
+
+
+def rope_types(config: object) -> set[str]:
+    """Every RoPE type that a configuration names, for all layers or for each kind of layer."""
+    found: set[str] = set()
+    for attribute in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(config, attribute, None) or {}
+        nested = [value for value in parameters.values() if isinstance(value, dict)]
+        for entry in [parameters, *nested]:
+            found.update(str(entry[key]) for key in ("rope_type", "type") if key in entry)
+    return found
+
+
+# Models in use: how many PagedModels are attached, and the implementation to go back to.
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, str]] = weakref.WeakKeyDictionary()
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Switch a model to paged attention; counts, so that several LLMs may share a model."""
+    count, original = _attached.get(model, (0, model.config._attn_implementation))
+    if count == 0:
+        model.set_attn_implementation(IMPLEMENTATION)
+        if model.config._attn_implementation != IMPLEMENTATION:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} never calls transformers' attention interface"
+            )
+    _attached[model] = (count + 1, original)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo one `attach`."""
+    count, original = _attached.pop(model)
+    if count > 1:
+        _attached[model] = (count - 1, original)
+    else:
+        model.set_attn_implementation(original)

@@ -1,0 +1,38 @@
+"""Requests that wait for blocks, best rank first. Knows ranks, never blocks."""
+
+from __future__ import annotations
+
+import heapq
+
+from .request import Request
+
+
+class WaitingQueue:
+    """A heap by rank; removal from the middle is lazy."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, str]] = []
+        self._requests: dict[str, Request] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def push(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        heapq.heappush(self._heap, (*request.rank, request.request_id))
+
+    def peek(self) -> Request:
+        """The request of the best rank; the queue must not be empty."""
+        while self._heap[0][2] not in self._requests:
+            heapq.heappop(self._heap)
+        return self._requests[self._heap[0][2]]
+
+    def pop(self) -> Request:
+        request = self.peek()
+        return self.remove(request.request_id)
+
+    def remove(self, request_id: str) -> Request:
+        return self._requests.pop(request_id)
