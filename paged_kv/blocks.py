@@ -104,6 +104,7 @@ class BlockAllocator:
         self._free_stack: BlockIds = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._num_free = num_blocks
         self._is_allocated = np.zeros(num_blocks, dtype=np.bool_)
+        self.peak_allocated = 0  # most blocks in use at once so far
 
     @property
     def num_free(self) -> int:
@@ -121,6 +122,7 @@ class BlockAllocator:
         block_ids = self._free_stack[start : self._num_free][::-1].copy()
         self._num_free = start
         self._is_allocated[block_ids] = True
+        self.peak_allocated = max(self.peak_allocated, self.num_allocated)
         return block_ids
 
     def free(self, block_ids: BlockIds) -> None:

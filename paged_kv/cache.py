@@ -177,6 +177,12 @@ def block_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
     return sum(layer.num_kv_heads * layer.record_layout(dtype).record_bytes for layer in layers)
 
 
+def sequence_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype, num_tokens: int) -> int:
+    """Bytes of all blocks that a sequence of `num_tokens` holds: head, body and tail."""
+    geometry = cache_geometry(layers, dtype)
+    return geometry.blocks_held(num_tokens) * block_bytes(layers, dtype)
+
+
 def num_blocks_for(memory_bytes: int, layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
     """Blocks that fit in `memory_bytes`; raises `OutOfBlocksError` when not even one does."""
     size = block_bytes(layers, dtype)

@@ -93,6 +93,27 @@ class Engine:
         `max_tokens` beyond the model's length is cut to what is left after the prompt.
         `sample_index` tells the independent samples of one prompt and seed apart.
         """
+        request = self.check_request(request_id, prompt_token_ids, params, priority=priority)
+        self.scheduler.add(request)
+        self._live[request_id] = LiveRequest(
+            request=request,
+            params=params,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            sample_index=sample_index,
+            end_token_ids=frozenset(params.stop_token_ids)
+            | (frozenset() if params.ignore_eos else self.end_token_ids),
+            detokenizer=Detokenizer(self.tokenizer, prompt_token_ids, params.stop_strings),
+        )
+
+    def check_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+    ) -> Request:
+        """The request as it would be queued; raises `InvalidRequestError` if it cannot be."""
         self._check_prompt(prompt_token_ids)
         self._check_in_vocabulary(params.stop_token_ids)
         if params.stop_strings and self.tokenizer is None:
@@ -104,16 +125,8 @@ class Engine:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             priority=priority,
         )
-        self.scheduler.add(request)
-        self._live[request_id] = LiveRequest(
-            request=request,
-            params=params,
-            seed=secrets.randbits(64) if params.seed is None else params.seed,
-            sample_index=sample_index,
-            end_token_ids=frozenset(params.stop_token_ids)
-            | (frozenset() if params.ignore_eos else self.end_token_ids),
-            detokenizer=Detokenizer(self.tokenizer, prompt_token_ids, params.stop_strings),
-        )
+        self.scheduler.check(request)
+        return request
 
     def _check_prompt(self, prompt_token_ids: Sequence[int]) -> None:
         if not prompt_token_ids:

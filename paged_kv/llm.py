@@ -192,7 +192,7 @@ class LLM:
         """
         batch = as_batch(prompts)
         per_prompt = as_params(params, len(batch))
-        token_ids = [encode_prompt(prompt, self.tokenizer) for prompt in batch]
+        token_ids = self._check_all(batch, per_prompt, priorities)
         outputs = [
             RequestOutput(
                 prompt=prompt,
@@ -227,12 +227,30 @@ class LLM:
     ) -> Iterator[StreamEvent]:
         """Like `generate`, but yields every token as it comes.
 
-        The requests are queued by this call; closing the iterator aborts those that are left. A
-        request that fails ends with an event that carries its `error`.
+        The prompts are checked by this call and queued when iteration begins; closing the
+        iterator aborts those that are left. A request that fails ends with an event that carries
+        its `error`.
         """
         batch = as_batch(prompts)
-        token_ids = [encode_prompt(prompt, self.tokenizer) for prompt in batch]
-        return self._run(token_ids, as_params(params, len(batch)), priorities)
+        per_prompt = as_params(params, len(batch))
+        token_ids = self._check_all(batch, per_prompt, priorities)
+        return self._run(token_ids, per_prompt, priorities)
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot."""
+        token_ids = encode_prompt(prompt, self.tokenizer)
+        self.engine.check_request("", token_ids, params)
+        return token_ids
+
+    def _check_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priorities: Sequence[int] | None,
+    ) -> list[list[int]]:
+        if priorities is not None and len(priorities) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts, but {len(priorities)} priorities")
+        return [self.check(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
 
     def _run(
         self,
@@ -240,33 +258,22 @@ class LLM:
         params: Sequence[SamplingParams],
         priorities: Sequence[int] | None,
     ) -> Iterator[StreamEvent]:
-        if priorities is not None and len(priorities) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts, but {len(priorities)} priorities")
+        """Queue requests and step the engine until they are over.
+
+        Updates of requests that other iterators wait for go to their mailboxes.
+        """
         places: dict[str, tuple[int, int]] = {}
+        mailbox: deque[SequenceUpdate] = deque()
         try:
             for prompt_index, (token_ids, p) in enumerate(zip(prompts, params, strict=True)):
                 for sample_index in range(p.n):
                     request_id = str(next(self._request_numbers))
+                    priority = priorities[prompt_index] if priorities else 0
                     self.engine.add_request(
-                        request_id,
-                        token_ids,
-                        p,
-                        priority=priorities[prompt_index] if priorities else 0,
-                        sample_index=sample_index,
+                        request_id, token_ids, p, priority=priority, sample_index=sample_index
                     )
                     places[request_id] = (prompt_index, sample_index)
-        except BaseException:
-            self._abort(places)
-            raise
-        mailbox: deque[SequenceUpdate] = deque()
-        self._mailboxes.update(dict.fromkeys(places, mailbox))
-        return self._events(places, mailbox)
-
-    def _events(
-        self, places: dict[str, tuple[int, int]], mailbox: deque[SequenceUpdate]
-    ) -> Iterator[StreamEvent]:
-        """Step the engine until these requests are over; updates of others go to their owners."""
-        try:
+                    self._mailboxes[request_id] = mailbox
             while places:
                 if not mailbox:
                     for update in self.engine.step():

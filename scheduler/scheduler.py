@@ -66,13 +66,14 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request; one that can never be served raises and is not queued."""
-        self._check(request)
+        self.check(request)
         request.arrival = self._num_arrived
         self._num_arrived += 1
         self._requests[request.request_id] = request
         self.waiting.push(request)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequestError` if this request can never be served."""
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is already in use")
         if not request.token_ids:

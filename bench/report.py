@@ -1,0 +1,82 @@
+"""What every benchmark writes: device, versions, commit and rows. Measures nothing itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "numpy", "numba", "xformers")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure beside its baseline; `ratio` above 1 means that the value is the better one."""
+
+    case: str
+    metric: str
+    value: float
+    unit: str
+    baseline: str | None = None
+    baseline_value: float | None = None
+    ratio: float | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every benchmark."""
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--quick", action="store_true", help="a small run that shows it works")
+
+
+def write_report(benchmark: str, rows: list[Row], json_file: Path | None) -> None:
+    """Print the rows with where they were measured, and write them as JSON if asked to."""
+    report = {
+        "benchmark": benchmark,
+        "commit": commit(),
+        "device": device(),
+        "versions": versions(),
+        "rows": [asdict(row) for row in rows],
+    }
+    print(f"{benchmark} at {report['commit']} on {report['device']}; {report['versions']}")
+    for row in rows:
+        ratio = "" if row.ratio is None else f"  {row.ratio:.3f}x {row.baseline}"
+        print(f"  {row.case:44} {row.metric:28} {row.value:12.4f} {row.unit}{ratio}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The commit that is checked out, marked when files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        names = [line for line in cpu_info.read_text().splitlines() if "model name" in line]
+        model = names[0].split(":")[1].strip() if names else model
+    return (
+        f"CPU {model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
