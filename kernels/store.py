@@ -8,7 +8,7 @@ from .quantize import pack_planes, quantize_asymmetric, quantize_symmetric, spli
 from .records import LayerRecords, SealedViews, StepIndices
 
 
-def store(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
+def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
     """Write one layer's new tokens where the step says.
 
     `keys` [T, H, key_dim] and `values` [T, H, value_dim] are the step's new tokens. Sealing reads

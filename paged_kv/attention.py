@@ -7,7 +7,7 @@ from torch import Tensor
 from .cache import LayerSpec, PagedKVCache, Step
 from .errors import ConfigError
 from .kernels.attention import attend
-from .kernels.store import store
+from .kernels.store import store_tokens
 
 
 def paged_attention(
@@ -44,7 +44,7 @@ def paged_attention(
         attention_chunk=attention_chunk,
         sink_logits=sink_logits,
     )
-    store(cache.records[layer], key, value, step.indices)
+    store_tokens(cache.records[layer], key, value, step.indices)
     return output
 
 

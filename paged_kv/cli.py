@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO, cast
 
 from .errors import InvalidRequestError, PagedKVError
 from .formats import FORMATS
@@ -215,7 +215,7 @@ def quiet_loading() -> None:
     """transformers draws a progress bar for loading weights, also where nobody looks."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    cast(Any, logging).disable_progress_bar()
 
 
 def line_params(line: Line, defaults: SamplingParams) -> SamplingParams:
