@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .cache import PagedKVCache as PagedKVCache
     from .cache import cache_geometry as cache_geometry
     from .cache import num_blocks_for as num_blocks_for
+    from .formats import FORMATS as FORMATS
     from .formats import INT2 as INT2
     from .formats import INT4 as INT4
     from .formats import INT8 as INT8
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .scheduler.scheduler import Scheduler as Scheduler
 
 _HOME = {
+    "FORMATS": "formats",
     "INT2": "formats",
     "INT4": "formats",
     "INT8": "formats",

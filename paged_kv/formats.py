@@ -92,7 +92,8 @@ NATIVE: Final = KVFormat(
 )
 INT8: Final = KVFormat(name="int8", bits=8, min_tail_tokens=0)
 INT4: Final = KVFormat(name="int4", bits=4)
-INT2: Final = KVFormat(name="int2", bits=2)
+# The clip ratios with the least divergence on the demo model; see bench/NOTES.md.
+INT2: Final = KVFormat(name="int2", bits=2, key_clip=0.75, value_clip=0.8)
 FORMATS: Final = {f.name: f for f in (NATIVE, INT8, INT4, INT2)}
 
 

@@ -1,0 +1,55 @@
+"""What the README shows is true: its example runs and its table is what the code computes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from paged_kv import FORMATS, LayerSpec
+from paged_kv.cost import format_costs
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_embedding_example_runs() -> None:
+    example = re.search(r"```python\n(import numpy.*?)```", README, re.DOTALL)
+    assert example is not None
+    names: dict[str, object] = {}
+    exec(example[1], names)
+    outputs = names["out"]
+    assert isinstance(outputs, list)
+    assert [tuple(output.shape) for output in outputs] == [(700, 8, 64)] * 4
+    assert all(output.isfinite().all() for output in outputs)
+
+
+def test_embedding_example_is_short() -> None:
+    example = re.search(r"```python\n(import numpy.*?)```", README, re.DOTALL)
+    assert example is not None
+    assert len(example[1].splitlines()) <= 10
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_table_is_what_the_code_computes(name: str) -> None:
+    layer = LayerSpec(kv_format=FORMATS["native"], num_kv_heads=1, key_dim=128, value_dim=128)
+    costs = {
+        c.kv_format.name: c for c in format_costs([layer], torch.bfloat16, (1024, 4096, 32768))
+    }
+    cost, native = costs[name], costs["native"]
+    smaller = native.bytes_per_token / cost.bytes_per_token
+    effective = " / ".join(
+        f"{native.effective[n] / cost.effective[n]:.2f}x" for n in cost.effective
+    )
+    assert re.search(
+        rf"^\| `{name}`[^|]*\| {cost.bytes_per_token:.0f} \| {smaller:.2f}x \| {effective} \|$",
+        README,
+        re.MULTILINE,
+    )
+
+
+def test_every_named_benchmark_exists() -> None:
+    named = re.findall(r"\b(?:bench|train)_\w+\.py", README)
+    assert named
+    assert all((Path(__file__).parent.parent / "bench" / name).exists() for name in named)
