@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .cache import LayerSpec, block_bytes, cache_geometry, sequence_bytes
 from .errors import ModelNotFoundError
 from .formats import FORMATS, KVFormat
-from .llm import check_model_path
+from .loading import check_model_path
 from .model import PagedModel
 
 

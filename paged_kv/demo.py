@@ -19,7 +19,8 @@ from rich.table import Table
 
 from .evaluate import Quality, compare_formats
 from .formats import FORMATS
-from .llm import LLM, RequestOutput, load_model
+from .llm import LLM, RequestOutput
+from .loading import load_model
 from .memory import format_memory
 from .model import PagedModel
 from .sampling import SamplingParams

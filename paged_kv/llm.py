@@ -8,27 +8,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import cast
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .block_manager import BlockManager
-from .cache import MemoryStats, PagedKVCache, block_bytes, cache_geometry, num_blocks_for
+from .cache import MemoryStats, PagedKVCache, cache_geometry, num_blocks_for
 from .engine import Engine, SequenceUpdate
 from .errors import (
     ConfigError,
     GenerationError,
     InvalidRequestError,
-    ModelNotFoundError,
     PagedKVError,
 )
 from .formats import KVFormat, resolve_format
+from .loading import end_token_ids, load_model, load_tokenizer, model_length
 from .memory import parse_memory
 from .model import PagedModel
 from .progress import Progress
@@ -118,7 +113,7 @@ class LLM:
         if device is not None:
             cast(torch.nn.Module, model).to(device)
         model.train(False)
-        model_len = resolve_model_len(model, max_model_len)
+        model_len = model_length(model, max_model_len)
         self._model = PagedModel(model)
         try:
             layers = self._model.layers(resolved_format)
@@ -127,8 +122,7 @@ class LLM:
                 num_blocks = num_blocks_for(memory_bytes, layers, model.dtype)
             elif num_blocks is None:
                 wanted = max_num_seqs * (geometry.max_blocks(model_len) + 1)
-                affordable = DEFAULT_KV_MEMORY // block_bytes(layers, model.dtype)
-                num_blocks = max(min(wanted, affordable), 1)
+                num_blocks = min(wanted, num_blocks_for(DEFAULT_KV_MEMORY, layers, model.dtype))
             manager = BlockManager(
                 geometry,
                 num_blocks=num_blocks,
@@ -322,51 +316,3 @@ def as_params(
     if len(params) != count:
         raise ConfigError(f"{count} prompts, but {len(params)} sampling parameters")
     return list(params)
-
-
-def load_model(name: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load a causal language model; `ModelNotFoundError` where there is none."""
-    check_model_path(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"no causal language model at {str(name)!r}: {error}") from error
-    return cast(PreTrainedModel, model)
-
-
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    check_model_path(name)
-    try:
-        return cast(PreTrainedTokenizerBase, cast(Any, AutoTokenizer).from_pretrained(name))
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"no tokenizer at {str(name)!r}: {error}") from error
-
-
-def check_model_path(name: str | Path) -> None:
-    """A folder that does not exist is never looked up on a hub."""
-    path = Path(name)
-    looks_local = isinstance(name, Path) or path.is_absolute() or str(name)[0:1] in (".", "~")
-    if (looks_local or len(path.parts) > 2) and not path.is_dir():
-        raise ModelNotFoundError(f"no model folder at {str(name)!r}")
-
-
-def resolve_model_len(model: PreTrainedModel, max_model_len: int | None) -> int:
-    """The longest sequence: the model's own limit, or less."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if max_model_len is None:
-        if limit is None:
-            raise ConfigError("this model states no length limit; give max_model_len")
-        return int(limit)
-    if max_model_len < 1 or (limit is not None and max_model_len > limit):
-        raise ConfigError(f"max_model_len must be from 1 to {limit}, got {max_model_len}")
-    return max_model_len
-
-
-def end_token_ids(model: PreTrainedModel) -> list[int]:
-    """The end-of-sequence tokens of a model's generation configuration."""
-    configuration = model.generation_config
-    found = None if configuration is None else configuration.eos_token_id
-    if found is None:
-        return []
-    return [found] if isinstance(found, int) else list(found)

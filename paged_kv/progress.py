@@ -67,7 +67,6 @@ class Progress:
                 TextColumn("{task.fields[rate]:.0f} tokens/s"),
                 TextColumn("{task.fields[used]}/{task.fields[blocks]} blocks"),
                 console=Console(stderr=True),
-                transient=True,
             )
             self._task = self._bar.add_task("", total=self._total, rate=0.0, used=0, blocks=0)
             self._bar.start()

@@ -23,7 +23,7 @@ FLOORS = [
     {"blocks", "memory", "sampling"},
     {"formats", "block_manager"},
     {"scheduler.request", "scheduler.waiting_queue", "scheduler.scheduler", "cache"},
-    {"attention", "sampler", "text"},
+    {"attention", "loading", "sampler", "text"},
     {"model"},
     {"engine", "evaluate"},
     {"progress"},
