@@ -113,9 +113,9 @@ class LLM:
         if device is not None:
             cast(torch.nn.Module, model).to(device)
         model.train(False)
-        model_len = model_length(model, max_model_len)
         self._model = PagedModel(model)
         try:
+            model_len = model_length(model, max_model_len)
             layers = self._model.layers(resolved_format)
             geometry = cache_geometry(layers, model.dtype)
             if memory_bytes is not None:

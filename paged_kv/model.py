@@ -35,6 +35,7 @@ INERT_ARGUMENTS: Final = frozenset(
         "is_causal",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "position_embeddings",
         "position_ids",
         "return_dict",
@@ -52,6 +53,7 @@ class Probe:
     """What each layer stores, written down during one forward pass without a cache."""
 
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    windows: set[int | None] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def paged_attention_forward(
         if layer_idx in active.shapes:
             raise UnsupportedModelError(f"layer {layer_idx} calls attention more than once")
         active.shapes[layer_idx] = (key.shape[1], key.shape[3], value.shape[3])
+        active.windows.add(sliding_window)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     output = paged_attention(
         query[0].transpose(0, 1),
@@ -197,6 +200,8 @@ class PagedModel:
         step: Step,
     ) -> Tensor:
         """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`."""
+        if not self._is_attached:
+            raise PagedKVError("this LLM is closed")
         cache_layer = {layer_idx: place for place, layer_idx in enumerate(self.layer_shapes)}
         with running(ActiveStep(cache, step, cache_layer)):
             return self._call(token_ids, positions, logit_rows)
@@ -214,13 +219,24 @@ class PagedModel:
         probe = Probe()
         tokens = torch.zeros(PROBE_LENGTH, dtype=torch.int64, device=self.device)
         positions = torch.arange(PROBE_LENGTH, device=self.device)
-        with running(probe):
-            logits = self._call(tokens, positions, positions[-1:])
-        expected = self.model.config.get_text_config().num_hidden_layers
-        if len(probe.shapes) != expected:
+        name, config = type(self.model).__name__, self.model.config.get_text_config()
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            raise UnsupportedModelError(f"{name} takes no position_ids")
+        try:
+            with running(probe):
+                logits = self._call(tokens, positions, positions[-1:])
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} calls the attention interface in "
-                f"{len(probe.shapes)} of its {expected} layers"
+                f"{name} fails on a flattened batch without masks: {error}"
+            ) from error
+        if len(probe.shapes) != config.num_hidden_layers:
+            raise UnsupportedModelError(
+                f"{name} calls the attention interface in {len(probe.shapes)} of its "
+                f"{config.num_hidden_layers} layers"
+            )
+        if has_unlisted_window(config) and probe.windows == {None}:
+            raise UnsupportedModelError(
+                f"{name} has a sliding window of {config.sliding_window} but passes none on"
             )
         return dict(sorted(probe.shapes.items())), logits.shape[-1]
 
@@ -250,11 +266,24 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} has recurrent layers{f' ({recurrent[0]})' if recurrent else ''}; "
             "their state is not a KV cache"
         )
+    if getattr(config, "attn_temperature_tuning", False):
+        raise UnsupportedModelError(
+            f"{name} scales queries by their place in the batch (attn_temperature_tuning)"
+        )
     for rope_type in rope_types(config):
         if rope_type in BATCH_DEPENDENT_ROPE:
             raise UnsupportedModelError(
                 f"{name} uses {rope_type} RoPE, whose angles depend on the length of the batch"
             )
+
+
+def has_unlisted_window(config: object) -> bool:
+    """True where a window is configured but no list of layer types says for which layers."""
+    return (
+        getattr(config, "sliding_window", None) is not None
+        and getattr(config, "use_sliding_window", True) is not False
+        and not getattr(config, "layer_types", None)
+    )
 
 
 def rope_types(config: object) -> set[str]:
