@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .blocks import BlockAllocator, BlockGeometry, BlockIds, IntArray
-from .errors import ConfigError, OutOfBlocksError
+from .errors import ConfigError, InvalidStepError, OutOfBlocksError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,9 @@ class BlockManager:
 
     def remove_sequence(self, slot: int) -> None:
         """Free every block of a sequence and its slot."""
-        assert self._is_active[slot], f"slot {slot} holds no sequence"
-        assert self._outstanding is None, "commit or roll back the step first"
+        self._require_no_step()
+        if not self._is_active[slot]:
+            raise InvalidStepError(f"slot {slot} holds no sequence")
         self.allocator.free(self.block_ids(slot))
         self.num_computed_tokens[slot] = 0
         self.num_sealed[slot] = 0
@@ -160,16 +161,14 @@ class BlockManager:
     def reserve(self, slots: IntArray, num_new_tokens: IntArray) -> StepPlan | None:
         """Take the blocks for one step, all or nothing; None, and nothing changed, when they lack.
 
-        `slots` [N] are distinct living sequences, `num_new_tokens` [N] at least 1 each.
+        `slots` [N] are distinct living sequences, `num_new_tokens` [N] at least 1 each. Raises
+        `InvalidStepError` where they are not, or while a step is neither committed nor rolled back.
         """
-        assert self._outstanding is None, "commit or roll back the step before"
-        assert self._is_active[slots].all()
-        geometry = self.geometry
+        self._require_no_step()
+        self._check_step(slots, num_new_tokens)
         before = self.num_computed_tokens[slots]
         sealed_before = self.num_sealed[slots]
         after = before + num_new_tokens
-        assert (num_new_tokens >= 1).all()
-        assert (after <= self.max_model_len).all()
         head, tail, sealed = self._new_block_counts(before, sealed_before, num_new_tokens)
         num_new_blocks = int((head + tail + sealed).sum())
         if num_new_blocks > self.num_free_blocks:
@@ -210,9 +209,35 @@ class BlockManager:
         )
         self.num_computed_tokens[slots] = after
         self.num_sealed[slots] += sealed
-        assert geometry.seals or not len(sealed_ids)
         self._outstanding = plan
         return plan
+
+    def _require_no_step(self) -> None:
+        if self._outstanding is not None:
+            raise InvalidStepError("commit or roll back the step before")
+
+    def _check_step(self, slots: IntArray, num_new_tokens: IntArray) -> None:
+        if slots.shape != num_new_tokens.shape or slots.ndim != 1:
+            raise InvalidStepError(
+                f"slots and num_new_tokens must be one-dimensional and equally long, got shapes "
+                f"{slots.shape} and {num_new_tokens.shape}"
+            )
+        is_slot = (slots >= 0) & (slots < self.max_num_seqs)
+        if not is_slot.all() or not self._is_active[slots].all():
+            raise InvalidStepError(f"slots {slots.tolist()} are not all living sequences")
+        if np.bincount(slots, minlength=1).max() > 1:
+            raise InvalidStepError(f"slots {slots.tolist()} name a sequence twice")
+        if (num_new_tokens < 1).any():
+            raise InvalidStepError(f"every sequence needs new tokens, got {num_new_tokens.min()}")
+        longest = int((self.num_computed_tokens[slots] + num_new_tokens).max(initial=0))
+        if longest > self.max_model_len:
+            raise InvalidStepError(
+                f"a sequence would have {longest} tokens; max_model_len is {self.max_model_len}"
+            )
+
+    def _require_step(self, plan: StepPlan) -> None:
+        if plan is not self._outstanding:
+            raise InvalidStepError("this step is not the one that was reserved last")
 
     def _shift_out_sealed(self, slots: IntArray, newly_sealed: IntArray) -> BlockIds:
         """Drop from the tails the open blocks whose tokens are being sealed; returns their ids."""
@@ -292,13 +317,13 @@ class BlockManager:
 
     def commit(self, plan: StepPlan) -> None:
         """The step's writes are done: the open blocks it replaced return to the pool."""
-        assert plan is self._outstanding
+        self._require_step(plan)
         self.allocator.free(plan.freed_block_ids)
         self._outstanding = None
 
     def rollback(self, plan: StepPlan) -> None:
         """The step did not happen: restore every count and table, give the new blocks back."""
-        assert plan is self._outstanding
+        self._require_step(plan)
         self.num_computed_tokens[plan.slots] = plan.context_lens
         self.num_sealed[plan.slots] = plan.num_sealed
         self._open_table[plan.slots, : plan.open_table.shape[1]] = plan.open_table

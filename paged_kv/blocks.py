@@ -89,7 +89,9 @@ class BlockGeometry:
         after = np.arange(max(num_tokens - 2 * self.block_size, 0), num_tokens) + 1
         sealed_before = self.num_sealed_blocks(after - 1)
         newly_sealed = self.num_sealed_blocks(after) - sealed_before
-        open_end = -(-after // self.open_block_size)
+        # With no minimal tail the token that completes a block is sealed without being stored.
+        stored = after - newly_sealed * (self.min_tail_tokens == 0)
+        open_end = -(-stored // self.open_block_size)
         open_before_seal = open_end - sealed_before * self.open_blocks_per_block
         return int((sealed_before + newly_sealed + open_before_seal).max(initial=0))
 
@@ -127,6 +129,7 @@ class BlockAllocator:
 
     def free(self, block_ids: BlockIds) -> None:
         """Give blocks back; they are reused last in, first out."""
+        assert len(np.unique(block_ids)) == len(block_ids), "a block was freed twice"
         assert self._is_allocated[block_ids].all(), "a block was freed twice"
         self._is_allocated[block_ids] = False
         end = self._num_free + len(block_ids)

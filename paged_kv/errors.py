@@ -29,6 +29,10 @@ class UnsupportedModelError(PagedKVError):
     """The model computes attention in a way that paged_kv cannot reproduce."""
 
 
+class InvalidStepError(PagedKVError, ValueError):
+    """A step is planned or ended out of turn, or with sequences or counts that cannot be."""
+
+
 class ModelNotFoundError(PagedKVError, FileNotFoundError):
     """No model can be loaded from the given path or name."""
 

@@ -43,6 +43,9 @@ class KVFormat:
     min_tail_tokens: int = 32
 
     def __post_init__(self) -> None:
+        for setting in ("num_sink_tokens", "min_tail_tokens"):
+            if getattr(self, setting) < 0:
+                raise ConfigError(f"{setting} must not be negative, got {getattr(self, setting)}")
         if self.bits is None:
             if self.block_size < 1 or self.block_size & (self.block_size - 1):
                 raise ConfigError(f"block_size must be a power of two, got {self.block_size}")
@@ -59,9 +62,6 @@ class KVFormat:
         for setting in ("key_clip", "value_clip"):
             if not 0.0 < getattr(self, setting) <= 1.0:
                 raise ConfigError(f"{setting} must be in (0, 1], got {getattr(self, setting)}")
-        for setting in ("num_sink_tokens", "min_tail_tokens"):
-            if getattr(self, setting) < 0:
-                raise ConfigError(f"{setting} must not be negative, got {getattr(self, setting)}")
 
     @property
     def is_native(self) -> bool:

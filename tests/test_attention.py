@@ -1,0 +1,429 @@
+"""`paged_attention` against plain dense attention in float64, over every format and option.
+
+The oracle loops over tokens and heads and reads the sealed records with the tests' own decoder.
+Blocks hold NaN before their first use and after they are freed, so whatever leaks shows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from paged_kv.attention import paged_attention
+from paged_kv.cache import LayerSpec
+from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat
+from tests.helpers import FORMATS_BY_LABEL, QUANTIZED_LABELS, Fleet, make_stream
+
+FLOAT32_TOLERANCE = 1e-5
+CLEARLY_DIFFERENT = 1e-2  # a thousand times the tolerance
+ALL_FORMATS = pytest.mark.parametrize("kv_format", FORMATS_BY_LABEL.values(), ids=FORMATS_BY_LABEL)
+BASE_FORMATS = pytest.mark.parametrize(
+    "kv_format", [NATIVE, INT8, INT4, INT2], ids=lambda kv_format: kv_format.name
+)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Scores and sums are float32 in any case; the output is rounded once to its dtype."""
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    return FLOAT32_TOLERANCE + rounding
+
+
+def oracle(
+    query: Tensor,
+    keys: NDArray,
+    values: NDArray,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    attention_chunk: int | None = None,
+    sink_logits: Tensor | None = None,
+) -> NDArray:
+    """One sequence: `query` [L, Hq, D] are its newest tokens, keys and values [C + L, H, D] all."""
+    queries = query.double().numpy()
+    num_new, num_q_heads, dim = queries.shape
+    num_kv_heads = keys.shape[1]
+    output = np.zeros((num_new, num_q_heads, values.shape[2]))
+    for token in range(num_new):
+        position = len(keys) - num_new + token
+        first = 0
+        if sliding_window is not None:
+            first = max(first, position - sliding_window + 1)
+        if attention_chunk is not None:
+            first = max(first, position - position % attention_chunk)
+        for head in range(num_q_heads):
+            kv_head = head * num_kv_heads // num_q_heads
+            scores = keys[first : position + 1, kv_head] @ queries[token, head]
+            scores *= dim**-0.5 if scale is None else scale
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
+            top = scores.max()
+            total = np.exp(scores - top).sum()
+            if sink_logits is not None:
+                total += np.exp(float(sink_logits[head]) - top)
+            weights = np.exp(scores - top) / total
+            output[token, head] = weights @ values[first : position + 1, kv_head]
+    return output
+
+
+def relative_error(output: Tensor, expected: NDArray) -> float:
+    """Norm of the difference over the norm expected; infinite for any NaN."""
+    assert tuple(output.shape) == expected.shape
+    difference = np.linalg.norm(output.double().numpy() - expected)
+    error = difference / np.linalg.norm(expected)
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+def expected_outputs(
+    fleet: Fleet, counts: dict[int, int], layer: int = 0, **options: object
+) -> dict[int, NDArray]:
+    """What the next step has to return for each sequence; to be called before the step."""
+    expected = {}
+    for slot, count in counts.items():
+        start, stream = fleet.length(slot), fleet.streams[slot]
+        keys, values = fleet.context(slot, layer)
+        new_keys = stream.keys[layer][start : start + count].double().numpy()
+        new_values = stream.values[layer][start : start + count].double().numpy()
+        expected[slot] = oracle(
+            stream.queries[layer][start : start + count],
+            np.concatenate([keys, new_keys]),
+            np.concatenate([values, new_values]),
+            **options,
+        )
+    return expected
+
+
+def check_step(
+    fleet: Fleet, counts: dict[int, int], *, limit: float = FLOAT32_TOLERANCE, **options: object
+) -> None:
+    """Run one step over every sequence and layer, and hold it to the oracle."""
+    layers = range(len(fleet.cache.layers))
+    expected = [expected_outputs(fleet, counts, layer, **options) for layer in layers]
+    outputs = fleet.step(counts, **options)
+    for layer in layers:
+        for slot in counts:
+            error = relative_error(outputs[slot][layer], expected[layer][slot])
+            assert error <= limit, (layer, slot, error)
+    fleet.manager.check_integrity()
+
+
+def layer_of(
+    kv_format: KVFormat, *, heads: int = 2, key_dim: int = 32, value_dim: int | None = None
+) -> LayerSpec:
+    return LayerSpec(
+        kv_format=kv_format,
+        num_kv_heads=heads,
+        key_dim=key_dim,
+        value_dim=key_dim if value_dim is None else value_dim,
+    )
+
+
+def ragged_fleet(
+    layer: LayerSpec,
+    lengths: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    gqa_group: int = 2,
+    new_tokens: int = 40,
+) -> tuple[Fleet, list[int]]:
+    """A fleet whose sequences store `lengths` tokens and have `new_tokens` more to come.
+
+    The longer half arrives in two chunks, so that sealing reads open blocks and new tokens.
+    """
+    fleet = Fleet(
+        [layer],
+        dtype=dtype,
+        num_blocks=sum(lengths) // 8 + 16 * len(lengths) + 64,
+        max_num_seqs=len(lengths),
+    )
+    slots = [
+        fleet.add(make_stream([layer], length + new_tokens, seed, dtype, gqa_group))
+        for seed, length in enumerate(lengths)
+    ]
+    first = {slot: -(-length // 2) for slot, length in zip(slots, lengths, strict=True) if length}
+    second = {
+        slot: length - first[slot]
+        for slot, length in zip(slots, lengths, strict=True)
+        if length > 1
+    }
+    for counts in (first, second):
+        if counts:
+            fleet.step(counts)
+    return fleet, slots
+
+
+# -- the formats over ragged lengths ------------------------------------------------------------
+
+RAGGED = (1, 63, 1000, 16, 17, 200, 330)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@ALL_FORMATS
+def test_ragged_decode_matches_the_oracle(kv_format, dtype):
+    fleet, slots = ragged_fleet(layer_of(kv_format), RAGGED, dtype=dtype)
+    for _ in range(2):
+        check_step(fleet, dict.fromkeys(slots, 1), limit=tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@ALL_FORMATS
+def test_chunks_beside_decodes_match_the_oracle(kv_format, dtype):
+    fleet, slots = ragged_fleet(layer_of(kv_format), RAGGED, dtype=dtype, new_tokens=400)
+    counts = dict(zip(slots, (300, 1, 33, 1, 129, 1, 64), strict=True))
+    check_step(fleet, counts, limit=tolerance(dtype))
+    check_step(fleet, dict.fromkeys(slots, 5), limit=tolerance(dtype))
+
+
+@ALL_FORMATS
+def test_each_step_of_a_growing_sequence_matches_the_oracle(kv_format):
+    layer = layer_of(kv_format, heads=1, key_dim=16)
+    fleet = Fleet([layer])
+    slot = fleet.add(make_stream([layer], 600, 5, torch.float32))
+    for count in (1, 1, 14, 1, 30, 17, 64, 1, 31, 96, 5, 128, 1, 127, 60):
+        check_step(fleet, {slot: count})
+
+
+@ALL_FORMATS
+def test_empty_context_is_plain_causal_attention(kv_format):
+    layer = layer_of(kv_format)
+    fleet = Fleet([layer])
+    slots = [fleet.add(make_stream([layer], 300, seed, torch.float32, 2)) for seed in range(3)]
+    streams = [fleet.streams[slot] for slot in slots]
+    lengths = (300, 1, 77)
+    outputs = fleet.step(dict(zip(slots, lengths, strict=True)))
+    for slot, stream, length in zip(slots, streams, lengths, strict=True):
+        exact = oracle(
+            stream.queries[0][:length],
+            stream.keys[0][:length].double().numpy(),
+            stream.values[0][:length].double().numpy(),
+        )
+        assert relative_error(outputs[slot][0], exact) <= FLOAT32_TOLERANCE
+
+
+@ALL_FORMATS
+def test_decode_of_many_sequences_matches_the_oracle(kv_format):
+    lengths = tuple(1 + 37 * index % 290 for index in range(64))
+    fleet, slots = ragged_fleet(layer_of(kv_format, heads=1), lengths)
+    check_step(fleet, dict.fromkeys(slots, 1))
+
+
+@BASE_FORMATS
+def test_result_does_not_depend_on_the_order_of_the_batch(kv_format):
+    fleet, slots = ragged_fleet(layer_of(kv_format), RAGGED)
+    check_step(fleet, dict.fromkeys(reversed(slots), 1))
+    check_step(fleet, dict.fromkeys(slots[::2], 3))
+    check_step(fleet, dict.fromkeys(slots[1::2], 2))
+
+
+@pytest.mark.parametrize("label", QUANTIZED_LABELS)
+def test_new_tokens_attend_to_each_other_unrounded(label):
+    """Float32 keys over a bfloat16 cache: only what was stored is rounded."""
+    layer = layer_of(FORMATS_BY_LABEL[label])
+    fleet = Fleet([layer], dtype=torch.bfloat16)
+    slot = fleet.add(make_stream([layer], 500, 1, torch.float32))
+    check_step(fleet, {slot: 300})
+    check_step(fleet, {slot: 150})
+    check_step(fleet, {slot: 1})
+
+
+def test_layers_of_different_formats_each_match_the_oracle():
+    int8 = INT8.with_options(min_tail_tokens=32)
+    layers = [
+        layer_of(int8, heads=1, key_dim=64),
+        layer_of(INT2, heads=2, key_dim=40, value_dim=24),
+        layer_of(INT4, heads=4, key_dim=16),
+    ]
+    fleet = Fleet(layers)
+    slots = [fleet.add(make_stream(layers, 500, seed, torch.float32, 2)) for seed in range(2)]
+    for counts in ((400, 150), (1, 1), (50, 200), (1, 1)):
+        check_step(fleet, dict(zip(slots, counts, strict=True)))
+
+
+# -- shapes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 40, 64, 80, 96, 128, 256])
+@BASE_FORMATS
+def test_every_head_dim_matches_the_oracle(kv_format, head_dim):
+    fleet, slots = ragged_fleet(layer_of(kv_format, key_dim=head_dim), (1, 63, 333))
+    check_step(fleet, dict.fromkeys(slots, 1))
+    check_step(fleet, dict.fromkeys(slots, 9))
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(96, 64), (24, 128), (192, 128), (8, 256)])
+@BASE_FORMATS
+def test_values_may_have_another_size_than_keys(kv_format, key_dim, value_dim):
+    layer = layer_of(kv_format, key_dim=key_dim, value_dim=value_dim)
+    fleet, slots = ragged_fleet(layer, (1, 63, 333))
+    check_step(fleet, dict.fromkeys(slots, 1))
+    check_step(fleet, dict.fromkeys(slots, 9))
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "gqa_group"), [(1, 1), (4, 1), (2, 2), (2, 3), (1, 5), (2, 8), (1, 16), (3, 16)]
+)
+@BASE_FORMATS
+def test_query_heads_of_a_group_share_their_kv_head(kv_format, kv_heads, gqa_group):
+    layer = layer_of(kv_format, heads=kv_heads, key_dim=24)
+    fleet, slots = ragged_fleet(layer, (1, 63, 333), gqa_group=gqa_group)
+    check_step(fleet, dict.fromkeys(slots, 1))
+    check_step(fleet, dict.fromkeys(slots, 4))
+
+
+# -- options ------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "window of 1": {"sliding_window": 1},
+    "window of 100": {"sliding_window": 100},
+    "window beyond the context": {"sliding_window": 5000},
+    "chunk of 64": {"attention_chunk": 64},
+    "chunk of 96": {"attention_chunk": 96},
+    "softcap": {"softcap": 0.5},
+    "scale": {"scale": 0.7},
+    "scale of zero": {"scale": 0.0},
+    "window, softcap and scale": {"sliding_window": 200, "softcap": 5.0, "scale": 1.0},
+    "chunk and softcap": {"attention_chunk": 128, "softcap": 2.0},
+}
+SINKS = torch.tensor([-1.0, 0.5, 3.0, 20.0])
+SINK_OPTIONS = {
+    "sink logits": {"sink_logits": SINKS},
+    "no sink in effect": {"sink_logits": torch.full((4,), -torch.inf)},
+    "sink logits, window": {"sink_logits": SINKS, "sliding_window": 50},
+    "sink logits, softcap, chunk": {"sink_logits": SINKS, "softcap": 3.0, "attention_chunk": 100},
+}
+
+
+@pytest.mark.parametrize("options", (OPTIONS | SINK_OPTIONS).values(), ids=OPTIONS | SINK_OPTIONS)
+@BASE_FORMATS
+def test_every_option_matches_the_oracle(kv_format, options):
+    fleet, slots = ragged_fleet(layer_of(kv_format), (0, 63, 450), new_tokens=200)
+    check_step(fleet, dict.fromkeys(slots, 150), **options)
+    check_step(fleet, dict.fromkeys(slots, 1), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [OPTIONS["softcap"], SINK_OPTIONS["sink logits, window"]])
+def test_options_in_half_precision_match_the_oracle(options, dtype):
+    fleet, slots = ragged_fleet(layer_of(INT4), (63, 450), dtype=dtype)
+    check_step(fleet, dict.fromkeys(slots, 30), limit=tolerance(dtype), **options)
+    check_step(fleet, dict.fromkeys(slots, 1), limit=tolerance(dtype), **options)
+
+
+@pytest.mark.parametrize("num_new", [1, 20])
+def test_scores_of_thousands_do_not_overflow(num_new):
+    fleet, slots = ragged_fleet(layer_of(INT8), (63, 450))
+    check_step(fleet, dict.fromkeys(slots, num_new), scale=500.0)
+
+
+# -- the oracle can tell ------------------------------------------------------------------------
+
+
+def error_of_step(fleet: Fleet, slot: int, real: dict, assumed: dict, num_new: int = 1) -> float:
+    """Error of a step with options `real` against an oracle with options `assumed`."""
+    expected = expected_outputs(fleet, {slot: num_new}, **assumed)[slot]
+    return relative_error(fleet.step({slot: num_new}, **real)[slot][0], expected)
+
+
+@pytest.mark.parametrize("num_new", [1, 7])
+@pytest.mark.parametrize(
+    ("real", "assumed"),
+    [
+        pytest.param({"sliding_window": 16}, {"sliding_window": 17}, id="window one too long"),
+        pytest.param({"sliding_window": 16}, {"sliding_window": 15}, id="window one too short"),
+        pytest.param({"sliding_window": 200}, {}, id="window dropped"),
+        pytest.param({"attention_chunk": 128}, {}, id="chunk dropped"),
+        pytest.param({"softcap": 1.0}, {}, id="softcap dropped"),
+        pytest.param({"sink_logits": SINKS}, {}, id="sink logits dropped"),
+        pytest.param({"scale": 0.4}, {}, id="scale dropped"),
+    ],
+)
+@BASE_FORMATS
+def test_another_option_gives_a_clearly_different_output(kv_format, real, assumed, num_new):
+    fleet, slots = ragged_fleet(layer_of(kv_format), (450,))
+    assert error_of_step(fleet, slots[0], real, assumed, num_new) > CLEARLY_DIFFERENT
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "table"),
+    [
+        (NATIVE, "open_table"),
+        (INT8, "open_table"),
+        (INT8, "sealed_table"),
+        (INT4, "sealed_table"),
+        (INT2, "open_table"),
+        (INT2, "sealed_table"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_sharing_a_block_by_mistake_gives_a_clearly_different_output(kv_format, table):
+    fleet, slots = ragged_fleet(layer_of(kv_format), (450, 460))
+    counts = dict.fromkeys(slots, 1)
+    expected = expected_outputs(fleet, counts)
+    plan = fleet.plan(counts)
+    getattr(plan, table)[1, 1] = getattr(plan, table)[0, 1]
+    outputs = fleet.run(plan)
+    first, second = slots
+    assert relative_error(outputs[first][0], expected[first]) <= FLOAT32_TOLERANCE
+    assert relative_error(outputs[second][0], expected[second]) > CLEARLY_DIFFERENT
+
+
+@BASE_FORMATS
+def test_a_block_that_was_freed_too_early_gives_a_clearly_different_output(kv_format):
+    fleet, slots = ragged_fleet(layer_of(kv_format), (450,))
+    expected = expected_outputs(fleet, {slots[0]: 1})
+    fleet.poison_blocks(fleet.manager.block_ids(slots[0])[1:2])
+    output = fleet.step({slots[0]: 1})[slots[0]][0]
+    assert relative_error(output, expected[slots[0]]) > CLEARLY_DIFFERENT
+
+
+# -- calling it ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("key", (4, 2, 32)),
+        ("key", (3, 1, 32)),
+        ("key", (3, 2, 16)),
+        ("key", (3, 64)),
+        ("value", (2, 2, 16)),
+        ("value", (3, 4, 16)),
+        ("value", (3, 2, 32)),
+        ("query", (4, 4, 32)),
+        ("query", (3, 3, 32)),
+        ("query", (3, 4, 16)),
+        ("query", (3, 128)),
+        ("query", (1, 3, 4, 32)),
+    ],
+)
+def test_bad_shape_is_refused_by_name_and_shape_before_anything_is_stored(name, shape):
+    layer = layer_of(INT8, key_dim=32, value_dim=16)
+    fleet = Fleet([layer])
+    slot = fleet.add(make_stream([layer], 3, 0, torch.float32))
+    step = fleet.cache.begin(fleet.plan({slot: 3}))
+    tensors = {
+        "query": torch.zeros(3, 4, 32),
+        "key": torch.zeros(3, 2, 32),
+        "value": torch.zeros(3, 2, 16),
+    }
+    tensors[name] = torch.zeros(shape)
+    before = fleet.cache.arenas[0].clone()
+    with pytest.raises(
+        ValueError, match=rf"^{name} must have shape .*, got \({shape[0]}, "
+    ) as info:
+        paged_attention(**tensors, cache=fleet.cache, layer=0, step=step)
+    assert str(shape) in str(info.value)
+    assert torch.equal(fleet.cache.arenas[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_output_has_the_dtype_of_the_query_and_the_size_of_the_values(dtype):
+    layer = layer_of(INT8, key_dim=32, value_dim=48)
+    fleet = Fleet([layer], dtype=torch.bfloat16)
+    slot = fleet.add(make_stream([layer], 10, 0, dtype, gqa_group=3))
+    output = fleet.step({slot: 10})[slot][0]
+    assert output.dtype == dtype
+    assert output.shape == (10, 6, 48)
