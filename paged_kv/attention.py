@@ -32,6 +32,7 @@ def paged_attention(
     key_dim ** -0.5; for the masks see `kernels.attention.attend`. Call it once for each layer.
     """
     check_shapes(query, key, value, cache.layers[layer], len(step.indices.positions))
+    check_masks(query.shape[1], sliding_window, attention_chunk, sink_logits)
     output = attend(
         query,
         key,
@@ -61,6 +62,7 @@ def check_shapes(
     fits = (
         query.ndim == 3
         and query.shape[0] == num_tokens
+        and query.shape[1] > 0
         and query.shape[1] % layer.num_kv_heads == 0
         and query.shape[2] == layer.key_dim
     )
@@ -68,4 +70,20 @@ def check_shapes(
         raise ConfigError(
             f"query must have shape ({num_tokens}, a multiple of {layer.num_kv_heads}, "
             f"{layer.key_dim}), got {tuple(query.shape)}"
+        )
+
+
+def check_masks(
+    num_query_heads: int,
+    sliding_window: int | None,
+    attention_chunk: int | None,
+    sink_logits: Tensor | None,
+) -> None:
+    """Raise `ConfigError` for masks that leave a token without itself, or sinks without a head."""
+    for name, size in (("sliding_window", sliding_window), ("attention_chunk", attention_chunk)):
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} must be at least 1, got {size}")
+    if sink_logits is not None and sink_logits.shape != (num_query_heads,):
+        raise ConfigError(
+            f"sink_logits must have shape ({num_query_heads},), got {tuple(sink_logits.shape)}"
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paged_kv.attention import paged_attention
 from paged_kv.cache import LayerSpec
+from paged_kv.errors import ConfigError
 from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat
 from tests.helpers import FORMATS_BY_LABEL, QUANTIZED_LABELS, Fleet, make_stream
 
@@ -416,6 +417,33 @@ def test_bad_shape_is_refused_by_name_and_shape_before_anything_is_stored(name, 
     ) as info:
         paged_attention(**tensors, cache=fleet.cache, layer=0, step=step)
     assert str(shape) in str(info.value)
+    assert torch.equal(fleet.cache.arenas[0], before)
+
+
+@pytest.mark.parametrize(
+    ("masks", "named"),
+    [
+        ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+        ({"attention_chunk": -3}, "attention_chunk must be at least 1, got -3"),
+        ({"sink_logits": torch.zeros(3)}, r"sink_logits must have shape \(4,\), got \(3,\)"),
+    ],
+)
+def test_bad_mask_is_refused_before_anything_is_stored(masks, named):
+    layer = layer_of(INT8, key_dim=32, value_dim=16)
+    fleet = Fleet([layer])
+    slot = fleet.add(make_stream([layer], 3, 0, torch.float32))
+    step = fleet.cache.begin(fleet.plan({slot: 3}))
+    before = fleet.cache.arenas[0].clone()
+    with pytest.raises(ConfigError, match=named):
+        paged_attention(
+            torch.zeros(3, 4, 32),
+            torch.zeros(3, 2, 32),
+            torch.zeros(3, 2, 16),
+            fleet.cache,
+            0,
+            step,
+            **masks,
+        )
     assert torch.equal(fleet.cache.arenas[0], before)
 
 
