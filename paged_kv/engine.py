@@ -94,8 +94,7 @@ class Engine:
         `sample_index` tells the independent samples of one prompt and seed apart.
         """
         request = self.check_request(request_id, prompt_token_ids, params, priority=priority)
-        self.scheduler.add(request)
-        self._live[request_id] = LiveRequest(
+        live = LiveRequest(
             request=request,
             params=params,
             seed=secrets.randbits(64) if params.seed is None else params.seed,
@@ -104,6 +103,8 @@ class Engine:
             | (frozenset() if params.ignore_eos else self.end_token_ids),
             detokenizer=Detokenizer(self.tokenizer, prompt_token_ids, params.stop_strings),
         )
+        self.scheduler.add(request)
+        self._live[request_id] = live
 
     def check_request(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from .model import PagedModel
 from .progress import Progress
 from .sampling import SamplingParams
 from .scheduler.scheduler import Scheduler
-from .text import ChatMessages, Prompt, encode_prompt
+from .text import ChatMessages, Prompt, encode_prompt, is_token_id
 
 DEFAULT_KV_MEMORY = 1 << 30
 
@@ -110,6 +110,10 @@ class LLM:
             model = load_model(model, dtype)
         elif dtype is not None and model.dtype != dtype:
             raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
+        if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
+            raise ConfigError(
+                f"{type(tokenizer).__name__} cannot decode token by token; a fast tokenizer can"
+            )
         if device is not None:
             cast(torch.nn.Module, model).to(device)
         model.train(False)
@@ -296,11 +300,11 @@ class LLM:
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list: text, token ids and chat messages are each one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        return [cast(Prompt, prompts)]
     if not prompts:
-        raise InvalidRequestError("the prompt is empty" if prompts == "" else "no prompts given")
-    if isinstance(prompts[0], (int, dict)):
+        raise InvalidRequestError("no prompts given")
+    if is_token_id(prompts[0]) or isinstance(prompts[0], Mapping):
         return [cast("Sequence[int] | ChatMessages", prompts)]
     return list(cast("Sequence[Prompt]", prompts))
 

@@ -24,7 +24,7 @@ def parse_memory(amount: int | str) -> int:
     if isinstance(amount, int):
         number, unit = float(amount), ""
     else:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", amount)
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(amount))
         if match is None or match[2].upper() not in UNITS:
             raise ConfigError(
                 f"memory must be bytes or a number with B, KB, MB, GB, KiB, MiB or GiB, "

@@ -41,8 +41,10 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Tensor) -> 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-    temperature = column([p.temperature for p in params])
-    ordered, token_ids = (logits.double() / temperature).sort(dim=-1, descending=True, stable=True)
+    logits = logits.double()
+    # Less the maximum, so that no temperature, however small, overflows.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / column([p.temperature for p in params])
+    ordered, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
     vocab_size = logits.shape[-1]
     top_k = column([p.top_k or vocab_size for p in params])
     ordered[torch.arange(vocab_size, device=logits.device) >= top_k] = -torch.inf
@@ -51,7 +53,6 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Tensor) -> 
     top_p = column([p.top_p for p in params])
     min_p = column([p.min_p for p in params])
     excluded = (likelier >= top_p) | (probabilities < min_p * probabilities[:, :1])
-    excluded[:, 0] = False
     cumulative = probabilities.masked_fill(excluded, 0.0).cumsum(-1)
     threshold = uniforms[:, None] * cumulative[:, -1:]
     chosen = (cumulative > threshold).to(torch.uint8).argmax(-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +45,9 @@ class SamplingParams:
     logits_processors: Sequence[LogitsProcessor] = ()
 
     def __post_init__(self) -> None:
-        require("temperature", self.temperature, self.temperature >= 0, "at least 0")
+        require(
+            "temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0, finite"
+        )
         require("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "None or at least 1")
         require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from numbers import Integral
+from typing import Any, Final, TypeAlias, cast
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InvalidRequestError
@@ -13,23 +13,26 @@ from .errors import InvalidRequestError
 ChatMessages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Sequence[int] | ChatMessages
 # What the decoder needs to see of the prompt to know whether the first word needs a space.
-PROMPT_CONTEXT_TOKENS = 8
+PROMPT_CONTEXT_TOKENS: Final = 8
+# More tokens than a character has bytes: what is still broken then stays broken.
+MAX_INCOMPLETE_TOKENS: Final = 8
+REPLACEMENT: Final = "\ufffd"
 
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """Token ids of a prompt: text, token ids as they are, or chat messages by their template."""
-    if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-        return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
+        raise wrong_type(prompt)
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty")
+    if not isinstance(prompt, str) and all(map(is_token_id, prompt)):
+        return [int(cast(int, token_id)) for token_id in prompt]
+    if not isinstance(prompt, str) and not all(isinstance(item, Mapping) for item in prompt):
+        raise wrong_type(prompt)
     if tokenizer is None:
         raise InvalidRequestError("without a tokenizer a prompt must be token ids")
     if isinstance(prompt, str):
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty")
         return list(tokenizer.encode(prompt))
-    if not all(isinstance(item, Mapping) for item in prompt):
-        raise InvalidRequestError(
-            f"a prompt must be text, token ids or chat messages, got {prompt!r}"
-        )
     if tokenizer.chat_template is None:
         raise InvalidRequestError("chat messages need a tokenizer with a chat template")
     rendered = tokenizer.apply_chat_template(
@@ -38,8 +41,21 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> 
     return list(tokenizer.encode(rendered, add_special_tokens=False))
 
 
+def is_token_id(item: object) -> bool:
+    return isinstance(item, Integral) and not isinstance(item, bool)
+
+
+def wrong_type(prompt: object) -> InvalidRequestError:
+    return InvalidRequestError(f"a prompt must be text, token ids or chat messages, got {prompt!r}")
+
+
 class Detokenizer:
-    """Turns one sequence's new tokens into text as they come, and finds stop strings in it."""
+    """Turns one sequence's new tokens into text as they come, and finds stop strings in it.
+
+    What a token adds is the text of the newest tokens with it, less their text without it: what
+    comes before a token decides whether its word needs a space, and several tokens may share a
+    character. (`tokenizers.DecodeStream` raises on byte tokens that are not UTF-8.)
+    """
 
     def __init__(
         self,
@@ -48,9 +64,8 @@ class Detokenizer:
         stop_strings: Sequence[str],
     ) -> None:
         self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
-        self._stream = DecodeStream(
-            ids=list(prompt_token_ids[-PROMPT_CONTEXT_TOKENS:]), skip_special_tokens=True
-        )
+        self._context = list(prompt_token_ids[-PROMPT_CONTEXT_TOKENS:])
+        self._context_text = self._decode(self._context)
         self._undecoded: list[int] = []  # tokens of a character that is not complete
         self._stop_strings = stop_strings
         self._held_back = max((len(stop) - 1 for stop in stop_strings), default=0)
@@ -62,25 +77,43 @@ class Detokenizer:
         if self._backend is None:
             return False
         self._undecoded.append(token_id)
-        piece = self._stream.step(self._backend, token_id)
-        if piece is None:
+        decoded = self._decode(self._context + self._undecoded)
+        is_incomplete = decoded.endswith(REPLACEMENT) or len(decoded) <= len(self._context_text)
+        if is_incomplete and len(self._undecoded) < MAX_INCOMPLETE_TOKENS:
             return False
-        self._undecoded.clear()
-        searched_from = max(len(self.text) - self._held_back, 0)
-        self.text += piece
-        if not may_stop:
-            return False
-        found = [self.text.find(stop, searched_from) for stop in self._stop_strings]
+        length_before = len(self.text)
+        self._take(decoded)
+        return may_stop and self._cut_at_stop_string(length_before)
+
+    def _cut_at_stop_string(self, length_before: int) -> bool:
+        """End the text before the first stop string that reaches into its new part."""
+        found = [
+            self.text.find(stop, max(length_before - len(stop) + 1, 0))
+            for stop in self._stop_strings
+        ]
         positions = [position for position in found if position >= 0]
         if positions:
             self.text = self.text[: min(positions)]
         return bool(positions)
 
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        if self._backend is None:
+            return ""
+        return str(self._backend.decode(token_ids, skip_special_tokens=True))
+
+    def _take(self, decoded: str) -> None:
+        """Move the undecoded tokens, whose text with the context is `decoded`, to the context."""
+        if decoded.startswith(self._context_text) or self._context_text.endswith(REPLACEMENT):
+            self.text += decoded[len(self._context_text) :]
+        else:
+            self.text += self._decode(self._undecoded)
+        self._context, self._undecoded = self._undecoded, []
+        self._context_text = self._decode(self._context)
+
     def finish(self) -> None:
         """No token follows: an incomplete character becomes a replacement character."""
-        if self._undecoded and self._backend is not None:
-            self.text += self._backend.decode(self._undecoded, skip_special_tokens=True)
-            self._undecoded.clear()
+        if self._undecoded:
+            self._take(self._decode(self._context + self._undecoded))
 
     def take_new_text(self, is_final: bool) -> str:
         """Text not yet taken, less what may turn out to be the start of a stop string."""

@@ -175,12 +175,10 @@ class Scheduler:
             request = self.waiting.peek()
             chunk = min(len(request.token_ids), budget)
             needed_later = geometry.blocks_held(len(request.token_ids))
-            if self._running:
-                if geometry.blocks_held(chunk) > free_now or needed_later > free_later:
-                    break
-            else:  # alone in the pool: a smaller chunk always fits
-                while geometry.blocks_held(chunk) > free_now:
-                    chunk //= 2
+            fits = geometry.blocks_held(chunk) <= free_now and needed_later <= free_later
+            if self._running and not fits:
+                break
+            assert fits, "alone in the pool a request fits; requests are checked on arrival"
             self.waiting.pop()
             admitted_slots.append(self._start(request))
             admitted_new.append(chunk)

@@ -26,9 +26,14 @@ class WaitingQueue:
 
     def peek(self) -> Request:
         """The request of the best rank; the queue must not be empty."""
-        while self._heap[0][2] not in self._requests:
+        while not self._is_current(self._heap[0]):
             heapq.heappop(self._heap)
         return self._requests[self._heap[0][2]]
+
+    def _is_current(self, entry: tuple[int, int, str]) -> bool:
+        """False for a request that was removed, and for an earlier request of the same id."""
+        request = self._requests.get(entry[2])
+        return request is not None and request.rank == entry[:2]
 
     def pop(self) -> Request:
         request = self.peek()
