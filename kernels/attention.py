@@ -29,7 +29,9 @@ class ContextGroup:
     query_positions: Tensor  # [N, L]
     open_ids: Tensor  # [N, C] head and tail blocks
     sealed_ids: Tensor  # [N, B]
-    key_positions: Tensor  # [N, K] of open, sealed and new tokens; NOWHERE where there is none
+    key_positions: Tensor  # [N, K] of open, sealed and new tokens; NOWHERE for padding
+    padding_rows: Tensor  # [P] where `key_positions` is NOWHERE
+    padding_columns: Tensor  # [P]
 
 
 def plan_groups(step: StepIndices) -> list[ContextGroup]:
@@ -73,19 +75,23 @@ def gather_group(step: StepIndices, rows: Tensor) -> ContextGroup:
     sealed_ids = step.sealed_table[rows][:, : int(num_sealed.max())]
     entries = torch.arange(sealed_ids.shape[1] * step.block_size, device=step.device)
     sealed_positions = step.num_head_tokens + entries.expand(len(rows), -1)
+    key_positions = torch.cat(
+        [
+            open_positions.masked_fill(open_positions >= context_lens, NOWHERE),
+            sealed_positions.masked_fill(entries >= body_tokens, NOWHERE),
+            query_positions,
+        ],
+        dim=1,
+    )
+    padding_rows, padding_columns = (key_positions == NOWHERE).nonzero(as_tuple=True)
     return ContextGroup(
         token_ids=token_ids,
         query_positions=query_positions,
         open_ids=open_ids,
         sealed_ids=sealed_ids,
-        key_positions=torch.cat(
-            [
-                open_positions.masked_fill(open_positions >= context_lens, NOWHERE),
-                sealed_positions.masked_fill(entries >= body_tokens, NOWHERE),
-                query_positions,
-            ],
-            dim=1,
-        ),
+        key_positions=key_positions,
+        padding_rows=padding_rows,
+        padding_columns=padding_columns,
     )
 
 
@@ -166,17 +172,27 @@ def gather_context(
                 sealed.value_codes[ids], sealed.value_scale[ids], value_zero, bits, dtype
             )
         )
-    is_padding = (group.key_positions == NOWHERE)[:, None, :, None]
-    return (
-        join_tokens(keys, key[group.token_ids], dtype).masked_fill_(is_padding, 0.0),
-        join_tokens(values, value[group.token_ids], dtype).masked_fill_(is_padding, 0.0),
-    )
+    return join_tokens(keys, key, group, dtype), join_tokens(values, value, group, dtype)
 
 
-def join_tokens(blocks: list[Tensor], new_tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks [N, blocks, H, tokens, D] and new tokens [N, L, H, D] as one [N, H, K, D]."""
-    parts = [part.to(dtype).transpose(1, 2).flatten(2, 3) for part in blocks]
-    return torch.cat([*parts, new_tokens.to(dtype).transpose(1, 2)], dim=2)
+def join_tokens(
+    blocks: list[Tensor], new_tokens: Tensor, group: ContextGroup, dtype: torch.dtype
+) -> Tensor:
+    """Blocks [N, blocks, H, tokens, D] and the step's new tokens [T, H, D] as one [N, H, K, D]."""
+    num_heads, dim = new_tokens.shape[1:]
+    num_rows, num_keys = group.key_positions.shape
+    joined = torch.empty(num_rows, num_heads, num_keys, dim, dtype=dtype, device=new_tokens.device)
+    start = 0
+    for part in blocks:
+        size = part.shape[1] * part.shape[3]
+        target = joined[:, :, start : start + size]
+        target.view(num_rows, num_heads, part.shape[1], part.shape[3], dim).copy_(
+            part.transpose(1, 2)
+        )
+        start += size
+    joined[:, :, start:] = new_tokens[group.token_ids].transpose(1, 2)
+    joined[group.padding_rows, :, group.padding_columns] = 0.0
+    return joined
 
 
 def dense_attention(

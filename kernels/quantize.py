@@ -83,7 +83,7 @@ def unpack_planes(packed: Tensor, bits: int) -> Tensor:
 
 def dequantize_symmetric(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`(codes - 128) * scale`: codes uint8 [..., D], scale fp16 [...]."""
-    return (codes.to(dtype) - INT8_OFFSET) * scale.to(dtype)[..., None]
+    return codes.to(dtype).sub_(INT8_OFFSET).mul_(scale.to(dtype)[..., None])
 
 
 def dequantize_keys(
@@ -97,8 +97,8 @@ def dequantize_keys(
     if zero is None:
         return dequantize_symmetric(packed, scale, dtype)
     codes = split_dim(unpack_planes(packed, bits).to(dtype), scale.shape[-2])
-    keys = codes * scale.to(dtype)[..., None, :] + zero.to(dtype)[..., None, :]
-    return keys.flatten(-3, -2)
+    codes.mul_(scale.to(dtype)[..., None, :]).add_(zero.to(dtype)[..., None, :])
+    return codes.flatten(-3, -2)
 
 
 def dequantize_values(
@@ -108,4 +108,4 @@ def dequantize_values(
     if zero is None:
         return dequantize_symmetric(packed, scale, dtype)
     codes = unpack_planes(packed, bits).to(dtype)
-    return codes * scale.to(dtype)[..., None] + zero.to(dtype)[..., None]
+    return codes.mul_(scale.to(dtype)[..., None]).add_(zero.to(dtype)[..., None])
