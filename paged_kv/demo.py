@@ -5,6 +5,7 @@ Needs nothing but the package: the model is package data.
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,10 +44,11 @@ OPENINGS: Final = (
     "Nobody in the house could have told why {} was silent that evening;",
 )
 NUM_SHOWN: Final = 3
+NUM_CHARACTERS_SHOWN: Final = 400
 TOKENS_PER_TEACHER_STEP: Final = 4
 CAPTION: Final = (
     "peak KV: most memory of blocks in use, heads and tails in full precision included. "
-    "bytes/token: a sealed token over all layers. ratio: native / this format. KL and top-1 "
+    "B/token: bytes of a sealed token over all layers. ratio: native / this format. KL and top-1 "
     "agreement: next-token distributions against native, teacher-forced."
 )
 
@@ -114,7 +116,8 @@ def run_demo(max_tokens: int, console: Console) -> None:
     qualities = dict(zip(FORMATS, compare_on(runs["native"].outputs), strict=True))
     console.print(results_table(runs, qualities))
     for output in runs["int2"].outputs[:: len(params) // NUM_SHOWN][:NUM_SHOWN]:
-        console.print(Panel(f"[bold]{output.prompt}[/]{escape(output.text)}", title="int2"))
+        text = textwrap.shorten(output.text, NUM_CHARACTERS_SHOWN, placeholder=" ...")
+        console.print(Panel(f"[bold]{output.prompt}[/] {escape(text)}", title="int2"))
 
 
 def results_table(runs: dict[str, FormatRun], qualities: dict[str, Quality]) -> Table:
@@ -122,16 +125,8 @@ def results_table(runs: dict[str, FormatRun], qualities: dict[str, Quality]) -> 
     native = runs["native"]
     table = Table(title="32 requests at once on quantized paged blocks", caption=CAPTION)
     table.add_column("KV format")
-    for heading in (
-        "tokens/s",
-        "peak KV",
-        "ratio",
-        "bytes/token",
-        "ratio",
-        "KL, mnat",
-        "top-1",
-    ):
-        table.add_column(heading, justify="right")
+    for heading in ("tokens/s", "peak KV", "ratio", "B/token", "ratio", "KL mnat", "top-1"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, run in runs.items():
         quality = qualities[name]
         table.add_row(

@@ -106,8 +106,9 @@ class LLM:
             )
         memory_bytes = None if kv_memory is None else parse_memory(kv_memory)
         if not isinstance(model, PreTrainedModel):
-            tokenizer = tokenizer or load_tokenizer(model)
-            model = load_model(model, dtype)
+            name = model
+            model = load_model(name, dtype)
+            tokenizer = tokenizer or load_tokenizer(name)
         elif dtype is not None and model.dtype != dtype:
             raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
         if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
