@@ -115,7 +115,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_demo_command)
-    parser.add_argument("--max-tokens", type=int, default=512, help="tokens of each request (512)")
+    parser.add_argument("--max-tokens", type=int, default=384, help="tokens of each request (384)")
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
