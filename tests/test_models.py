@@ -472,17 +472,17 @@ def test_model_is_given_back_when_a_setting_is_refused() -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_llms_share_a_model(first: int) -> None:
-    model, prompts = zoo.model("llama"), zoo.prompts()
+    model, prompts, expected = zoo.model("llama"), zoo.prompts(), zoo.expected_tokens("llama")
     llms = [open_llm(model), open_llm(model, token_budget=40)]
-    assert [greedy(llm, prompts) for llm in llms] == [zoo.expected_tokens("llama")] * 2
+    assert [greedy(llm, prompts) for llm in llms] == [expected] * 2
     llms[first].close()
     llms[first].close()  # a second close gives nothing more back
     with pytest.raises(PagedKVError, match=r"close\(\)"):
         model(TOKEN_IDS)
-    assert greedy(llms[1 - first], prompts) == zoo.expected_tokens("llama")
+    assert greedy(llms[1 - first], prompts) == expected
     llms[1 - first].close()
     assert model.config._attn_implementation == "eager"
-    assert zoo.generate_alone(model, prompts[:2]) == zoo.expected_tokens("llama")[:2]
+    assert zoo.generate_alone(model, prompts[:2]) == expected[:2]
 
 
 def test_a_refused_second_llm_leaves_the_first_working() -> None:
