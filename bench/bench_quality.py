@@ -30,7 +30,6 @@ CASES: dict[str, KVFormat] = {
     "int2": INT2,
     "int2, group 32": INT2.with_options(key_group_size=32),
     "int2, group 64": INT2.with_options(key_group_size=64),
-    "int2, group 128": INT2.with_options(key_group_size=128),
     "int2, no clip": INT2.with_options(key_clip=1.0, value_clip=1.0),
     "int2, no head": INT2.with_options(num_sink_tokens=0),
     "int2, no tail": INT2.with_options(min_tail_tokens=0),

@@ -16,6 +16,16 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "numba", "xformers")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def commit() -> str:
+    """The commit that is checked out, marked when files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+COMMIT = commit()  # of the code that runs, even if it is committed on meanwhile
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One figure beside its baseline; `ratio` above 1 means that the value is the better one."""
@@ -39,7 +49,7 @@ def write_report(benchmark: str, rows: list[Row], json_file: Path | None) -> Non
     """Print the rows with where they were measured, and write them as JSON if asked to."""
     report = {
         "benchmark": benchmark,
-        "commit": commit(),
+        "commit": COMMIT,
         "device": device(),
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
@@ -50,13 +60,6 @@ def write_report(benchmark: str, rows: list[Row], json_file: Path | None) -> Non
         print(f"  {row.case:44} {row.metric:28} {row.value:12.4f} {row.unit}{ratio}")
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def commit() -> str:
-    """The commit that is checked out, marked when files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 def device() -> str:

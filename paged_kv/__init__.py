@@ -9,7 +9,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .errors import MissingDependencyError, PagedKVError
+from .errors import (
+    ConfigError,
+    GenerationError,
+    InvalidRequestError,
+    InvalidStepError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    NonFiniteLogitsError,
+    OutOfBlocksError,
+    PagedKVError,
+    PromptTooLongError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from .attention import paged_attention as paged_attention
@@ -63,7 +75,20 @@ _HOME = {
 }
 _EXTRA_PACKAGES = ("transformers", "tokenizers", "safetensors", "rich")
 
-__all__ = ["PagedKVError", *_HOME]
+__all__ = [
+    "ConfigError",
+    "GenerationError",
+    "InvalidRequestError",
+    "InvalidStepError",
+    "MissingDependencyError",
+    "ModelNotFoundError",
+    "NonFiniteLogitsError",
+    "OutOfBlocksError",
+    "PagedKVError",
+    "PromptTooLongError",
+    "UnsupportedModelError",
+    *_HOME,
+]
 
 
 def __getattr__(name: str) -> object:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .blocks import BlockAllocator, BlockGeometry, BlockIds, IntArray
 from .errors import ConfigError, InvalidStepError, OutOfBlocksError
@@ -48,6 +48,14 @@ def ragged_arange(counts: IntArray) -> tuple[IntArray, IntArray]:
     rows = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     return rows, np.arange(len(rows)) - starts[rows]
+
+
+def integer_array(name: str, values: ArrayLike) -> IntArray:
+    """A copy of an array of integers; anything else is refused by name."""
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise InvalidStepError(f"{name} must be integers, got {values!r}")
+    return array.astype(np.int64)
 
 
 class BlockManager:
@@ -108,7 +116,7 @@ class BlockManager:
     def remove_sequence(self, slot: int) -> None:
         """Free every block of a sequence and its slot."""
         self._require_no_step()
-        if not self._is_active[slot]:
+        if not 0 <= slot < self.max_num_seqs or not self._is_active[slot]:
             raise InvalidStepError(f"slot {slot} holds no sequence")
         self.allocator.free(self.block_ids(slot))
         self.num_computed_tokens[slot] = 0
@@ -165,6 +173,8 @@ class BlockManager:
         `InvalidStepError` where they are not, or while a step is neither committed nor rolled back.
         """
         self._require_no_step()
+        slots = integer_array("slots", slots)
+        num_new_tokens = integer_array("num_new_tokens", num_new_tokens)
         self._check_step(slots, num_new_tokens)
         before = self.num_computed_tokens[slots]
         sealed_before = self.num_sealed[slots]

@@ -32,6 +32,10 @@ class LayerSpec:
     key_dim: int
     value_dim: int
 
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1:
+            raise ConfigError(f"num_kv_heads must be at least 1, got {self.num_kv_heads}")
+
     def record_layout(self, dtype: torch.dtype) -> RecordLayout:
         return RecordLayout(
             kv_format=self.kv_format,
@@ -97,6 +101,15 @@ class PagedKVCache:
             arena = torch.zeros(shape, dtype=torch.uint8, device=self.device)
             self.arenas.append(arena)
             self.records.append(layer_records(arena, layout, dtype, self.geometry.open_block_size))
+
+    def new_manager(self, *, max_num_seqs: int, max_model_len: int) -> BlockManager:
+        """A block manager that hands out this cache's blocks."""
+        return BlockManager(
+            self.geometry,
+            num_blocks=self.num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
 
     def begin(self, plan: StepPlan) -> Step:
         """Bring a plan's index arrays to the device, once a step."""

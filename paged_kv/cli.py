@@ -131,6 +131,9 @@ def run_generate(arguments: argparse.Namespace) -> int:
     params = sampling_params(arguments)
     if arguments.prompts and arguments.input:
         raise InvalidRequestError("give prompts as arguments or --input, not both")
+    if arguments.chat and arguments.input:
+        raise InvalidRequestError('with --input a chat is a line with "messages", not --chat')
+    check_writable(arguments.output)
     if arguments.input:
         with open_input(arguments.input) as source:
             lines = list(read_lines(source))
@@ -156,9 +159,20 @@ def open_input(name: str) -> TextIO:
     if name == "-":
         return sys.stdin
     try:
-        return Path(name).open(encoding="utf-8")
+        return Path(name).open(encoding="utf-8", errors="replace")
     except OSError as error:
         raise InvalidRequestError(f"cannot read {name!r}: {error.strerror}") from error
+
+
+def check_writable(output: Path | None) -> None:
+    """Find out before the work, not after it."""
+    if output is None:
+        return
+    try:
+        with output.open("a"):
+            pass
+    except OSError as error:
+        raise InvalidRequestError(f"cannot write {str(output)!r}: {error.strerror}") from error
 
 
 def plain_records(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -180,7 +194,7 @@ def read_lines(source: Iterable[str]) -> Iterator[Line]:
             continue
         try:
             record = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             yield Line(number, {}, f"line {number} is not JSON: {error}")
             continue
         if not isinstance(record, dict):

@@ -1,6 +1,6 @@
 """The step: schedule -> metadata -> model -> sample -> update. Knows requests of token ids.
 
-One direction, one host-to-device copy of index arrays, one device-to-host copy of sampled tokens.
+One direction: nothing that a step decides later reaches back into what it decided before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .errors import (
 from .model import PagedModel
 from .sampler import find_unusable_rows, process_logits, sample, uniform_number
 from .sampling import SamplingParams
-from .scheduler.request import Request
+from .scheduler.request import Request, RequestStatus
 from .scheduler.scheduler import ScheduledStep, Scheduler
 from .text import Detokenizer
 
@@ -158,18 +158,22 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if scheduled is None:
             return []
+        live = [self._live[request.request_id] for request in scheduled.sampled_requests]
         try:
             logits = self._run_model(scheduled)
-            live = [self._live[r.request_id] for r in scheduled.sampled_requests]
-            failed, token_ids = self._sample(logits, live)
+            errors = self._prepare_logits(logits, live)
+            token_ids = sample(logits, [entry.params for entry in live], self._uniforms(live))
         except BaseException:
             self.scheduler.cancel(scheduled)
             raise
         at_limit = set(self.scheduler.update(scheduled, token_ids))
         self.num_steps += 1
         return [
-            self._fail(entry) if has_failed else self._advance(entry, entry.request in at_limit)
-            for entry, has_failed in zip(live, failed, strict=True)
+            self._advance(entry, entry.request in at_limit)
+            if error is None
+            else self._fail(entry, error)
+            for entry, error in zip(live, errors, strict=True)
+            if entry.request.status is RequestStatus.RUNNING  # not aborted meanwhile
         ]
 
     def _run_model(self, scheduled: ScheduledStep) -> Tensor:
@@ -181,23 +185,43 @@ class Engine:
         step = self.cache.begin(scheduled.plan)
         return self.model.forward(token_ids, positions, logit_rows, self.cache, step).float()
 
-    def _sample(
-        self, logits: Tensor, live: list[LiveRequest]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Which rows cannot be sampled from, and token ids [M]."""
-        failed = find_unusable_rows(logits)
-        uniforms = np.zeros(len(live))
+    def _prepare_logits(self, logits: Tensor, live: list[LiveRequest]) -> list[PagedKVError | None]:
+        """Apply each request's own rules to its row of logits [M, V], in place.
+
+        Returns the error of each row from which nothing can be sampled; such rows become zeros.
+        """
+        errors: list[PagedKVError | None] = [
+            NonFiniteLogitsError("the model's logits are not finite") if unusable else None
+            for unusable in find_unusable_rows(logits)
+        ]
         for row, entry in enumerate(live):
-            num_output = entry.request.num_output_tokens
-            if entry.params.logits_processors and not failed[row]:
-                logits[row] = process_logits(logits[row], entry.request.token_ids, entry.params)
-            if num_output < entry.params.min_tokens and entry.end_token_ids:
+            params, token_ids = entry.params, entry.request.token_ids
+            if errors[row] is None and params.logits_processors:
+                try:
+                    logits[row] = process_logits(logits[row], token_ids, params)
+                except Exception as error:  # the caller's code: it ends this request alone
+                    errors[row] = InvalidRequestError(f"a logits processor failed: {error!r}")
+            if entry.request.num_output_tokens < params.min_tokens and entry.end_token_ids:
                 logits[row, list(entry.end_token_ids)] = -torch.inf
-            if not entry.params.is_greedy:
-                uniforms[row] = uniform_number(entry.seed, entry.sample_index, num_output)
-        failed |= find_unusable_rows(logits)
-        logits[torch.from_numpy(failed).to(logits.device)] = 0.0
-        return failed, sample(logits, [entry.params for entry in live], uniforms)
+        for row in np.flatnonzero(find_unusable_rows(logits)):
+            errors[row] = errors[row] or NonFiniteLogitsError(
+                "logits processors and min_tokens leave no token to sample"
+            )
+        for row, row_error in enumerate(errors):
+            if row_error is not None:
+                logits[row] = 0.0
+        return errors
+
+    def _uniforms(self, live: list[LiveRequest]) -> NDArray[np.float64]:
+        """The number that decides each row's token; 0 where it is greedy."""
+        return np.array(
+            [
+                0.0
+                if entry.params.is_greedy
+                else uniform_number(entry.seed, entry.sample_index, entry.request.num_output_tokens)
+                for entry in live
+            ]
+        )
 
     def _advance(self, entry: LiveRequest, is_at_limit: bool) -> SequenceUpdate:
         """Account for one sampled token: text, and whether it ends the request."""
@@ -217,19 +241,19 @@ class Engine:
             finish_reason=finish_reason,
         )
 
-    def _fail(self, entry: LiveRequest) -> SequenceUpdate:
-        """End one request whose logits are unusable; its last token was never chosen."""
-        num_output = entry.request.num_output_tokens - 1
+    def _fail(self, entry: LiveRequest, error: PagedKVError) -> SequenceUpdate:
+        """End one request from whose logits nothing can be sampled; its last token is no choice."""
+        request, num_output = entry.request, entry.request.num_output_tokens - 1
         entry.detokenizer.finish()
         self._finish(entry)
         return SequenceUpdate(
-            request_id=entry.request.request_id,
+            request_id=request.request_id,
             token_id=None,
             new_text=entry.detokenizer.take_new_text(is_final=True),
             finish_reason="error",
-            error=NonFiniteLogitsError(
-                f"request {entry.request.request_id!r}: the model's logits are not finite after "
-                f"{entry.request.num_prompt_tokens} prompt and {num_output} output tokens"
+            error=type(error)(
+                f"request {request.request_id!r}, after {request.num_prompt_tokens} prompt and "
+                f"{num_output} output tokens: {error}"
             ),
         )
 

@@ -10,7 +10,7 @@ Sources: KIVI (Liu et al. 2024, arXiv:2402.02750) for keys per channel and value
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from .blocks import BlockGeometry
@@ -84,6 +84,9 @@ class KVFormat:
 
     def with_options(self, **changes: int | float) -> KVFormat:
         """The same format with some fields changed: `INT2.with_options(key_clip=1.0)`."""
+        unknown = set(changes) - {field.name for field in fields(self)}
+        if unknown:
+            raise ConfigError(f"a KVFormat has no {', '.join(sorted(unknown))}")
         return replace(self, **changes)  # type: ignore[arg-type]
 
 

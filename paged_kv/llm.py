@@ -23,13 +23,13 @@ from .errors import (
     PagedKVError,
 )
 from .formats import KVFormat, resolve_format
-from .loading import end_token_ids, load_model, load_tokenizer, model_length
+from .loading import end_token_ids, load_model, load_tokenizer, model_length, move_model
 from .memory import parse_memory
 from .model import PagedModel
 from .progress import Progress
-from .sampling import SamplingParams
+from .sampling import SamplingParams, is_integer
 from .scheduler.scheduler import Scheduler
-from .text import ChatMessages, Prompt, encode_prompt, is_token_id
+from .text import ChatMessages, Prompt, encode_prompt
 
 DEFAULT_KV_MEMORY = 1 << 30
 
@@ -115,9 +115,6 @@ class LLM:
             raise ConfigError(
                 f"{type(tokenizer).__name__} cannot decode token by token; a fast tokenizer can"
             )
-        if device is not None:
-            cast(torch.nn.Module, model).to(device)
-        model.train(False)
         self._model = PagedModel(model)
         try:
             model_len = model_length(model, max_model_len)
@@ -135,6 +132,8 @@ class LLM:
                 max_model_len=model_len,
             )
             scheduler = Scheduler(manager, token_budget=token_budget)
+            if device is not None:
+                move_model(model, device)
             cache = PagedKVCache(
                 layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device
             )
@@ -235,10 +234,10 @@ class LLM:
         token_ids = self._check_all(batch, per_prompt, priorities)
         return self._run(token_ids, per_prompt, priorities)
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+    def check(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[int]:
         """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot."""
         token_ids = encode_prompt(prompt, self.tokenizer)
-        self.engine.check_request("", token_ids, params)
+        self.engine.check_request("", token_ids, params, priority=priority)
         return token_ids
 
     def _check_all(
@@ -249,7 +248,11 @@ class LLM:
     ) -> list[list[int]]:
         if priorities is not None and len(priorities) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts, but {len(priorities)} priorities")
-        return [self.check(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        ranks = priorities if priorities is not None else [0] * len(prompts)
+        return [
+            self.check(prompt, p, priority)
+            for prompt, p, priority in zip(prompts, params, ranks, strict=True)
+        ]
 
     def _run(
         self,
@@ -305,7 +308,7 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [cast(Prompt, prompts)]
     if not prompts:
         raise InvalidRequestError("no prompts given")
-    if is_token_id(prompts[0]) or isinstance(prompts[0], Mapping):
+    if is_integer(prompts[0]) or isinstance(prompts[0], Mapping):
         return [cast("Sequence[int] | ChatMessages", prompts)]
     return list(cast("Sequence[Prompt]", prompts))
 
@@ -318,6 +321,8 @@ def as_params(
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
+    if isinstance(params, Mapping) or not all(isinstance(p, SamplingParams) for p in params):
+        raise ConfigError(f"params must be SamplingParams, got {params!r}")
     if len(params) != count:
         raise ConfigError(f"{count} prompts, but {len(params)} sampling parameters")
     return list(params)

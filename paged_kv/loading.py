@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +22,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
     check_model_path(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelNotFoundError(f"no causal language model at {str(name)!r}: {error}") from error
     return cast(PreTrainedModel, model)
 
@@ -40,6 +41,14 @@ def check_model_path(name: str | Path) -> None:
     looks_local = isinstance(name, Path) or path.is_absolute() or str(name)[0:1] in (".", "~")
     if (looks_local or len(path.parts) > 2) and not path.is_dir():
         raise ModelNotFoundError(f"no model folder at {str(name)!r}")
+
+
+def move_model(model: PreTrainedModel, device: torch.device | str) -> None:
+    """Move a model; `ConfigError` where there is no such device."""
+    try:
+        cast(torch.nn.Module, model).to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"cannot move the model to device {device!r}: {error}") from error
 
 
 def model_length(model: PreTrainedModel, max_model_len: int | None) -> int:

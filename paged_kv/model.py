@@ -152,7 +152,8 @@ AttentionInterface.register(IMPLEMENTATION, paged_attention_forward)
 class PagedModel:
     """A causal language model attached to paged attention.
 
-    Attaching switches the model's attention implementation; `close()` switches it back. Raises
+    Attaching switches the model's attention implementation and takes it out of training mode;
+    `close()` switches both back. Raises
     `UnsupportedModelError`, and leaves the model as it was, where paged attention would not
     compute what the model means.
     """
@@ -162,7 +163,9 @@ class PagedModel:
         self.model = model
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         attach(model)
-        self._is_attached = True
+        # Detaches once: by close(), or when nothing refers to this object any more.
+        self._detach = weakref.finalize(self, detach, model)
+        self._detach.atexit = False
         try:
             self.layer_shapes, self.vocab_size = self._probe()
         except BaseException:
@@ -179,9 +182,7 @@ class PagedModel:
 
     def close(self) -> None:
         """Give the model its own attention implementation back."""
-        if self._is_attached:
-            self._is_attached = False
-            detach(self.model)
+        self._detach()
 
     def layers(self, kv_format: KVFormat) -> list[LayerSpec]:
         """What the cache of this model must hold, in the order of its layers."""
@@ -200,7 +201,7 @@ class PagedModel:
         step: Step,
     ) -> Tensor:
         """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`."""
-        if not self._is_attached:
+        if not self._detach.alive:
             raise PagedKVError("this LLM is closed")
         cache_layer = {layer_idx: place for place, layer_idx in enumerate(self.layer_shapes)}
         with running(ActiveStep(cache, step, cache_layer)):
@@ -297,26 +298,37 @@ def rope_types(config: object) -> set[str]:
     return found
 
 
-# Models in use: how many PagedModels are attached, and the implementation to go back to.
-_attached: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, str]] = weakref.WeakKeyDictionary()
+@dataclass
+class Attachment:
+    """How many PagedModels use a model, and what to go back to after the last one."""
+
+    count: int
+    implementation: str
+    was_training: bool
+
+
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
 
 
 def attach(model: PreTrainedModel) -> None:
     """Switch a model to paged attention; counts, so that several LLMs may share a model."""
-    count, original = _attached.get(model, (0, model.config._attn_implementation))
-    if count == 0:
+    if model not in _attached:
+        before = Attachment(0, model.config._attn_implementation, model.training)
         model.set_attn_implementation(IMPLEMENTATION)
         if model.config._attn_implementation != IMPLEMENTATION:
             raise UnsupportedModelError(
                 f"{type(model).__name__} never calls transformers' attention interface"
             )
-    _attached[model] = (count + 1, original)
+        model.train(False)
+        _attached[model] = before
+    _attached[model].count += 1
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo one `attach`."""
-    count, original = _attached.pop(model)
-    if count > 1:
-        _attached[model] = (count - 1, original)
-    else:
-        model.set_attn_implementation(original)
+    attachment = _attached[model]
+    attachment.count -= 1
+    if attachment.count == 0:
+        del _attached[model]
+        model.set_attn_implementation(attachment.implementation)
+        model.train(attachment.was_training)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, cast
 
 from .errors import ConfigError
 
@@ -25,7 +26,8 @@ class SamplingParams:
     logits, whatever else is in the batch. `max_tokens` None means as many as the model's length
     allows. `n` continuations are sampled independently. Generation ends with the model's
     end-of-sequence token unless `ignore_eos`, with any of `stop_token_ids`, and before any of the
-    `stop` strings; none of the three ends it before `min_tokens`.
+    `stop` strings; none of the three ends it before `min_tokens`. Special tokens have no text: stop
+    at them with `stop_token_ids`.
 
     `logits_processors` are called as transformers calls its own, with ids [1, num_tokens] and
     logits [1, vocab_size], so any `transformers.LogitsProcessor` serves.
@@ -45,6 +47,22 @@ class SamplingParams:
     logits_processors: Sequence[LogitsProcessor] = ()
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            require(name, value, isinstance(value, Real), "a number")
+        for name in ("top_k", "seed", "max_tokens"):
+            value = getattr(self, name)
+            require(name, value, value is None or is_integer(value), "None or an integer")
+        for name in ("min_tokens", "n"):
+            require(name, getattr(self, name), is_integer(getattr(self, name)), "an integer")
+        is_text = isinstance(self.stop, str) or is_list_of(self.stop, lambda s: isinstance(s, str))
+        require("stop", self.stop, is_text, "a string or a list of strings")
+        require(
+            "stop_token_ids",
+            self.stop_token_ids,
+            is_list_of(self.stop_token_ids, is_integer),
+            "a list of token ids",
+        )
         require(
             "temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0, finite"
         )
@@ -69,6 +87,15 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_list_of(values: object, is_valid: Callable[[object], bool]) -> bool:
+    is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    return is_list and all(map(is_valid, cast(Sequence[object], values)))
 
 
 def require(name: str, value: object, is_valid: bool, expected: str) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any, Final, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InvalidRequestError
+from .sampling import is_integer
 
 ChatMessages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Sequence[int] | ChatMessages
@@ -25,7 +25,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> 
         raise wrong_type(prompt)
     if not prompt:
         raise InvalidRequestError("the prompt is empty")
-    if not isinstance(prompt, str) and all(map(is_token_id, prompt)):
+    if not isinstance(prompt, str) and all(map(is_integer, prompt)):
         return [int(cast(int, token_id)) for token_id in prompt]
     if not isinstance(prompt, str) and not all(isinstance(item, Mapping) for item in prompt):
         raise wrong_type(prompt)
@@ -35,14 +35,13 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> 
         return list(tokenizer.encode(prompt))
     if tokenizer.chat_template is None:
         raise InvalidRequestError("chat messages need a tokenizer with a chat template")
-    rendered = tokenizer.apply_chat_template(
-        cast("list[dict[str, str]]", list(prompt)), add_generation_prompt=True, tokenize=False
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            cast("list[dict[str, str]]", list(prompt)), add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template is a program of the model's: it may raise anything
+        raise InvalidRequestError(f"the chat template refuses the messages: {error}") from error
     return list(tokenizer.encode(rendered, add_special_tokens=False))
-
-
-def is_token_id(item: object) -> bool:
-    return isinstance(item, Integral) and not isinstance(item, bool)
 
 
 def wrong_type(prompt: object) -> InvalidRequestError:

@@ -31,6 +31,7 @@ class Request:
     num_prompt_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.token_ids = list(self.token_ids)  # it grows: never the caller's own list
         self.num_prompt_tokens = len(self.token_ids)
 
     @property

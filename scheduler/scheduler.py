@@ -7,12 +7,18 @@ each sequence's computed tokens catch up with its tokens, and a step hands out a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
 from paged_kv.block_manager import BlockManager, StepPlan
 from paged_kv.blocks import IntArray
-from paged_kv.errors import ConfigError, InvalidRequestError, PromptTooLongError
+from paged_kv.errors import (
+    ConfigError,
+    InvalidRequestError,
+    InvalidStepError,
+    PromptTooLongError,
+)
 
 from .request import Request, RequestStatus
 from .waiting_queue import WaitingQueue
@@ -45,6 +51,8 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self._requests: dict[str, Request] = {}
         self._running: list[Request] = []  # by rank
+        self._step: ScheduledStep | None = None  # scheduled, neither updated nor cancelled
+        self._ending: list[Request] = []  # finished while a step still computes them
         self._num_arrived = 0
         slots = manager.max_num_seqs
         self._token_ids = np.zeros((slots, manager.max_model_len), dtype=np.int64)
@@ -78,6 +86,8 @@ class Scheduler:
             raise InvalidRequestError(f"request id {request.request_id!r} is already in use")
         if not request.token_ids:
             raise InvalidRequestError(f"request {request.request_id!r} has an empty prompt")
+        if not isinstance(request.priority, Integral):
+            raise InvalidRequestError(f"priority must be an integer, got {request.priority!r}")
         if request.max_tokens < 1:
             raise InvalidRequestError(f"max_tokens must be at least 1, got {request.max_tokens}")
         total = request.num_prompt_tokens + request.max_tokens
@@ -102,14 +112,19 @@ class Scheduler:
         return request
 
     def finish(self, request: Request) -> None:
-        """Take a request out and free its blocks."""
+        """Take a request out and free its blocks, those of a step in flight when it ends."""
         del self._requests[request.request_id]
-        if request.status is RequestStatus.RUNNING:
-            self._running.remove(request)
-            self._release(request)
-        else:
+        if request.status is not RequestStatus.RUNNING:
             self.waiting.remove(request.request_id)
+        elif self._step is not None:
+            self._ending.append(request)
+        else:
+            self._stop_running(request)
         request.status = RequestStatus.FINISHED
+
+    def _stop_running(self, request: Request) -> None:
+        self._running.remove(request)
+        self._release(request)
 
     def _release(self, request: Request) -> None:
         assert request.slot is not None
@@ -126,6 +141,8 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Plan the next step and reserve its blocks; None when no request is left."""
+        if self._step is not None:
+            raise InvalidStepError("update or cancel the step before")
         slots, num_new, preempted = self._schedule_running()
         if not preempted:
             slots, num_new = self._admit(slots, num_new)
@@ -137,13 +154,14 @@ class Scheduler:
         ends_now = plan.context_lens + num_new == self._num_tokens[slots]
         by_slot = {request.slot: request for request in self._running}
         rows = np.repeat(np.arange(len(slots)), num_new)
-        return ScheduledStep(
+        self._step = ScheduledStep(
             plan=plan,
             token_ids=self._token_ids[slots[rows], plan.positions],
             sampled_requests=[by_slot[slot] for slot in slots[ends_now].tolist()],
             sampled_token_index=plan.query_start_loc[1:][ends_now] - 1,
             preempted=preempted,
         )
+        return self._step
 
     def _schedule_running(self) -> tuple[IntArray, IntArray, list[Request]]:
         """Slots and new tokens of the running sequences, after preempting what does not fit."""
@@ -217,27 +235,53 @@ class Scheduler:
         Returns the requests that have reached their `max_tokens`; the caller finishes them, and
         any other it wants to stop.
         """
-        self.manager.commit(step.plan)
         requests = step.sampled_requests
+        if np.shape(sampled_token_ids) != (len(requests),):
+            raise InvalidStepError(
+                f"{len(requests)} sequences sample a token, got tokens of shape "
+                f"{np.shape(sampled_token_ids)}"
+            )
+        sampled_token_ids = np.asarray(sampled_token_ids, dtype=np.int64)
+        self._require_step(step)
+        self.manager.commit(step.plan)
         slots = np.array([request.slot for request in requests], dtype=np.int64)
         self._token_ids[slots, self._num_tokens[slots]] = sampled_token_ids
         self._num_tokens[slots] += 1
         for request, token_id in zip(requests, sampled_token_ids.tolist(), strict=True):
             request.token_ids.append(token_id)
-        return [r for r in requests if r.num_output_tokens >= r.max_tokens]
+        self._end_step()
+        return [
+            request
+            for request in requests
+            if request.status is RequestStatus.RUNNING
+            and request.num_output_tokens >= request.max_tokens
+        ]
 
     def cancel(self, step: ScheduledStep) -> None:
-        """The step failed: as if it had not been scheduled."""
+        """The step failed: its tokens count as not computed. Admissions and preemptions stay."""
+        self._require_step(step)
         self.manager.rollback(step.plan)
+        self._end_step()
+
+    def _require_step(self, step: ScheduledStep) -> None:
+        if step is not self._step:
+            raise InvalidStepError("this step is not the one that was scheduled last")
+
+    def _end_step(self) -> None:
+        self._step = None
+        for request in self._ending:
+            self._stop_running(request)
+        self._ending.clear()
 
     def check_integrity(self) -> None:
         """Assert every invariant; for tests and debugging."""
         self.manager.check_integrity()
         slots = sorted(request.slot for request in self._running if request.slot is not None)
         assert slots == self.manager.active_slots.tolist()
-        assert len(self._running) + len(self.waiting) == len(self._requests)
+        num_known = len(self._requests) + len(self._ending)
+        assert len(self._running) + len(self.waiting) == num_known
         ranks = [request.rank for request in self._running]
         assert ranks == sorted(ranks)
         for request in self._running:
-            assert request.status is RequestStatus.RUNNING
+            assert (request.status is RequestStatus.RUNNING) != (request in self._ending)
             assert self._num_tokens[request.slot] == len(request.token_ids)

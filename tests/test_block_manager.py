@@ -747,6 +747,44 @@ def test_step_that_makes_no_sense_is_refused(slot, num_new):
         manager.reserve(ids(slot), ids(num_new))
 
 
+@pytest.mark.parametrize("counts", [np.array([17.0]), ["x"], [None], [True]])
+def test_counts_that_are_no_integers_are_refused_and_take_nothing(counts):
+    manager = manager_of(HAND)
+    slot = manager.add_sequence()
+    with pytest.raises(InvalidStepError, match="num_new_tokens must be integers"):
+        manager.reserve([slot], counts)
+    assert manager.num_free_blocks == manager.num_blocks
+
+
+def test_plain_lists_serve_and_an_empty_step_is_empty():
+    manager = manager_of(HAND)
+    slot = manager.add_sequence()
+    manager.commit(manager.reserve([], []))
+    plan = manager.reserve([slot], [3])
+    assert plan.positions.tolist() == [0, 1, 2]
+    manager.commit(plan)
+    manager.check_integrity()
+
+
+def test_a_plan_does_not_see_what_the_caller_does_to_its_arrays():
+    manager = manager_of(HAND)
+    slots = ids(manager.add_sequence(), manager.add_sequence())
+    plan = manager.reserve(slots[:1], ids(5))
+    slots[0] = 1
+    manager.rollback(plan)
+    manager.check_integrity()
+
+
+@pytest.mark.parametrize("slot", [-1, 99])
+def test_removing_what_is_no_slot_is_refused(slot):
+    manager = manager_of(HAND)
+    for _ in range(manager.max_num_seqs):
+        manager.add_sequence()
+    with pytest.raises(InvalidStepError, match=f"slot {slot} holds no sequence"):
+        manager.remove_sequence(slot)
+    manager.check_integrity()
+
+
 def test_step_of_one_sequence_twice_is_refused():
     manager = manager_of(HAND)
     slot = manager.add_sequence()

@@ -75,6 +75,10 @@ def test_jsonl_serves_good_lines_and_reports_bad_ones_in_order(
         {"id": "g", "messages": [{"role": "user", "content": "hello"}]},
         {"id": "h", "prompt": [10**9]},
         {"id": "i", "prompt": "x", "max_tokens": "many"},
+        {"id": "k", "prompt": "x", "n": 1.5},
+        {"id": "l", "prompt": "x", "stop_token_ids": ["a"]},
+        {"id": "m", "prompt": "x", "stop": ["a", 5]},
+        '{"id": "o", "prompt": [' + "9" * 5000 + "]}",
         {"id": "j", "prompt": "The doctor", "n": 2, "temperature": 1.0},
     )
     target = tmp_path / "out.jsonl"
@@ -82,20 +86,23 @@ def test_jsonl_serves_good_lines_and_reports_bad_ones_in_order(
     results = [json.loads(line) for line in target.read_text().splitlines()]
     assert code == 1
     assert out == ""
-    assert [r.get("id") for r in results] == ["a", None, *"bcdefghij"]
+    assert [r.get("id") for r in results] == ["a", None, *"bcdefghiklm", None, "j"]
     served = [r.get("id") for r in results if "error" not in r]
     assert served == ["a", "c", "j"]
     assert results[0]["num_tokens"] == 3
     assert len(results[-1]["completions"]) == 2
     errors = {r.get("id"): r["error"] for r in results if "error" in r}
     assert "not JSON" in errors[None]
+    assert "1.5" in errors["k"]
+    assert "'a'" in errors["l"]
+    assert "5" in errors["m"]
     assert "empty" in errors["b"]
     assert "-1" in errors["d"]
     assert "colour" in errors["e"]
     assert "messages" in errors["f"]
     assert "chat template" in errors["g"]
     assert str(10**9) in errors["h"]
-    assert err.count("paged-kv: request") == len(errors)
+    assert err.count("paged-kv: request") == len(results) - len(served)
 
 
 def test_jsonl_equals_one_prompt_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -117,6 +124,9 @@ def test_jsonl_equals_one_prompt_alone(capsys: pytest.CaptureFixture[str], tmp_p
         (["generate", "x", "--num-blocks", "2"], "blocks"),
         (["generate", "--input", "/no/such/file"], "/no/such/file"),
         (["generate", "x", "--input", "y"], "not both"),
+        (["generate", "--chat", "--input", "y"], "messages"),
+        (["generate", "x", "--output", "/no/such/folder/file"], "/no/such/folder/file"),
+        (["generate", "x", "--device", "nonsense"], "nonsense"),
         (["info", "/no/such/model"], "/no/such/model"),
         (["info", "--memory", "0"], "0"),
     ],

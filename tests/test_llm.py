@@ -693,16 +693,71 @@ def test_a_stream_survives_a_step_that_fails_while_another_stream_runs_it(
     assert tokens == expected.token_ids
 
 
-def test_an_error_of_a_logits_processor_frees_every_block(make_llm, prompts, greedy):
+def test_a_failing_logits_processor_ends_its_own_request_alone(make_llm, prompts, greedy):
     def fail(ids: Tensor, scores: Tensor) -> Tensor:
         raise ZeroDivisionError("in a processor")
 
     llm = make_llm()
-    params = [params_of(), params_of(logits_processors=[fail])]
-    with pytest.raises(ZeroDivisionError, match="in a processor"):
-        llm.generate(prompts[:2], params)
+    params = [params_of(), params_of(logits_processors=[fail]), params_of()]
+    with pytest.raises(
+        GenerationError, match=r"1 of 3 .* ZeroDivisionError\('in a processor'\)"
+    ) as e:
+        llm.generate(prompts[:3], params)
+    assert [output.token_ids for output in e.value.outputs] == [greedy[0], [], greedy[2]]
     assert_nothing_is_held(llm)
     assert tokens_of(llm.generate(prompts, params_of())) == greedy
+
+
+def test_rules_that_leave_no_token_are_named_as_the_reason(make_llm, prompts):
+    def only_token_7(ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.where(torch.arange(scores.shape[-1]) == 7, scores, -torch.inf)
+
+    params = params_of(logits_processors=[only_token_7], stop_token_ids=[7], min_tokens=2)
+    with pytest.raises(GenerationError, match="leave no token"):
+        make_llm().generate(prompts[:1], params)
+
+
+def test_priorities_that_are_no_integers_are_refused_and_the_llm_goes_on(make_llm, prompts, greedy):
+    llm = make_llm()
+    with pytest.raises(InvalidRequestError, match="'high'"):
+        llm.generate(prompts[:2], params_of(), priorities=["high", 1])
+    assert tokens_of(llm.generate(prompts, params_of())) == greedy
+
+
+def test_a_stream_dropped_during_another_ones_step_leaks_nothing(make_llm, prompts, greedy):
+    """Garbage collection may close a stream at any moment, in the middle of a step too."""
+    llm = make_llm()
+    dropped = [llm.stream(prompts[1], params_of())]
+    next(dropped[0])
+
+    def drop(ids: Tensor, scores: Tensor) -> Tensor:
+        dropped.clear()
+        return scores
+
+    assert tokens_of(llm.generate(prompts[:1], params_of(logits_processors=[drop]))) == greedy[:1]
+    assert_nothing_is_held(llm)
+
+
+def test_params_that_are_no_sampling_params_are_refused(make_llm, prompts):
+    with pytest.raises(ConfigError, match="max_tokens"):
+        make_llm().generate(prompts[:1], {"max_tokens": 5})
+
+
+def test_training_mode_and_attention_come_back(model, tokenizer):
+    model.train()
+    with pytest.raises(ConfigError, match="99999"):
+        LLM(model, tokenizer=tokenizer, max_model_len=99999)
+    assert model.training
+    llm = LLM(model, tokenizer=tokenizer)
+    assert not model.training
+    del llm  # never closed
+    assert model.training
+    assert model_tokens(model, [1, 2, 3], count=1)
+
+
+def test_a_device_that_is_not_there_is_refused(model, tokenizer):
+    with pytest.raises(ConfigError, match="'nonsense'"):
+        LLM(model, tokenizer=tokenizer, device="nonsense")
 
 
 # -- bad input ----------------------------------------------------------------------------------

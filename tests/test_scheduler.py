@@ -17,7 +17,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from paged_kv.block_manager import BlockManager
 from paged_kv.blocks import BlockGeometry
-from paged_kv.errors import ConfigError, InvalidRequestError, PromptTooLongError
+from paged_kv.errors import (
+    ConfigError,
+    InvalidRequestError,
+    InvalidStepError,
+    PromptTooLongError,
+)
 from paged_kv.scheduler.request import Request, RequestStatus
 from paged_kv.scheduler.scheduler import ScheduledStep, Scheduler
 
@@ -374,6 +379,61 @@ def test_abort_in_any_state_frees_everything(
         assert drain(scheduler) == [other]
         assert other.output_token_ids == [token_of("other", p) for p in range(30, 80)]
     assert_nothing_is_held(scheduler)
+
+
+@every_geometry
+@pytest.mark.parametrize("ending", ["update", "cancel"])
+def test_abort_while_a_step_computes_the_request_frees_it_when_the_step_ends(geometry, ending):
+    scheduler = make_scheduler(geometry)
+    target, other = add(scheduler, "target", 20, 9), add(scheduler, "other", 30, 9)
+    step = scheduler.schedule()
+    assert scheduler.abort("target") is target
+    assert scheduler.abort("target") is None
+    scheduler.check_integrity()
+    if ending == "cancel":
+        scheduler.cancel(step)
+    else:
+        complete(scheduler, step)
+    scheduler.check_integrity()
+    assert target.slot is None
+    assert drain(scheduler) == [other]
+    assert_nothing_is_held(scheduler)
+
+
+def test_steps_out_of_turn_are_refused_and_change_nothing():
+    scheduler = make_scheduler()
+    add(scheduler, "a", 5)
+    step = scheduler.schedule()
+    add(scheduler, "b", 5)
+    with pytest.raises(InvalidStepError, match="update or cancel"):
+        scheduler.schedule()
+    with pytest.raises(InvalidStepError, match=r"1 sequences sample .* \(2,\)"):
+        scheduler.update(step, np.array([1, 2]))
+    scheduler.update(step, [token_of("a", 5)])
+    for end in (scheduler.cancel, lambda old: scheduler.update(old, [1])):
+        with pytest.raises(InvalidStepError, match="scheduled last"):
+            end(step)
+    scheduler.check_integrity()
+    assert len(drain(scheduler)) == 2
+
+
+def test_requests_with_the_same_prompt_list_do_not_share_their_outputs():
+    scheduler, prompt = make_scheduler(), [1, 2, 3]
+    requests = [Request(request_id=name, token_ids=prompt, max_tokens=2) for name in "ab"]
+    for request in requests:
+        scheduler.add(request)
+    drain(scheduler)
+    assert prompt == [1, 2, 3]
+    assert requests[0].output_token_ids != requests[1].output_token_ids
+
+
+@pytest.mark.parametrize("priority", ["high", 1.5, None])
+def test_a_priority_that_is_no_integer_is_refused_and_not_queued(priority):
+    scheduler = make_scheduler()
+    with pytest.raises(InvalidRequestError, match=repr(priority)):
+        add(scheduler, "a", 5, priority=priority)
+    add(scheduler, "b", 5)
+    assert len(drain(scheduler)) == 1
 
 
 def test_abort_of_an_unknown_request_is_none():

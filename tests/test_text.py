@@ -429,3 +429,18 @@ def test_messages_without_a_template_are_refused():
 def test_without_a_tokenizer_only_token_ids_are_prompts(prompt):
     with pytest.raises(InvalidRequestError, match="tokenizer"):
         encode_prompt(prompt, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", [{"role": "user", "content": "x"}]),
+        ("{{ messages[0]['content'].strip() }}", [{"role": "user"}]),
+        ("{{ messages[0]['content'] + 'x' }}", [{"role": "user", "content": None}]),
+    ],
+)
+def test_messages_that_a_template_refuses_are_an_invalid_request(template, messages):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InvalidRequestError, match="the chat template refuses the messages"):
+        encode_prompt(messages, tokenizer)
