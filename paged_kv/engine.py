@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -16,19 +17,25 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .block_manager import BlockManager
-from .cache import PagedKVCache
+from .cache import PagedKVCache, cache_geometry, num_blocks_for
+from .config import EngineConfig
 from .errors import (
     InvalidRequestError,
     NonFiniteLogitsError,
     PagedKVError,
     PromptTooLongError,
 )
+from .formats import resolve_format
+from .loading import end_token_ids, model_length, move_model
+from .memory import parse_memory
 from .model import PagedModel
 from .sampler import find_unusable_rows, process_logits, sample, uniform_number
 from .sampling import SamplingParams
 from .scheduler.request import Request, RequestStatus
 from .scheduler.scheduler import ScheduledStep, Scheduler
 from .text import Detokenizer
+
+DEFAULT_KV_MEMORY: Final = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,3 +267,33 @@ class Engine:
     def _finish(self, entry: LiveRequest) -> None:
         self.scheduler.finish(entry.request)
         del self._live[entry.request.request_id]
+
+
+def build_engine(
+    model: PagedModel,
+    config: EngineConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device | str | None,
+) -> Engine:
+    """Size the pool and put the parts together; the model moves to `device` if one is given.
+
+    Without `kv_memory` or `num_blocks` the pool is what `max_num_seqs` full-length sequences need,
+    at most `DEFAULT_KV_MEMORY`.
+    """
+    dtype = model.dtype
+    max_model_len = model_length(model.model, config.max_model_len)
+    layers = model.layers(resolve_format(config.kv_format))
+    geometry = cache_geometry(layers, dtype)
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    elif config.kv_memory is not None:
+        num_blocks = num_blocks_for(parse_memory(config.kv_memory), layers, dtype)
+    else:
+        wanted = config.max_num_seqs * (geometry.max_blocks(max_model_len) + 1)
+        num_blocks = min(wanted, num_blocks_for(DEFAULT_KV_MEMORY, layers, dtype))
+    if device is not None:
+        move_model(model.model, device)
+    cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=dtype, device=model.device)
+    manager = cache.new_manager(max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    scheduler = Scheduler(manager, token_budget=config.token_budget)
+    return Engine(model, cache, manager, scheduler, tokenizer, end_token_ids(model.model))

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .block_manager import BlockManager
 from .blocks import IntArray
 from .cache import PagedKVCache, cache_geometry
 from .formats import KVFormat
@@ -59,9 +58,7 @@ class TeacherForcing:
         self._cache = PagedKVCache(
             layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device
         )
-        self._manager = BlockManager(
-            geometry, num_blocks=num_blocks, max_num_seqs=num_windows, max_model_len=length
-        )
+        self._manager = self._cache.new_manager(max_num_seqs=num_windows, max_model_len=length)
         self._slots = np.array([self._manager.add_sequence() for _ in windows])
 
     @torch.inference_mode()

@@ -12,25 +12,22 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .block_manager import BlockManager
-from .cache import MemoryStats, PagedKVCache, cache_geometry, num_blocks_for
-from .engine import Engine, SequenceUpdate
+from .cache import MemoryStats
+from .checks import is_integer
+from .config import EngineConfig
+from .engine import SequenceUpdate, build_engine
 from .errors import (
     ConfigError,
     GenerationError,
     InvalidRequestError,
     PagedKVError,
 )
-from .formats import KVFormat, resolve_format
-from .loading import end_token_ids, load_model, load_tokenizer, model_length, move_model
-from .memory import parse_memory
+from .formats import KVFormat
+from .loading import load_model, load_tokenizer
 from .model import PagedModel
 from .progress import Progress
-from .sampling import SamplingParams, is_integer
-from .scheduler.scheduler import Scheduler
+from .sampling import SamplingParams
 from .text import ChatMessages, Prompt, encode_prompt
-
-DEFAULT_KV_MEMORY = 1 << 30
 
 
 @dataclass(kw_only=True)
@@ -98,12 +95,14 @@ class LLM:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        resolved_format = resolve_format(kv_format)
-        if kv_memory is not None and num_blocks is not None:
-            raise ConfigError(
-                f"give kv_memory or num_blocks, not both: got {kv_memory!r} and {num_blocks}"
-            )
-        memory_bytes = None if kv_memory is None else parse_memory(kv_memory)
+        config = EngineConfig(
+            kv_format=kv_format,
+            kv_memory=kv_memory,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            token_budget=token_budget,
+            max_model_len=max_model_len,
+        )
         if not isinstance(model, PreTrainedModel):
             name = model
             model = load_model(name, dtype)
@@ -116,34 +115,11 @@ class LLM:
             )
         self._model = PagedModel(model)
         try:
-            model_len = model_length(model, max_model_len)
-            layers = self._model.layers(resolved_format)
-            geometry = cache_geometry(layers, model.dtype)
-            if memory_bytes is not None:
-                num_blocks = num_blocks_for(memory_bytes, layers, model.dtype)
-            elif num_blocks is None:
-                wanted = max_num_seqs * (geometry.max_blocks(model_len) + 1)
-                num_blocks = min(wanted, num_blocks_for(DEFAULT_KV_MEMORY, layers, model.dtype))
-            manager = BlockManager(
-                geometry,
-                num_blocks=num_blocks,
-                max_num_seqs=max_num_seqs,
-                max_model_len=model_len,
-            )
-            scheduler = Scheduler(manager, token_budget=token_budget)
-            if device is not None:
-                move_model(model, device)
-            cache = PagedKVCache(
-                layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device
-            )
+            self.engine = build_engine(self._model, config, tokenizer, device)
         except BaseException:
             self._model.close()
             raise
-        self.kv_format = resolved_format
         self.tokenizer = tokenizer
-        self.engine = Engine(
-            self._model, cache, manager, scheduler, tokenizer, end_token_ids(model)
-        )
         self._request_numbers = itertools.count()
         self._mailboxes: dict[str, deque[SequenceUpdate]] = {}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, cast
+from numbers import Real
+from typing import TYPE_CHECKING
 
-from .errors import ConfigError
+from .checks import is_integer, is_list_of, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,18 +87,3 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
-
-
-def is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_list_of(values: object, is_valid: Callable[[object], bool]) -> bool:
-    is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
-    return is_list and all(map(is_valid, cast(Sequence[object], values)))
-
-
-def require(name: str, value: object, is_valid: bool, expected: str) -> None:
-    """Raise `ConfigError` naming the setting, its value and what was expected."""
-    if not is_valid:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")

@@ -7,8 +7,8 @@ from typing import Any, Final, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from .checks import is_integer
 from .errors import InvalidRequestError
-from .sampling import is_integer
 
 ChatMessages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Sequence[int] | ChatMessages

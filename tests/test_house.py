@@ -20,9 +20,9 @@ PACKAGE = ROOT / "paged_kv"
 # folder too.
 FLOORS = [
     {"errors", "kernels.records", "kernels.quantize", "kernels.store", "kernels.attention"},
-    {"blocks", "memory", "sampling"},
-    {"formats", "block_manager"},
-    {"scheduler.request", "scheduler.waiting_queue", "scheduler.scheduler", "cache"},
+    {"blocks", "checks", "memory"},
+    {"formats", "block_manager", "sampling"},
+    {"scheduler.request", "scheduler.waiting_queue", "scheduler.scheduler", "cache", "config"},
     {"attention", "loading", "sampler", "text"},
     {"model"},
     {"engine", "evaluate"},

@@ -1,0 +1,36 @@
+"""What an engine is asked for: the KV format, the pool and the limits of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .checks import is_integer, require
+from .errors import ConfigError
+from .formats import KVFormat, resolve_format
+from .memory import parse_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Validated when it is made; `LLM` documents what each field means."""
+
+    kv_format: str | KVFormat = "int8"
+    kv_memory: int | str | None = None
+    num_blocks: int | None = None
+    max_num_seqs: int = 64
+    token_budget: int = 1024
+    max_model_len: int | None = None
+
+    def __post_init__(self) -> None:
+        resolve_format(self.kv_format)
+        if self.kv_memory is not None:
+            parse_memory(self.kv_memory)
+        if self.kv_memory is not None and self.num_blocks is not None:
+            raise ConfigError(
+                "give kv_memory or num_blocks, not both: "
+                f"got {self.kv_memory!r} and {self.num_blocks}"
+            )
+        for name in ("num_blocks", "max_num_seqs", "token_budget", "max_model_len"):
+            value = getattr(self, name)
+            is_valid = value is None or (is_integer(value) and value >= 1)
+            require(name, value, is_valid, "an integer of at least 1")
