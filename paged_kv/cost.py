@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,15 +51,7 @@ def format_costs(
     """The cost of every format for layers of these shapes."""
     costs = []
     for kv_format in FORMATS.values():
-        specs = [
-            LayerSpec(
-                kv_format=kv_format,
-                num_kv_heads=layer.num_kv_heads,
-                key_dim=layer.key_dim,
-                value_dim=layer.value_dim,
-            )
-            for layer in layers
-        ]
+        specs = [replace(layer, kv_format=kv_format) for layer in layers]
         block_size = cache_geometry(specs, dtype).block_size
         costs.append(
             FormatCost(

@@ -201,19 +201,23 @@ class Engine:
             NonFiniteLogitsError("the model's logits are not finite") if unusable else None
             for unusable in find_unusable_rows(logits)
         ]
+        has_changed = False
         for row, entry in enumerate(live):
             params, token_ids = entry.params, entry.request.token_ids
             if errors[row] is None and params.logits_processors:
+                has_changed = True
                 try:
                     logits[row] = process_logits(logits[row], token_ids, params)
                 except Exception as error:  # the caller's code: it ends this request alone
                     errors[row] = InvalidRequestError(f"a logits processor failed: {error!r}")
             if entry.request.num_output_tokens < params.min_tokens and entry.end_token_ids:
+                has_changed = True
                 logits[row, list(entry.end_token_ids)] = -torch.inf
-        for row in np.flatnonzero(find_unusable_rows(logits)):
-            errors[row] = errors[row] or NonFiniteLogitsError(
-                "logits processors and min_tokens leave no token to sample"
-            )
+        if has_changed:  # most steps change nothing and need no second look
+            for row in np.flatnonzero(find_unusable_rows(logits)):
+                errors[row] = errors[row] or NonFiniteLogitsError(
+                    "logits processors and min_tokens leave no token to sample"
+                )
         for row, row_error in enumerate(errors):
             if row_error is not None:
                 logits[row] = 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ class Quality:
     sum_loss: float = 0.0
     sum_divergence: float = 0.0
     num_agreements: int = 0
-    losses: list[float] = field(default_factory=list)  # mean loss of each step, in order
 
     @property
     def perplexity(self) -> float:
@@ -104,7 +103,6 @@ def compare_formats(
             losses = -log_probs.gather(-1, targets)
             result.num_tokens += losses.numel()
             result.sum_loss += float(losses.double().sum())
-            result.losses.append(float(losses.double().mean()))
             result.sum_divergence += float(
                 (reference.exp() * (reference - log_probs)).double().sum()
             )

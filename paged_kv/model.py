@@ -153,9 +153,8 @@ class PagedModel:
     """A causal language model attached to paged attention.
 
     Attaching switches the model's attention implementation and takes it out of training mode;
-    `close()` switches both back. Raises
-    `UnsupportedModelError`, and leaves the model as it was, where paged attention would not
-    compute what the model means.
+    `close()` switches both back. Raises `UnsupportedModelError`, and leaves the model as it was,
+    where paged attention would not compute what the model means.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -168,6 +167,7 @@ class PagedModel:
         self._detach.atexit = False
         try:
             self.layer_shapes, self.vocab_size = self._probe()
+            self._cache_layer = {layer: place for place, layer in enumerate(self.layer_shapes)}
         except BaseException:
             self.close()
             raise
@@ -203,8 +203,7 @@ class PagedModel:
         """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`."""
         if not self._detach.alive:
             raise PagedKVError("this LLM is closed")
-        cache_layer = {layer_idx: place for place, layer_idx in enumerate(self.layer_shapes)}
-        with running(ActiveStep(cache, step, cache_layer)):
+        with running(ActiveStep(cache, step, self._cache_layer)):
             return self._call(token_ids, positions, logit_rows)
 
     def _call(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:

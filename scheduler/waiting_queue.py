@@ -17,9 +17,6 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._requests
-
     def push(self, request: Request) -> None:
         self._requests[request.request_id] = request
         heapq.heappush(self._heap, (*request.rank, request.request_id))
