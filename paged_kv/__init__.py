@@ -26,13 +26,15 @@ from .errors import (
 if TYPE_CHECKING:
     from .attention import paged_attention as paged_attention
     from .block_manager import BlockManager as BlockManager
-    from .block_manager import StepPlan as StepPlan
     from .blocks import BlockGeometry as BlockGeometry
     from .cache import LayerSpec as LayerSpec
     from .cache import MemoryStats as MemoryStats
     from .cache import PagedKVCache as PagedKVCache
     from .cache import cache_geometry as cache_geometry
     from .cache import num_blocks_for as num_blocks_for
+    from .events import BlockRemoved as BlockRemoved
+    from .events import BlockStored as BlockStored
+    from .events import CacheCleared as CacheCleared
     from .formats import FORMATS as FORMATS
     from .formats import INT2 as INT2
     from .formats import INT4 as INT4
@@ -45,8 +47,14 @@ if TYPE_CHECKING:
     from .llm import StreamEvent as StreamEvent
     from .sampling import SamplingParams as SamplingParams
     from .scheduler.request import Request as Request
+    from .scheduler.scheduler import BlockCopy as BlockCopy
+    from .scheduler.scheduler import Fork as Fork
     from .scheduler.scheduler import ScheduledStep as ScheduledStep
     from .scheduler.scheduler import Scheduler as Scheduler
+    from .scheduler.scheduler import SchedulerStatistics as SchedulerStatistics
+    from .step_plan import StepPlan as StepPlan
+    from .swap import SwappedSequence as SwappedSequence
+    from .token_chain import TokenChain as TokenChain
 
 _HOME = {
     "FORMATS": "formats",
@@ -55,9 +63,14 @@ _HOME = {
     "INT8": "formats",
     "LLM": "llm",
     "NATIVE": "formats",
+    "BlockCopy": "scheduler.scheduler",
     "BlockGeometry": "blocks",
     "BlockManager": "block_manager",
+    "BlockRemoved": "events",
+    "BlockStored": "events",
+    "CacheCleared": "events",
     "Completion": "llm",
+    "Fork": "scheduler.scheduler",
     "KVFormat": "formats",
     "LayerSpec": "cache",
     "MemoryStats": "cache",
@@ -67,8 +80,11 @@ _HOME = {
     "SamplingParams": "sampling",
     "ScheduledStep": "scheduler.scheduler",
     "Scheduler": "scheduler.scheduler",
-    "StepPlan": "block_manager",
+    "SchedulerStatistics": "scheduler.scheduler",
+    "StepPlan": "step_plan",
     "StreamEvent": "llm",
+    "SwappedSequence": "swap",
+    "TokenChain": "token_chain",
     "cache_geometry": "cache",
     "num_blocks_for": "cache",
     "paged_attention": "attention",

@@ -1,57 +1,65 @@
-"""Which block holds which token of which sequence. Knows block ids and counts, never tensors.
+"""How sequences take, share and give back blocks. Knows block ids and counts, never tensors.
 
-State is a structure of numpy arrays indexed by sequence *slot*, so that a step over thousands of
-sequences is a few vector operations. `reserve` turns "these sequences compute so many new tokens"
-into a `StepPlan` of deltas; `commit` or `rollback` ends it.
+`reserve` turns "these sequences compute so many new tokens" into a `StepPlan` of deltas; nothing
+but the pool changes until `commit` makes it so or `rollback` undoes it. A decode step over
+thousands of sequences is a few vector operations: `_capacity` holds for each sequence how long it
+can grow before anything about its blocks changes, so one comparison finds those that need work.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from .blocks import BlockAllocator, BlockGeometry, BlockIds, IntArray
+from .block_pool import BlockPool
+from .block_tables import BlockTables
+from .blocks import BlockGeometry, BlockIds, IntArray
 from .errors import ConfigError, InvalidStepError, OutOfBlocksError
+from .events import BlockStored, CacheEvent
+from .growth import (
+    count_blocks,
+    find_complete_links,
+    new_counts,
+    place_blocks,
+    take_effect,
+)
+from .prefix_cache import PrefixCache
+from .step_plan import StepPlan
+from .swap import SwappedSequence
+from .token_chain import ExtraKey, TokenChain, TokenIds, root_hash
+
+NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int32)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """Where one step reads and writes. N sequences, T new tokens in all, S blocks to seal.
+class PrefixMatch(NamedTuple):
+    """What the prefix cache has of a sequence that is not there yet."""
 
-    The tables are as they were before the step: the context that the new tokens attend to. The new
-    tokens themselves attend to each other in full precision, wherever they are stored.
-    """
+    num_tokens: int
+    num_blocks: int
+    num_sealed: int  # of these, in the body
+    num_idle_blocks: int  # of these, blocks that count as free until they are shared
+    is_pending: bool  # a living sequence is about to store the next link
 
-    slots: IntArray  # [N]
-    num_scheduled_tokens: IntArray  # [N] new tokens
-    context_lens: IntArray  # [N] tokens stored before the step
-    query_start_loc: IntArray  # [N + 1] where each sequence's new tokens start among the T
-    positions: IntArray  # [T] position of each new token in its sequence
-    slot_mapping: IntArray  # [T] open token slot (block_id * open_block_size + offset), or -1
-    open_table: BlockIds  # [N, C] head blocks, then tail blocks, before the step
-    sealed_table: BlockIds  # [N, B] body blocks before the step
-    num_sealed: IntArray  # [N] body blocks before the step
-    seal_block_ids: BlockIds  # [S] blocks to write
-    seal_sources: IntArray  # [S, block_size] open token slot, or ~index into the T new tokens
-    new_block_ids: BlockIds  # blocks taken from the pool by this step
-    freed_block_ids: BlockIds  # open blocks that are free once the step is committed
+
+@dataclass(kw_only=True)
+class PrefixStatistics:
+    """Counted since the manager was made: a request's tokens when it starts, hit or not."""
+
+    num_queries: int = 0
+    num_query_tokens: int = 0
+    num_hit_tokens: int = 0
 
     @property
-    def num_tokens(self) -> int:
-        return int(self.query_start_loc[-1])
-
-
-def ragged_arange(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Row and offset of every element of a ragged array: counts [2, 1] -> [0, 0, 1], [0, 1, 0]."""
-    rows = np.repeat(np.arange(len(counts)), counts)
-    starts = np.cumsum(counts) - counts
-    return rows, np.arange(len(rows)) - starts[rows]
+    def hit_rate(self) -> float:
+        return self.num_hit_tokens / max(self.num_query_tokens, 1)
 
 
 def integer_array(name: str, values: ArrayLike) -> IntArray:
-    """A copy of an array of integers; anything else is refused by name."""
+    """An array of integers as int64; anything else is refused by name."""
     array = np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
         raise InvalidStepError(f"{name} must be integers, got {values!r}")
@@ -59,7 +67,13 @@ def integer_array(name: str, values: ArrayLike) -> IntArray:
 
 
 class BlockManager:
-    """Block tables of up to `max_num_seqs` sequences over one pool of `num_blocks` blocks."""
+    """Block tables of up to `max_num_seqs` sequences over one pool of `num_blocks` blocks.
+
+    With `prefix_caching`, blocks of complete links stay findable by their tokens; the manager is
+    then told every token (`add_sequence`, `append_tokens`). `fingerprint` names whatever decides
+    what K/V tokens become: model, format and its parameters; sequences of managers that differ in
+    it share no hash. `record_events` keeps what happens to cached blocks for `take_events`.
+    """
 
     def __init__(
         self,
@@ -68,6 +82,10 @@ class BlockManager:
         num_blocks: int,
         max_num_seqs: int,
         max_model_len: int,
+        prefix_caching: bool = False,
+        fingerprint: bytes = b"",
+        record_events: bool = False,
+        num_host_blocks: int = 0,
     ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
             if value < 1:
@@ -75,284 +93,661 @@ class BlockManager:
         self.geometry = geometry
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        self.allocator = BlockAllocator(num_blocks)
-        self.num_computed_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
-        self.num_sealed: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
-        width = geometry.open_table_width(max_model_len)
-        self._open_table: BlockIds = np.zeros((max_num_seqs, width), dtype=np.int32)
-        width = geometry.sealed_table_width(max_model_len)
-        self._sealed_table: BlockIds = np.zeros((max_num_seqs, width), dtype=np.int32)
-        self._is_active: NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.prefix_cache = (
+            PrefixCache(num_blocks, record_events=record_events) if prefix_caching else None
+        )
+        self.prefix_statistics = PrefixStatistics()
+        self.pool = BlockPool(num_blocks, self.prefix_cache)
+        self.host_pool = BlockPool(num_host_blocks) if num_host_blocks else None
+        self.tables = BlockTables(geometry, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        self.token_ids: TokenIds = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
+        self.num_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # of those, known
+        self._fingerprint = fingerprint
+        self._root = root_hash(fingerprint)
+        self._min_unsealed = geometry.num_head_tokens + geometry.min_tail_tokens
+        self._has_forked = False  # until the first fork no open block has two users
+        self._chains: list[TokenChain | None] = [None] * max_num_seqs
+        self._next_link_end: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_published: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        # Tokens that a sequence can store before its blocks change; -1 in slots without one.
+        self._capacity: IntArray = np.full(max_num_seqs, -1, dtype=np.int64)
+        self._complete_links: IntArray = np.empty((1024, 3), dtype=np.int64)
+        # Tokens that a sequence may have computed: those known, where tokens have to be known.
+        self._length_limits: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        self._limits = self.num_tokens if prefix_caching else self._length_limits
+        self._checked_slots: IntArray | None = None  # a read-only array once found to be distinct
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._outstanding: StepPlan | None = None
 
     @property
+    def num_computed_tokens(self) -> IntArray:
+        """[max_num_seqs] tokens stored in blocks, by slot."""
+        return self.tables.num_computed_tokens
+
+    @property
+    def num_sealed(self) -> IntArray:
+        """[max_num_seqs] body blocks, by slot."""
+        return self.tables.num_sealed
+
+    @property
     def num_free_blocks(self) -> int:
-        return self.allocator.num_free
+        return self.pool.num_free
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that can be hit, whether a sequence uses them or not."""
+        return 0 if self.prefix_cache is None else self.prefix_cache.num_cached
 
     @property
     def num_blocks(self) -> int:
-        return self.allocator.num_blocks
+        return self.pool.num_blocks
 
     @property
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 
+    def num_open_blocks(self, slots: IntArray) -> IntArray:
+        """Open blocks that each sequence holds."""
+        return self.tables.num_open[slots]
+
     @property
     def active_slots(self) -> IntArray:
         """Slots of the living sequences, ascending."""
-        return np.flatnonzero(self._is_active)
+        return np.flatnonzero(self._capacity >= 0)
 
     # -- sequences ------------------------------------------------------------------------------
 
-    def add_sequence(self) -> int:
-        """A slot for a new, empty sequence; raises `OutOfBlocksError` when all are taken."""
+    def chain_tokens(self, token_ids: ArrayLike, extra_keys: Sequence[ExtraKey] = ()) -> TokenChain:
+        """The tokens of a sequence to be, with the hashes of the links that it may share.
+
+        `extra_keys` name whatever else its K/V depend on, such as an adapter, the hash of an image,
+        or a salt that keeps tenants apart: sequences share nothing unless all keys are equal.
+        """
+        tokens = np.asarray(token_ids)
+        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+            raise InvalidStepError(f"token ids must be a flat list of integers, got {token_ids!r}")
+        if len(tokens) > self.max_model_len:
+            raise InvalidStepError(
+                f"a sequence of {len(tokens)} tokens exceeds max_model_len {self.max_model_len}"
+            )
+        root = root_hash(self._fingerprint, extra_keys) if extra_keys else self._root
+        chain = TokenChain(tokens.astype(np.int32), root)
+        if self.prefix_cache is not None:
+            chain.hash_links(self.geometry, self.geometry.num_shareable_links(len(tokens)))
+        return chain
+
+    def find_prefix(self, tokens: TokenChain) -> PrefixMatch:
+        """What `add_sequence(tokens)` would take over from the prefix cache."""
+        cache = self.prefix_cache
+        if cache is None:
+            return PrefixMatch(0, 0, 0, 0, is_pending=False)
+        limit = self.geometry.num_shareable_links(len(tokens.token_ids))
+        tokens.hash_links(self.geometry, limit)
+        block_ids = cache.find(tokens.hashes[:limit])
+        num_links = len(block_ids)
+        return PrefixMatch(
+            num_tokens=self.geometry.link_end(num_links),
+            num_blocks=num_links,
+            num_sealed=max(num_links - self.geometry.num_head_blocks, 0) * self.geometry.seals,
+            num_idle_blocks=int(np.count_nonzero(self.pool.num_users[block_ids] == 0)),
+            is_pending=num_links < limit and tokens.hashes[num_links] in cache.pending,
+        )
+
+    def add_sequence(self, tokens: TokenChain | ArrayLike | None = None) -> int:
+        """A slot for a new sequence; raises `OutOfBlocksError` when all are taken.
+
+        Its first tokens are computed already (`num_computed_tokens`) as far as the prefix cache
+        knows their blocks. Without `tokens` it starts empty.
+        """
+        if not isinstance(tokens, TokenChain):
+            tokens = self.chain_tokens(() if tokens is None else tokens)
+        slot = self._take_slot()
+        length = len(tokens.token_ids)
+        self.token_ids[slot, :length] = tokens.token_ids
+        self.num_tokens[slot] = length
+        if self.prefix_cache is not None:
+            self._share_prefix(slot, tokens, self.prefix_cache)
+        self._capacity[slot] = self.num_computed_tokens[slot]
+        return slot
+
+    def _take_slot(self) -> int:
         if not self._free_slots:
             raise OutOfBlocksError(f"all {self.max_num_seqs} sequence slots are in use")
         slot = self._free_slots.pop()
-        self._is_active[slot] = True
+        self._length_limits[slot] = self.max_model_len
         return slot
 
-    def remove_sequence(self, slot: int) -> None:
-        """Free every block of a sequence and its slot."""
+    def _share_prefix(self, slot: int, tokens: TokenChain, cache: PrefixCache) -> None:
+        """Fill a new slot with the cached blocks of its tokens' first links."""
+        geometry = self.geometry
+        limit = geometry.num_shareable_links(len(tokens.token_ids))
+        tokens.hash_links(geometry, limit)
+        block_ids = cache.find(tokens.hashes[:limit])
+        num_links = len(block_ids)
+        if num_links:
+            self.pool.share(np.array(block_ids, dtype=np.int32))
+            num_head = min(num_links, geometry.num_head_blocks) if geometry.seals else num_links
+            self.tables.open[slot, :num_head] = block_ids[:num_head]
+            self.tables.sealed[slot, : num_links - num_head] = block_ids[num_head:]
+            self.tables.num_open[slot] = num_head
+            self.num_sealed[slot] = num_links - num_head
+            self.num_computed_tokens[slot] = geometry.link_end(num_links)
+        self._num_published[slot] = num_links
+        cache.pending.update(dict.fromkeys(tokens.hashes[num_links:], slot))
+        self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
+        self._next_link_end[slot] = geometry.link_end(len(tokens.hashes) + 1)
+        statistics = self.prefix_statistics
+        statistics.num_queries += 1
+        statistics.num_query_tokens += len(tokens.token_ids)
+        statistics.num_hit_tokens += geometry.link_end(num_links)
+
+    def append_tokens(self, slots: ArrayLike, token_ids: ArrayLike) -> None:
+        """One more token for each of these distinct sequences: `slots` [M], `token_ids` [M]."""
+        slots = integer_array("slots", slots)
+        self._require_living(slots)
+        lengths = self.num_tokens[slots]
+        if np.count_nonzero(lengths >= self.max_model_len):
+            raise InvalidStepError(f"a sequence has max_model_len ({self.max_model_len}) tokens")
+        self.token_ids[slots, lengths] = token_ids
+        lengths += 1
+        self.num_tokens[slots] = lengths
+        if self.prefix_cache is not None:
+            for row in (lengths >= self._next_link_end[slots]).nonzero()[0].tolist():
+                self._hash_links(int(slots[row]), int(lengths[row]))
+
+    def _hash_links(self, slot: int, num_tokens: int) -> None:
+        """Hash the links that a sequence's tokens complete."""
+        chain = self._chains[slot]
+        assert chain is not None
+        num_links = self.geometry.num_links(num_tokens)
+        chain.hash_links(self.geometry, num_links)
+        self._next_link_end[slot] = self.geometry.link_end(num_links + 1)
+
+    def fork(self, slot: int) -> int:
+        """A slot for a copy of a sequence: it shares every block.
+
+        Only the last open block, where it is not full, is copied, when the first of its users
+        writes to it.
+        """
         self._require_no_step()
-        if not 0 <= slot < self.max_num_seqs or not self._is_active[slot]:
-            raise InvalidStepError(f"slot {slot} holds no sequence")
-        self.allocator.free(self.block_ids(slot))
+        self._require_sequence(slot)
+        child = self._take_slot()
+        self._has_forked = True
+        self.pool.share(self.tables.block_ids(slot))
+        self.tables.open[child] = self.tables.open[slot]
+        self.tables.sealed[child] = self.tables.sealed[slot]
+        length = int(self.num_tokens[slot])
+        self.token_ids[child, :length] = self.token_ids[slot, :length]
+        for state in (
+            self.num_computed_tokens,
+            self.tables.num_open,
+            self.num_sealed,
+            self.num_tokens,
+            self._num_published,
+            self._next_link_end,
+        ):
+            state[child] = state[slot]
+        self._capacity[[slot, child]] = self.num_computed_tokens[slot]
+        chain = self._chains[slot]
+        if chain is not None:
+            self._chains[child] = chain.with_tokens(self.token_ids[child])
+        return child
+
+    def remove_sequence(self, slot: int) -> None:
+        """Give every block of a sequence back, and its slot."""
+        self._require_no_step()
+        self._require_sequence(slot)
+        self.pool.release(self.tables.block_ids(slot))
+        self._clear_slot(slot)
+
+    def _clear_slot(self, slot: int) -> None:
+        chain = self._chains[slot]
+        if chain is not None:
+            assert self.prefix_cache is not None
+            self.prefix_cache.forget_pending(chain.hashes[self._num_published[slot] :], slot)
+            self._chains[slot] = None
         self.num_computed_tokens[slot] = 0
+        self.tables.num_open[slot] = 0
         self.num_sealed[slot] = 0
-        self._is_active[slot] = False
+        self.num_tokens[slot] = 0
+        self._num_published[slot] = 0
+        self._capacity[slot] = -1
+        self._length_limits[slot] = 0
         self._free_slots.append(slot)
+
+    def _require_sequence(self, slot: int) -> None:
+        if not 0 <= slot < self.max_num_seqs or self._capacity[slot] < 0:
+            raise InvalidStepError(f"slot {slot} holds no sequence")
+
+    def _require_living(self, slots: IntArray) -> None:
+        is_slot = (slots >= 0) & (slots < self.max_num_seqs)
+        if not is_slot.all() or (self._capacity[slots] < 0).any():
+            raise InvalidStepError(f"slots {slots.tolist()} are not all living sequences")
 
     def head_and_tail_ids(self, slot: int) -> BlockIds:
         """Open blocks of a sequence in order: head, then tail."""
-        return self._open_table[slot, : self.num_open_blocks(np.array([slot]))[0]].copy()
+        return self.tables.head_and_tail_ids(slot)
 
     def body_ids(self, slot: int) -> BlockIds:
         """Sealed blocks of a sequence in order."""
-        return self._sealed_table[slot, : self.num_sealed[slot]].copy()
+        return self.tables.body_ids(slot)
 
     def block_ids(self, slot: int) -> BlockIds:
         """Every block of a sequence, in the order of its tokens: head, body, tail."""
-        num_head = self.geometry.num_head_blocks
-        open_ids = self.head_and_tail_ids(slot)
-        return np.concatenate([open_ids[:num_head], self.body_ids(slot), open_ids[num_head:]])
-
-    def num_open_blocks(self, slots: IntArray) -> IntArray:
-        """Open blocks held: whole open blocks of all tokens, less those that were sealed."""
-        open_end = -(-self.num_computed_tokens[slots] // self.geometry.open_block_size)
-        return open_end - self.num_sealed[slots] * self.geometry.open_blocks_per_block
+        return self.tables.block_ids(slot)
 
     # -- steps ----------------------------------------------------------------------------------
 
     def blocks_needed(self, slots: IntArray, num_new_tokens: IntArray) -> IntArray:
         """New blocks that each sequence would take from the pool to store its new tokens."""
-        before = self.num_computed_tokens[slots]
-        head, tail, sealed = self._new_block_counts(before, self.num_sealed[slots], num_new_tokens)
-        return head + tail + sealed
+        after = self.num_computed_tokens[slots] + num_new_tokens
+        rows = (after > self._capacity[slots]).nonzero()[0]
+        changed = slots[rows]
+        counts = new_counts(len(rows))
+        self._count_blocks(changed, after[rows], after[rows], counts)
+        self._forget_copies(changed, counts)
+        needed = np.zeros(len(slots), dtype=np.int64)
+        needed[rows] = counts[:, 0] + counts[:, 1] + counts[:, 3]
+        return needed
 
-    def _new_block_counts(
-        self, before: IntArray, sealed_before: IntArray, num_new_tokens: IntArray
-    ) -> tuple[IntArray, IntArray, IntArray]:
-        """New head, tail and sealed blocks. Open blocks are counted from the sequence's start."""
-        geometry = self.geometry
-        after = before + num_new_tokens
-        sealed_after = np.maximum(sealed_before, geometry.num_sealed_blocks(after))
-        open_before = -(-before // geometry.open_block_size)
-        open_after = -(-after // geometry.open_block_size)
-        head_end = geometry.num_head_blocks
-        head = np.minimum(open_after, head_end) - np.minimum(open_before, head_end)
-        tail_start = head_end + sealed_after * geometry.open_blocks_per_block
-        tail = np.maximum(open_after - np.maximum(open_before, tail_start), 0)
-        return head, tail, sealed_after - sealed_before
+    def _count_blocks(
+        self, slots: IntArray, after: IntArray, certain: IntArray, counts: IntArray
+    ) -> tuple[int, int, int, int]:
+        tables, geometry = self.tables, self.geometry
+        return count_blocks(
+            slots,
+            after,
+            certain,
+            tables.num_computed_tokens,
+            tables.num_open,
+            tables.num_sealed,
+            tables.open,
+            self.pool.num_users,
+            geometry.block_size,
+            geometry.open_block_size,
+            geometry.num_head_blocks,
+            self._min_unsealed,
+            counts,
+        )
 
-    def reserve(self, slots: IntArray, num_new_tokens: IntArray) -> StepPlan | None:
+    def _forget_copies(self, slots: IntArray, counts: IntArray) -> None:
+        """Undo what `count_blocks` did to the user counts of shared blocks."""
+        np.add.at(self.pool.num_users, self._copy_sources(slots, counts), 1)
+
+    def _copy_sources(self, slots: IntArray, counts: IntArray) -> BlockIds:
+        copied = slots[counts[:, 3] > 0]
+        return self.tables.open[copied, self.tables.num_open[copied] - 1]
+
+    def reserve(
+        self,
+        slots: ArrayLike,
+        num_new_tokens: ArrayLike,
+        num_draft_tokens: ArrayLike | None = None,
+    ) -> StepPlan | None:
         """Take the blocks for one step, all or nothing; None, and nothing changed, when they lack.
 
-        `slots` [N] are distinct living sequences, `num_new_tokens` [N] at least 1 each. Raises
-        `InvalidStepError` where they are not, or while a step is neither committed nor rolled back.
+        `slots` [N] are distinct living sequences, `num_new_tokens` [N] at least 1 each. The last
+        `num_draft_tokens` [N] of these may be dropped when the step is committed; they are fewer
+        than the new tokens, and at most a block. Raises `InvalidStepError` where that does not
+        hold, or while a step is neither committed nor rolled back.
         """
         self._require_no_step()
-        slots = integer_array("slots", slots)
         num_new_tokens = integer_array("num_new_tokens", num_new_tokens)
-        self._check_step(slots, num_new_tokens)
+        slots = self._check_step(slots, num_new_tokens)
         before = self.num_computed_tokens[slots]
-        sealed_before = self.num_sealed[slots]
         after = before + num_new_tokens
-        head, tail, sealed = self._new_block_counts(before, sealed_before, num_new_tokens)
-        num_new_blocks = int((head + tail + sealed).sum())
-        if num_new_blocks > self.num_free_blocks:
-            return None
-        new_ids = self.allocator.allocate(num_new_blocks)
-        sealed_ids, open_ids = np.split(new_ids, [int(sealed.sum())])
-
-        open_width = int(self.num_open_blocks(slots).max(initial=0))
-        open_before = self._open_table[slots, :open_width]
-        sealed_table = self._sealed_table[slots, : int(sealed_before.max(initial=0))]
-        freed_ids = self._shift_out_sealed(slots, sealed)
-        self._append_sealed(slots, sealed_before, sealed, sealed_ids)
-        self._append_open(slots, before, sealed_before + sealed, after, head + tail, open_ids)
-
-        query_start_loc = np.concatenate([[0], np.cumsum(num_new_tokens)])
-        rows, offsets = ragged_arange(num_new_tokens)
-        positions = before[rows] + offsets
-        slot_mapping = self._open_slots(
-            self._open_table, slots[rows], (sealed_before + sealed)[rows], positions
+        certain = after
+        if num_draft_tokens is not None:
+            num_draft_tokens = integer_array("num_draft_tokens", num_draft_tokens)
+            self._check_drafts(num_draft_tokens, num_new_tokens)
+            certain = after - num_draft_tokens
+        rows = (after > self._capacity[slots]).nonzero()[0]
+        changed, certain, after = slots[rows], certain[rows], after[rows]
+        if np.count_nonzero(certain > self._limits[changed]) or num_draft_tokens is not None:
+            self._check_changed(slots, changed, after, certain)
+        counts = new_counts(len(rows))
+        num_sealed, num_open, num_leaving, num_copies = self._count_blocks(
+            changed, after, certain, counts
         )
-        seal_rows, seal_offsets = ragged_arange(sealed)
-        plan = StepPlan(
+        num_new = num_sealed + num_open + num_copies
+        if num_new > self.pool.num_free:
+            self._forget_copies(changed, counts)
+            return None
+        new_ids = self.pool.allocate(num_new)
+        seal_ids, open_ids = new_ids[:num_sealed], new_ids[num_sealed : num_sealed + num_open]
+        freed_ids = np.empty(num_leaving, dtype=np.int32)
+        tables = self.tables
+        place_blocks(
+            changed,
+            counts,
+            seal_ids,
+            open_ids,
+            tables.num_open,
+            tables.num_sealed,
+            tables.open,
+            tables.sealed,
+            self.geometry.num_head_blocks,
+            freed_ids,
+        )
+        self._outstanding = StepPlan(
             slots=slots,
             num_scheduled_tokens=num_new_tokens,
+            num_draft_tokens=num_draft_tokens,
             context_lens=before,
-            query_start_loc=query_start_loc,
-            positions=positions,
-            slot_mapping=slot_mapping,
-            open_table=open_before,
-            sealed_table=sealed_table,
-            num_sealed=sealed_before,
-            seal_block_ids=sealed_ids,
-            seal_sources=self._seal_sources(
-                open_before, sealed_before, before, query_start_loc, seal_rows, seal_offsets
-            ),
+            changed_rows=rows,
+            block_counts=counts,
             new_block_ids=new_ids,
+            seal_block_ids=seal_ids,
+            copy_sources=self._copy_sources(changed, counts) if num_copies else NO_BLOCKS,
+            copy_targets=new_ids[num_sealed + num_open :],
             freed_block_ids=freed_ids,
+            unended_tables=tables,
         )
-        self.num_computed_tokens[slots] = after
-        self.num_sealed[slots] += sealed
-        self._outstanding = plan
-        return plan
+        return self._outstanding
+
+    def commit(self, plan: StepPlan, num_kept_tokens: ArrayLike | None = None) -> None:
+        """The step's writes are done: its tokens are stored, the blocks it replaced are let go.
+
+        `num_kept_tokens` [N] keeps fewer tokens of sequences that had draft tokens.
+        """
+        self._require_step(plan)
+        num_kept = plan.num_scheduled_tokens
+        if num_kept_tokens is not None:
+            num_kept = integer_array("num_kept_tokens", num_kept_tokens)
+            self._check_kept(plan, num_kept)
+        after = plan.context_lens + num_kept
+        rows = plan.changed_rows
+        slots, after_changed = plan.slots[rows], after[rows]
+        tables, geometry = self.tables, self.geometry
+        tables.num_computed_tokens[plan.slots] = after
+        unused_ids = np.empty(len(plan.new_block_ids), dtype=np.int32)
+        num_unused = take_effect(
+            slots,
+            plan.block_counts,
+            after_changed,
+            plan.copy_targets,
+            tables.num_open,
+            tables.num_sealed,
+            tables.open,
+            self._capacity,
+            geometry.block_size,
+            geometry.open_block_size,
+            geometry.num_head_blocks,
+            self._min_unsealed,
+            self.max_model_len,
+            unused_ids,
+        )
+        if num_unused:
+            self.pool.release(unused_ids[:num_unused])
+        if len(plan.freed_block_ids):
+            self.pool.release(plan.freed_block_ids)
+        if self.prefix_cache is not None:
+            self._publish(slots, self.prefix_cache)
+        self._end_step(plan)
+
+    def _publish(self, slots: IntArray, cache: PrefixCache) -> None:
+        """Make the blocks of links that are complete by now findable."""
+        geometry, tables = self.geometry, self.tables
+        found = self._complete_links
+        while True:
+            num_links = find_complete_links(
+                slots,
+                tables.num_computed_tokens,
+                tables.num_sealed,
+                tables.open,
+                tables.sealed,
+                self._num_published,
+                geometry.block_size,
+                geometry.open_block_size,
+                geometry.num_head_blocks,
+                found,
+            )
+            for slot, link, block_id in found[:num_links].tolist():
+                chain = self._chains[slot]
+                assert chain is not None
+                if link >= len(chain.hashes):
+                    chain.hash_links(geometry, link + 1)
+                is_new = cache.store(chain.hashes[link], block_id)
+                if is_new and cache.records_events:
+                    self._record_stored(slot, link, block_id, cache)
+            if num_links < len(found):
+                return
+
+    def _record_stored(self, slot: int, link: int, block_id: int, cache: PrefixCache) -> None:
+        chain = self._chains[slot]
+        assert chain is not None
+        start, end = self.geometry.link_end(link), self.geometry.link_end(link + 1)
+        cache.record(
+            BlockStored(
+                block_hash=chain.hashes[link],
+                parent_hash=chain.hashes[link - 1] if link else chain.root,
+                token_ids=tuple(self.token_ids[slot, start:end].tolist()),
+                block_id=block_id,
+            )
+        )
+
+    def rollback(self, plan: StepPlan) -> None:
+        """The step did not happen: the new blocks go back, nothing else has changed."""
+        self._require_step(plan)
+        self.pool.release(plan.new_block_ids)
+        np.add.at(self.pool.num_users, plan.copy_sources, 1)
+        self._end_step(plan)
+
+    def _end_step(self, plan: StepPlan) -> None:
+        plan.unended_tables = None
+        self._outstanding = None
 
     def _require_no_step(self) -> None:
         if self._outstanding is not None:
             raise InvalidStepError("commit or roll back the step before")
 
-    def _check_step(self, slots: IntArray, num_new_tokens: IntArray) -> None:
-        if slots.shape != num_new_tokens.shape or slots.ndim != 1:
-            raise InvalidStepError(
-                f"slots and num_new_tokens must be one-dimensional and equally long, got shapes "
-                f"{slots.shape} and {num_new_tokens.shape}"
-            )
-        is_slot = (slots >= 0) & (slots < self.max_num_seqs)
-        if not is_slot.all() or not self._is_active[slots].all():
-            raise InvalidStepError(f"slots {slots.tolist()} are not all living sequences")
-        if np.bincount(slots, minlength=1).max() > 1:
-            raise InvalidStepError(f"slots {slots.tolist()} name a sequence twice")
-        if (num_new_tokens < 1).any():
-            raise InvalidStepError(f"every sequence needs new tokens, got {num_new_tokens.min()}")
-        longest = int((self.num_computed_tokens[slots] + num_new_tokens).max(initial=0))
-        if longest > self.max_model_len:
-            raise InvalidStepError(
-                f"a sequence would have {longest} tokens; max_model_len is {self.max_model_len}"
-            )
-
     def _require_step(self, plan: StepPlan) -> None:
         if plan is not self._outstanding:
             raise InvalidStepError("this step is not the one that was reserved last")
 
-    def _shift_out_sealed(self, slots: IntArray, newly_sealed: IntArray) -> BlockIds:
-        """Drop from the tails the open blocks whose tokens are being sealed; returns their ids."""
-        head_end = self.geometry.num_head_blocks
-        freed = [np.empty(0, dtype=np.int32)]
-        for row in np.flatnonzero(newly_sealed):
-            slot = slots[row]
-            held = self.num_open_blocks(slots[row : row + 1])[0]
-            leaving = int(newly_sealed[row]) * self.geometry.open_blocks_per_block
-            tail = self._open_table[slot, head_end : max(held, head_end)].copy()
-            freed.append(tail[:leaving])
-            self._open_table[slot, head_end : head_end + len(tail[leaving:])] = tail[leaving:]
-        return np.concatenate(freed)
+    def _check_step(self, slots: ArrayLike, num_new_tokens: IntArray) -> IntArray:
+        """Checks over all sequences; what only changed sequences need comes later.
 
-    def _append_sealed(
-        self, slots: IntArray, sealed_before: IntArray, newly_sealed: IntArray, ids: BlockIds
-    ) -> None:
-        rows, offsets = ragged_arange(newly_sealed)
-        self._sealed_table[slots[rows], sealed_before[rows] + offsets] = ids
-
-    def _append_open(
-        self,
-        slots: IntArray,
-        before: IntArray,
-        sealed_after: IntArray,
-        after: IntArray,
-        num_new: IntArray,
-        ids: BlockIds,
-    ) -> None:
-        """Write new open ids behind the open blocks that stay: new ones are always the last."""
-        geometry = self.geometry
-        columns_after = (
-            -(-after // geometry.open_block_size) - sealed_after * geometry.open_blocks_per_block
-        )
-        rows, offsets = ragged_arange(num_new)
-        self._open_table[slots[rows], (columns_after - num_new)[rows] + offsets] = ids
-
-    def _open_slots(
-        self, open_table: BlockIds, rows: IntArray, num_sealed: IntArray, positions: IntArray
-    ) -> IntArray:
-        """Open token slot of each position, or -1 where the token is in the sealed body.
-
-        `rows` are table rows and `num_sealed` body blocks, both one per position.
+        A read-only array that owns its data cannot change, so the same one is checked once.
         """
-        geometry = self.geometry
-        body_end = geometry.num_head_tokens + num_sealed * geometry.block_size
-        in_head = positions < geometry.num_head_tokens
-        in_body = ~in_head & (positions < body_end)
-        sealed_columns = num_sealed * geometry.open_blocks_per_block
-        columns = positions // geometry.open_block_size - np.where(in_head, 0, sealed_columns)
-        block_ids = open_table[rows, np.where(in_body, 0, columns)].astype(np.int64)
-        slots = block_ids * geometry.open_block_size + positions % geometry.open_block_size
-        return np.where(in_body, -1, slots)
+        if np.count_nonzero(num_new_tokens > 0) < num_new_tokens.size:
+            raise InvalidStepError(f"every sequence needs new tokens, got {num_new_tokens.min()}")
+        checked = self._checked_slots
+        if checked is None or slots is not checked:
+            checked = integer_array("slots", slots)
+            if len(checked):
+                self._check_distinct(checked)
+        if checked.shape != num_new_tokens.shape or checked.ndim != 1:
+            raise InvalidStepError(
+                f"slots and num_new_tokens must be one-dimensional and equally long, got shapes "
+                f"{checked.shape} and {num_new_tokens.shape}"
+            )
+        if isinstance(slots, np.ndarray) and not slots.flags.writeable and slots.base is None:
+            self._checked_slots = slots
+        return checked
 
-    def _seal_sources(
-        self,
-        open_table: BlockIds,
-        num_sealed: IntArray,
-        context_lens: IntArray,
-        query_start_loc: IntArray,
-        rows: IntArray,
-        offsets: IntArray,
-    ) -> IntArray:
-        """Where each token of each block being sealed comes from: an open slot or a new token."""
-        geometry = self.geometry
-        first = geometry.num_head_tokens + (num_sealed[rows] + offsets) * geometry.block_size
-        positions = (first[:, None] + np.arange(geometry.block_size)).reshape(-1)
-        token_rows = np.repeat(rows, geometry.block_size)
-        stored = positions < context_lens[token_rows]
-        new_index = query_start_loc[token_rows] + positions - context_lens[token_rows]
-        sources = ~new_index
-        stored_rows = token_rows[stored]
-        sources[stored] = self._open_slots(
-            open_table, stored_rows, num_sealed[stored_rows], positions[stored]
+    def _check_distinct(self, slots: IntArray) -> None:
+        if slots.min() < 0 or slots.max() >= self.max_num_seqs:
+            raise InvalidStepError(f"slots {slots.tolist()} are not all living sequences")
+        if np.count_nonzero(np.bincount(slots.ravel())) < slots.size:
+            raise InvalidStepError(f"slots {slots.tolist()} name a sequence twice")
+
+    def _check_changed(
+        self, slots: IntArray, changed: IntArray, after: IntArray, certain: IntArray
+    ) -> None:
+        """Slots without a sequence have no capacity and those at their limit no more of it."""
+        if np.count_nonzero(self._capacity[changed] < 0):
+            raise InvalidStepError(f"slots {slots.tolist()} are not all living sequences")
+        if np.count_nonzero(after > self.max_model_len):
+            raise InvalidStepError(
+                f"a sequence would have {after.max()} tokens; max_model_len is {self.max_model_len}"
+            )
+        if self.prefix_cache is not None:
+            is_unknown = certain > self.num_tokens[changed]
+            if np.count_nonzero(is_unknown):
+                row = int(is_unknown.nonzero()[0][0])
+                raise InvalidStepError(
+                    f"slot {changed[row]} would have {certain[row]} tokens computed, of which "
+                    f"{self.num_tokens[changed[row]]} are known: append_tokens comes first"
+                )
+
+    def _check_drafts(self, num_draft_tokens: IntArray, num_new_tokens: IntArray) -> None:
+        fits = (
+            num_draft_tokens.shape == num_new_tokens.shape
+            and (
+                (num_draft_tokens >= 0)
+                & (num_draft_tokens < num_new_tokens)
+                & (num_draft_tokens <= self.geometry.block_size)
+            ).all()
         )
-        return sources.reshape(-1, geometry.block_size)
+        if not fits:
+            raise InvalidStepError(
+                "num_draft_tokens must be from 0 to less than num_new_tokens and at most "
+                f"{self.geometry.block_size}, got {num_draft_tokens.tolist()}"
+            )
 
-    def commit(self, plan: StepPlan) -> None:
-        """The step's writes are done: the open blocks it replaced return to the pool."""
-        self._require_step(plan)
-        self.allocator.free(plan.freed_block_ids)
-        self._outstanding = None
+    def _check_kept(self, plan: StepPlan, num_kept: IntArray) -> None:
+        num_new = plan.num_scheduled_tokens
+        num_draft = 0 if plan.num_draft_tokens is None else plan.num_draft_tokens
+        fits = (
+            num_kept.shape == num_new.shape
+            and ((num_kept >= num_new - num_draft) & (num_kept <= num_new)).all()
+        )
+        if not fits:
+            raise InvalidStepError(
+                "a step may only drop its draft tokens: num_kept_tokens must be from "
+                f"{(num_new - num_draft).tolist()} to {num_new.tolist()}, got {num_kept.tolist()}"
+            )
 
-    def rollback(self, plan: StepPlan) -> None:
-        """The step did not happen: restore every count and table, give the new blocks back."""
-        self._require_step(plan)
-        self.num_computed_tokens[plan.slots] = plan.context_lens
-        self.num_sealed[plan.slots] = plan.num_sealed
-        self._open_table[plan.slots, : plan.open_table.shape[1]] = plan.open_table
-        self.allocator.free(plan.new_block_ids)
-        self._outstanding = None
+    # -- swap -----------------------------------------------------------------------------------
+
+    def swap_out(self, slot: int) -> SwappedSequence | None:
+        """Move a sequence to host blocks; None, and nothing changed, when too few are free.
+
+        The caller copies `device_block_ids` to `host_block_ids` before anything is written to the
+        pool again.
+        """
+        self._require_no_step()
+        self._require_sequence(slot)
+        block_ids = self.tables.block_ids(slot)
+        if self.host_pool is None or len(block_ids) > self.host_pool.num_free:
+            return None
+        chain = self.chain_of(slot)
+        swapped = SwappedSequence(
+            tokens=chain,
+            num_computed_tokens=int(self.num_computed_tokens[slot]),
+            num_sealed=int(self.num_sealed[slot]),
+            device_block_ids=block_ids,
+            host_block_ids=self.host_pool.allocate(len(block_ids)),
+        )
+        self.pool.release(block_ids)
+        self._clear_slot(slot)
+        return swapped
+
+    def chain_of(self, slot: int) -> TokenChain:
+        """A copy of a sequence's tokens and hashes, to add it again later."""
+        tokens = self.token_ids[slot, : self.num_tokens[slot]].copy()
+        chain = self._chains[slot]
+        return TokenChain(tokens, self._root) if chain is None else chain.with_tokens(tokens)
+
+    def swap_in(self, swapped: SwappedSequence) -> tuple[int, BlockIds] | None:
+        """Bring a sequence back; None, and nothing changed, when too few blocks are free.
+
+        Returns its slot and its new blocks, to which the caller copies `host_block_ids` before
+        the next `swap_out`.
+        """
+        assert self.host_pool is not None
+        num_blocks = len(swapped.host_block_ids)
+        if num_blocks > self.pool.num_free or not self._free_slots:
+            return None
+        slot = self._take_slot()
+        block_ids = self.pool.allocate(num_blocks)
+        self._write_sequence(
+            slot, swapped.tokens, swapped.num_computed_tokens, swapped.num_sealed, block_ids
+        )
+        self.discard_swapped(swapped)
+        return slot, block_ids
+
+    def _write_sequence(
+        self,
+        slot: int,
+        tokens: TokenChain,
+        num_computed_tokens: int,
+        num_sealed: int,
+        block_ids: BlockIds,
+    ) -> None:
+        """Fill a new slot with a sequence whose blocks, in the order of its tokens, are given."""
+        length = len(tokens.token_ids)
+        self.token_ids[slot, :length] = tokens.token_ids
+        self.num_tokens[slot] = length
+        self.num_computed_tokens[slot] = num_computed_tokens
+        self.num_sealed[slot] = num_sealed
+        body_start = self.geometry.num_head_blocks if num_sealed else len(block_ids)
+        body_end = body_start + num_sealed
+        open_ids = np.concatenate([block_ids[:body_start], block_ids[body_end:]])
+        self.tables.open[slot, : len(open_ids)] = open_ids
+        self.tables.num_open[slot] = len(open_ids)
+        self.tables.sealed[slot, :num_sealed] = block_ids[body_start:body_end]
+        self._capacity[slot] = num_computed_tokens
+        if self.prefix_cache is not None:
+            self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
+            self._next_link_end[slot] = self.geometry.link_end(len(tokens.hashes) + 1)
+
+    def discard_swapped(self, swapped: SwappedSequence) -> None:
+        """Give the host blocks of a sequence back."""
+        assert self.host_pool is not None
+        self.host_pool.release(swapped.host_block_ids)
+
+    # -- the prefix cache -----------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached blocks; raises `InvalidStepError` while a sequence lives."""
+        if self.prefix_cache is None:
+            return
+        num_living = self.max_num_seqs - len(self._free_slots)
+        if num_living:
+            raise InvalidStepError(f"the prefix cache is in use by {num_living} sequences")
+        self.pool.reset_cache()
+
+    def take_events(self) -> list[CacheEvent]:
+        """What was stored in and removed from the prefix cache since the last call."""
+        return [] if self.prefix_cache is None else self.prefix_cache.take_events()
 
     # -- invariants -----------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """Assert every invariant; O(pool), for tests and debugging."""
         slots = self.active_slots
-        owned = [self.block_ids(int(slot)) for slot in slots]
+        used = [NO_BLOCKS, *(self.tables.block_ids(int(slot)) for slot in slots)]
         if self._outstanding is not None:
-            owned.append(self._outstanding.freed_block_ids)
-        self.allocator.check_integrity(np.concatenate([np.empty(0, dtype=np.int32), *owned]))
+            used.append(self._outstanding.new_block_ids)
+            # Already counted as no longer used by those that copy them.
+            np.add.at(self.pool.num_users, self._outstanding.copy_sources, 1)
+        self.pool.check_integrity(np.concatenate(used))
+        if self._outstanding is not None:
+            np.subtract.at(self.pool.num_users, self._outstanding.copy_sources, 1)
         idle = np.setdiff1d(np.arange(self.max_num_seqs), slots)
         assert sorted(self._free_slots) == idle.tolist()
-        assert not self.num_computed_tokens[idle].any()
-        assert not self.num_sealed[idle].any()
-        lengths = self.num_computed_tokens[slots]
-        assert np.array_equal(self.num_sealed[slots], self.geometry.num_sealed_blocks(lengths))
-        assert (self.num_open_blocks(slots) <= self._open_table.shape[1]).all()
+        for state in (self.num_computed_tokens, self.num_sealed, self.num_tokens):
+            assert not state[idle].any()
+        lengths, num_sealed = self.num_computed_tokens[slots], self.num_sealed[slots]
+        geometry, num_open = self.geometry, self.tables.num_open[slots]
+        open_ends = -(-lengths // geometry.open_block_size)
+        assert np.array_equal(num_open, open_ends - num_sealed * geometry.open_blocks_per_block)
+        body_ends = geometry.num_head_tokens + num_sealed * geometry.block_size
+        assert (lengths >= np.where(num_sealed, body_ends, 0)).all()
+        assert (num_open <= self.tables.open.shape[1]).all()
+        assert (self._capacity[slots] >= lengths).all()
+        if self.prefix_cache is not None:
+            assert (lengths[self.num_tokens[slots] < lengths] == 0).all()
+            for slot in slots.tolist():
+                self._check_chain(slot)
+
+    def _check_chain(self, slot: int) -> None:
+        """Assert that a sequence's hashes are those of its tokens."""
+        chain = self._chains[slot]
+        assert chain is not None
+        fresh = TokenChain(self.token_ids[slot, : self.num_tokens[slot]], chain.root)
+        fresh.hash_links(self.geometry, len(chain.hashes))
+        assert fresh.hashes == chain.hashes
+        assert self._num_published[slot] <= len(chain.hashes)

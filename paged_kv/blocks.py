@@ -1,7 +1,9 @@
-"""The block pool and the shape of a sequence. Knows block ids and token counts, never tensors.
+"""The shape of a sequence: how many of its tokens lie in which blocks. Knows counts, never ids.
 
 A sequence is head | body | tail: the head's tokens stay in open blocks for life, the body is
-sealed blocks in order, the tail is the newest tokens in open blocks.
+sealed blocks in order, the tail is the newest tokens in open blocks. A *link* is a stretch of
+tokens whose block never changes once they are complete, and which sequences can therefore share:
+each head block, each body block, and in the native format every full block.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ConfigError, OutOfBlocksError
+from .errors import ConfigError
 
 IntArray = NDArray[np.int64]
 BlockIds = NDArray[np.int32]
@@ -68,17 +70,44 @@ class BlockGeometry:
         """Columns that the open blocks of one sequence of up to `max_tokens` need."""
         if not self.seals:
             return -(-max_tokens // self.open_block_size)
+        # A step appends its new blocks behind a tail that is shortened when the step is committed;
+        # drafts, at most `block_size` of them, lengthen a tail beyond where it would be sealed.
         longest_tail = self.block_size + self.min_tail_tokens
-        return self.num_head_blocks + -(-longest_tail // self.open_block_size)
+        width = 2 * -(-longest_tail // self.open_block_size) + 2 * self.open_blocks_per_block
+        return min(self.num_head_blocks + width, -(-max_tokens // self.open_block_size))
 
     def sealed_table_width(self, max_tokens: int) -> int:
         return int(self.num_sealed_blocks(np.array([max_tokens]))[0])
 
-    def blocks_held(self, num_tokens: int) -> int:
-        """Blocks of a sequence that stores `num_tokens`."""
+    def num_links(self, num_tokens: int) -> int:
+        """Complete links among the first `num_tokens` tokens."""
+        if not self.seals or num_tokens < self.num_head_tokens:
+            return num_tokens // self.open_block_size
+        return self.num_head_blocks + (num_tokens - self.num_head_tokens) // self.block_size
+
+    def num_shareable_links(self, num_tokens: int) -> int:
+        """Links that a new sequence of `num_tokens` may take over from others.
+
+        At least one token is left to compute, for its logits, and no more blocks are sealed than
+        the sequence would have sealed itself.
+        """
+        links = self.num_links(max(num_tokens - 1, 0))
+        if not self.seals:
+            return links
+        sealable = num_tokens - self.num_head_tokens - self.min_tail_tokens
+        return min(links, self.num_head_blocks + max(sealable // self.block_size, 0))
+
+    def link_end(self, num_links: int) -> int:
+        """Tokens in the first `num_links` links."""
+        if not self.seals or num_links <= self.num_head_blocks:
+            return num_links * self.open_block_size
+        return self.num_head_tokens + (num_links - self.num_head_blocks) * self.block_size
+
+    def blocks_held(self, num_tokens: int, min_sealed: int = 0) -> int:
+        """Blocks of a sequence that stores `num_tokens`, of which so many blocks are sealed."""
         num_sealed = int(self.num_sealed_blocks(np.array([num_tokens]))[0])
         open_end = -(-num_tokens // self.open_block_size)
-        return open_end - num_sealed * (self.open_blocks_per_block - 1)
+        return open_end - max(num_sealed, min_sealed) * (self.open_blocks_per_block - 1)
 
     def max_blocks(self, num_tokens: int) -> int:
         """The most blocks that a sequence growing one token a step to `num_tokens` holds at once.
@@ -94,54 +123,3 @@ class BlockGeometry:
         open_end = -(-stored // self.open_block_size)
         open_before_seal = open_end - sealed_before * self.open_blocks_per_block
         return int((sealed_before + newly_sealed + open_before_seal).max(initial=0))
-
-
-class BlockAllocator:
-    """A stack of free block ids: allocation and freeing are one slice each."""
-
-    def __init__(self, num_blocks: int) -> None:
-        if num_blocks < 1:
-            raise ConfigError(f"num_blocks must be at least 1, got {num_blocks}")
-        self.num_blocks = num_blocks
-        self._free_stack: BlockIds = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
-        self._num_free = num_blocks
-        self._is_allocated = np.zeros(num_blocks, dtype=np.bool_)
-        self.peak_allocated = 0  # most blocks in use at once so far
-
-    @property
-    def num_free(self) -> int:
-        return self._num_free
-
-    @property
-    def num_allocated(self) -> int:
-        return self.num_blocks - self._num_free
-
-    def allocate(self, count: int) -> BlockIds:
-        """Take `count` blocks; raises `OutOfBlocksError` and takes none when fewer are free."""
-        if count > self._num_free:
-            raise OutOfBlocksError(f"{count} blocks asked for, {self._num_free} are free")
-        start = self._num_free - count
-        block_ids = self._free_stack[start : self._num_free][::-1].copy()
-        self._num_free = start
-        self._is_allocated[block_ids] = True
-        self.peak_allocated = max(self.peak_allocated, self.num_allocated)
-        return block_ids
-
-    def free(self, block_ids: BlockIds) -> None:
-        """Give blocks back; they are reused last in, first out."""
-        assert len(np.unique(block_ids)) == len(block_ids), "a block was freed twice"
-        assert self._is_allocated[block_ids].all(), "a block was freed twice"
-        self._is_allocated[block_ids] = False
-        end = self._num_free + len(block_ids)
-        self._free_stack[self._num_free : end] = block_ids[::-1]
-        self._num_free = end
-
-    def check_integrity(self, owned: BlockIds) -> None:
-        """Assert that `owned` are exactly the allocated blocks, each with one owner."""
-        free = self._free_stack[: self._num_free]
-        everything = np.sort(np.concatenate([free, owned]))
-        assert np.array_equal(everything, np.arange(self.num_blocks)), (
-            "free and owned blocks are not a partition of the pool"
-        )
-        assert self._is_allocated[owned].all()
-        assert not self._is_allocated[free].any()

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .block_manager import BlockManager, StepPlan
-from .blocks import BlockGeometry
+from .block_manager import BlockManager
+from .blocks import BlockGeometry, BlockIds
 from .errors import ConfigError, OutOfBlocksError
 from .formats import KVFormat, RecordLayout, block_geometry
 from .kernels.attention import ContextGroup, plan_groups
 from .kernels.records import LayerRecords, SealedViews, StepIndices
+from .step_plan import StepPlan
 
 FULL_PRECISION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,7 +78,8 @@ class PagedKVCache:
     """Quantized K/V blocks of all layers of a model.
 
     `layers` are the attention layers in order; `dtype` is the precision of open blocks and of the
-    native format. Size the pool by `num_blocks`, or by bytes with `num_blocks_for`.
+    native format. Size the pool by `num_blocks`, or by bytes with `num_blocks_for`. Sequences that
+    a manager swaps out lie in `num_host_blocks` further blocks in host memory.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class PagedKVCache:
         num_blocks: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        num_host_blocks: int = 0,
     ) -> None:
         self.geometry = cache_geometry(layers, dtype)
         if num_blocks < 1:
@@ -93,26 +98,80 @@ class PagedKVCache:
         self.num_blocks = num_blocks
         self.dtype = dtype
         self.device = torch.device(device)
+        self.num_host_blocks = num_host_blocks
         self.arenas: list[Tensor] = []
+        self.host_arenas: list[Tensor] = []
         self.records: list[LayerRecords] = []
         for layer in layers:
             layout = layer.record_layout(dtype)
             shape = (num_blocks, layer.num_kv_heads, layout.record_bytes)
             arena = torch.zeros(shape, dtype=torch.uint8, device=self.device)
             self.arenas.append(arena)
+            if num_host_blocks:
+                host_shape = (num_host_blocks, *shape[1:])
+                is_pinned = self.device.type == "cuda"  # so that copies can be asynchronous
+                host = torch.empty(host_shape, dtype=torch.uint8, pin_memory=is_pinned)
+                self.host_arenas.append(host)
             self.records.append(layer_records(arena, layout, dtype, self.geometry.open_block_size))
 
-    def new_manager(self, *, max_num_seqs: int, max_model_len: int) -> BlockManager:
+    def new_manager(
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        prefix_caching: bool = False,
+        model_fingerprint: bytes = b"",
+        record_events: bool = False,
+    ) -> BlockManager:
         """A block manager that hands out this cache's blocks."""
         return BlockManager(
             self.geometry,
             num_blocks=self.num_blocks,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            prefix_caching=prefix_caching,
+            fingerprint=self.fingerprint(model_fingerprint),
+            record_events=record_events,
+            num_host_blocks=self.num_host_blocks,
         )
 
+    def fingerprint(self, model_fingerprint: bytes = b"") -> bytes:
+        """32 bytes that differ when a token's stored K/V would: by model, format or precision."""
+        description = repr((self.layers, self.dtype, self.geometry)).encode()
+        return sha256(sha256(model_fingerprint).digest() + description).digest()
+
+    def copy_blocks(self, sources: BlockIds, targets: BlockIds) -> None:
+        """Copy whole blocks within the pool, in every layer."""
+        if len(sources):
+            source_ids, target_ids = self._ids(sources), self._ids(targets)
+            for arena in self.arenas:
+                arena[target_ids] = arena[source_ids]
+
+    def swap_out(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
+        """Copy blocks of the pool to host memory; on a GPU in the order of its stream."""
+        device_ids = self._ids(device_block_ids)
+        for arena, host in zip(self.arenas, self.host_arenas, strict=True):
+            blocks = arena[device_ids]
+            for index, host_id in enumerate(host_block_ids.tolist()):
+                host[host_id].copy_(blocks[index], non_blocking=True)
+
+    def swap_in(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
+        """Copy blocks from host memory into the pool; on a GPU in the order of its stream."""
+        for arena, host in zip(self.arenas, self.host_arenas, strict=True):
+            for device_id, host_id in zip(
+                device_block_ids.tolist(), host_block_ids.tolist(), strict=True
+            ):
+                arena[device_id].copy_(host[host_id], non_blocking=True)
+
+    def _ids(self, block_ids: BlockIds) -> Tensor:
+        return torch.from_numpy(block_ids.astype(np.int64)).to(self.device)
+
     def begin(self, plan: StepPlan) -> Step:
-        """Bring a plan's index arrays to the device, once a step."""
+        """Copy shared blocks that are about to be written, and bring a plan's arrays to the device.
+
+        Once for each step, before the plan is committed.
+        """
+        self.copy_blocks(plan.copy_sources, plan.copy_targets)
 
         def on_device(array: object) -> Tensor:
             return torch.as_tensor(array, dtype=torch.int64).to(self.device)
@@ -161,7 +220,7 @@ class PagedKVCache:
             layer.num_kv_heads * layer.record_layout(self.dtype).token_bytes
             for layer in self.layers
         )
-        allocated = manager.allocator.num_allocated * self.block_bytes
+        allocated = manager.pool.num_allocated * self.block_bytes
         used = sealed * self.block_bytes + open_tokens * token_bytes
         total = sum(arena.nbytes for arena in self.arenas)
         return MemoryStats(

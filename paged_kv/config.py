@@ -20,6 +20,8 @@ class EngineConfig:
     max_num_seqs: int = 64
     token_budget: int = 1024
     max_model_len: int | None = None
+    prefix_caching: bool = True
+    swap_space: int | str = 0
 
     def __post_init__(self) -> None:
         resolve_format(self.kv_format)
@@ -30,6 +32,8 @@ class EngineConfig:
                 "give kv_memory or num_blocks, not both: "
                 f"got {self.kv_memory!r} and {self.num_blocks}"
             )
+        if self.swap_space != 0:
+            parse_memory(self.swap_space)
         for name in ("num_blocks", "max_num_seqs", "token_budget", "max_model_len"):
             value = getattr(self, name)
             is_valid = value is None or (is_integer(value) and value >= 1)

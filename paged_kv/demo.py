@@ -81,7 +81,7 @@ def run_format(model: LLM, params: Sequence[SamplingParams]) -> FormatRun:
     return FormatRun(
         outputs=outputs,
         tokens_per_second=sum(len(output.token_ids) for output in outputs) / seconds,
-        peak_bytes=model.engine.manager.allocator.peak_allocated * model.engine.cache.block_bytes,
+        peak_bytes=model.engine.manager.pool.peak_allocated * model.engine.cache.block_bytes,
         bytes_per_token=model.bytes_per_token(),
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -32,10 +32,12 @@ from .model import PagedModel
 from .sampler import find_unusable_rows, process_logits, sample, uniform_number
 from .sampling import SamplingParams
 from .scheduler.request import Request, RequestStatus
-from .scheduler.scheduler import ScheduledStep, Scheduler
+from .scheduler.scheduler import Fork, ScheduledStep, Scheduler
 from .text import Detokenizer
 
 DEFAULT_KV_MEMORY: Final = 1 << 30
+HOST_BYTES_PER_SECOND: Final = 1e10
+FLOPS_PER_SECOND: Final = {"cpu": 1e11, "cuda": 1e14}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +48,17 @@ class SequenceUpdate:
     token_id: int | None  # None with an error
     new_text: str
     finish_reason: str | None
+    log_probability: float | None = None  # of the token, where the request asks for `best_of`
     error: PagedKVError | None = None
 
 
 @dataclass(eq=False)
 class LiveRequest:
-    """A request with everything that its sampling and its text need."""
+    """A request with everything that its sampling and its text need.
+
+    `siblings` are further samples of the same prompt: they start as forks when the prompt is
+    computed, and until then only wait here.
+    """
 
     request: Request
     params: SamplingParams
@@ -59,6 +66,7 @@ class LiveRequest:
     sample_index: int
     end_token_ids: frozenset[int]
     detokenizer: Detokenizer
+    siblings: list[LiveRequest] = field(default_factory=list)
 
 
 class Engine:
@@ -88,30 +96,41 @@ class Engine:
 
     def add_request(
         self,
-        request_id: str,
+        request_ids: str | Sequence[str],
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         *,
         priority: int = 0,
-        sample_index: int = 0,
     ) -> None:
         """Queue a request; raises `InvalidRequestError` and queues nothing if it cannot be served.
 
-        `max_tokens` beyond the model's length is cut to what is left after the prompt.
-        `sample_index` tells the independent samples of one prompt and seed apart.
+        One id for each of its samples. `max_tokens` beyond the model's length is cut to what is
+        left after the prompt.
         """
-        request = self.check_request(request_id, prompt_token_ids, params, priority=priority)
-        live = LiveRequest(
-            request=request,
-            params=params,
-            seed=secrets.randbits(64) if params.seed is None else params.seed,
-            sample_index=sample_index,
-            end_token_ids=frozenset(params.stop_token_ids)
-            | (frozenset() if params.ignore_eos else self.end_token_ids),
-            detokenizer=Detokenizer(self.tokenizer, prompt_token_ids, params.stop_strings),
-        )
-        self.scheduler.add(request)
-        self._live[request_id] = live
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        if len(ids) != params.num_samples or len(set(ids)) != len(ids):
+            raise InvalidRequestError(f"{params.num_samples} samples need as many ids, got {ids}")
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        ends = frozenset() if params.ignore_eos else self.end_token_ids
+        samples = []
+        for sample_index, request_id in enumerate(ids):
+            if request_id in self._live:
+                raise InvalidRequestError(f"request id {request_id!r} is already in use")
+            samples.append(
+                LiveRequest(
+                    request=self.check_request(
+                        request_id, prompt_token_ids, params, priority=priority
+                    ),
+                    params=params,
+                    seed=seed,
+                    sample_index=sample_index,
+                    end_token_ids=frozenset(params.stop_token_ids) | ends,
+                    detokenizer=Detokenizer(self.tokenizer, prompt_token_ids, params.stop_strings),
+                )
+            )
+        samples[0].siblings = samples[1:]
+        self.scheduler.add(samples[0].request)
+        self._live |= {entry.request.request_id: entry for entry in samples}
 
     def check_request(
         self,
@@ -129,9 +148,10 @@ class Engine:
         room = self.manager.max_model_len - len(prompt_token_ids)
         request = Request(
             request_id=request_id,
-            token_ids=list(prompt_token_ids),
+            prompt_token_ids=prompt_token_ids,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             priority=priority,
+            extra_keys=() if params.cache_salt is None else (params.cache_salt,),
         )
         self.scheduler.check(request)
         return request
@@ -156,8 +176,19 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request and free its blocks; False when it is not known or already over."""
-        self._live.pop(request_id, None)
-        return self.scheduler.abort(request_id) is not None
+        entry = self._live.pop(request_id, None)
+        if entry is None:
+            return False
+        for other in self._live.values():
+            if entry in other.siblings:  # it has not started
+                other.siblings.remove(entry)
+                return True
+        self.scheduler.finish(entry.request)
+        if entry.siblings:  # another one computes the prompt
+            leader, *leader.siblings = entry.siblings
+            entry.siblings = []
+            self.scheduler.add(leader.request)
+        return True
 
     @torch.inference_mode()
     def step(self) -> list[SequenceUpdate]:
@@ -165,22 +196,55 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if scheduled is None:
             return []
+        for copy in scheduled.swap_outs:
+            self.cache.swap_out(copy.device_block_ids, copy.host_block_ids)
+        for copy in scheduled.swap_ins:
+            self.cache.swap_in(copy.device_block_ids, copy.host_block_ids)
         live = [self._live[request.request_id] for request in scheduled.sampled_requests]
         try:
             logits = self._run_model(scheduled)
             errors = self._prepare_logits(logits, live)
+            parents = [row for row, entry in enumerate(live) for _ in entry.siblings]
+            if parents:
+                live += [sibling for entry in live for sibling in entry.siblings]
+                errors += [errors[row] for row in parents]
+                logits = torch.cat([logits, logits[parents]])
             token_ids = sample(logits, [entry.params for entry in live], self._uniforms(live))
         except BaseException:
             self.scheduler.cancel(scheduled)
             raise
-        at_limit = set(self.scheduler.update(scheduled, token_ids))
+        num_sampled = len(scheduled.sampled_requests)
+        forks = [
+            Fork(live[row].request, live[num_sampled + index].request, int(token_id))
+            for index, (row, token_id) in enumerate(
+                zip(parents, token_ids[num_sampled:], strict=True)
+            )
+            if errors[row] is None
+        ]
+        at_limit = set(self.scheduler.update(scheduled, token_ids[:num_sampled], forks))
+        for row in parents:
+            live[row].siblings = []
         self.num_steps += 1
+        log_probabilities = self._log_probabilities(logits, live, token_ids)
         return [
-            self._advance(entry, entry.request in at_limit)
-            if error is None
-            else self._fail(entry, error)
-            for entry, error in zip(live, errors, strict=True)
-            if entry.request.status is RequestStatus.RUNNING  # not aborted meanwhile
+            self._fail(entry, error)
+            if error is not None
+            else self._advance(entry, token_id, log_probability, entry.request in at_limit)
+            for entry, error, token_id, log_probability in zip(
+                live, errors, token_ids.tolist(), log_probabilities, strict=True
+            )
+            if entry.request.status is not RequestStatus.FINISHED  # aborted meanwhile
+        ]
+
+    def _log_probabilities(
+        self, logits: Tensor, live: list[LiveRequest], token_ids: NDArray[np.int64]
+    ) -> list[float | None]:
+        """Of the chosen tokens, for the requests that compare their samples by them."""
+        return [
+            float(logits[row].double().log_softmax(-1)[token_id])
+            if entry.params.best_of is not None
+            else None
+            for row, (entry, token_id) in enumerate(zip(live, token_ids.tolist(), strict=True))
         ]
 
     def _run_model(self, scheduled: ScheduledStep) -> Tensor:
@@ -234,9 +298,15 @@ class Engine:
             ]
         )
 
-    def _advance(self, entry: LiveRequest, is_at_limit: bool) -> SequenceUpdate:
+    def _advance(
+        self,
+        entry: LiveRequest,
+        token_id: int,
+        log_probability: float | None,
+        is_at_limit: bool,
+    ) -> SequenceUpdate:
         """Account for one sampled token: text, and whether it ends the request."""
-        request, token_id = entry.request, entry.request.token_ids[-1]
+        request = entry.request
         may_stop = request.num_output_tokens >= entry.params.min_tokens
         finish_reason = "length" if is_at_limit else None
         is_end = token_id in entry.end_token_ids and may_stop
@@ -250,13 +320,18 @@ class Engine:
             token_id=token_id,
             new_text=entry.detokenizer.take_new_text(is_final=finish_reason is not None),
             finish_reason=finish_reason,
+            log_probability=log_probability,
         )
 
     def _fail(self, entry: LiveRequest, error: PagedKVError) -> SequenceUpdate:
         """End one request from whose logits nothing can be sampled; its last token is no choice."""
-        request, num_output = entry.request, entry.request.num_output_tokens - 1
+        request = entry.request
+        num_output = max(request.num_output_tokens - 1, 0)
         entry.detokenizer.finish()
-        self._finish(entry)
+        if request.arrival < 0:  # a sibling that never started
+            del self._live[request.request_id]
+        else:
+            self._finish(entry)
         return SequenceUpdate(
             request_id=request.request_id,
             token_id=None,
@@ -287,6 +362,9 @@ def build_engine(
     dtype = model.dtype
     max_model_len = model_length(model.model, config.max_model_len)
     layers = model.layers(resolve_format(config.kv_format))
+    num_host_blocks = 0
+    if config.swap_space:
+        num_host_blocks = num_blocks_for(parse_memory(config.swap_space), layers, dtype)
     geometry = cache_geometry(layers, dtype)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
@@ -297,7 +375,31 @@ def build_engine(
         num_blocks = min(wanted, num_blocks_for(DEFAULT_KV_MEMORY, layers, dtype))
     if device is not None:
         move_model(model.model, device)
-    cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=dtype, device=model.device)
-    manager = cache.new_manager(max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
-    scheduler = Scheduler(manager, token_budget=config.token_budget)
+    cache = PagedKVCache(
+        layers,
+        num_blocks=num_blocks,
+        dtype=dtype,
+        device=model.device,
+        num_host_blocks=num_host_blocks,
+    )
+    manager = cache.new_manager(
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        prefix_caching=config.prefix_caching,
+        model_fingerprint=model.fingerprint(),
+    )
+    scheduler = Scheduler(
+        manager, token_budget=config.token_budget, swap_cost=swap_cost(model, cache)
+    )
     return Engine(model, cache, manager, scheduler, tokenizer, end_token_ids(model.model))
+
+
+def swap_cost(model: PagedModel, cache: PagedKVCache) -> float:
+    """Tokens that can be computed in the time in which one block is copied to or from the host.
+
+    From two assumptions that hold within a factor of a few: see `HOST_BYTES_PER_SECOND` and
+    `FLOPS_PER_SECOND`; two floating-point operations for each parameter and token.
+    """
+    device_type = cache.device.type if cache.device.type in FLOPS_PER_SECOND else "cpu"
+    token_seconds = 2 * model.num_parameters / FLOPS_PER_SECOND[device_type]
+    return cache.block_bytes / HOST_BYTES_PER_SECOND / token_seconds

@@ -37,6 +37,7 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    log_probability: float | None = None  # of all its tokens, with `best_of`
     error: PagedKVError | None = None
 
 
@@ -68,6 +69,7 @@ class StreamEvent:
     token_id: int | None
     text: str
     finish_reason: str | None
+    log_probability: float | None
     error: PagedKVError | None
 
 
@@ -78,7 +80,9 @@ class LLM:
     `close()`. `kv_format` is "native", "int8", "int4", "int2" or a `KVFormat`. The pool is sized by
     `num_blocks` or by `kv_memory` (bytes, or text such as "2GiB"); without either by what
     `max_num_seqs` full-length sequences need, at most 1 GiB. A step runs at most `max_num_seqs`
-    sequences and `token_budget` tokens. One thread at a time may use an LLM.
+    sequences and `token_budget` tokens. With `prefix_caching` prompts that begin alike share their
+    blocks, also with earlier ones. Sequences that must make room go to `swap_space` bytes of host
+    memory where that is cheaper than computing them again. One thread at a time may use an LLM.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class LLM:
         max_num_seqs: int = 64,
         token_budget: int = 1024,
         max_model_len: int | None = None,
+        prefix_caching: bool = True,
+        swap_space: int | str = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -102,6 +108,8 @@ class LLM:
             max_num_seqs=max_num_seqs,
             token_budget=token_budget,
             max_model_len=max_model_len,
+            prefix_caching=prefix_caching,
+            swap_space=swap_space,
         )
         if not isinstance(model, PreTrainedModel):
             name = model
@@ -144,6 +152,13 @@ class LLM:
         """Bytes of one sealed token over all layers (native: of one token)."""
         return self.engine.cache.bytes_per_token()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached blocks, as after a change of the model's weights.
+
+        Raises `InvalidStepError` while requests run.
+        """
+        self.engine.manager.reset_prefix_cache()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -165,11 +180,11 @@ class LLM:
             RequestOutput(
                 prompt=prompt,
                 prompt_token_ids=ids,
-                completions=[Completion() for _ in range(p.n)],
+                completions=[Completion() for _ in range(p.num_samples)],
             )
             for prompt, ids, p in zip(batch, token_ids, per_prompt, strict=True)
         ]
-        total = sum(p.n for p in per_prompt)
+        total = sum(p.num_samples for p in per_prompt)
         with Progress(total, self.engine, show_progress) as progress:
             for event in self._run(token_ids, per_prompt, priorities):
                 completion = outputs[event.prompt_index].completions[event.sample_index]
@@ -178,12 +193,20 @@ class LLM:
                     completion.token_ids.append(event.token_id)
                 completion.finish_reason = event.finish_reason
                 completion.error = event.error
+                if event.log_probability is not None:
+                    completion.log_probability = (
+                        completion.log_probability or 0.0
+                    ) + event.log_probability
                 progress.update(is_finished=event.finish_reason is not None)
         errors = [c.error for output in outputs for c in output.completions if c.error]
         if errors:
             raise GenerationError(
                 f"{len(errors)} of {total} requests failed: {errors[0]}", outputs
             ) from errors[0]
+        for output, p in zip(outputs, per_prompt, strict=True):
+            if p.best_of is not None:
+                output.completions.sort(key=mean_log_probability, reverse=True)
+                del output.completions[p.n :]
         return outputs
 
     def stream(
@@ -201,6 +224,8 @@ class LLM:
         """
         batch = as_batch(prompts)
         per_prompt = as_params(params, len(batch))
+        if any(p.num_samples > p.n for p in per_prompt):
+            raise ConfigError("best_of compares finished continuations: use generate")
         token_ids = self._check_all(batch, per_prompt, priorities)
         return self._run(token_ids, per_prompt, priorities)
 
@@ -238,12 +263,10 @@ class LLM:
         mailbox: deque[SequenceUpdate] = deque()
         try:
             for prompt_index, (token_ids, p) in enumerate(zip(prompts, params, strict=True)):
-                for sample_index in range(p.n):
-                    request_id = str(next(self._request_numbers))
-                    priority = priorities[prompt_index] if priorities else 0
-                    self.engine.add_request(
-                        request_id, token_ids, p, priority=priority, sample_index=sample_index
-                    )
+                request_ids = [str(next(self._request_numbers)) for _ in range(p.num_samples)]
+                priority = priorities[prompt_index] if priorities else 0
+                self.engine.add_request(request_ids, token_ids, p, priority=priority)
+                for sample_index, request_id in enumerate(request_ids):
                     places[request_id] = (prompt_index, sample_index)
                     self._mailboxes[request_id] = mailbox
             while places:
@@ -261,6 +284,7 @@ class LLM:
                     token_id=update.token_id,
                     text=update.new_text,
                     finish_reason=update.finish_reason,
+                    log_probability=update.log_probability,
                     error=update.error,
                 )
         finally:
@@ -270,6 +294,10 @@ class LLM:
         for request_id in request_ids:
             self.engine.abort(request_id)
             self._mailboxes.pop(request_id, None)
+
+
+def mean_log_probability(completion: Completion) -> float:
+    return (completion.log_probability or 0.0) / max(len(completion.token_ids), 1)
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Final, cast
 
 import torch
@@ -183,6 +184,20 @@ class PagedModel:
     def close(self) -> None:
         """Give the model its own attention implementation back."""
         self._detach()
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that differ between models: by architecture, and by a sample of every weight."""
+        digest = sha256(type(self.model).__name__.encode())
+        for name, weight in self.model.state_dict().items():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            flat = weight.flatten()
+            samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
+            digest.update(samples.view(torch.uint8).numpy().tobytes())
+        return digest.digest()
 
     def layers(self, kv_format: KVFormat) -> list[LayerSpec]:
         """What the cache of this model must hold, in the order of its layers."""

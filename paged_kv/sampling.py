@@ -24,10 +24,12 @@ class SamplingParams:
     all), `top_p` the smallest set of at least that probability, `min_p` tokens at least that
     fraction as likely as the likeliest. With a `seed`, the tokens depend on nothing but the
     logits, whatever else is in the batch. `max_tokens` None means as many as the model's length
-    allows. `n` continuations are sampled independently. Generation ends with the model's
-    end-of-sequence token unless `ignore_eos`, with any of `stop_token_ids`, and before any of the
-    `stop` strings; none of the three ends it before `min_tokens`. Special tokens have no text: stop
-    at them with `stop_token_ids`.
+    allows. `n` continuations are sampled independently, on shared blocks of the prompt; with
+    `best_of` that many are, and the `n` of the highest mean log-probability are kept. Generation
+    ends with the model's end-of-sequence token unless `ignore_eos`, with any of `stop_token_ids`,
+    and before any of the `stop` strings; none of the three ends it before `min_tokens`. Special
+    tokens have no text: stop at them with `stop_token_ids`. Requests share cached blocks only with
+    requests of the same `cache_salt`.
 
     `logits_processors` are called as transformers calls its own, with ids [1, num_tokens] and
     logits [1, vocab_size], so any `transformers.LogitsProcessor` serves.
@@ -41,6 +43,8 @@ class SamplingParams:
     max_tokens: int | None = 128
     min_tokens: int = 0
     n: int = 1
+    best_of: int | None = None
+    cache_salt: str | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -50,7 +54,7 @@ class SamplingParams:
         for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
             require(name, value, isinstance(value, Real), "a number")
-        for name in ("top_k", "seed", "max_tokens"):
+        for name in ("top_k", "seed", "max_tokens", "best_of"):
             value = getattr(self, name)
             require(name, value, value is None or is_integer(value), "None or an integer")
         for name in ("min_tokens", "n"):
@@ -78,11 +82,20 @@ class SamplingParams:
         )
         require("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
         require("n", self.n, self.n >= 1, "at least 1")
+        is_enough = self.best_of is None or self.best_of >= self.n
+        require("best_of", self.best_of, is_enough, f"None or at least n ({self.n})")
+        is_text = self.cache_salt is None or isinstance(self.cache_salt, str)
+        require("cache_salt", self.cache_salt, is_text, "None or a string")
         require("stop", self.stop, all(self.stop_strings), "strings that are not empty")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def num_samples(self) -> int:
+        """Continuations that are computed."""
+        return self.best_of or self.n
 
     @property
     def is_greedy(self) -> bool:

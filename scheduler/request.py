@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+import numpy as np
+
+from paged_kv.block_manager import BlockManager
+from paged_kv.errors import InvalidRequestError
+from paged_kv.swap import SwappedSequence
+from paged_kv.token_chain import ExtraKey, TokenChain, TokenIds
 
 
 class RequestStatus(Enum):
@@ -15,24 +23,37 @@ class RequestStatus(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """`token_ids` are prompt and output; the first `num_prompt_tokens` are the prompt.
+    """A prompt and how far to continue it.
 
-    Lower `priority` is served first, then earlier `arrival`, which the scheduler assigns.
+    Lower `priority` is served first, then earlier `arrival`, which the scheduler assigns. Requests
+    share cached blocks only where their `extra_keys` are equal too: an adapter's name, the hash of
+    an image, a tenant's salt.
     """
 
     request_id: str
-    token_ids: list[int]
+    prompt_token_ids: Sequence[int] | TokenIds
     max_tokens: int
     priority: int = 0
+    extra_keys: Sequence[ExtraKey] = ()
     arrival: int = -1
     status: RequestStatus = RequestStatus.WAITING
     slot: int | None = None
     num_preemptions: int = 0
+    times_passed: int = 0  # later requests that were admitted because this one did not fit
     num_prompt_tokens: int = field(init=False)
+    # While it does not run: all its tokens, and its blocks if they lie in host memory.
+    tokens: TokenChain = field(init=False, repr=False)
+    swapped: SwappedSequence | None = field(default=None, init=False, repr=False)
+    manager: BlockManager | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.token_ids)  # it grows: never the caller's own list
-        self.num_prompt_tokens = len(self.token_ids)
+        try:
+            token_ids = np.array(self.prompt_token_ids, dtype=np.int32)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise InvalidRequestError(f"token ids must be 32-bit integers: {error}") from error
+        self.prompt_token_ids = token_ids
+        self.num_prompt_tokens = len(token_ids)
+        self.tokens = TokenChain(token_ids, root=b"")
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -40,9 +61,26 @@ class Request:
         return self.priority, self.arrival
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        if self.slot is None:
+            return len(self.tokens.token_ids)
+        assert self.manager is not None
+        return int(self.manager.num_tokens[self.slot])
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output so far."""
+        token_ids = self.tokens.token_ids
+        if self.slot is not None:
+            assert self.manager is not None
+            token_ids = self.manager.token_ids[self.slot, : self.num_tokens]
+        return [int(token_id) for token_id in token_ids.tolist()]
+
+    @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens

@@ -6,57 +6,124 @@ each sequence's computed tokens catch up with its tokens, and a step hands out a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
+from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from paged_kv.block_manager import BlockManager, StepPlan
-from paged_kv.blocks import IntArray
+from paged_kv.block_manager import BlockManager
+from paged_kv.blocks import BlockIds, IntArray
 from paged_kv.errors import (
     ConfigError,
     InvalidRequestError,
     InvalidStepError,
     PromptTooLongError,
 )
+from paged_kv.step_plan import StepPlan
 
 from .request import Request, RequestStatus
 from .waiting_queue import WaitingQueue
 
+ARRIVAL_BITS: Final = 40  # of a rank packed into one integer; the rest is the priority
+MAX_PRIORITY: Final = 1 << 22
+MAX_TIMES_PASSED: Final = 16  # then nobody passes a request any more until it is admitted
+
+
+class BlockCopy(NamedTuple):
+    """Blocks to copy between the pool and host memory, before the step writes anything."""
+
+    device_block_ids: BlockIds
+    host_block_ids: BlockIds
+
+
+class Fork(NamedTuple):
+    """`child` goes on from the tokens that `parent` has before this step's sample."""
+
+    parent: Request
+    child: Request
+    token_id: int
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduledStep:
-    """What to compute: the plan's T tokens, and the M sequences that then sample a token."""
+    """What to compute: the plan's T tokens, and the M sequences that then sample a token.
+
+    The copies come first: out of the pool, then into it, even if the step is cancelled later.
+    """
 
     plan: StepPlan
     token_ids: IntArray  # [T]
     sampled_requests: list[Request]  # [M]
+    sampled_slots: IntArray  # [M]
     sampled_token_index: IntArray  # [M] place among the T of each one's last token
     preempted: list[Request]
+    swap_outs: list[BlockCopy] = field(default_factory=list)
+    swap_ins: list[BlockCopy] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerStatistics:
+    """A snapshot. Counts of requests and blocks now; the rest since the scheduler was made."""
+
+    num_running: int
+    num_waiting: int
+    num_swapped: int  # of those waiting, with their blocks in host memory
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_steps: int
+    num_scheduled_tokens: int
+    num_preemptions: int
+    num_prompt_tokens: int  # of admitted requests; a preempted one counts each time
+    num_hit_tokens: int  # of these, taken from the prefix cache
 
 
 class Scheduler:
     """Shares a `BlockManager`'s pool among requests, best rank first.
 
-    A step computes at most `token_budget` tokens; long prompts are computed in chunks. When blocks
-    run out, the running sequence of the worst rank is preempted: it loses its blocks and is
-    recomputed later.
+    A step computes at most `token_budget` tokens; long prompts are computed in chunks. A request is
+    admitted when its whole prompt fits and leaves a fraction `watermark` of the pool free for the
+    growth of others. One that does not fit may be passed by later ones that do, a limited number of
+    times. A request whose next blocks a running one is about to share waits for them.
+
+    When blocks run out, the running sequence of the worst rank is preempted, the newest of the
+    lowest priority, and nobody is admitted in that step. It is swapped to host blocks if these have
+    room and moving its blocks there and back costs less than computing its tokens again: a block
+    moved costs as much as `swap_cost` computed tokens. Otherwise it is recomputed.
     """
 
-    def __init__(self, manager: BlockManager, *, token_budget: int) -> None:
+    def __init__(
+        self,
+        manager: BlockManager,
+        *,
+        token_budget: int,
+        watermark: float = 0.01,
+        swap_cost: float = 1.0,
+    ) -> None:
         if token_budget < 1:
             raise ConfigError(f"token_budget must be at least 1, got {token_budget}")
+        if not 0 <= watermark < 1:
+            raise ConfigError(f"watermark must be at least 0 and below 1, got {watermark}")
+        if swap_cost < 0:
+            raise ConfigError(f"swap_cost must not be negative, got {swap_cost}")
         self.manager = manager
         self.token_budget = token_budget
+        self.swap_cost = swap_cost
         self.waiting = WaitingQueue()
+        self._watermark_blocks = int(watermark * manager.num_blocks)
         self._requests: dict[str, Request] = {}
-        self._running: list[Request] = []  # by rank
         self._step: ScheduledStep | None = None  # scheduled, neither updated nor cancelled
         self._ending: list[Request] = []  # finished while a step still computes them
-        self._num_arrived = 0
+        self._swap_outs: list[BlockCopy] = []
+        self._swap_ins: list[BlockCopy] = []
+        self._num_arrived = self._num_steps = self._num_scheduled = self._num_preemptions = 0
         slots = manager.max_num_seqs
-        self._token_ids = np.zeros((slots, manager.max_model_len), dtype=np.int64)
-        self._num_tokens = np.zeros(slots, dtype=np.int64)
+        self._running: IntArray = np.empty(0, dtype=np.int64)  # slots by rank, read-only
+        self._rank: IntArray = np.zeros(slots, dtype=np.int64)  # by slot, as all that follow
+        self._max_tokens: IntArray = np.zeros(slots, dtype=np.int64)  # prompt and output
+        self._by_slot: NDArray[np.object_] = np.full(slots, None, dtype=np.object_)
 
     @property
     def has_unfinished(self) -> bool:
@@ -70,24 +137,49 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self.waiting)
 
+    def statistics(self) -> SchedulerStatistics:
+        """How busy the scheduler is now and what it has done so far."""
+        manager = self.manager
+        return SchedulerStatistics(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_swapped=sum(request.swapped is not None for request in self.waiting),
+            num_free_blocks=manager.num_free_blocks,
+            num_cached_blocks=manager.num_cached_blocks,
+            num_steps=self._num_steps,
+            num_scheduled_tokens=self._num_scheduled,
+            num_preemptions=self._num_preemptions,
+            num_prompt_tokens=manager.prefix_statistics.num_query_tokens,
+            num_hit_tokens=manager.prefix_statistics.num_hit_tokens,
+        )
+
     # -- requests -------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a request; one that can never be served raises and is not queued."""
         self.check(request)
+        request.tokens = self.manager.chain_tokens(request.tokens.token_ids, request.extra_keys)
+        self._register(request)
+        self.waiting.push(request)
+
+    def _register(self, request: Request) -> None:
+        request.manager = self.manager
         request.arrival = self._num_arrived
         self._num_arrived += 1
         self._requests[request.request_id] = request
-        self.waiting.push(request)
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequestError` if this request can never be served."""
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is already in use")
-        if not request.token_ids:
+        if not request.num_prompt_tokens:
             raise InvalidRequestError(f"request {request.request_id!r} has an empty prompt")
         if not isinstance(request.priority, Integral):
             raise InvalidRequestError(f"priority must be an integer, got {request.priority!r}")
+        if abs(request.priority) >= MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority must be within {MAX_PRIORITY}, got {request.priority}"
+            )
         if request.max_tokens < 1:
             raise InvalidRequestError(f"max_tokens must be at least 1, got {request.max_tokens}")
         total = request.num_prompt_tokens + request.max_tokens
@@ -115,26 +207,47 @@ class Scheduler:
         """Take a request out and free its blocks, those of a step in flight when it ends."""
         del self._requests[request.request_id]
         if request.status is not RequestStatus.RUNNING:
-            self.waiting.remove(request.request_id)
+            self.waiting.remove(request)
+            if request.swapped is not None:
+                self.manager.discard_swapped(request.swapped)
+                request.swapped = None
         elif self._step is not None:
             self._ending.append(request)
         else:
-            self._stop_running(request)
+            self._stop_running([request])
         request.status = RequestStatus.FINISHED
 
-    def _stop_running(self, request: Request) -> None:
-        self._running.remove(request)
-        self._release(request)
+    def _stop_running(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            assert request.slot is not None
+            request.tokens = self.manager.chain_of(request.slot)
+            self.manager.remove_sequence(request.slot)
+        self._vacate(requests)
 
-    def _release(self, request: Request) -> None:
-        assert request.slot is not None
-        self.manager.remove_sequence(request.slot)
-        request.slot = None
+    def _vacate(self, requests: Sequence[Request]) -> None:
+        """The slots of running requests are no longer theirs."""
+        slots = slots_of(requests)
+        self._by_slot[slots] = None
+        self._set_running(self._running[~np.isin(self._running, slots)])
+        for request in requests:
+            request.slot = None
 
     def _preempt(self, request: Request) -> None:
-        self._release(request)
+        assert request.slot is not None
+        manager, slot = self.manager, request.slot
+        num_blocks = len(manager.block_ids(slot))
+        if 2 * num_blocks * self.swap_cost < manager.num_computed_tokens[slot]:
+            request.swapped = manager.swap_out(slot)
+        if request.swapped is None:
+            self._stop_running([request])
+        else:
+            swapped = request.swapped
+            request.tokens = swapped.tokens
+            self._swap_outs.append(BlockCopy(swapped.device_block_ids, swapped.host_block_ids))
+            self._vacate([request])
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
+        self._num_preemptions += 1
         self.waiting.push(request)
 
     # -- steps ----------------------------------------------------------------------------------
@@ -143,119 +256,194 @@ class Scheduler:
         """Plan the next step and reserve its blocks; None when no request is left."""
         if self._step is not None:
             raise InvalidStepError("update or cancel the step before")
-        slots, num_new, preempted = self._schedule_running()
-        if not preempted:
+        slots, num_new = self._share_budget(self.token_budget)
+        if len(self.waiting) and self.manager.num_free_slots:
             slots, num_new = self._admit(slots, num_new)
         if not len(slots):
             assert not self._requests, "unfinished requests, but none can be scheduled"
             return None
         plan = self.manager.reserve(slots, num_new)
-        assert plan is not None, "the step was sized to fit"
-        ends_now = plan.context_lens + num_new == self._num_tokens[slots]
-        by_slot = {request.slot: request for request in self._running}
-        rows = np.repeat(np.arange(len(slots)), num_new)
-        self._step = ScheduledStep(
-            plan=plan,
-            token_ids=self._token_ids[slots[rows], plan.positions],
-            sampled_requests=[by_slot[slot] for slot in slots[ends_now].tolist()],
-            sampled_token_index=plan.query_start_loc[1:][ends_now] - 1,
-            preempted=preempted,
-        )
-        return self._step
-
-    def _schedule_running(self) -> tuple[IntArray, IntArray, list[Request]]:
-        """Slots and new tokens of the running sequences, after preempting what does not fit."""
         preempted: list[Request] = []
         budget = self.token_budget
-        while True:
-            slots = self._running_slots()
-            remaining = self._num_tokens[slots] - self._num_computed(slots)
-            budget_left = budget - (np.cumsum(remaining) - remaining)
-            num_new = np.minimum(remaining, budget_left)
-            slots, num_new = slots[num_new > 0], num_new[num_new > 0]
-            if self._blocks_needed(slots, num_new) <= self.manager.num_free_blocks:
-                return slots, num_new, preempted
+        while plan is None:
             if len(self._running) > 1:
-                preempted.append(self._running.pop())
+                preempted.append(self._by_slot[self._running[-1]])
                 self._preempt(preempted[-1])
             else:  # alone in the pool: a smaller chunk always fits
                 assert num_new[0] > 1, "one token always fits; requests are checked on arrival"
                 budget = int(num_new[0]) // 2
+            slots, num_new = self._share_budget(budget)
+            plan = self.manager.reserve(slots, num_new)
+        self._num_steps += 1
+        self._num_scheduled += plan.num_tokens
+        self._step = self._describe(plan, preempted)
+        return self._step
+
+    def _describe(self, plan: StepPlan, preempted: list[Request]) -> ScheduledStep:
+        slots = plan.slots
+        ends = plan.context_lens + plan.num_scheduled_tokens
+        sampled = (ends == self.manager.num_tokens[slots]).nonzero()[0]
+        sampled_slots = slots[sampled]
+        swap_outs, self._swap_outs = self._swap_outs, []
+        swap_ins, self._swap_ins = self._swap_ins, []
+        token_ids = self.manager.token_ids[slots[plan.token_rows], plan.positions]
+        return ScheduledStep(
+            plan=plan,
+            token_ids=token_ids.astype(np.int64),
+            sampled_requests=self._by_slot[sampled_slots].tolist(),
+            sampled_slots=sampled_slots,
+            sampled_token_index=plan.query_start_loc[1:][sampled] - 1,
+            preempted=preempted,
+            swap_outs=swap_outs,
+            swap_ins=swap_ins,
+        )
+
+    def _share_budget(self, budget: int) -> tuple[IntArray, IntArray]:
+        """Slots and new tokens of the running sequences, best rank first."""
+        slots, num_new = self._running, self._num_remaining()
+        if int(num_new.sum()) > budget:
+            budget_left = budget - (np.cumsum(num_new) - num_new)
+            num_new = np.minimum(num_new, budget_left)
+            slots, num_new = slots[num_new > 0], num_new[num_new > 0]
+        return slots, num_new
+
+    def _num_remaining(self) -> IntArray:
+        """Tokens that each running sequence still has to compute."""
+        manager, slots = self.manager, self._running
+        return manager.num_tokens[slots] - manager.num_computed_tokens[slots]
 
     def _admit(self, slots: IntArray, num_new: IntArray) -> tuple[IntArray, IntArray]:
         """Add waiting requests while slots, budget and blocks for their whole prompts last."""
-        geometry = self.manager.geometry
+        manager = self.manager
         budget = self.token_budget - int(num_new.sum())
-        free_now = self.manager.num_free_blocks - self._blocks_needed(slots, num_new)
-        free_later = self.manager.num_free_blocks - self._blocks_to_catch_up()
-        admitted_slots, admitted_new = slots.tolist(), num_new.tolist()
-        while budget > 0 and self.waiting and self.manager.num_free_slots:
-            request = self.waiting.peek()
-            chunk = min(len(request.token_ids), budget)
-            needed_later = geometry.blocks_held(len(request.token_ids))
-            fits = geometry.blocks_held(chunk) <= free_now and needed_later <= free_later
-            if self._running and not fits:
+        free_now = manager.num_free_blocks - int(manager.blocks_needed(slots, num_new).sum())
+        if free_now < 0:
+            return slots, num_new
+        to_catch_up = manager.blocks_needed(self._running, self._num_remaining())
+        free_later = manager.num_free_blocks - int(to_catch_up.sum()) - self._watermark_blocks
+        admitted: list[Request] = []
+        counts: list[int] = []
+        did_not_fit: list[Request] = []
+        for request in self.waiting:
+            if budget <= 0 or not manager.num_free_slots:
                 break
-            assert fits, "alone in the pool a request fits; requests are checked on arrival"
-            self.waiting.pop()
-            admitted_slots.append(self._start(request))
-            admitted_new.append(chunk)
-            budget -= chunk
-            free_now -= geometry.blocks_held(chunk)
-            free_later -= needed_later
-        return np.array(admitted_slots, dtype=np.int64), np.array(admitted_new, dtype=np.int64)
+            is_alone = not len(self._running) and not admitted
+            need = self._need(request, budget)
+            if need is None:
+                continue
+            if not is_alone and (need.now > free_now or need.later > free_later):
+                did_not_fit.append(request)
+                if request.times_passed >= MAX_TIMES_PASSED:
+                    break
+                continue
+            for passed in did_not_fit:
+                passed.times_passed += 1
+            self._start(request)
+            admitted.append(request)
+            counts.append(need.num_tokens)
+            budget -= need.num_tokens
+            free_now -= need.now
+            free_later -= need.later
+        if not admitted:
+            return slots, num_new
+        admitted_slots = slots_of(admitted)
+        self._enter(admitted_slots)
+        return np.concatenate([slots, admitted_slots]), np.concatenate([num_new, counts])
 
-    def _blocks_needed(self, slots: IntArray, num_new: IntArray) -> int:
-        return int(self.manager.blocks_needed(slots, num_new).sum())
+    def _need(self, request: Request, budget: int) -> _Need | None:
+        """What admitting a request takes; None where it is better served a little later."""
+        geometry = self.manager.geometry
+        length = len(request.tokens.token_ids)
+        if request.swapped is not None:
+            num_tokens = min(length - request.swapped.num_computed_tokens, budget)
+            num_held = len(request.swapped.host_block_ids)
+            # A step that seals holds the new block and those that it replaces together.
+            now = num_held + -(-num_tokens // geometry.open_block_size) + 1
+            return _Need(num_tokens, now, max(now, geometry.blocks_held(length)))
+        match = self.manager.find_prefix(request.tokens)
+        if match.is_pending:
+            return None
+        num_tokens = min(length - match.num_tokens, budget)
+        now = geometry.blocks_held(match.num_tokens + num_tokens, match.num_sealed)
+        later = geometry.blocks_held(length, match.num_sealed)
+        num_in_use = match.num_blocks - match.num_idle_blocks
+        return _Need(num_tokens, now - num_in_use, later - num_in_use)
 
-    def _blocks_to_catch_up(self) -> int:
-        """Blocks that the running sequences still take until all their tokens are computed."""
-        slots = self._running_slots()
-        return self._blocks_needed(slots, self._num_tokens[slots] - self._num_computed(slots))
+    def _start(self, request: Request) -> None:
+        """Give a request a slot, with the blocks that it can share or had in host memory."""
+        self.waiting.remove(request)
+        if request.swapped is None:
+            slot = self.manager.add_sequence(request.tokens)
+        else:
+            swapped_in = self.manager.swap_in(request.swapped)
+            assert swapped_in is not None, "its need was checked"
+            slot, block_ids = swapped_in
+            self._swap_ins.append(BlockCopy(block_ids, request.swapped.host_block_ids))
+            request.swapped = None
+        self._run_in(request, slot)
 
-    def _running_slots(self) -> IntArray:
-        return np.array([request.slot for request in self._running], dtype=np.int64)
-
-    def _num_computed(self, slots: IntArray) -> IntArray:
-        return self.manager.num_computed_tokens[slots]
-
-    def _start(self, request: Request) -> int:
-        slot = self.manager.add_sequence()
+    def _run_in(self, request: Request, slot: int) -> None:
         request.slot = slot
         request.status = RequestStatus.RUNNING
-        self._token_ids[slot, : len(request.token_ids)] = request.token_ids
-        self._num_tokens[slot] = len(request.token_ids)
-        self._running.append(request)
-        self._running.sort(key=lambda running: running.rank)
-        return slot
+        self._rank[slot] = (request.priority << ARRIVAL_BITS) + request.arrival
+        self._max_tokens[slot] = request.num_prompt_tokens + request.max_tokens
+        self._by_slot[slot] = request
 
-    def update(self, step: ScheduledStep, sampled_token_ids: IntArray) -> list[Request]:
+    def _enter(self, slots: IntArray) -> None:
+        """Take slots into the running ones, in the order of ranks."""
+        running = np.concatenate([self._running, slots])
+        self._set_running(running[np.argsort(self._rank[running], kind="stable")])
+
+    def _set_running(self, slots: IntArray) -> None:
+        self._running = slots
+        self._running.setflags(write=False)
+
+    def update(
+        self,
+        step: ScheduledStep,
+        sampled_token_ids: ArrayLike,
+        forks: Sequence[Fork] = (),
+    ) -> list[Request]:
         """The step is done: commit its blocks and append the sampled tokens [M].
 
-        Returns the requests that have reached their `max_tokens`; the caller finishes them, and
-        any other it wants to stop.
+        Each of `forks` starts a new request from a sampled one, with a token of its own; it shares
+        the parent's blocks, or waits where no slot is free. Returns the requests that have reached
+        their `max_tokens`; the caller finishes them, and any other it wants to stop.
         """
-        requests = step.sampled_requests
-        if np.shape(sampled_token_ids) != (len(requests),):
+        tokens = np.asarray(sampled_token_ids, dtype=np.int64)
+        if tokens.shape != step.sampled_slots.shape:
             raise InvalidStepError(
-                f"{len(requests)} sequences sample a token, got tokens of shape "
-                f"{np.shape(sampled_token_ids)}"
+                f"{len(step.sampled_slots)} sequences sample a token, got tokens of shape "
+                f"{tokens.shape}"
             )
-        sampled_token_ids = np.asarray(sampled_token_ids, dtype=np.int64)
         self._require_step(step)
         self.manager.commit(step.plan)
-        slots = np.array([request.slot for request in requests], dtype=np.int64)
-        self._token_ids[slots, self._num_tokens[slots]] = sampled_token_ids
-        self._num_tokens[slots] += 1
-        for request, token_id in zip(requests, sampled_token_ids.tolist(), strict=True):
-            request.token_ids.append(token_id)
+        slots = step.sampled_slots
+        started = [fork for fork in forks if self._fork(fork)]
+        if started:
+            forked_slots = slots_of([fork.child for fork in started])
+            self._enter(forked_slots)
+            slots = np.concatenate([slots, forked_slots])
+            tokens = np.concatenate([tokens, [fork.token_id for fork in started]])
+        self.manager.append_tokens(slots, tokens)
+        at_limit = self.manager.num_tokens[slots] >= self._max_tokens[slots]
+        requests: list[Request] = self._by_slot[slots[at_limit]].tolist()
+        requests += [f.child for f in forks if f.child.slot is None and f.child.max_tokens == 1]
         self._end_step()
-        return [
-            request
-            for request in requests
-            if request.status is RequestStatus.RUNNING
-            and request.num_output_tokens >= request.max_tokens
-        ]
+        return [request for request in requests if request.status is not RequestStatus.FINISHED]
+
+    def _fork(self, fork: Fork) -> bool:
+        """Start a fork's child; False where it has to wait for a slot."""
+        parent, child = fork.parent, fork.child
+        assert parent.slot is not None
+        self._register(child)
+        if self.manager.num_free_slots:
+            self._run_in(child, self.manager.fork(parent.slot))
+            return True
+        token_ids = np.append(child.tokens.token_ids, np.int32(fork.token_id))
+        child.tokens = self.manager.chain_tokens(token_ids, child.extra_keys)
+        self.waiting.push(child)
+        return False
 
     def cancel(self, step: ScheduledStep) -> None:
         """The step failed: its tokens count as not computed. Admissions and preemptions stay."""
@@ -269,19 +457,32 @@ class Scheduler:
 
     def _end_step(self) -> None:
         self._step = None
-        for request in self._ending:
-            self._stop_running(request)
-        self._ending.clear()
+        if self._ending:
+            self._stop_running(self._ending)
+            self._ending.clear()
 
     def check_integrity(self) -> None:
         """Assert every invariant; for tests and debugging."""
         self.manager.check_integrity()
-        slots = sorted(request.slot for request in self._running if request.slot is not None)
-        assert slots == self.manager.active_slots.tolist()
+        assert np.array_equal(np.sort(self._running), self.manager.active_slots)
         num_known = len(self._requests) + len(self._ending)
         assert len(self._running) + len(self.waiting) == num_known
-        ranks = [request.rank for request in self._running]
+        running = self._by_slot[self._running].tolist()
+        ranks = [request.rank for request in running]
         assert ranks == sorted(ranks)
-        for request in self._running:
+        for request, slot in zip(running, self._running.tolist(), strict=True):
+            assert request.slot == slot
             assert (request.status is RequestStatus.RUNNING) != (request in self._ending)
-            assert self._num_tokens[request.slot] == len(request.token_ids)
+
+
+class _Need(NamedTuple):
+    """What a waiting request takes when it is admitted."""
+
+    num_tokens: int  # to compute in this step
+    now: int  # free blocks for these, shared ones that nobody uses at present included
+    later: int  # free blocks until all its tokens are computed
+
+
+def slots_of(requests: Sequence[Request]) -> IntArray:
+    """The slots of running requests."""
+    return np.array([request.slot for request in requests], dtype=np.int64)

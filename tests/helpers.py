@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paged_kv.attention import paged_attention
-from paged_kv.block_manager import BlockManager, StepPlan
+from paged_kv.block_manager import BlockManager
 from paged_kv.cache import LayerSpec, PagedKVCache, cache_geometry
 from paged_kv.formats import INT2, INT4, INT8, NATIVE
+from paged_kv.step_plan import StepPlan
 
 NAN_BYTE = 0xFF  # an arena full of it reads as NaN in float32, bfloat16 and float16
 

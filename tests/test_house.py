@@ -20,8 +20,10 @@ PACKAGE = ROOT / "paged_kv"
 # folder too.
 FLOORS = [
     {"errors", "kernels.records", "kernels.quantize", "kernels.store", "kernels.attention"},
-    {"blocks", "checks", "memory"},
-    {"formats", "block_manager", "sampling"},
+    {"blocks", "checks", "events", "jit", "memory"},
+    {"formats", "sampling", "token_chain", "growth", "block_tables", "prefix_cache"},
+    {"block_pool", "step_plan", "swap"},
+    {"block_manager"},
     {"scheduler.request", "scheduler.waiting_queue", "scheduler.scheduler", "cache", "config"},
     {"attention", "loading", "sampler", "text"},
     {"model"},

@@ -20,11 +20,12 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import paged_kv.engine
 import paged_kv.model
 from paged_kv import LLM, SamplingParams
-from paged_kv.block_manager import BlockManager, StepPlan
+from paged_kv.block_manager import BlockManager
 from paged_kv.errors import PagedKVError, UnsupportedModelError
 from paged_kv.model import IMPLEMENTATION, PagedModel
 from paged_kv.scheduler.request import Request
 from paged_kv.scheduler.scheduler import Scheduler
+from paged_kv.step_plan import StepPlan
 from tests import zoo
 
 NAN_BYTE = 0xFF

@@ -24,7 +24,7 @@ from paged_kv.errors import (
     PromptTooLongError,
 )
 from paged_kv.scheduler.request import Request, RequestStatus
-from paged_kv.scheduler.scheduler import ScheduledStep, Scheduler
+from paged_kv.scheduler.scheduler import MAX_TIMES_PASSED, ScheduledStep, Scheduler
 
 
 def geometry_of(block: int, open_block: int, head: int, min_tail: int) -> BlockGeometry:
@@ -69,7 +69,7 @@ def make_request(
     """A prompt whose tokens tell requests and positions apart."""
     tokens = [token_of(request_id, position) for position in range(prompt_length)]
     return Request(
-        request_id=request_id, token_ids=tokens, max_tokens=max_tokens, priority=priority
+        request_id=request_id, prompt_token_ids=tokens, max_tokens=max_tokens, priority=priority
     )
 
 
@@ -313,13 +313,21 @@ def test_a_request_is_not_admitted_while_its_whole_prompt_would_not_fit():
     assert run_step(scheduler) == {"b": 32}
 
 
-def test_the_head_of_the_line_is_not_overtaken_by_a_request_that_would_fit():
+def test_a_request_that_does_not_fit_is_passed_by_one_that_does_but_not_for_ever():
     scheduler = make_scheduler(num_blocks=4, token_budget=64)
-    add(scheduler, "a", 20, max_tokens=3)
-    add(scheduler, "big", 40, max_tokens=2)
-    add(scheduler, "small", 1, max_tokens=2)
-    assert run_step(scheduler) == {"a": 20}
-    assert run_step(scheduler) == {"a": 1}
+    add(scheduler, "a", 20, max_tokens=28)
+    big = add(scheduler, "big", 40, max_tokens=2)
+    add(scheduler, "small", 1, max_tokens=1)
+    assert run_step(scheduler) == {"a": 20, "small": 1}
+    assert big.times_passed == 1
+    for turn in range(2, MAX_TIMES_PASSED + 1):
+        add(scheduler, f"small{turn}", 1, max_tokens=1)
+        assert run_step(scheduler) == {"a": 1, f"small{turn}": 1}
+    assert big.times_passed == MAX_TIMES_PASSED
+    add(scheduler, "late", 1, max_tokens=1)
+    while "big" not in (served := run_step(scheduler)):
+        assert served == {"a": 1}
+    assert served["big"] == 40
 
 
 # -- abort, cancel, all or nothing --------------------------------------------------------------
@@ -344,7 +352,6 @@ def decoding_request(scheduler: Scheduler) -> Request:
 
 def preempted_request(scheduler: Scheduler) -> Request:
     request = decoding_request(scheduler)
-    scheduler._running.remove(request)
     scheduler._preempt(request)
     return request
 
@@ -419,7 +426,7 @@ def test_steps_out_of_turn_are_refused_and_change_nothing():
 
 def test_requests_with_the_same_prompt_list_do_not_share_their_outputs():
     scheduler, prompt = make_scheduler(), [1, 2, 3]
-    requests = [Request(request_id=name, token_ids=prompt, max_tokens=2) for name in "ab"]
+    requests = [Request(request_id=name, prompt_token_ids=prompt, max_tokens=2) for name in "ab"]
     for request in requests:
         scheduler.add(request)
     drain(scheduler)
@@ -454,7 +461,7 @@ def test_abort_of_a_request_that_preemption_made_wait_frees_everything():
 def state_of(scheduler: Scheduler) -> dict[str, object]:
     """Every count and table of the living sequences, and the free blocks as a set."""
     manager = scheduler.manager
-    free = manager.allocator._free_stack[: manager.num_free_blocks]
+    free = manager.pool._free_stack[: manager.num_free_blocks]
     return {
         "free": set(free.tolist()),
         "computed": manager.num_computed_tokens.tolist(),
@@ -703,7 +710,7 @@ class Traffic(RuleBasedStateMachine):
         assert not (step.preempted and admitted)
         left = [r for r in self.requests.values() if r.status is not RequestStatus.RUNNING]
         for request in admitted:
-            assert request.rank < min((r.rank for r in left), default=(3, 0))
+            assert all(r.rank > request.rank or r.times_passed for r in left)
             self.stored[request.request_id] = 0
         for request in step.preempted:
             assert request.rank > max(r.rank for r in now)

@@ -1,0 +1,114 @@
+"""Blocks that can be found by what they hold. Knows hashes and block ids, never tokens' places.
+
+A cached block is *idle* while no sequence uses it: it stays until the pool needs it, and then the
+least recently used goes first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .events import BlockRemoved, CacheCleared, CacheEvent
+
+
+class PrefixCache:
+    """An index from hash to block, and the idle blocks in the order in which they are evicted."""
+
+    def __init__(self, num_blocks: int, *, record_events: bool) -> None:
+        self.is_cached: NDArray[np.bool_] = np.zeros(num_blocks, dtype=np.bool_)
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._events: list[CacheEvent] | None = [] if record_events else None
+        # Hashes that living sequences are about to store, and by which slot.
+        self.pending: dict[bytes, int] = {}
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._block_of)
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    def find(self, hashes: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest cached run at the start of `hashes`."""
+        found: list[int] = []
+        for block_hash in hashes:
+            block_id = self._block_of.get(block_hash)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def store(self, block_hash: bytes, block_id: int) -> bool:
+        """Make a block findable; False when another block of the same content already is."""
+        self.pending.pop(block_hash, None)
+        if block_hash in self._block_of or block_id in self._hash_of:
+            return False
+        self._block_of[block_hash] = block_id
+        self._hash_of[block_id] = block_hash
+        self.is_cached[block_id] = True
+        return True
+
+    def forget_pending(self, hashes: Sequence[bytes], slot: int) -> None:
+        """A sequence ends without having stored these."""
+        for block_hash in hashes:
+            if self.pending.get(block_hash) == slot:
+                del self.pending[block_hash]
+
+    def rest(self, block_ids: list[int]) -> None:
+        """Cached blocks lost their last user; the first of them is evicted first."""
+        for block_id in block_ids:
+            self._idle[block_id] = None
+
+    def wake(self, block_ids: list[int]) -> None:
+        """Idle blocks are used again."""
+        for block_id in block_ids:
+            del self._idle[block_id]
+
+    def evict(self, count: int) -> list[int]:
+        """Forget the `count` least recently used idle blocks and return them."""
+        block_ids = [self._idle.popitem(last=False)[0] for _ in range(count)]
+        for block_id in block_ids:
+            block_hash = self._hash_of.pop(block_id)
+            del self._block_of[block_hash]
+            self.record(BlockRemoved(block_hash=block_hash, block_id=block_id))
+        self.is_cached[block_ids] = False
+        return block_ids
+
+    def clear(self) -> list[int]:
+        """Forget everything; returns the blocks, all of which must be idle."""
+        assert len(self._idle) == len(self._block_of), "a cached block is in use"
+        block_ids = list(self._idle)
+        self.is_cached[block_ids] = False
+        for index in (self._block_of, self._hash_of, self._idle):
+            index.clear()
+        self.record(CacheCleared())
+        return block_ids
+
+    def record(self, event: CacheEvent) -> None:
+        if self._events is not None:
+            self._events.append(event)
+
+    @property
+    def records_events(self) -> bool:
+        return self._events is not None
+
+    def take_events(self) -> list[CacheEvent]:
+        """Events since the last call, oldest first."""
+        if self._events is None:
+            return []
+        taken, self._events = self._events, []
+        return taken
+
+    def check_integrity(self, num_users: NDArray[np.int32]) -> None:
+        """Assert that both indices agree and that the idle blocks are the unused ones."""
+        assert {b: h for h, b in self._block_of.items()} == self._hash_of
+        assert set(np.flatnonzero(self.is_cached).tolist()) == set(self._hash_of)
+        unused = {block_id for block_id in self._hash_of if not num_users[block_id]}
+        assert set(self._idle) == unused

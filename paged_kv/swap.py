@@ -1,0 +1,19 @@
+"""A sequence that lies in host blocks while others use the pool. Knows block ids, never tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .blocks import BlockIds
+from .token_chain import TokenChain
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwappedSequence:
+    """Everything needed to go on: made by `BlockManager.swap_out`, ended by `swap_in`."""
+
+    tokens: TokenChain
+    num_computed_tokens: int
+    num_sealed: int
+    device_block_ids: BlockIds  # where its blocks were, in the order of its tokens
+    host_block_ids: BlockIds

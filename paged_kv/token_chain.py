@@ -1,0 +1,65 @@
+"""Chained hashes of a sequence's tokens: what prefix sharing trusts. Knows tokens, never blocks.
+
+The hash of a link covers its tokens, the hash of the link before it, and through the first one the
+*root*: the fingerprint of everything that decides what K/V the tokens become (model, format and
+its parameters) and the sequence's own extra keys (adapter, media, salt). SHA-256, so that nobody
+can make two prefixes that meet in one hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .blocks import BlockGeometry
+
+TokenIds = NDArray[np.int32]
+ExtraKey = bytes | str | int
+
+
+def root_hash(fingerprint: bytes, extra_keys: Sequence[ExtraKey] = ()) -> bytes:
+    """What a chain starts from. Types and lengths are hashed too: keys cannot run together."""
+    digest = sha256(b"paged_kv prefix 1")
+    for key in (fingerprint, *extra_keys):
+        data = key if isinstance(key, bytes) else str(key).encode()
+        digest.update(f"{type(key).__name__}:{len(data)}:".encode() + data)
+    return digest.digest()
+
+
+def link_hash(parent: bytes, token_bytes: bytes) -> bytes:
+    """Hash of a link whose token ids are `token_bytes`, 4 bytes each in little-endian order."""
+    return sha256(parent + token_bytes).digest()
+
+
+class TokenChain:
+    """The tokens of a sequence, and the hash of each complete link as far as it was needed."""
+
+    __slots__ = ("hashes", "root", "token_ids")
+
+    def __init__(self, token_ids: TokenIds, root: bytes) -> None:
+        self.token_ids = token_ids
+        self.root = root
+        self.hashes: list[bytes] = []
+
+    @property
+    def last_hash(self) -> bytes:
+        return self.hashes[-1] if self.hashes else self.root
+
+    def with_tokens(self, token_ids: TokenIds) -> TokenChain:
+        """The same hashes over an array that begins with the same tokens."""
+        chain = TokenChain(token_ids, self.root)
+        chain.hashes = self.hashes.copy()
+        return chain
+
+    def hash_links(self, geometry: BlockGeometry, num_links: int) -> None:
+        """Extend the hashes to the first `num_links` links of `token_ids`."""
+        known = len(self.hashes)
+        start = end = geometry.link_end(known)
+        data = self.token_ids[start : geometry.link_end(num_links)].tobytes()
+        for link in range(known, num_links):
+            first, end = end, geometry.link_end(link + 1)
+            token_bytes = data[4 * (first - start) : 4 * (end - start)]
+            self.hashes.append(link_hash(self.last_hash, token_bytes))
