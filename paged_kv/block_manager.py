@@ -30,7 +30,7 @@ from .growth import (
 from .prefix_cache import PrefixCache
 from .step_plan import StepPlan
 from .swap import SwappedSequence
-from .token_chain import ExtraKey, TokenChain, TokenIds, root_hash
+from .token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids, root_hash
 
 NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int32)
 
@@ -163,15 +163,13 @@ class BlockManager:
         `extra_keys` name whatever else its K/V depend on, such as an adapter, the hash of an image,
         or a salt that keeps tenants apart: sequences share nothing unless all keys are equal.
         """
-        tokens = np.asarray(token_ids)
-        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise InvalidStepError(f"token ids must be a flat list of integers, got {token_ids!r}")
+        tokens = as_token_ids(token_ids)
         if len(tokens) > self.max_model_len:
             raise InvalidStepError(
                 f"a sequence of {len(tokens)} tokens exceeds max_model_len {self.max_model_len}"
             )
         root = root_hash(self._fingerprint, extra_keys) if extra_keys else self._root
-        chain = TokenChain(tokens.astype(np.int32), root)
+        chain = TokenChain(tokens, root)
         if self.prefix_cache is not None:
             chain.hash_links(self.geometry, self.geometry.num_shareable_links(len(tokens)))
         return chain
@@ -243,10 +241,10 @@ class BlockManager:
 
     def append_tokens(self, slots: ArrayLike, token_ids: ArrayLike) -> None:
         """One more token for each of these distinct sequences: `slots` [M], `token_ids` [M]."""
-        slots = integer_array("slots", slots)
-        self._require_living(slots)
+        slots = self._known_slots(slots)
         lengths = self.num_tokens[slots]
-        if np.count_nonzero(lengths >= self.max_model_len):
+        if np.count_nonzero(lengths >= self._length_limits[slots]):
+            self._require_living(slots)
             raise InvalidStepError(f"a sequence has max_model_len ({self.max_model_len}) tokens")
         self.token_ids[slots, lengths] = token_ids
         lengths += 1
@@ -304,7 +302,8 @@ class BlockManager:
         chain = self._chains[slot]
         if chain is not None:
             assert self.prefix_cache is not None
-            self.prefix_cache.forget_pending(chain.hashes[self._num_published[slot] :], slot)
+            if self.prefix_cache.pending:
+                self.prefix_cache.forget_pending(chain.hashes[self._num_published[slot] :], slot)
             self._chains[slot] = None
         self.num_computed_tokens[slot] = 0
         self.tables.num_open[slot] = 0
@@ -393,7 +392,14 @@ class BlockManager:
         """
         self._require_no_step()
         num_new_tokens = integer_array("num_new_tokens", num_new_tokens)
-        slots = self._check_step(slots, num_new_tokens)
+        slots = self._known_slots(slots)
+        if slots.shape != num_new_tokens.shape:
+            raise InvalidStepError(
+                f"slots and num_new_tokens must be equally long, got shapes {slots.shape} and "
+                f"{num_new_tokens.shape}"
+            )
+        if np.count_nonzero(num_new_tokens > 0) < len(slots):
+            raise InvalidStepError(f"every sequence needs new tokens, got {num_new_tokens.min()}")
         before = self.num_computed_tokens[slots]
         after = before + num_new_tokens
         certain = after
@@ -545,32 +551,24 @@ class BlockManager:
         if plan is not self._outstanding:
             raise InvalidStepError("this step is not the one that was reserved last")
 
-    def _check_step(self, slots: ArrayLike, num_new_tokens: IntArray) -> IntArray:
-        """Checks over all sequences; what only changed sequences need comes later.
+    def _known_slots(self, slots: ArrayLike) -> IntArray:
+        """Distinct slots as an array; whether they hold sequences is for the caller to check.
 
         A read-only array that owns its data cannot change, so the same one is checked once.
         """
-        if np.count_nonzero(num_new_tokens > 0) < num_new_tokens.size:
-            raise InvalidStepError(f"every sequence needs new tokens, got {num_new_tokens.min()}")
-        checked = self._checked_slots
-        if checked is None or slots is not checked:
-            checked = integer_array("slots", slots)
-            if len(checked):
-                self._check_distinct(checked)
-        if checked.shape != num_new_tokens.shape or checked.ndim != 1:
-            raise InvalidStepError(
-                f"slots and num_new_tokens must be one-dimensional and equally long, got shapes "
-                f"{checked.shape} and {num_new_tokens.shape}"
-            )
+        if self._checked_slots is not None and slots is self._checked_slots:
+            return self._checked_slots
+        checked = integer_array("slots", slots)
+        if checked.ndim != 1:
+            raise InvalidStepError(f"slots must be one-dimensional, got shape {checked.shape}")
+        if len(checked):
+            if checked.min() < 0 or checked.max() >= self.max_num_seqs:
+                raise InvalidStepError(f"slots {checked.tolist()} are not all living sequences")
+            if np.count_nonzero(np.bincount(checked)) < len(checked):
+                raise InvalidStepError(f"slots {checked.tolist()} name a sequence twice")
         if isinstance(slots, np.ndarray) and not slots.flags.writeable and slots.base is None:
             self._checked_slots = slots
         return checked
-
-    def _check_distinct(self, slots: IntArray) -> None:
-        if slots.min() < 0 or slots.max() >= self.max_num_seqs:
-            raise InvalidStepError(f"slots {slots.tolist()} are not all living sequences")
-        if np.count_nonzero(np.bincount(slots.ravel())) < slots.size:
-            raise InvalidStepError(f"slots {slots.tolist()} name a sequence twice")
 
     def _check_changed(
         self, slots: IntArray, changed: IntArray, after: IntArray, certain: IntArray

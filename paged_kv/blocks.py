@@ -9,6 +9,7 @@ each head block, each body block, and in the native format every full block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,15 +47,15 @@ class BlockGeometry:
         if self.min_tail_tokens < 0:
             raise ConfigError(f"min_tail_tokens must not be negative, got {self.min_tail_tokens}")
 
-    @property
+    @cached_property
     def seals(self) -> bool:
         return self.block_size > self.open_block_size
 
-    @property
+    @cached_property
     def num_head_blocks(self) -> int:
         return self.num_head_tokens // self.open_block_size
 
-    @property
+    @cached_property
     def open_blocks_per_block(self) -> int:
         """Open blocks that hold as many tokens as one sealed block."""
         return self.block_size // self.open_block_size

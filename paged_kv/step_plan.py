@@ -43,29 +43,35 @@ class StepPlan:
             raise InvalidStepError("index arrays of a step must be read before it ends")
         return self.unended_tables
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
-        return int(self.query_start_loc[-1])
+        return int(self.num_scheduled_tokens.sum())
 
     @cached_property
     def query_start_loc(self) -> IntArray:
         """[N + 1] where each sequence's new tokens start among the T."""
-        return np.concatenate([[0], np.cumsum(self.num_scheduled_tokens)])
+        starts = np.zeros(len(self.slots) + 1, dtype=np.int64)
+        np.cumsum(self.num_scheduled_tokens, out=starts[1:])
+        return starts
+
+    @property
+    def is_decode(self) -> bool:
+        """One new token for each sequence."""
+        return self.num_tokens == len(self.slots)
 
     @cached_property
     def token_rows(self) -> IntArray:
         """[T] index among the N of each new token's sequence."""
-        return self._ragged[0]
-
-    @cached_property
-    def _ragged(self) -> tuple[IntArray, IntArray]:
-        return ragged_arange(self.num_scheduled_tokens)
+        rows = np.arange(len(self.slots))
+        return rows if self.is_decode else np.repeat(rows, self.num_scheduled_tokens)
 
     @cached_property
     def positions(self) -> IntArray:
         """[T] position of each new token in its sequence."""
-        rows, offsets = self._ragged
-        return self.context_lens[rows] + offsets
+        if self.is_decode:
+            return self.context_lens
+        starts = self.query_start_loc[:-1] - self.context_lens
+        return np.arange(self.num_tokens) - starts[self.token_rows]
 
     @cached_property
     def num_sealed(self) -> IntArray:
@@ -89,7 +95,7 @@ class StepPlan:
 
         -1 where a token goes straight into a block that this step seals.
         """
-        geometry, rows = self.tables.geometry, self._ragged[0]
+        geometry, rows = self.tables.geometry, self.token_rows
         num_columns = self.tables.num_open[self.slots]
         sealed_after = self.num_sealed.copy()
         sealed_after[self.changed_rows] += self.block_counts[:, 0]

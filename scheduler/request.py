@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-import numpy as np
-
 from paged_kv.block_manager import BlockManager
-from paged_kv.errors import InvalidRequestError
 from paged_kv.swap import SwappedSequence
-from paged_kv.token_chain import ExtraKey, TokenChain, TokenIds
+from paged_kv.token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids
 
 
 class RequestStatus(Enum):
@@ -47,10 +44,7 @@ class Request:
     manager: BlockManager | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        try:
-            token_ids = np.array(self.prompt_token_ids, dtype=np.int32)
-        except (OverflowError, TypeError, ValueError) as error:
-            raise InvalidRequestError(f"token ids must be 32-bit integers: {error}") from error
+        token_ids = as_token_ids(self.prompt_token_ids)
         self.prompt_token_ids = token_ids
         self.num_prompt_tokens = len(token_ids)
         self.tokens = TokenChain(token_ids, root=b"")

@@ -228,7 +228,9 @@ class Scheduler:
         """The slots of running requests are no longer theirs."""
         slots = slots_of(requests)
         self._by_slot[slots] = None
-        self._set_running(self._running[~np.isin(self._running, slots)])
+        stays = np.ones(self.manager.max_num_seqs, dtype=np.bool_)
+        stays[slots] = False
+        self._set_running(self._running[stays[self._running]])
         for request in requests:
             request.slot = None
 
@@ -280,13 +282,14 @@ class Scheduler:
         return self._step
 
     def _describe(self, plan: StepPlan, preempted: list[Request]) -> ScheduledStep:
-        slots = plan.slots
-        ends = plan.context_lens + plan.num_scheduled_tokens
+        slots, ends = plan.slots, plan.context_lens + plan.num_scheduled_tokens
         sampled = (ends == self.manager.num_tokens[slots]).nonzero()[0]
-        sampled_slots = slots[sampled]
+        # The same array where all sample: the manager knows that its slots are distinct.
+        sampled_slots = slots if len(sampled) == len(slots) else slots[sampled]
         swap_outs, self._swap_outs = self._swap_outs, []
         swap_ins, self._swap_ins = self._swap_ins, []
-        token_ids = self.manager.token_ids[slots[plan.token_rows], plan.positions]
+        token_slots = slots if plan.is_decode else slots[plan.token_rows]
+        token_ids = self.manager.token_ids[token_slots, plan.positions]
         return ScheduledStep(
             plan=plan,
             token_ids=token_ids.astype(np.int64),

@@ -1,0 +1,385 @@
+"""The block manager and the scheduler beside vLLM's, in one process, call by call in turn.
+
+    python bench/bench_block_manager.py --json bench/results/block_manager.json
+
+vLLM 0.33.0 takes part when its python files are importable (bench/peer_vllm.py says how), else it
+is left out and the report says so. Both sides serve the same lengths; every request decodes one
+token a step. Ours runs int8's geometry (blocks of 128 tokens, open blocks of 64) with prefix
+caching; int2 and native beside it. vLLM runs blocks of 16 tokens with prefix caching, its defaults.
+
+What the peer's step covers and ours does not: vLLM's schedule() also builds the lists for its model
+runner (a request's id, new block ids and counts, each as python objects) and asks its encoder,
+connector and grammar parts, off here, for each request; its update makes one output object for
+each request and tests for stop tokens. Ours returns arrays; stop tokens are the engine's part,
+and only requests at their token limit become python objects. What ours covers and the peer's
+manager does not: vLLM makes slot mappings in its model runner; `with index arrays` adds ours.
+
+The two sides take turns of ten steps. Rows with `cold caches` read 64 MB of other memory before
+each step, on both sides: between the steps of a real engine a model runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import peer_vllm
+from report import Row, add_arguments, write_report
+
+from paged_kv import BlockGeometry, BlockManager, Request, Scheduler
+
+GEOMETRIES = {
+    "int8": (128, 64, 64, 0),
+    "int2": (128, 16, 16, 32),
+    "native": (16, 16, 0, 0),
+}
+MAX_MODEL_LEN = 4096
+VOCAB_SIZE = 32_000
+PROMPT = 1024  # tokens of an admission
+ADMITTED = 64  # prompts in one step
+TURN = 10  # steps
+OTHER_MEMORY = np.zeros(1 << 23)
+
+
+def geometry(name: str) -> BlockGeometry:
+    block_size, open_block_size, num_head_tokens, min_tail_tokens = GEOMETRIES[name]
+    return BlockGeometry(
+        block_size=block_size,
+        open_block_size=open_block_size,
+        num_head_tokens=num_head_tokens,
+        min_tail_tokens=min_tail_tokens,
+    )
+
+
+def new_manager(
+    name: str, num_seqs: int, lens: list[int], *, prefix_caching: bool = True
+) -> BlockManager:
+    shape = geometry(name)
+    num_blocks = sum(shape.max_blocks(length + 256) for length in lens)
+    num_blocks += ADMITTED * shape.max_blocks(PROMPT + 1) + 100
+    return BlockManager(
+        shape,
+        num_blocks=num_blocks,
+        max_num_seqs=num_seqs + ADMITTED,
+        max_model_len=MAX_MODEL_LEN,
+        prefix_caching=prefix_caching,
+    )
+
+
+class Timer:
+    """Seconds of each call, by name; medians leave out what disturbs a shared machine."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*arguments)
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    def median(self, name: str) -> float:
+        return float(np.median(self.seconds[name]))
+
+    def row(self, case: str, metric: str, name: str, peer: str, divisor: int = 1) -> Row:
+        """One of our figures in microseconds beside the peer's, if it took part."""
+        value = self.median(name) * 1e6 / divisor
+        if peer not in self.seconds:
+            return Row(case=case, metric=metric, value=value, unit="us")
+        baseline = self.median(peer) * 1e6
+        return Row(
+            case=case,
+            metric=metric,
+            value=value,
+            unit="us",
+            baseline=f"vLLM {peer_vllm.version()}",
+            baseline_value=baseline,
+            ratio=baseline / value,
+        )
+
+
+def read_other_memory(is_wanted: bool) -> None:
+    """Push what both sides work on out of the processor's caches."""
+    if is_wanted:
+        OTHER_MEMORY.sum()
+
+
+def random_tokens(rng: np.random.Generator, count: int) -> list[int]:
+    return list(map(int, rng.integers(VOCAB_SIZE, size=count)))
+
+
+def lengths(num_seqs: int) -> list[int]:
+    """Prompts of 1 to 1024 tokens: blocks fill at every step, for a part of the sequences."""
+    return list(map(int, np.random.default_rng(0).integers(1, 1025, size=num_seqs)))
+
+
+def peer_shape(lens: list[int], *, enable_caching: bool = True) -> dict[str, Any]:
+    num_blocks = sum(length // 16 + 16 for length in lens) + 10_000
+    return {
+        "num_blocks": num_blocks,
+        "max_model_len": MAX_MODEL_LEN,
+        "enable_caching": enable_caching,
+        "seed": 1,
+    }
+
+
+def decode_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
+    """One token for every running sequence: the manager alone."""
+    lens = lengths(num_seqs)
+    peer = peer_vllm.ManagerPeer(num_seqs, lens, **peer_shape(lens)) if has_peer else None
+    rng = np.random.default_rng(2)
+    managers = {}
+    slots = rng.permutation(num_seqs)
+    slots.setflags(write=False)  # as the scheduler hands them over
+    for name in GEOMETRIES:
+        managers[name] = manager = new_manager(name, num_seqs, lens)
+        for length in lens:
+            manager.add_sequence(random_tokens(rng, length))
+        plan = manager.reserve(slots, np.array(lens)[slots])
+        assert plan is not None
+        manager.commit(plan)
+    ones = np.ones(num_seqs, dtype=np.int64)
+    timer = Timer()
+
+    def step(manager: BlockManager) -> None:
+        plan = manager.reserve(slots, ones)
+        assert plan is not None
+        manager.commit(plan)
+
+    def step_with_arrays(manager: BlockManager) -> None:
+        plan = manager.reserve(slots, ones)
+        assert plan is not None
+        for array in ("query_start_loc", "slot_mapping", "open_table", "sealed_table"):
+            getattr(plan, array)
+        assert plan.seal_sources.ndim == 2
+        manager.commit(plan)
+
+    def append(manager: BlockManager) -> None:
+        manager.append_tokens(slots, rng.integers(VOCAB_SIZE, size=num_seqs))
+
+    for _ in range(num_steps // TURN):
+        for is_cold in (False, True):
+            suffix = " cold" if is_cold else ""
+            for _ in range(TURN * (peer is not None)):
+                read_other_memory(is_cold)
+                timer(f"peer{suffix}", peer.allocate_step)
+                peer.append_step()
+            for _ in range(TURN):
+                append(managers["int8"])
+                read_other_memory(is_cold)
+                timer(f"int8{suffix}", step, managers["int8"])
+        for name, manager in managers.items():
+            for label, function in ((name, step), (f"{name} arrays", step_with_arrays)):
+                for _ in range(TURN * (label != "int8")):
+                    append(manager)
+                    timer(label, function, manager)
+    case = f"decode step of {num_seqs} sequences"
+    rows = []
+    for name in GEOMETRIES:
+        rows.append(timer.row(case, f"manager, {name}", name, "peer"))
+        rows.append(timer.row(case, f"with index arrays, {name}", f"{name} arrays", "peer"))
+    rows.append(timer.row(case, "manager, int8, cold caches", "int8 cold", "peer cold"))
+    return rows
+
+
+def scheduler_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
+    """schedule + update of a decode step; then preempting and aborting one request."""
+    lens = lengths(num_seqs)
+    peer = None
+    if has_peer:
+        budget = max(num_seqs, 8192)
+        peer = peer_vllm.SchedulerPeer(num_seqs, lens, token_budget=budget, **peer_shape(lens))
+    rng = np.random.default_rng(3)
+    scheduler = Scheduler(new_manager("int8", num_seqs, lens), token_budget=sum(lens))
+    requests = [
+        Request(f"request {i}", random_tokens(rng, length), max_tokens=2000)
+        for i, length in enumerate(lens)
+    ]
+    for request in requests:
+        scheduler.add(request)
+    timer = Timer()
+
+    def update(step: Any, tokens: Any) -> None:
+        scheduler.update(step, tokens)
+
+    def our_step(suffix: str) -> None:
+        step = timer(f"schedule{suffix}", scheduler.schedule)
+        assert step is not None
+        timer(f"update{suffix}", update, step, rng.integers(VOCAB_SIZE, size=num_seqs))
+
+    def peer_step(suffix: str) -> None:
+        output = timer(f"peer schedule{suffix}", peer.schedule)
+        timer(f"peer update{suffix}", peer.update, output, peer.sample(output))
+
+    our_step(" of the prefill")
+    assert scheduler.num_running == num_seqs
+    for _ in range(num_steps // TURN):
+        for is_cold in (False, True):
+            suffix = " cold" if is_cold else ""
+            for _ in range(TURN * (peer is not None)):
+                read_other_memory(is_cold)
+                peer_step(suffix)
+            for _ in range(TURN):
+                read_other_memory(is_cold)
+                our_step(suffix)
+    for suffix in ("", " cold"):
+        for name in ("", "peer ") if peer is not None else ("",):
+            both = zip(
+                timer.seconds[f"{name}schedule{suffix}"],
+                timer.seconds[f"{name}update{suffix}"],
+                strict=True,
+            )
+            timer.seconds[f"{name}both{suffix}"] = [sum(pair) for pair in both]
+    for _ in range(min(num_seqs // 4, 50)):
+        timer("preempt", scheduler._preempt, scheduler._by_slot[scheduler._running[-1]])
+        if peer is not None:
+            timer("peer preempt", peer.preempt)
+    for request in requests[: min(num_seqs // 4, 50)]:
+        timer("abort", scheduler.abort, request.request_id)
+    if peer is not None:
+        for index in range(min(num_seqs // 4, 50)):
+            timer("peer abort", peer.abort, str(index + 1))
+    case = f"{num_seqs} running requests"
+    return [
+        timer.row(case, "schedule + update", "both", "peer both"),
+        timer.row(case, "schedule + update, cold caches", "both cold", "peer both cold"),
+        timer.row(case, "schedule", "schedule", "peer schedule"),
+        timer.row(case, "preempt by recompute, one", "preempt", "peer preempt"),
+        timer.row(case, "abort, one", "abort", "peer abort"),
+    ]
+
+
+def admission_rows(num_rounds: int, has_peer: bool) -> list[Row]:
+    """Admission of prompts of 1024 tokens: hash, look up, take blocks, publish; then free, fork.
+
+    `in a batch` is a 64th of a step that admits 64 prompts, `alone` a step that admits one. vLLM
+    admits one after the other in either case.
+    """
+    rows = []
+    for mode in ("miss", "hit", "off"):
+        caching = mode != "off"
+        lens = [1] * ADMITTED
+        peer = None
+        if has_peer:
+            shape = peer_shape([PROMPT] * 2 * ADMITTED, enable_caching=caching)
+            peer = peer_vllm.ManagerPeer(0, [], **shape)
+        manager = new_manager("int8", ADMITTED, lens, prefix_caching=caching)
+        rng = np.random.default_rng(4)
+        timer = Timer()
+        prompts = [random_tokens(rng, PROMPT) for _ in range(ADMITTED)]
+        for index in range(num_rounds + 1):
+            if mode != "hit":
+                prompts = [random_tokens(rng, PROMPT) for _ in range(ADMITTED)]
+            slots = timer("batch", admit, manager, prompts)
+            fork_and_free(manager, slots, timer)
+            slots = timer("alone", admit, manager, prompts[:1] if mode == "hit" else [prompts[0]])
+            manager.remove_sequence(slots[0])
+            if peer is not None:
+                for prompt in prompts:
+                    request = timer("peer", peer.admit, prompt)
+                    timer("peer free", peer.free, request)
+            if not index:
+                timer.seconds.clear()  # what a hit finds, and code that runs the first time
+        case = f"prompt of {PROMPT} tokens, prefix cache {mode}"
+        rows.append(timer.row(case, "admission, in a batch", "batch", "peer", ADMITTED))
+        rows.append(timer.row(case, "admission, alone", "alone", "peer"))
+        rows.append(timer.row(case, "free", "free", "peer free"))
+        rows.append(timer.row(case, "fork", "fork", ""))
+    return rows
+
+
+def admit(manager: BlockManager, prompts: list[list[int]]) -> list[int]:
+    """What makes requests of token lists run: hash, look up, reserve, and publish their blocks."""
+    slots = [manager.add_sequence(prompt) for prompt in prompts]
+    remaining = manager.num_tokens[slots] - manager.num_computed_tokens[slots]
+    plan = manager.reserve(slots, remaining)
+    assert plan is not None
+    manager.commit(plan)
+    return slots
+
+
+def fork_and_free(manager: BlockManager, slots: list[int], timer: Timer) -> None:
+    for slot in slots:
+        manager.remove_sequence(timer("fork", manager.fork, slot))
+    for slot in slots:
+        timer("free", manager.remove_sequence, slot)
+
+
+def memory_rows() -> list[Row]:
+    """A pool of a million blocks, and what a sequence of up to 4096 tokens costs."""
+    num_blocks, num_seqs = 1_000_000, 1024
+    timer = Timer()
+    for _ in range(5):
+        manager = timer("build", build_pool, num_blocks, num_seqs)
+    pool, cache = manager.pool, manager.prefix_cache
+    arrays = [value for part in (pool, cache) for value in vars(part).values()]
+    by_id = {id(array): array.nbytes for array in arrays if isinstance(array, np.ndarray)}
+    tables = [*vars(manager.tables).values(), *vars(manager).values()]
+    by_slot = {
+        id(array): array.nbytes
+        for array in tables
+        if isinstance(array, np.ndarray) and len(array) == num_seqs
+    }
+    case = "pool of 1,000,000 blocks"
+    return [
+        Row(case=case, metric="build", value=timer.median("build") * 1e3, unit="ms"),
+        Row(case=case, metric="bytes a block", value=sum(by_id.values()) / num_blocks, unit="B"),
+        Row(
+            case="sequence of up to 4096 tokens, int8",
+            metric="bytes of tables and tokens",
+            value=sum(by_slot.values()) / num_seqs,
+            unit="B",
+        ),
+    ]
+
+
+def build_pool(num_blocks: int, num_seqs: int) -> BlockManager:
+    return BlockManager(
+        geometry("int8"),
+        num_blocks=num_blocks,
+        max_num_seqs=num_seqs,
+        max_model_len=MAX_MODEL_LEN,
+        prefix_caching=True,
+    )
+
+
+def growth_row(rows: list[Row], few: int, many: int) -> Row:
+    """How much longer a whole step takes with more sequences."""
+    by_case = {row.case: row.value for row in rows if row.metric == "schedule + update"}
+    times = by_case[f"{many} running requests"] / by_case[f"{few} running requests"]
+    return Row(
+        case=f"{few} to {many} running requests",
+        metric="growth of schedule + update",
+        value=times,
+        unit="times",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--no-peer", action="store_true", help="leave vLLM out")
+    arguments = parser.parse_args()
+    has_peer = not arguments.no_peer and peer_vllm.is_available()
+    if not has_peer:
+        print(f"without vLLM: {peer_vllm.why_not() or 'left out as asked'}")
+    sizes = (256, 1024) if arguments.quick else (256, 1024, 4096, 16384)
+    rows: list[Row] = []
+    for num_seqs in sizes:
+        num_steps = TURN if arguments.quick or num_seqs > 4096 else 4 * TURN
+        rows += decode_rows(num_seqs, num_steps, has_peer)
+        gc.collect()
+        rows += scheduler_rows(num_seqs, num_steps, has_peer)
+        gc.collect()
+    rows.append(growth_row(rows, 1024 if len(sizes) > 2 else sizes[0], sizes[-1]))
+    rows += admission_rows(3 if arguments.quick else 10, has_peer)
+    rows += memory_rows()
+    write_report("block_manager", rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
