@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import BlockIds
+from .block_tables import BlockTables, join_ids
+from .blocks import BlockIds, IntArray
 from .errors import ConfigError, OutOfBlocksError
 from .jit import compiled
 from .prefix_cache import PrefixCache
+
+SCRATCH: Final = 1024
 
 
 @compiled
@@ -38,6 +43,25 @@ def drop_users(
     return stack_size, num_idle
 
 
+@compiled
+def drop_sequence(
+    slot: int,
+    open_table: BlockIds,
+    sealed_table: BlockIds,
+    num_open: IntArray,
+    num_sealed: IntArray,
+    num_head_blocks: int,
+    num_users: BlockIds,
+    is_cached: NDArray[np.bool_],
+    free_stack: BlockIds,
+    stack_size: int,
+    idle_ids: BlockIds,
+) -> tuple[int, int]:
+    """`drop_users` of all blocks of a sequence."""
+    block_ids = join_ids(slot, open_table, sealed_table, num_open, num_sealed, num_head_blocks)
+    return drop_users(block_ids, num_users, is_cached, free_stack, stack_size, idle_ids)
+
+
 class BlockPool:
     """A stack of free block ids with user counts: allocating and freeing are one slice each.
 
@@ -54,6 +78,7 @@ class BlockPool:
         self._is_cached = (
             np.zeros(num_blocks, dtype=np.bool_) if prefix_cache is None else prefix_cache.is_cached
         )
+        self._scratch: BlockIds = np.empty(SCRATCH, dtype=np.int32)
         self._free_stack: BlockIds = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._stack_size = num_blocks
 
@@ -100,11 +125,44 @@ class BlockPool:
         Blocks without users are free: cached ones are evicted last block first, so that what is
         left of a sequence stays a prefix; the others are reused first block first.
         """
-        idle_ids = np.empty(len(block_ids), dtype=np.int32)
-        self._stack_size, num_idle = drop_users(
-            block_ids, self.num_users, self._is_cached, self._free_stack, self._stack_size, idle_ids
+        idle_ids = self._scratch if len(block_ids) <= SCRATCH else np.empty_like(block_ids)
+        self._note_dropped(
+            idle_ids,
+            *drop_users(
+                block_ids,
+                self.num_users,
+                self._is_cached,
+                self._free_stack,
+                self._stack_size,
+                idle_ids,
+            ),
         )
+
+    def release_sequence(self, tables: BlockTables, slot: int) -> None:
+        """Release every block of a sequence: `release(tables.block_ids(slot))` in one call."""
+        idle_ids = self._scratch
+        if tables.num_open[slot] + tables.num_sealed[slot] > SCRATCH:
+            idle_ids = np.empty(tables.num_open[slot] + tables.num_sealed[slot], dtype=np.int32)
+        self._note_dropped(
+            idle_ids,
+            *drop_sequence(
+                slot,
+                tables.open,
+                tables.sealed,
+                tables.num_open,
+                tables.num_sealed,
+                tables.geometry.num_head_blocks,
+                self.num_users,
+                self._is_cached,
+                self._free_stack,
+                self._stack_size,
+                idle_ids,
+            ),
+        )
+
+    def _note_dropped(self, idle_ids: BlockIds, stack_size: int, num_idle: int) -> None:
         assert num_idle >= 0, "a block was freed twice"
+        self._stack_size = stack_size
         if num_idle:
             assert self.prefix_cache is not None
             self.prefix_cache.rest(idle_ids[:num_idle].tolist())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .blocks import BlockGeometry, BlockIds, IntArray
+from .jit import compiled
 
 
 def ragged_arange(counts: IntArray) -> tuple[IntArray, IntArray]:
@@ -20,6 +21,25 @@ def ragged_arange(counts: IntArray) -> tuple[IntArray, IntArray]:
     rows = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     return rows, np.arange(total) - starts[rows]
+
+
+@compiled
+def join_ids(
+    slot: int,
+    open_table: BlockIds,
+    sealed_table: BlockIds,
+    num_open: IntArray,
+    num_sealed: IntArray,
+    num_head_blocks: int,
+) -> BlockIds:
+    """Head, body and tail of one sequence."""
+    held, sealed = num_open[slot], num_sealed[slot]
+    block_ids = np.empty(held + sealed, dtype=np.int32)
+    num_head = min(num_head_blocks, held)
+    block_ids[:num_head] = open_table[slot, :num_head]
+    block_ids[num_head : num_head + sealed] = sealed_table[slot, :sealed]
+    block_ids[num_head + sealed :] = open_table[slot, num_head:held]
+    return block_ids
 
 
 class BlockTables:
@@ -45,12 +65,13 @@ class BlockTables:
 
     def block_ids(self, slot: int) -> BlockIds:
         """Every block of a sequence, in the order of its tokens: head, body, tail."""
-        num_open, num_sealed = self.num_open[slot], self.num_sealed[slot]
-        if not num_sealed:
-            return self.open[slot, :num_open].copy()
-        num_head, row = self.geometry.num_head_blocks, self.open[slot]
-        return np.concatenate(
-            [row[:num_head], self.sealed[slot, :num_sealed], row[num_head:num_open]]
+        return join_ids(
+            slot,
+            self.open,
+            self.sealed,
+            self.num_open,
+            self.num_sealed,
+            self.geometry.num_head_blocks,
         )
 
     def open_slots(

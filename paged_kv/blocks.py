@@ -98,6 +98,11 @@ class BlockGeometry:
         sealable = num_tokens - self.num_head_tokens - self.min_tail_tokens
         return min(links, self.num_head_blocks + max(sealable // self.block_size, 0))
 
+    def link_size(self, link: int) -> int:
+        """Tokens in a link, given by its index."""
+        is_open = not self.seals or link < self.num_head_blocks
+        return self.open_block_size if is_open else self.block_size
+
     def link_end(self, num_links: int) -> int:
         """Tokens in the first `num_links` links."""
         if not self.seals or num_links <= self.num_head_blocks:

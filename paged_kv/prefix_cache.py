@@ -73,12 +73,17 @@ class PrefixCache:
 
     def evict(self, count: int) -> list[int]:
         """Forget the `count` least recently used idle blocks and return them."""
-        block_ids = [self._idle.popitem(last=False)[0] for _ in range(count)]
-        for block_id in block_ids:
-            block_hash = self._hash_of.pop(block_id)
-            del self._block_of[block_hash]
-            self.record(BlockRemoved(block_hash=block_hash, block_id=block_id))
+        next_idle, block_of, hash_of = self._idle.popitem, self._block_of, self._hash_of
+        block_ids = [next_idle(last=False)[0] for _ in range(count)]
+        block_hashes = [hash_of.pop(block_id) for block_id in block_ids]
+        for block_hash in block_hashes:
+            del block_of[block_hash]
         self.is_cached[block_ids] = False
+        if self._events is not None:
+            self._events += [
+                BlockRemoved(block_hash=block_hash, block_id=block_id)
+                for block_hash, block_id in zip(block_hashes, block_ids, strict=True)
+            ]
         return block_ids
 
     def clear(self) -> list[int]:

@@ -78,9 +78,10 @@ class TokenChain:
     def hash_links(self, geometry: BlockGeometry, num_links: int) -> None:
         """Extend the hashes to the first `num_links` links of `token_ids`."""
         known = len(self.hashes)
-        start = end = geometry.link_end(known)
-        data = self.token_ids[start : geometry.link_end(num_links)].tobytes()
+        start, end = geometry.link_end(known), geometry.link_end(num_links)
+        data, parent, position = self.token_ids[start:end].tobytes(), self.last_hash, 0
         for link in range(known, num_links):
-            first, end = end, geometry.link_end(link + 1)
-            token_bytes = data[4 * (first - start) : 4 * (end - start)]
-            self.hashes.append(link_hash(self.last_hash, token_bytes))
+            link_bytes = 4 * geometry.link_size(link)
+            parent = link_hash(parent, data[position : position + link_bytes])
+            position += link_bytes
+            self.hashes.append(parent)

@@ -226,18 +226,15 @@ class Scheduler:
 
     def _vacate(self, requests: Sequence[Request]) -> None:
         """The slots of running requests are no longer theirs."""
-        slots = slots_of(requests)
-        self._by_slot[slots] = None
-        stays = np.ones(self.manager.max_num_seqs, dtype=np.bool_)
-        stays[slots] = False
-        self._set_running(self._running[stays[self._running]])
         for request in requests:
+            self._by_slot[request.slot] = None
+            self._set_running(self._running[self._running != request.slot])
             request.slot = None
 
     def _preempt(self, request: Request) -> None:
         assert request.slot is not None
         manager, slot = self.manager, request.slot
-        num_blocks = len(manager.block_ids(slot))
+        num_blocks = int(manager.tables.num_open[slot] + manager.tables.num_sealed[slot])
         if 2 * num_blocks * self.swap_cost < manager.num_computed_tokens[slot]:
             request.swapped = manager.swap_out(slot)
         if request.swapped is None:
