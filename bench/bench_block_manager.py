@@ -14,8 +14,10 @@ each request and tests for stop tokens. Ours returns arrays; stop tokens are the
 and only requests at their token limit become python objects. What ours covers and the peer's
 manager does not: vLLM makes slot mappings in its model runner; `with index arrays` adds ours.
 
-The two sides take turns of ten steps. Rows with `cold caches` read 64 MB of other memory before
-each step, on both sides: between the steps of a real engine a model runs.
+The two sides take turns of twenty calls, with five before them that are not counted. Rows with
+`cold caches` read 64 MB of other memory before each step, on both sides: between the steps of a
+real engine a model runs. Objects that live already are kept from the garbage collector, as vLLM's
+engine does.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,8 @@ MAX_MODEL_LEN = 4096
 VOCAB_SIZE = 32_000
 PROMPT = 1024  # tokens of an admission
 ADMITTED = 64  # prompts in one step
-TURN = 10  # steps
+TURN = 20  # calls that count
+WARM_UP = 5  # calls before them
 OTHER_MEMORY = np.zeros(1 << 23)
 
 
@@ -75,12 +78,22 @@ class Timer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
+        self.is_counting = True
 
     def __call__(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         start = time.perf_counter()
         result = function(*arguments)
-        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        if self.is_counting:
+            self.seconds.setdefault(name, []).append(seconds)
         return result
+
+    def turn(self, num_calls: int = TURN) -> Iterator[None]:
+        """So many calls that count, after some that do not."""
+        for index in range(-WARM_UP, num_calls):
+            self.is_counting = index >= 0
+            yield
+        self.is_counting = True
 
     def median(self, name: str) -> float:
         return float(np.median(self.seconds[name]))
@@ -100,6 +113,12 @@ class Timer:
             baseline_value=baseline,
             ratio=baseline / value,
         )
+
+
+def keep_from_collector() -> None:
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def read_other_memory(is_wanted: bool) -> None:
@@ -161,20 +180,21 @@ def decode_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
     def append(manager: BlockManager) -> None:
         manager.append_tokens(slots, rng.integers(VOCAB_SIZE, size=num_seqs))
 
+    keep_from_collector()
     for _ in range(num_steps // TURN):
         for is_cold in (False, True):
             suffix = " cold" if is_cold else ""
-            for _ in range(TURN * (peer is not None)):
+            for _ in timer.turn() if peer is not None else ():
                 read_other_memory(is_cold)
                 timer(f"peer{suffix}", peer.allocate_step)
                 peer.append_step()
-            for _ in range(TURN):
+            for _ in timer.turn():
                 append(managers["int8"])
                 read_other_memory(is_cold)
                 timer(f"int8{suffix}", step, managers["int8"])
         for name, manager in managers.items():
             for label, function in ((name, step), (f"{name} arrays", step_with_arrays)):
-                for _ in range(TURN * (label != "int8")):
+                for _ in timer.turn() if label != "int8" else ():
                     append(manager)
                     timer(label, function, manager)
     case = f"decode step of {num_seqs} sequences"
@@ -217,13 +237,14 @@ def scheduler_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
 
     our_step(" of the prefill")
     assert scheduler.num_running == num_seqs
+    keep_from_collector()
     for _ in range(num_steps // TURN):
         for is_cold in (False, True):
             suffix = " cold" if is_cold else ""
-            for _ in range(TURN * (peer is not None)):
+            for _ in timer.turn() if peer is not None else ():
                 read_other_memory(is_cold)
                 peer_step(suffix)
-            for _ in range(TURN):
+            for _ in timer.turn():
                 read_other_memory(is_cold)
                 our_step(suffix)
     for suffix in ("", " cold"):
@@ -270,26 +291,33 @@ def admission_rows(num_rounds: int, has_peer: bool) -> list[Row]:
         manager = new_manager("int8", ADMITTED, lens, prefix_caching=caching)
         rng = np.random.default_rng(4)
         timer = Timer()
-        prompts = [random_tokens(rng, PROMPT) for _ in range(ADMITTED)]
-        for index in range(num_rounds + 1):
-            if mode != "hit":
-                prompts = [random_tokens(rng, PROMPT) for _ in range(ADMITTED)]
-            slots = timer("batch", admit, manager, prompts)
-            fork_and_free(manager, slots, timer)
-            slots = timer("alone", admit, manager, prompts[:1] if mode == "hit" else [prompts[0]])
-            manager.remove_sequence(slots[0])
+        prompts = new_prompts(rng)
+        fork_and_free(manager, admit(manager, prompts), timer)  # what a hit finds
+        timer.seconds.clear()
+        keep_from_collector()
+        for _ in range(num_rounds):
+            for _ in timer.turn(5):
+                slots = timer(
+                    "batch", admit, manager, prompts if mode == "hit" else new_prompts(rng)
+                )
+                fork_and_free(manager, slots, timer)
+            for prompt in (prompts if mode == "hit" else new_prompts(rng))[:TURN]:
+                manager.remove_sequence(timer("alone", admit, manager, [prompt])[0])
             if peer is not None:
-                for prompt in prompts:
-                    request = timer("peer", peer.admit, prompt)
-                    timer("peer free", peer.free, request)
-            if not index:
-                timer.seconds.clear()  # what a hit finds, and code that runs the first time
+                for _ in timer.turn(1):
+                    for prompt in prompts if mode == "hit" else new_prompts(rng):
+                        request = timer("peer", peer.admit, prompt)
+                        timer("peer free", peer.free, request)
         case = f"prompt of {PROMPT} tokens, prefix cache {mode}"
         rows.append(timer.row(case, "admission, in a batch", "batch", "peer", ADMITTED))
         rows.append(timer.row(case, "admission, alone", "alone", "peer"))
         rows.append(timer.row(case, "free", "free", "peer free"))
         rows.append(timer.row(case, "fork", "fork", ""))
     return rows
+
+
+def new_prompts(rng: np.random.Generator) -> list[list[int]]:
+    return [random_tokens(rng, PROMPT) for _ in range(ADMITTED)]
 
 
 def admit(manager: BlockManager, prompts: list[list[int]]) -> list[int]:
@@ -368,15 +396,12 @@ def main() -> None:
     if not has_peer:
         print(f"without vLLM: {peer_vllm.why_not() or 'left out as asked'}")
     sizes = (256, 1024) if arguments.quick else (256, 1024, 4096, 16384)
-    rows: list[Row] = []
+    rows = admission_rows(2 if arguments.quick else 8, has_peer)
     for num_seqs in sizes:
-        num_steps = TURN if arguments.quick or num_seqs > 4096 else 4 * TURN
+        num_steps = TURN if arguments.quick else 3 * TURN
         rows += decode_rows(num_seqs, num_steps, has_peer)
-        gc.collect()
         rows += scheduler_rows(num_seqs, num_steps, has_peer)
-        gc.collect()
     rows.append(growth_row(rows, 1024 if len(sizes) > 2 else sizes[0], sizes[-1]))
-    rows += admission_rows(3 if arguments.quick else 10, has_peer)
     rows += memory_rows()
     write_report("block_manager", rows, arguments.json)
 

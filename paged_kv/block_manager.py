@@ -102,6 +102,8 @@ class BlockManager:
         self.tables = BlockTables(geometry, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         self.token_ids: TokenIds = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
         self.num_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # of those, known
+        # The last of them, beside each other: what most steps compute.
+        self.last_token_ids: TokenIds = np.zeros(max_num_seqs, dtype=np.int32)
         self._fingerprint = fingerprint
         self._root = root_hash(fingerprint)
         self._min_unsealed = geometry.num_head_tokens + geometry.min_tail_tokens
@@ -215,6 +217,8 @@ class BlockManager:
         length = len(tokens.token_ids)
         self.token_ids[slot, :length] = tokens.token_ids
         self.num_tokens[slot] = length
+        if length:
+            self.last_token_ids[slot] = tokens.token_ids[-1]
         if self.prefix_cache is not None:
             self._share_prefix(slot, tokens, self.prefix_cache)
         self._capacity[slot] = self.num_computed_tokens[slot]
@@ -259,19 +263,22 @@ class BlockManager:
             self._require_living(slots)
             raise InvalidStepError(f"a sequence has max_model_len ({self.max_model_len}) tokens")
         self.token_ids[slots, lengths] = token_ids
+        self.last_token_ids[slots] = token_ids
         lengths += 1
         self.num_tokens[slots] = lengths
         if self.prefix_cache is not None:
-            for row in (lengths >= self._next_link_end[slots]).nonzero()[0].tolist():
-                self._hash_links(int(slots[row]), int(lengths[row]))
+            self._hash_links(slots, lengths)
 
-    def _hash_links(self, slot: int, num_tokens: int) -> None:
-        """Hash the links that a sequence's tokens complete."""
-        chain = self._chains[slot]
-        assert chain is not None
-        num_links = self.geometry.num_links(num_tokens)
-        chain.hash_links(self.geometry, num_links)
-        self._next_link_end[slot] = self.geometry.link_end(num_links + 1)
+    def _hash_links(self, slots: IntArray, lengths: IntArray) -> None:
+        """Hash the links that the tokens of these sequences complete."""
+        geometry = self.geometry
+        rows = (lengths >= self._next_link_end[slots]).nonzero()[0]
+        for slot, length in zip(slots[rows].tolist(), lengths[rows].tolist(), strict=True):
+            chain = self._chains[slot]
+            assert chain is not None
+            num_links = geometry.num_links(length)
+            chain.hash_links(geometry, num_links)
+            self._next_link_end[slot] = geometry.link_end(num_links + 1)
 
     def fork(self, slot: int) -> int:
         """A slot for a copy of a sequence: it shares every block.
@@ -293,6 +300,7 @@ class BlockManager:
             self.tables.num_open,
             self.num_sealed,
             self.num_tokens,
+            self.last_token_ids,
             self._num_published,
             self._next_link_end,
         ):
@@ -686,6 +694,8 @@ class BlockManager:
         length = len(tokens.token_ids)
         self.token_ids[slot, :length] = tokens.token_ids
         self.num_tokens[slot] = length
+        if length:
+            self.last_token_ids[slot] = tokens.token_ids[-1]
         self.num_computed_tokens[slot] = num_computed_tokens
         self.num_sealed[slot] = num_sealed
         body_start = self.geometry.num_head_blocks if num_sealed else len(block_ids)

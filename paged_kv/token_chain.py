@@ -65,10 +65,6 @@ class TokenChain:
         self.root = root
         self.hashes: list[bytes] = []
 
-    @property
-    def last_hash(self) -> bytes:
-        return self.hashes[-1] if self.hashes else self.root
-
     def with_tokens(self, token_ids: TokenIds) -> TokenChain:
         """The same hashes over an array that begins with the same tokens."""
         chain = TokenChain(token_ids, self.root)
@@ -77,11 +73,17 @@ class TokenChain:
 
     def hash_links(self, geometry: BlockGeometry, num_links: int) -> None:
         """Extend the hashes to the first `num_links` links of `token_ids`."""
-        known = len(self.hashes)
-        start, end = geometry.link_end(known), geometry.link_end(num_links)
-        data, parent, position = self.token_ids[start:end].tobytes(), self.last_hash, 0
+        hashes, known = self.hashes, len(self.hashes)
+        if known >= num_links:
+            return
+        start, parent = geometry.link_end(known), hashes[-1] if hashes else self.root
+        if known + 1 == num_links:  # what decoding completes
+            end = start + geometry.link_size(known)
+            hashes.append(link_hash(parent, self.token_ids[start:end].tobytes()))
+            return
+        data, position = self.token_ids[start : geometry.link_end(num_links)].tobytes(), 0
         for link in range(known, num_links):
-            link_bytes = 4 * geometry.link_size(link)
-            parent = link_hash(parent, data[position : position + link_bytes])
-            position += link_bytes
-            self.hashes.append(parent)
+            size = 4 * geometry.link_size(link)
+            parent = link_hash(parent, data[position : position + size])
+            position += size
+            hashes.append(parent)

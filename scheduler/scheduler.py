@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral
 from typing import Final, NamedTuple
 
@@ -56,12 +57,18 @@ class ScheduledStep:
 
     plan: StepPlan
     token_ids: IntArray  # [T]
-    sampled_requests: list[Request]  # [M]
     sampled_slots: IntArray  # [M]
     sampled_token_index: IntArray  # [M] place among the T of each one's last token
     preempted: list[Request]
     swap_outs: list[BlockCopy] = field(default_factory=list)
     swap_ins: list[BlockCopy] = field(default_factory=list)
+    requests_by_slot: NDArray[np.object_] = field(repr=False)
+
+    @cached_property
+    def sampled_requests(self) -> list[Request]:
+        """[M] The requests that sample; to be read before the step ends."""
+        requests: list[Request] = self.requests_by_slot[self.sampled_slots].tolist()
+        return requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,21 +288,24 @@ class Scheduler:
     def _describe(self, plan: StepPlan, preempted: list[Request]) -> ScheduledStep:
         slots, ends = plan.slots, plan.context_lens + plan.num_scheduled_tokens
         sampled = (ends == self.manager.num_tokens[slots]).nonzero()[0]
+        do_all_sample = len(sampled) == len(slots)
         # The same array where all sample: the manager knows that its slots are distinct.
-        sampled_slots = slots if len(sampled) == len(slots) else slots[sampled]
+        sampled_slots = slots if do_all_sample else slots[sampled]
         swap_outs, self._swap_outs = self._swap_outs, []
         swap_ins, self._swap_ins = self._swap_ins, []
-        token_slots = slots if plan.is_decode else slots[plan.token_rows]
-        token_ids = self.manager.token_ids[token_slots, plan.positions]
+        if plan.is_decode and do_all_sample:
+            token_ids = self.manager.last_token_ids[slots]
+        else:
+            token_ids = self.manager.token_ids[slots[plan.token_rows], plan.positions]
         return ScheduledStep(
             plan=plan,
             token_ids=token_ids.astype(np.int64),
-            sampled_requests=self._by_slot[sampled_slots].tolist(),
             sampled_slots=sampled_slots,
             sampled_token_index=plan.query_start_loc[1:][sampled] - 1,
             preempted=preempted,
             swap_outs=swap_outs,
             swap_ins=swap_ins,
+            requests_by_slot=self._by_slot,
         )
 
     def _share_budget(self, budget: int) -> tuple[IntArray, IntArray]:
