@@ -1,0 +1,37 @@
+"""The block manager alone, with numpy and nothing else, for an engine with kernels of its own.
+
+    python examples/blocks_only.py
+
+It prints where tokens go; nothing is stored.
+"""
+
+import numpy as np
+
+from paged_kv import BlockGeometry, BlockManager
+
+# Sealed blocks of 128 tokens, open ones of 64; the first 64 tokens are never quantized.
+geometry = BlockGeometry(block_size=128, open_block_size=64, num_head_tokens=64, min_tail_tokens=0)
+manager = BlockManager(
+    geometry, num_blocks=64, max_num_seqs=8, max_model_len=2048, prefix_caching=True
+)
+prompt = np.random.default_rng(0).integers(32_000, size=500)
+
+first = manager.add_sequence(prompt)
+plan = manager.reserve([first], [500])  # None if the pool had too few free blocks
+print("seal into", plan.seal_block_ids, "from tokens", plan.seal_sources[:, 0], "and on")
+print("store the last tokens at", plan.slot_mapping[-3:])
+manager.commit(plan)  # once the K/V are written
+
+second = manager.add_sequence(prompt)  # finds the first one's blocks
+print("computed already:", manager.num_computed_tokens[second], "tokens")
+manager.commit(manager.reserve([second], [500 - manager.num_computed_tokens[second]]))
+
+third = manager.fork(second)  # shares everything, the unfinished block too
+manager.append_tokens([first, second, third], [11, 12, 13])
+plan = manager.reserve([first, second, third], [1, 1, 1])
+print("copy block", plan.copy_sources, "to", plan.copy_targets, "then write", plan.slot_mapping)
+manager.commit(plan)
+
+for slot in (first, second, third):
+    manager.remove_sequence(slot)
+print("free again:", manager.num_free_blocks, "of", manager.num_blocks)

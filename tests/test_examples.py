@@ -1,0 +1,48 @@
+"""The examples run as they stand, and need no more than they say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FORBIDDEN = {"embed": ("transformers", "rich"), "blocks_only": ("torch", "transformers")}
+
+
+def run(name: str, *, check: str = "") -> str:
+    """Output of an example; `check` runs after it in the same interpreter."""
+    script = f"import runpy, sys; runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')\n"
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script + check],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", sorted(FORBIDDEN))
+def test_example_runs_and_imports_only_what_it_says(name: str) -> None:
+    names = FORBIDDEN[name]
+    run(f"{name}.py", check=f"assert not set(sys.modules) & {set(names)!r}, sys.modules")
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(FORBIDDEN)
+
+
+def test_the_serving_loop_is_short_and_shares_its_prefix() -> None:
+    assert len((EXAMPLES / "embed.py").read_text().splitlines()) < 60
+    output = run("embed.py").splitlines()
+    assert sum(line.startswith("request ") for line in output) == 12
+    assert "41 steps; 2904 of 3720 prompt tokens came from shared blocks" in output[-1]
+
+
+def test_the_manager_alone_prints_what_it_promises() -> None:
+    output = run("blocks_only.py").splitlines()
+    assert output[2] == "computed already: 448 tokens"
+    assert output[-1] == "free again: 64 of 64"
