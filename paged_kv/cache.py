@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .block_manager import BlockManager
+from .block_tables import ragged_arange
 from .blocks import BlockGeometry, BlockIds
 from .errors import ConfigError, OutOfBlocksError
 from .formats import KVFormat, RecordLayout, block_geometry
@@ -52,8 +53,9 @@ class LayerSpec:
 class MemoryStats:
     """Bytes over all layers. `allocated = used + wasted`, `total = allocated + free`.
 
-    `used` counts the records of sealed blocks and the tokens that open blocks hold; the rest of
-    the open blocks' records is `wasted`.
+    Blocks that several sequences share count once. `used` counts the records of sealed blocks and
+    the tokens that open blocks hold; the rest of the open blocks' records is `wasted`. `cached`, a
+    part of `free`, still holds prefixes that can be hit.
     """
 
     total: int
@@ -64,6 +66,7 @@ class MemoryStats:
     head: int
     body: int
     tail: int
+    cached: int
 
 
 @dataclass(frozen=True)
@@ -207,31 +210,38 @@ class PagedKVCache:
 
     def memory_stats(self, manager: BlockManager) -> MemoryStats:
         """What the pool of `manager`, which hands out this cache's blocks, holds now."""
-        geometry = self.geometry
-        slots = manager.active_slots
-        lengths = manager.num_computed_tokens[slots]
-        sealed = int(manager.num_sealed[slots].sum())
-        num_open = int(manager.num_open_blocks(slots).sum())
-        head = int(
-            (-(-lengths.clip(max=geometry.num_head_tokens) // geometry.open_block_size)).sum()
+        geometry, tables, slots = self.geometry, manager.tables, manager.active_slots
+        rows, columns = ragged_arange(tables.num_sealed[slots])
+        num_sealed = len(np.unique(tables.sealed[slots[rows], columns]))
+        rows, columns = ragged_arange(tables.num_open[slots])
+        rows = slots[rows]
+        open_ids, first = np.unique(tables.open[rows, columns], return_index=True)
+        rows, columns = rows[first], columns[first]
+        is_head = columns < geometry.num_head_blocks
+        index = columns + np.where(
+            is_head, 0, tables.num_sealed[rows] * geometry.open_blocks_per_block
         )
-        open_tokens = int(lengths.sum()) - sealed * geometry.block_size
+        filled = tables.num_computed_tokens[rows] - index * geometry.open_block_size
+        open_tokens = int(filled.clip(max=geometry.open_block_size).sum())
+        num_head = int(is_head.sum())
         token_bytes = sum(
             layer.num_kv_heads * layer.record_layout(self.dtype).token_bytes
             for layer in self.layers
         )
         allocated = manager.pool.num_allocated * self.block_bytes
-        used = sealed * self.block_bytes + open_tokens * token_bytes
+        used = num_sealed * self.block_bytes + open_tokens * token_bytes
         total = sum(arena.nbytes for arena in self.arenas)
+        num_idle = 0 if manager.prefix_cache is None else manager.prefix_cache.num_idle
         return MemoryStats(
             total=total,
             free=total - allocated,
             allocated=allocated,
             used=used,
             wasted=allocated - used,
-            head=head * self.block_bytes,
-            body=sealed * self.block_bytes,
-            tail=(num_open - head) * self.block_bytes,
+            head=num_head * self.block_bytes,
+            body=num_sealed * self.block_bytes,
+            tail=(len(open_ids) - num_head) * self.block_bytes,
+            cached=num_idle * self.block_bytes,
         )
 
 

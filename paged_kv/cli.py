@@ -97,6 +97,10 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--max-num-seqs", type=int, default=64, help="sequences at once (64)")
     memory.add_argument("--token-budget", type=int, default=1024, help="tokens a step (1024)")
     memory.add_argument("--max-model-len", type=int, help="longest sequence (the model's)")
+    memory.add_argument(
+        "--no-prefix-caching", action="store_true", help="share no blocks between prompts"
+    )
+    memory.add_argument("--swap-space", metavar="SIZE", help="host memory for preempted sequences")
     memory.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     memory.add_argument("--device", help="cpu or cuda (default: where the model loads)")
     sampling = parser.add_argument_group("sampling")
@@ -220,6 +224,8 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
         max_num_seqs=arguments.max_num_seqs,
         token_budget=arguments.token_budget,
         max_model_len=arguments.max_model_len,
+        prefix_caching=not arguments.no_prefix_caching,
+        swap_space=arguments.swap_space or 0,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         device=arguments.device,
     )

@@ -27,6 +27,7 @@ from .loading import load_model, load_tokenizer
 from .model import PagedModel
 from .progress import Progress
 from .sampling import SamplingParams
+from .scheduler.scheduler import SchedulerStatistics
 from .text import ChatMessages, Prompt, encode_prompt
 
 
@@ -147,6 +148,10 @@ class LLM:
 
     def memory_stats(self) -> MemoryStats:
         return self.engine.cache.memory_stats(self.engine.manager)
+
+    def statistics(self) -> SchedulerStatistics:
+        """Requests, blocks, preemptions and the prefix cache's hits: now, and so far."""
+        return self.engine.scheduler.statistics()
 
     def bytes_per_token(self) -> float:
         """Bytes of one sealed token over all layers (native: of one token)."""
