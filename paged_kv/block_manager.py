@@ -107,7 +107,6 @@ class BlockManager:
         self._fingerprint = fingerprint
         self._root = root_hash(fingerprint)
         self._min_unsealed = geometry.num_head_tokens + geometry.min_tail_tokens
-        self._has_forked = False  # until the first fork no open block has two users
         self._chains: list[TokenChain | None] = [None] * max_num_seqs
         self._next_link_end: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_published: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
@@ -289,7 +288,6 @@ class BlockManager:
         self._require_no_step()
         self._require_sequence(slot)
         child = self._take_slot()
-        self._has_forked = True
         self.pool.share(self.tables.block_ids(slot))
         self.tables.open[child] = self.tables.open[slot]
         self.tables.sealed[child] = self.tables.sealed[slot]

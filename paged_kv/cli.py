@@ -27,6 +27,7 @@ SAMPLING_OPTIONS: Final = {
     "max_tokens": (int, "most tokens to generate"),
     "min_tokens": (int, "fewest tokens to generate"),
     "n": (int, "continuations of each prompt"),
+    "best_of": (int, "sample so many and keep the n likeliest"),
 }
 REQUEST_FIELDS: Final = frozenset(
     {field.name for field in fields(SamplingParams)} - {"logits_processors"}
@@ -147,7 +148,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
         raise InvalidRequestError("no prompts: give arguments, standard input or --input")
     with load_llm(arguments) as llm:
         is_conversation = len(lines) == 1 and not arguments.input and not arguments.output
-        if is_conversation and params.n == 1:
+        if is_conversation and params.num_samples == 1:
             return print_stream(llm, lines[0], params)
         results = serve(llm, lines, params)
     write_results(results, arguments, as_json=bool(arguments.input or arguments.output))
