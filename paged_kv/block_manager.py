@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .block_pool import BlockPool
-from .block_tables import BlockTables
+from .block_tables import BlockTables, ragged_arange
 from .blocks import BlockGeometry, BlockIds, IntArray
 from .errors import ConfigError, InvalidStepError, OutOfBlocksError
 from .events import BlockStored, CacheEvent
@@ -201,7 +201,7 @@ class BlockManager:
             num_blocks=num_links,
             num_sealed=max(num_links - self.geometry.num_head_blocks, 0) * self.geometry.seals,
             num_idle_blocks=int(np.count_nonzero(self.pool.num_users[block_ids] == 0)),
-            is_pending=num_links < limit and tokens.hashes[num_links] in cache.pending,
+            is_pending=num_links < limit and cache.is_expected(tokens.hashes[num_links]),
         )
 
     def add_sequence(self, tokens: TokenChain | ArrayLike | None = None) -> int:
@@ -246,7 +246,7 @@ class BlockManager:
             self.num_sealed[slot] = num_links - num_head
             self.num_computed_tokens[slot] = geometry.link_end(num_links)
         self._num_published[slot] = num_links
-        cache.pending.update(dict.fromkeys(tokens.hashes[num_links:], slot))
+        cache.expect(tokens.hashes[num_links:])
         self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
         self._next_link_end[slot] = geometry.link_end(len(tokens.hashes) + 1)
         statistics = self.prefix_statistics
@@ -254,19 +254,38 @@ class BlockManager:
         statistics.num_query_tokens += len(tokens.token_ids)
         statistics.num_hit_tokens += geometry.link_end(num_links)
 
-    def append_tokens(self, slots: ArrayLike, token_ids: ArrayLike) -> None:
-        """One more token for each of these distinct sequences: `slots` [M], `token_ids` [M]."""
+    def append_tokens(
+        self, slots: ArrayLike, token_ids: ArrayLike, counts: ArrayLike | None = None
+    ) -> None:
+        """One more token for each of these distinct sequences: `slots` [M], `token_ids` [M].
+
+        With `counts` [M], so many for each: `token_ids` are those of one sequence after another.
+        """
         slots = self._known_slots(slots)
         lengths = self.num_tokens[slots]
-        if np.count_nonzero(lengths >= self._length_limits[slots]):
+        if counts is not None:
+            counts = integer_array("counts", counts)
+            if counts.shape != slots.shape or np.count_nonzero(counts < 0):
+                raise InvalidStepError(
+                    f"counts must be {len(slots)} numbers, got {counts.tolist()}"
+                )
+        new_lengths = lengths + (1 if counts is None else counts)
+        if np.count_nonzero(new_lengths > self._length_limits[slots]):
             self._require_living(slots)
-            raise InvalidStepError(f"a sequence has max_model_len ({self.max_model_len}) tokens")
-        self.token_ids[slots, lengths] = token_ids
-        self.last_token_ids[slots] = token_ids
-        lengths += 1
-        self.num_tokens[slots] = lengths
+            raise InvalidStepError(
+                f"a sequence would have {new_lengths.max()} tokens; max_model_len is "
+                f"{self.max_model_len}"
+            )
+        if counts is None:
+            self.token_ids[slots, lengths] = token_ids
+            self.last_token_ids[slots] = token_ids
+        else:
+            rows, offsets = ragged_arange(counts)
+            self.token_ids[slots[rows], lengths[rows] + offsets] = token_ids
+            self.last_token_ids[slots] = self.token_ids[slots, np.maximum(new_lengths - 1, 0)]
+        self.num_tokens[slots] = new_lengths
         if self.prefix_cache is not None:
-            self._hash_links(slots, lengths)
+            self._hash_links(slots, new_lengths)
 
     def _hash_links(self, slots: IntArray, lengths: IntArray) -> None:
         """Hash the links that the tokens of these sequences complete."""
@@ -306,7 +325,9 @@ class BlockManager:
         self._capacity[[slot, child]] = self.num_computed_tokens[slot]
         chain = self._chains[slot]
         if chain is not None:
+            assert self.prefix_cache is not None
             self._chains[child] = chain.with_tokens(self.token_ids[child])
+            self.prefix_cache.expect(chain.hashes[self._num_published[slot] :])
         return child
 
     def remove_sequence(self, slot: int) -> None:
@@ -320,8 +341,8 @@ class BlockManager:
         chain = self._chains[slot]
         if chain is not None:
             assert self.prefix_cache is not None
-            if self.prefix_cache.pending:
-                self.prefix_cache.forget_pending(chain.hashes[self._num_published[slot] :], slot)
+            if len(chain.hashes) > self._num_published[slot]:
+                self.prefix_cache.no_longer_expect(chain.hashes[self._num_published[slot] :])
             self._chains[slot] = None
         for counter in self._counters:
             counter[slot] = 0
@@ -513,6 +534,7 @@ class BlockManager:
             num_links = find_complete_links(
                 slots,
                 tables.num_computed_tokens,
+                self.num_tokens,
                 tables.num_sealed,
                 tables.open,
                 tables.sealed,
@@ -706,6 +728,7 @@ class BlockManager:
         if self.prefix_cache is not None:
             self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
             self._next_link_end[slot] = self.geometry.link_end(len(tokens.hashes) + 1)
+            self.prefix_cache.expect(tokens.hashes)
 
     def discard_swapped(self, swapped: SwappedSequence) -> None:
         """Give the host blocks of a sequence back."""
@@ -751,9 +774,9 @@ class BlockManager:
         body_ends = geometry.num_head_tokens + num_sealed * geometry.block_size
         assert (lengths >= np.where(num_sealed, body_ends, 0)).all()
         assert (num_open <= self.tables.open.shape[1]).all()
-        assert (self._capacity[slots] >= lengths).all()
+        is_overdue = lengths > self._capacity[slots]  # drafts were kept beyond the next seal
+        assert (geometry.num_sealed_blocks(lengths) > num_sealed)[is_overdue].all()
         if self.prefix_cache is not None:
-            assert (lengths[self.num_tokens[slots] < lengths] == 0).all()
             for slot in slots.tolist():
                 self._check_chain(slot)
 

@@ -143,6 +143,7 @@ def take_effect(
 def find_complete_links(
     slots: IntArray,
     lengths: IntArray,
+    num_tokens: IntArray,
     num_sealed: IntArray,
     open_table: BlockIds,
     sealed_table: BlockIds,
@@ -152,14 +153,15 @@ def find_complete_links(
     num_head_blocks: int,
     links: IntArray,  # [L, 3], written: slot, link, block id
 ) -> int:
-    """The links whose tokens are complete and which nobody can find yet; returns their number.
+    """The links whose tokens are stored and known and which nobody can find yet; how many.
 
     They count as published from here on. With fewer than L of room the rest waits.
     """
     num_links = 0
     for row in range(len(slots)):
         slot = slots[row]
-        complete = lengths[slot] // open_block_size
+        # Draft tokens that were kept may be stored before they are known.
+        complete = min(lengths[slot], num_tokens[slot]) // open_block_size
         if block_size > open_block_size:
             complete = min(complete, num_head_blocks) + num_sealed[slot]
         for link in range(num_published[slot], complete):

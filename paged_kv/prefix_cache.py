@@ -24,7 +24,7 @@ class PrefixCache:
         self._hash_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._events: list[CacheEvent] | None = [] if record_events else None
-        # Hashes that living sequences are about to store, and by which slot.
+        # Hashes that living sequences are about to store, and how many sequences.
         self.pending: dict[bytes, int] = {}
 
     @property
@@ -55,11 +55,22 @@ class PrefixCache:
         self.is_cached[block_id] = True
         return True
 
-    def forget_pending(self, hashes: Sequence[bytes], slot: int) -> None:
-        """A sequence ends without having stored these."""
+    def expect(self, hashes: Sequence[bytes]) -> None:
+        """A sequence is about to store these."""
+        pending = self.pending
         for block_hash in hashes:
-            if self.pending.get(block_hash) == slot:
-                del self.pending[block_hash]
+            pending[block_hash] = pending.get(block_hash, 0) + 1
+
+    def no_longer_expect(self, hashes: Sequence[bytes]) -> None:
+        """The sequence ends without having stored these; others may still be about to."""
+        pending = self.pending
+        for block_hash in hashes:
+            count = pending.pop(block_hash, 0) - 1
+            if count > 0:
+                pending[block_hash] = count
+
+    def is_expected(self, block_hash: bytes) -> bool:
+        return block_hash in self.pending
 
     def rest(self, block_ids: list[int]) -> None:
         """Cached blocks lost their last user; the first of them is evicted first."""

@@ -343,11 +343,11 @@ class Scheduler:
                 continue
             if not is_alone and (need.now > free_now or need.later > free_later):
                 did_not_fit.append(request)
-                if request.times_passed >= MAX_TIMES_PASSED:
-                    break
                 continue
-            for passed in did_not_fit:
-                passed.times_passed += 1
+            if any(waiting.times_passed >= MAX_TIMES_PASSED for waiting in did_not_fit):
+                break
+            for waiting in did_not_fit:
+                waiting.times_passed += 1
             self._start(request)
             admitted.append(request)
             counts.append(need.num_tokens)
