@@ -25,7 +25,7 @@ class PrefixCache:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._events: list[CacheEvent] | None = [] if record_events else None
         # Hashes that living sequences are about to store, and how many sequences.
-        self.pending: dict[bytes, int] = {}
+        self._pending: dict[bytes, int] = {}
 
     @property
     def num_cached(self) -> int:
@@ -47,7 +47,7 @@ class PrefixCache:
 
     def store(self, block_hash: bytes, block_id: int) -> bool:
         """Make a block findable; False when another block of the same content already is."""
-        self.pending.pop(block_hash, None)
+        self._pending.pop(block_hash, None)
         if block_hash in self._block_of or block_id in self._hash_of:
             return False
         self._block_of[block_hash] = block_id
@@ -57,20 +57,20 @@ class PrefixCache:
 
     def expect(self, hashes: Sequence[bytes]) -> None:
         """A sequence is about to store these."""
-        pending = self.pending
+        pending = self._pending
         for block_hash in hashes:
             pending[block_hash] = pending.get(block_hash, 0) + 1
 
     def no_longer_expect(self, hashes: Sequence[bytes]) -> None:
         """The sequence ends without having stored these; others may still be about to."""
-        pending = self.pending
+        pending = self._pending
         for block_hash in hashes:
             count = pending.pop(block_hash, 0) - 1
             if count > 0:
                 pending[block_hash] = count
 
     def is_expected(self, block_hash: bytes) -> bool:
-        return block_hash in self.pending
+        return block_hash in self._pending
 
     def rest(self, block_ids: list[int]) -> None:
         """Cached blocks lost their last user; the first of them is evicted first."""
