@@ -109,11 +109,25 @@ class BlockGeometry:
             return num_links * self.open_block_size
         return self.num_head_tokens + (num_links - self.num_head_blocks) * self.block_size
 
-    def blocks_held(self, num_tokens: int, min_sealed: int = 0) -> int:
-        """Blocks of a sequence that stores `num_tokens`, of which so many blocks are sealed."""
+    def blocks_held(self, num_tokens: int) -> int:
+        """Blocks of a sequence that stores `num_tokens`."""
         num_sealed = int(self.num_sealed_blocks(np.array([num_tokens]))[0])
         open_end = -(-num_tokens // self.open_block_size)
-        return open_end - max(num_sealed, min_sealed) * (self.open_blocks_per_block - 1)
+        return open_end - num_sealed * (self.open_blocks_per_block - 1)
+
+    def blocks_to_grow(self, num_tokens: int, num_sealed: int, new_num_tokens: int) -> int:
+        """Blocks that one step takes to lengthen a sequence that shares none of its open blocks.
+
+        Those that it then gives back, because their tokens were sealed, are not deducted.
+        """
+        per_block = self.open_blocks_per_block
+        num_open = -(-num_tokens // self.open_block_size) - num_sealed * per_block
+        new_sealed = int(self.num_sealed_blocks(np.array([new_num_tokens]))[0]) - num_sealed
+        new_sealed = max(new_sealed, 0)
+        leaving = min(new_sealed * per_block, max(num_open - self.num_head_blocks, 0))
+        open_end = -(-new_num_tokens // self.open_block_size)
+        new_open = open_end - (num_sealed + new_sealed) * per_block - num_open + leaving
+        return new_sealed + new_open
 
     def max_blocks(self, num_tokens: int) -> int:
         """The most blocks that a sequence growing one token a step to `num_tokens` holds at once.

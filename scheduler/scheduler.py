@@ -363,21 +363,21 @@ class Scheduler:
     def _need(self, request: Request, budget: int) -> _Need | None:
         """What admitting a request takes; None where it is better served a little later."""
         geometry = self.manager.geometry
-        length = len(request.tokens.token_ids)
-        if request.swapped is not None:
-            num_tokens = min(length - request.swapped.num_computed_tokens, budget)
-            num_held = len(request.swapped.host_block_ids)
-            # A step that seals holds the new block and those that it replaces together.
-            now = num_held + -(-num_tokens // geometry.open_block_size) + 1
-            return _Need(num_tokens, now, max(now, geometry.blocks_held(length)))
-        match = self.manager.find_prefix(request.tokens)
-        if match.is_pending:
-            return None
-        num_tokens = min(length - match.num_tokens, budget)
-        now = geometry.blocks_held(match.num_tokens + num_tokens, match.num_sealed)
-        later = geometry.blocks_held(length, match.num_sealed)
-        num_in_use = match.num_blocks - match.num_idle_blocks
-        return _Need(num_tokens, now - num_in_use, later - num_in_use)
+        length, swapped = len(request.tokens.token_ids), request.swapped
+        if swapped is not None:
+            start, num_sealed = swapped.num_computed_tokens, swapped.num_sealed
+            taken = len(swapped.host_block_ids)
+        else:
+            match = self.manager.find_prefix(request.tokens)
+            if match.is_pending:
+                return None
+            start, num_sealed, taken = match.num_tokens, match.num_sealed, match.num_idle_blocks
+        num_tokens = min(length - start, budget)
+        return _Need(
+            num_tokens,
+            now=taken + geometry.blocks_to_grow(start, num_sealed, start + num_tokens),
+            later=taken + geometry.blocks_to_grow(start, num_sealed, length),
+        )
 
     def _start(self, request: Request) -> None:
         """Give a request a slot, with the blocks that it can share or had in host memory."""
