@@ -285,17 +285,18 @@ class BlockManager:
             self.last_token_ids[slots] = self.token_ids[slots, np.maximum(new_lengths - 1, 0)]
         self.num_tokens[slots] = new_lengths
         if self.prefix_cache is not None:
-            self._hash_links(slots, new_lengths)
+            self._hash_links(slots, new_lengths, self.prefix_cache)
 
-    def _hash_links(self, slots: IntArray, lengths: IntArray) -> None:
+    def _hash_links(self, slots: IntArray, lengths: IntArray, cache: PrefixCache) -> None:
         """Hash the links that the tokens of these sequences complete."""
         geometry = self.geometry
         rows = (lengths >= self._next_link_end[slots]).nonzero()[0]
         for slot, length in zip(slots[rows].tolist(), lengths[rows].tolist(), strict=True):
             chain = self._chains[slot]
             assert chain is not None
-            num_links = geometry.num_links(length)
+            num_links, num_known = geometry.num_links(length), len(chain.hashes)
             chain.hash_links(geometry, num_links)
+            cache.expect(chain.hashes[num_known:])
             self._next_link_end[slot] = geometry.link_end(num_links + 1)
 
     def fork(self, slot: int) -> int:
@@ -547,8 +548,9 @@ class BlockManager:
             for slot, link, block_id in found[:num_links].tolist():
                 chain = self._chains[slot]
                 assert chain is not None
-                if link >= len(chain.hashes):
+                if link == len(chain.hashes):
                     chain.hash_links(geometry, link + 1)
+                    cache.expect(chain.hashes[link:])
                 is_new = cache.store(chain.hashes[link], block_id)
                 if is_new and cache.records_events:
                     self._record_stored(slot, link, block_id, cache)
