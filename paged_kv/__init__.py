@@ -20,6 +20,7 @@ from .errors import (
     OutOfBlocksError,
     PagedKVError,
     PromptTooLongError,
+    TransferError,
     UnsupportedModelError,
 )
 
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from .step_plan import StepPlan as StepPlan
     from .swap import SwappedSequence as SwappedSequence
     from .token_chain import TokenChain as TokenChain
+    from .transfer import export_sequence as export_sequence
+    from .transfer import import_sequence as import_sequence
 
 _HOME = {
     "FORMATS": "formats",
@@ -86,6 +89,8 @@ _HOME = {
     "SwappedSequence": "swap",
     "TokenChain": "token_chain",
     "cache_geometry": "cache",
+    "export_sequence": "transfer",
+    "import_sequence": "transfer",
     "num_blocks_for": "cache",
     "paged_attention": "attention",
 }
@@ -102,6 +107,7 @@ __all__ = [
     "OutOfBlocksError",
     "PagedKVError",
     "PromptTooLongError",
+    "TransferError",
     "UnsupportedModelError",
     *_HOME,
 ]

@@ -106,6 +106,7 @@ class BlockManager:
         self.last_token_ids: TokenIds = np.zeros(max_num_seqs, dtype=np.int32)
         self._fingerprint = fingerprint
         self._root = root_hash(fingerprint)
+        self._roots = [self._root] * max_num_seqs
         self._min_unsealed = geometry.num_head_tokens + geometry.min_tail_tokens
         self._chains: list[TokenChain | None] = [None] * max_num_seqs
         self._next_link_end: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
@@ -216,6 +217,7 @@ class BlockManager:
         length = len(tokens.token_ids)
         self.token_ids[slot, :length] = tokens.token_ids
         self.num_tokens[slot] = length
+        self._roots[slot] = tokens.root
         if length:
             self.last_token_ids[slot] = tokens.token_ids[-1]
         if self.prefix_cache is not None:
@@ -269,6 +271,9 @@ class BlockManager:
                 raise InvalidStepError(
                     f"counts must be {len(slots)} numbers, got {counts.tolist()}"
                 )
+        token_ids = np.asarray(token_ids)
+        if token_ids.dtype != np.int32:
+            token_ids = as_token_ids(token_ids)
         new_lengths = lengths + (1 if counts is None else counts)
         if np.count_nonzero(new_lengths > self._length_limits[slots]):
             self._require_living(slots)
@@ -305,8 +310,7 @@ class BlockManager:
         Only the last open block, where it is not full, is copied, when the first of its users
         writes to it.
         """
-        self._require_no_step()
-        self._require_sequence(slot)
+        self.require_at_rest(slot)
         child = self._take_slot()
         self.pool.share(self.tables.block_ids(slot))
         self.tables.open[child] = self.tables.open[slot]
@@ -323,6 +327,7 @@ class BlockManager:
             self._next_link_end,
         ):
             state[child] = state[slot]
+        self._roots[child] = self._roots[slot]
         self._capacity[[slot, child]] = self.num_computed_tokens[slot]
         chain = self._chains[slot]
         if chain is not None:
@@ -333,8 +338,7 @@ class BlockManager:
 
     def remove_sequence(self, slot: int) -> None:
         """Give every block of a sequence back, and its slot."""
-        self._require_no_step()
-        self._require_sequence(slot)
+        self.require_at_rest(slot)
         self.pool.release_sequence(self.tables, slot)
         self._clear_slot(slot)
 
@@ -350,7 +354,9 @@ class BlockManager:
         self._capacity[slot] = -1
         self._free_slots.append(slot)
 
-    def _require_sequence(self, slot: int) -> None:
+    def require_at_rest(self, slot: int) -> None:
+        """Raise `InvalidStepError` for a slot without a sequence or while a step is outstanding."""
+        self._require_no_step()
         if not 0 <= slot < self.max_num_seqs or self._capacity[slot] < 0:
             raise InvalidStepError(f"slot {slot} holds no sequence")
 
@@ -663,8 +669,7 @@ class BlockManager:
         The caller copies `device_block_ids` to `host_block_ids` before anything is written to the
         pool again.
         """
-        self._require_no_step()
-        self._require_sequence(slot)
+        self.require_at_rest(slot)
         block_ids = self.tables.block_ids(slot)
         if self.host_pool is None or len(block_ids) > self.host_pool.num_free:
             return None
@@ -684,7 +689,7 @@ class BlockManager:
         """A copy of a sequence's tokens and hashes, to add it again later."""
         tokens = self.token_ids[slot, : self.num_tokens[slot]].copy()
         chain = self._chains[slot]
-        return TokenChain(tokens, self._root) if chain is None else chain.with_tokens(tokens)
+        return TokenChain(tokens, self._roots[slot]) if chain is None else chain.with_tokens(tokens)
 
     def swap_in(self, swapped: SwappedSequence) -> tuple[int, BlockIds] | None:
         """Bring a sequence back; None, and nothing changed, when too few blocks are free.
@@ -696,13 +701,34 @@ class BlockManager:
         num_blocks = len(swapped.host_block_ids)
         if num_blocks > self.pool.num_free or not self._free_slots:
             return None
-        slot = self._take_slot()
-        block_ids = self.pool.allocate(num_blocks)
-        self._write_sequence(
-            slot, swapped.tokens, swapped.num_computed_tokens, swapped.num_sealed, block_ids
+        slot, block_ids = self.place_sequence(
+            swapped.tokens, swapped.num_computed_tokens, swapped.num_sealed
         )
         self.discard_swapped(swapped)
         return slot, block_ids
+
+    def place_sequence(
+        self, tokens: TokenChain, num_computed_tokens: int, num_sealed: int
+    ) -> tuple[int, BlockIds]:
+        """A slot, and new blocks in the order of its tokens, for a sequence computed elsewhere.
+
+        Raises `OutOfBlocksError`, and takes nothing, when either lacks. The caller writes the
+        blocks; the next commit makes them findable, or `publish_sequence` does so at once.
+        """
+        self._require_no_step()
+        num_blocks = self.geometry.count_blocks(num_computed_tokens, num_sealed)
+        if num_blocks > self.pool.num_free:
+            raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")
+        slot = self._take_slot()
+        block_ids = self.pool.allocate(num_blocks)
+        self._write_sequence(slot, tokens, num_computed_tokens, num_sealed, block_ids)
+        return slot, block_ids
+
+    def publish_sequence(self, slot: int) -> None:
+        """Make the complete links of a placed sequence, whose blocks are written, findable."""
+        self.require_at_rest(slot)
+        if self.prefix_cache is not None:
+            self._publish(np.array([slot]), self.prefix_cache)
 
     def _write_sequence(
         self,
@@ -716,6 +742,7 @@ class BlockManager:
         length = len(tokens.token_ids)
         self.token_ids[slot, :length] = tokens.token_ids
         self.num_tokens[slot] = length
+        self._roots[slot] = tokens.root
         if length:
             self.last_token_ids[slot] = tokens.token_ids[-1]
         self.num_computed_tokens[slot] = num_computed_tokens

@@ -112,6 +112,10 @@ class BlockGeometry:
     def blocks_held(self, num_tokens: int) -> int:
         """Blocks of a sequence that stores `num_tokens`."""
         num_sealed = int(self.num_sealed_blocks(np.array([num_tokens]))[0])
+        return self.count_blocks(num_tokens, num_sealed)
+
+    def count_blocks(self, num_tokens: int, num_sealed: int) -> int:
+        """Blocks of a sequence that stores `num_tokens`, of which exactly so many are sealed."""
         open_end = -(-num_tokens // self.open_block_size)
         return open_end - num_sealed * (self.open_blocks_per_block - 1)
 

@@ -148,13 +148,14 @@ class PagedKVCache:
         if len(sources):
             source_ids, target_ids = self._ids(sources), self._ids(targets)
             for arena in self.arenas:
-                arena[target_ids] = arena[source_ids]
+                words = arena.view(torch.int64)  # copies faster than bytes; records are aligned
+                words[target_ids] = words[source_ids]
 
     def swap_out(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
         """Copy blocks of the pool to host memory; on a GPU in the order of its stream."""
         device_ids = self._ids(device_block_ids)
         for arena, host in zip(self.arenas, self.host_arenas, strict=True):
-            blocks = arena[device_ids]
+            blocks = arena.view(torch.int64)[device_ids].view(torch.uint8)
             for index, host_id in enumerate(host_block_ids.tolist()):
                 host[host_id].copy_(blocks[index], non_blocking=True)
 

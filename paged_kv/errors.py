@@ -25,6 +25,10 @@ class OutOfBlocksError(PagedKVError, MemoryError):
     """The pool is too small for what was asked of it."""
 
 
+class TransferError(PagedKVError, ValueError):
+    """An exported sequence is corrupt or does not fit here; the message names what differs."""
+
+
 class UnsupportedModelError(PagedKVError):
     """The model computes attention in a way that paged_kv cannot reproduce."""
 

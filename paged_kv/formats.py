@@ -43,6 +43,8 @@ class KVFormat:
     min_tail_tokens: int = 32
 
     def __post_init__(self) -> None:
+        for setting in ("key_clip", "value_clip"):  # equal formats look equal
+            object.__setattr__(self, setting, float(getattr(self, setting)))
         for setting in ("num_sink_tokens", "min_tail_tokens"):
             if getattr(self, setting) < 0:
                 raise ConfigError(f"{setting} must not be negative, got {getattr(self, setting)}")

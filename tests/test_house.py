@@ -25,7 +25,7 @@ FLOORS = [
     {"block_pool", "step_plan", "swap"},
     {"block_manager"},
     {"scheduler.request", "scheduler.waiting_queue", "scheduler.scheduler", "cache", "config"},
-    {"attention", "loading", "sampler", "text"},
+    {"attention", "loading", "sampler", "text", "transfer"},
     {"model"},
     {"engine", "evaluate"},
     {"progress"},
