@@ -26,6 +26,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .attention import paged_attention as paged_attention
+    from .beam_search import BeamSearchParams as BeamSearchParams
     from .block_manager import BlockManager as BlockManager
     from .blocks import BlockGeometry as BlockGeometry
     from .cache import LayerSpec as LayerSpec
@@ -66,6 +67,7 @@ _HOME = {
     "INT8": "formats",
     "LLM": "llm",
     "NATIVE": "formats",
+    "BeamSearchParams": "beam_search",
     "BlockCopy": "scheduler.scheduler",
     "BlockGeometry": "blocks",
     "BlockManager": "block_manager",

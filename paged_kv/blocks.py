@@ -133,13 +133,14 @@ class BlockGeometry:
         new_open = open_end - (num_sealed + new_sealed) * per_block - num_open + leaving
         return new_sealed + new_open
 
-    def max_blocks(self, num_tokens: int) -> int:
-        """The most blocks that a sequence growing one token a step to `num_tokens` holds at once.
+    def max_blocks(self, num_tokens: int, num_before: int = 0) -> int:
+        """The most blocks that a sequence holds at once as it grows to `num_tokens`, one a step.
 
+        It begins with `num_before` tokens; what it held until then does not count.
         A step that seals holds the new block and the open blocks it replaces together. Larger
         steps may need more at once; single-token steps are what always makes progress.
         """
-        after = np.arange(max(num_tokens - 2 * self.block_size, 0), num_tokens) + 1
+        after = np.arange(max(num_tokens - 2 * self.block_size, num_before), num_tokens) + 1
         sealed_before = self.num_sealed_blocks(after - 1)
         newly_sealed = self.num_sealed_blocks(after) - sealed_before
         # With no minimal tail the token that completes a block is sealed without being stored.

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .beam_search import BeamSearchParams, Hypothesis, search_beams
 from .cache import MemoryStats
 from .checks import is_integer
 from .config import EngineConfig
@@ -28,7 +29,7 @@ from .model import PagedModel
 from .progress import Progress
 from .sampling import SamplingParams
 from .scheduler.scheduler import SchedulerStatistics
-from .text import ChatMessages, Prompt, encode_prompt
+from .text import ChatMessages, Detokenizer, Prompt, encode_prompt
 
 
 @dataclass(kw_only=True)
@@ -38,7 +39,7 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    log_probability: float | None = None  # of all its tokens, with `best_of`
+    log_probability: float | None = None  # of all its tokens, with `best_of`; a beam's score
     error: PagedKVError | None = None
 
 
@@ -233,6 +234,51 @@ class LLM:
             raise ConfigError("best_of compares finished continuations: use generate")
         token_ids = self._check_all(batch, per_prompt, priorities)
         return self._run(token_ids, per_prompt, priorities)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | None = None
+    ) -> list[RequestOutput]:
+        """Continue one prompt or many, in order, by beam search: completions are best first.
+
+        Their `log_probability` is the score by which they are ordered. Every prompt is checked
+        before any is computed, and `GenerationError` tells of those that failed, as `generate`
+        does. Raises `InvalidStepError` while requests run.
+        """
+        params = BeamSearchParams() if params is None else params
+        if not isinstance(params, BeamSearchParams):
+            raise ConfigError(f"params must be BeamSearchParams, got {params!r}")
+        batch = as_batch(prompts)
+        token_ids = [encode_prompt(prompt, self.tokenizer) for prompt in batch]
+        found = search_beams(self.engine, token_ids, params)
+        outputs = [
+            RequestOutput(
+                prompt=prompt,
+                prompt_token_ids=ids,
+                completions=[self._complete(ids, hypothesis) for hypothesis in beams.hypotheses]
+                or [Completion(finish_reason="error", error=beams.error)],
+            )
+            for prompt, ids, beams in zip(batch, token_ids, found, strict=True)
+        ]
+        errors = [beams.error for beams in found if beams.error]
+        if errors:
+            raise GenerationError(
+                f"{len(errors)} of {len(batch)} prompts failed: {errors[0]}", outputs
+            ) from errors[0]
+        return outputs
+
+    def _complete(self, prompt_token_ids: list[int], hypothesis: Hypothesis) -> Completion:
+        """A hypothesis with its text, to which a token that ends it adds nothing."""
+        detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, ())
+        is_stop = hypothesis.finish_reason == "stop"
+        for token_id in hypothesis.token_ids[: -1 if is_stop else None]:
+            detokenizer.append(token_id, may_stop=False)
+        detokenizer.finish()
+        return Completion(
+            text=detokenizer.text,
+            token_ids=hypothesis.token_ids,
+            finish_reason=hypothesis.finish_reason,
+            log_probability=hypothesis.score,
+        )
 
     def check(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[int]:
         """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot."""

@@ -802,7 +802,7 @@ class RandomDriver:
         size, choice = self.shape.block_size, self.random.choice
         sizes = [1, 1, 1, 2, 3, self.shape.open_block_size, size, 2 * size + 1]
         rows = [self._wanted(self._which(), sizes) for _ in range(choice([1, 1, 2, 3, 4]))]
-        others = [self.add, self.add_parked, self.swap_in, self.refuse_under_way]
+        others = [self.add, self.add_parked, self.refuse_under_way]
         other = choice([None] * 8 + others)
         fits = pair.step(
             rows,

@@ -28,7 +28,7 @@ FLOORS = [
     {"attention", "loading", "sampler", "text", "transfer"},
     {"model"},
     {"engine", "evaluate"},
-    {"progress"},
+    {"beam_search", "progress"},
     {"llm"},
     {"cost", "demo"},
     {"cli"},

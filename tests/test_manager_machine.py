@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from paged_kv import block_manager, block_pool
+from paged_kv import block_manager, block_pool, block_tables
 from tests.manager_driver import (
     EXTRA_KEYS,
     GEOMETRIES,
@@ -50,13 +50,10 @@ def test_random_operations_do_what_the_reference_says(shape, prefix_caching):
 @ALL_GEOMETRIES
 def test_plain_python_loops_do_what_the_compiled_ones_do(shape, monkeypatch):
     """Numba checks no bounds; the same loops over arrays do."""
-    for module, names in (
-        (block_manager, ("count_blocks", "place_blocks", "take_effect", "find_complete_links")),
-        (block_pool, ("drop_users",)),
-    ):
-        for name in names:
-            function = getattr(module, name)
-            monkeypatch.setattr(module, name, getattr(function, "py_func", function))
+    for module in (block_manager, block_pool, block_tables):
+        for name, function in list(vars(module).items()):
+            if hasattr(function, "py_func"):
+                monkeypatch.setattr(module, name, function.py_func)
     RandomDriver(shape, prefix_caching=True, seed=1).run(300)
 
 
