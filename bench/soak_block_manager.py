@@ -34,6 +34,7 @@ EVENTS = {
     "copies": "copies on write",
     "sealed blocks": "sealed blocks",
     "swaps": "swaps",
+    "placed": "placed sequences",
     "failed reservations": "failed reservations",
     "no slot": "refusals for lack of a slot",
     "kept drafts": "kept drafts",

@@ -47,7 +47,7 @@ def main() -> None:
             print(f"{request.request_id}: {request.output_token_ids[:8]} ...")
     statistics = scheduler.statistics()
     print(f"{statistics.num_steps} steps; {statistics.num_hit_tokens} of "
-          f"{statistics.num_prompt_tokens} prompt tokens came from shared blocks; at most "
+          f"{statistics.num_query_tokens} prompt tokens came from shared blocks; at most "
           f"{manager.pool.peak_allocated} of {manager.num_blocks} blocks in use")  # fmt: skip
 
 

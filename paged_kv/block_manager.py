@@ -111,6 +111,8 @@ class BlockManager:
         self._chains: list[TokenChain | None] = [None] * max_num_seqs
         self._next_link_end: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_published: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        # Links of the tokens that a sequence was added with: others may wait for these.
+        self._num_expected: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         # Tokens that a sequence can store before its blocks change; -1 in slots without one.
         self._capacity: IntArray = np.full(max_num_seqs, -1, dtype=np.int64)
         self._complete_links: IntArray = np.empty((1024, 3), dtype=np.int64)
@@ -127,11 +129,13 @@ class BlockManager:
                 self.tables.num_sealed,
                 self.num_tokens,
                 self._num_published,
+                self._num_expected,
                 self._length_limits,
             )
         ]
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._outstanding: StepPlan | None = None
+        self._swapped: set[int] = set()  # identities of the sequences that lie in host blocks
 
     @property
     def num_computed_tokens(self) -> IntArray:
@@ -160,10 +164,6 @@ class BlockManager:
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 
-    def num_open_blocks(self, slots: IntArray) -> IntArray:
-        """Open blocks that each sequence holds."""
-        return self.tables.num_open[slots]
-
     @property
     def active_slots(self) -> IntArray:
         """Slots of the living sequences, ascending."""
@@ -178,10 +178,7 @@ class BlockManager:
         or a salt that keeps tenants apart: sequences share nothing unless all keys are equal.
         """
         tokens = as_token_ids(token_ids)
-        if len(tokens) > self.max_model_len:
-            raise InvalidStepError(
-                f"a sequence of {len(tokens)} tokens exceeds max_model_len {self.max_model_len}"
-            )
+        self._check_length(len(tokens))
         root = root_hash(self._fingerprint, extra_keys) if extra_keys else self._root
         chain = TokenChain(tokens, root)
         if self.prefix_cache is not None:
@@ -213,6 +210,7 @@ class BlockManager:
         """
         if not isinstance(tokens, TokenChain):
             tokens = self.chain_tokens(() if tokens is None else tokens)
+        self._check_length(len(tokens.token_ids))
         slot = self._take_slot()
         length = len(tokens.token_ids)
         self.token_ids[slot, :length] = tokens.token_ids
@@ -224,6 +222,12 @@ class BlockManager:
             self._share_prefix(slot, tokens, self.prefix_cache)
         self._capacity[slot] = self.num_computed_tokens[slot]
         return slot
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens > self.max_model_len:
+            raise InvalidStepError(
+                f"a sequence of {num_tokens} tokens exceeds max_model_len {self.max_model_len}"
+            )
 
     def _take_slot(self) -> int:
         if not self._free_slots:
@@ -248,7 +252,8 @@ class BlockManager:
             self.num_sealed[slot] = num_links - num_head
             self.num_computed_tokens[slot] = geometry.link_end(num_links)
         self._num_published[slot] = num_links
-        cache.expect(tokens.hashes[num_links:])
+        cache.expect(tokens.hashes[num_links:limit])
+        self._num_expected[slot] = limit
         self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
         self._next_link_end[slot] = geometry.link_end(len(tokens.hashes) + 1)
         statistics = self.prefix_statistics
@@ -274,6 +279,11 @@ class BlockManager:
         token_ids = np.asarray(token_ids)
         if token_ids.dtype != np.int32:
             token_ids = as_token_ids(token_ids)
+        num_expected = len(slots) if counts is None else int(counts.sum())
+        if token_ids.shape != (num_expected,):
+            raise InvalidStepError(
+                f"{num_expected} token ids expected, got an array of shape {token_ids.shape}"
+            )
         new_lengths = lengths + (1 if counts is None else counts)
         if np.count_nonzero(new_lengths > self._length_limits[slots]):
             self._require_living(slots)
@@ -290,18 +300,17 @@ class BlockManager:
             self.last_token_ids[slots] = self.token_ids[slots, np.maximum(new_lengths - 1, 0)]
         self.num_tokens[slots] = new_lengths
         if self.prefix_cache is not None:
-            self._hash_links(slots, new_lengths, self.prefix_cache)
+            self._hash_links(slots, new_lengths)
 
-    def _hash_links(self, slots: IntArray, lengths: IntArray, cache: PrefixCache) -> None:
+    def _hash_links(self, slots: IntArray, lengths: IntArray) -> None:
         """Hash the links that the tokens of these sequences complete."""
         geometry = self.geometry
         rows = (lengths >= self._next_link_end[slots]).nonzero()[0]
         for slot, length in zip(slots[rows].tolist(), lengths[rows].tolist(), strict=True):
             chain = self._chains[slot]
             assert chain is not None
-            num_links, num_known = geometry.num_links(length), len(chain.hashes)
+            num_links = geometry.num_links(length)
             chain.hash_links(geometry, num_links)
-            cache.expect(chain.hashes[num_known:])
             self._next_link_end[slot] = geometry.link_end(num_links + 1)
 
     def fork(self, slot: int) -> int:
@@ -324,6 +333,7 @@ class BlockManager:
             self.num_tokens,
             self.last_token_ids,
             self._num_published,
+            self._num_expected,
             self._next_link_end,
         ):
             state[child] = state[slot]
@@ -333,7 +343,8 @@ class BlockManager:
         if chain is not None:
             assert self.prefix_cache is not None
             self._chains[child] = chain.with_tokens(self.token_ids[child])
-            self.prefix_cache.expect(chain.hashes[self._num_published[slot] :])
+            expected = slice(self._num_published[slot], self._num_expected[slot])
+            self.prefix_cache.expect(chain.hashes[expected])
         return child
 
     def remove_sequence(self, slot: int) -> None:
@@ -346,8 +357,8 @@ class BlockManager:
         chain = self._chains[slot]
         if chain is not None:
             assert self.prefix_cache is not None
-            if len(chain.hashes) > self._num_published[slot]:
-                self.prefix_cache.no_longer_expect(chain.hashes[self._num_published[slot] :])
+            expected = slice(self._num_published[slot], self._num_expected[slot])
+            self.prefix_cache.no_longer_expect(chain.hashes[expected])
             self._chains[slot] = None
         for counter in self._counters:
             counter[slot] = 0
@@ -442,6 +453,10 @@ class BlockManager:
             )
         if np.count_nonzero(num_new_tokens > 0) < len(slots):
             raise InvalidStepError(f"every sequence needs new tokens, got {num_new_tokens.min()}")
+        if np.count_nonzero(num_new_tokens > self.max_model_len):
+            raise InvalidStepError(
+                f"{num_new_tokens.max()} new tokens exceed max_model_len {self.max_model_len}"
+            )
         before = self.num_computed_tokens[slots]
         after = before + num_new_tokens
         certain = after
@@ -556,7 +571,8 @@ class BlockManager:
                 assert chain is not None
                 if link == len(chain.hashes):
                     chain.hash_links(geometry, link + 1)
-                    cache.expect(chain.hashes[link:])
+                if link < self._num_expected[slot]:
+                    cache.no_longer_expect(chain.hashes[link : link + 1])
                 is_new = cache.store(chain.hashes[link], block_id)
                 if is_new and cache.records_events:
                     self._record_stored(slot, link, block_id, cache)
@@ -598,7 +614,7 @@ class BlockManager:
     def _known_slots(self, slots: ArrayLike) -> IntArray:
         """Distinct slots as an array; whether they hold sequences is for the caller to check.
 
-        A read-only array that owns its data cannot change, so the same one is checked once.
+        A read-only array that owns its data is taken not to change: the same one is checked once.
         """
         if self._checked_slots is not None and slots is self._checked_slots:
             return self._checked_slots
@@ -683,6 +699,7 @@ class BlockManager:
         )
         self.pool.release(block_ids)
         self._clear_slot(slot)
+        self._swapped.add(id(swapped))
         return swapped
 
     def chain_of(self, slot: int) -> TokenChain:
@@ -697,7 +714,7 @@ class BlockManager:
         Returns its slot and its new blocks, to which the caller copies `host_block_ids` before
         the next `swap_out`.
         """
-        assert self.host_pool is not None
+        self._require_swapped(swapped)
         num_blocks = len(swapped.host_block_ids)
         if num_blocks > self.pool.num_free or not self._free_slots:
             return None
@@ -716,6 +733,7 @@ class BlockManager:
         blocks; the next commit makes them findable, or `publish_sequence` does so at once.
         """
         self._require_no_step()
+        self._check_length(len(tokens.token_ids))
         num_blocks = self.geometry.count_blocks(num_computed_tokens, num_sealed)
         if num_blocks > self.pool.num_free:
             raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")
@@ -757,12 +775,17 @@ class BlockManager:
         if self.prefix_cache is not None:
             self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
             self._next_link_end[slot] = self.geometry.link_end(len(tokens.hashes) + 1)
-            self.prefix_cache.expect(tokens.hashes)
 
     def discard_swapped(self, swapped: SwappedSequence) -> None:
         """Give the host blocks of a sequence back."""
+        self._require_swapped(swapped)
         assert self.host_pool is not None
         self.host_pool.release(swapped.host_block_ids)
+        self._swapped.remove(id(swapped))
+
+    def _require_swapped(self, swapped: SwappedSequence) -> None:
+        if id(swapped) not in self._swapped:
+            raise InvalidStepError("this sequence was swapped in or discarded before")
 
     # -- the prefix cache -----------------------------------------------------------------------
 

@@ -196,45 +196,56 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if scheduled is None:
             return []
-        for copy in scheduled.swap_outs:
-            self.cache.swap_out(copy.device_block_ids, copy.host_block_ids)
-        for copy in scheduled.swap_ins:
-            self.cache.swap_in(copy.device_block_ids, copy.host_block_ids)
-        live = [self._live[request.request_id] for request in scheduled.sampled_requests]
+        leaders = [self._live[request.request_id] for request in scheduled.sampled_requests]
         try:
+            self._copy_swapped(scheduled)
             logits = self._run_model(scheduled)
-            errors = self._prepare_logits(logits, live)
-            parents = [row for row, entry in enumerate(live) for _ in entry.siblings]
-            if parents:
-                live += [sibling for entry in live for sibling in entry.siblings]
-                errors += [errors[row] for row in parents]
-                logits = torch.cat([logits, logits[parents]])
+            errors = self._prepare_logits(logits, leaders)
+            siblings = [(row, s) for row, entry in enumerate(leaders) for s in entry.siblings]
+            live = leaders + [sibling for _, sibling in siblings]
+            if siblings:
+                rows = [row for row, _ in siblings]
+                errors += [errors[row] for row in rows]
+                logits = torch.cat([logits, logits[rows]])
             token_ids = sample(logits, [entry.params for entry in live], self._uniforms(live))
+            log_probabilities = self._log_probabilities(logits, live, token_ids)
         except BaseException:
             self.scheduler.cancel(scheduled)
             raise
-        num_sampled = len(scheduled.sampled_requests)
+        # Who was aborted meanwhile, or became a leader because its own was, is a sibling no more.
+        is_here = [True] * len(leaders)
+        is_here += [sibling in leaders[row].siblings for row, sibling in siblings]
+        sampled, drawn = token_ids[: len(leaders)], token_ids[len(leaders) :].tolist()
         forks = [
-            Fork(live[row].request, live[num_sampled + index].request, int(token_id))
-            for index, (row, token_id) in enumerate(
-                zip(parents, token_ids[num_sampled:], strict=True)
-            )
-            if errors[row] is None
+            Fork(leaders[row].request, sibling.request, token_id)
+            for (row, sibling), token_id in zip(siblings, drawn, strict=True)
+            if sibling in leaders[row].siblings and errors[row] is None
         ]
-        at_limit = set(self.scheduler.update(scheduled, token_ids[:num_sampled], forks))
-        for row in parents:
-            live[row].siblings = []
+        at_limit = set(self.scheduler.update(scheduled, sampled, forks))
+        for row, _ in siblings:
+            leaders[row].siblings = []
         self.num_steps += 1
-        log_probabilities = self._log_probabilities(logits, live, token_ids)
         return [
             self._fail(entry, error)
             if error is not None
             else self._advance(entry, token_id, log_probability, entry.request in at_limit)
-            for entry, error, token_id, log_probability in zip(
-                live, errors, token_ids.tolist(), log_probabilities, strict=True
+            for entry, error, token_id, log_probability, is_ours in zip(
+                live, errors, token_ids.tolist(), log_probabilities, is_here, strict=True
             )
-            if entry.request.status is not RequestStatus.FINISHED  # aborted meanwhile
+            if is_ours and entry.request.status is not RequestStatus.FINISHED
         ]
+
+    def _copy_swapped(self, scheduled: ScheduledStep) -> None:
+        """Copy blocks to and from the host; if that fails, the requests they belong to are lost."""
+        try:
+            for copy in scheduled.swap_outs:
+                self.cache.swap_out(copy.device_block_ids, copy.host_block_ids)
+            for copy in scheduled.swap_ins:
+                self.cache.swap_in(copy.device_block_ids, copy.host_block_ids)
+        except BaseException:
+            for copy in (*scheduled.swap_outs, *scheduled.swap_ins):
+                self.abort(copy.request_id)
+            raise
 
     def _log_probabilities(
         self, logits: Tensor, live: list[LiveRequest], token_ids: NDArray[np.int64]
@@ -328,7 +339,7 @@ class Engine:
         request = entry.request
         num_output = max(request.num_output_tokens - 1, 0)
         entry.detokenizer.finish()
-        if request.arrival < 0:  # a sibling that never started
+        if not request.has_arrived:  # a sibling that never started
             del self._live[request.request_id]
         else:
             self._finish(entry)

@@ -205,14 +205,14 @@ class LLM:
                     ) + event.log_probability
                 progress.update(is_finished=event.finish_reason is not None)
         errors = [c.error for output in outputs for c in output.completions if c.error]
+        for output, p in zip(outputs, per_prompt, strict=True):
+            if p.best_of is not None and not any(c.error for c in output.completions):
+                output.completions.sort(key=mean_log_probability, reverse=True)
+                del output.completions[p.n :]
         if errors:
             raise GenerationError(
                 f"{len(errors)} of {total} requests failed: {errors[0]}", outputs
             ) from errors[0]
-        for output, p in zip(outputs, per_prompt, strict=True):
-            if p.best_of is not None:
-                output.completions.sort(key=mean_log_probability, reverse=True)
-                del output.completions[p.n :]
         return outputs
 
     def stream(
@@ -315,14 +315,17 @@ class LLM:
         try:
             for prompt_index, (token_ids, p) in enumerate(zip(prompts, params, strict=True)):
                 request_ids = [str(next(self._request_numbers)) for _ in range(p.num_samples)]
-                priority = priorities[prompt_index] if priorities else 0
+                priority = 0 if priorities is None else priorities[prompt_index]
                 self.engine.add_request(request_ids, token_ids, p, priority=priority)
                 for sample_index, request_id in enumerate(request_ids):
                     places[request_id] = (prompt_index, sample_index)
                     self._mailboxes[request_id] = mailbox
             while places:
                 if not mailbox:
-                    for update in self.engine.step():
+                    updates = self.engine.step()
+                    if not updates and not self.engine.has_unfinished:
+                        raise PagedKVError(f"{len(places)} requests were aborted by somebody else")
+                    for update in updates:
                         self._mailboxes[update.request_id].append(update)
                     continue
                 update = mailbox.popleft()

@@ -46,8 +46,7 @@ class PrefixCache:
         return found
 
     def store(self, block_hash: bytes, block_id: int) -> bool:
-        """Make an expected block findable; False when one of the same content already is."""
-        self._forget_one(block_hash)
+        """Make a block findable; False when another block of the same content already is."""
         if block_hash in self._block_of or block_id in self._hash_of:
             return False
         self._block_of[block_hash] = block_id
@@ -64,12 +63,9 @@ class PrefixCache:
     def no_longer_expect(self, hashes: Sequence[bytes]) -> None:
         """The sequence ends without having stored these; others may still be about to."""
         for block_hash in hashes:
-            self._forget_one(block_hash)
-
-    def _forget_one(self, block_hash: bytes) -> None:
-        count = self._pending.pop(block_hash) - 1
-        if count:
-            self._pending[block_hash] = count
+            count = self._pending.pop(block_hash) - 1
+            if count:
+                self._pending[block_hash] = count
 
     def is_expected(self, block_hash: bytes) -> bool:
         return block_hash in self._pending

@@ -45,7 +45,9 @@ def root_hash(fingerprint: bytes, extra_keys: Sequence[ExtraKey] = ()) -> bytes:
     """What a chain starts from. Types and lengths are hashed too: keys cannot run together."""
     digest = sha256(b"paged_kv prefix 1")
     for key in (fingerprint, *extra_keys):
-        data = key if isinstance(key, bytes) else str(key).encode()
+        if type(key) not in (bytes, str, int):  # whatever else may look the same and not be it
+            raise InvalidRequestError(f"an extra key must be bytes, str or int, got {key!r}")
+        data = key if isinstance(key, bytes) else str(key).encode(errors="surrogatepass")
         digest.update(f"{type(key).__name__}:{len(data)}:".encode() + data)
     return digest.digest()
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from paged_kv.block_manager import BlockManager
+from paged_kv.checks import is_integer
+from paged_kv.errors import InvalidRequestError
 from paged_kv.swap import SwappedSequence
 from paged_kv.token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids
 
@@ -47,7 +49,17 @@ class Request:
         token_ids = as_token_ids(self.prompt_token_ids)
         self.prompt_token_ids = token_ids
         self.num_prompt_tokens = len(token_ids)
+        for name in ("priority", "max_tokens"):
+            value = getattr(self, name)
+            if not is_integer(value):
+                raise InvalidRequestError(f"{name} must be an integer, got {value!r}")
+            setattr(self, name, int(value))  # a numpy integer could overflow in a rank
         self.tokens = TokenChain(token_ids, root=b"")
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether a scheduler knows it, or has known it."""
+        return self.arrival >= 0
 
     @property
     def rank(self) -> tuple[int, int]:

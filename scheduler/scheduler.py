@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from paged_kv.errors import (
     ConfigError,
     InvalidRequestError,
     InvalidStepError,
+    OutOfBlocksError,
     PromptTooLongError,
 )
 from paged_kv.step_plan import StepPlan
@@ -31,11 +31,13 @@ from .waiting_queue import WaitingQueue
 ARRIVAL_BITS: Final = 40  # of a rank packed into one integer; the rest is the priority
 MAX_PRIORITY: Final = 1 << 22
 MAX_TIMES_PASSED: Final = 16  # then nobody passes a request any more until it is admitted
+MAX_SKIPPED: Final = 64  # waiting requests that a step looks at in vain
 
 
 class BlockCopy(NamedTuple):
-    """Blocks to copy between the pool and host memory, before the step writes anything."""
+    """Blocks of a request to copy between the pool and host memory, before the step writes."""
 
+    request_id: str
     device_block_ids: BlockIds
     host_block_ids: BlockIds
 
@@ -83,8 +85,8 @@ class SchedulerStatistics:
     num_steps: int
     num_scheduled_tokens: int
     num_preemptions: int
-    num_prompt_tokens: int  # of admitted requests; a preempted one counts each time
-    num_hit_tokens: int  # of these, taken from the prefix cache
+    num_query_tokens: int  # of sequences that were looked up in the prefix cache when they started
+    num_hit_tokens: int  # of these, found there
 
 
 class Scheduler:
@@ -156,7 +158,7 @@ class Scheduler:
             num_steps=self._num_steps,
             num_scheduled_tokens=self._num_scheduled,
             num_preemptions=self._num_preemptions,
-            num_prompt_tokens=manager.prefix_statistics.num_query_tokens,
+            num_query_tokens=manager.prefix_statistics.num_query_tokens,
             num_hit_tokens=manager.prefix_statistics.num_hit_tokens,
         )
 
@@ -181,8 +183,8 @@ class Scheduler:
             raise InvalidRequestError(f"request id {request.request_id!r} is already in use")
         if not request.num_prompt_tokens:
             raise InvalidRequestError(f"request {request.request_id!r} has an empty prompt")
-        if not isinstance(request.priority, Integral):
-            raise InvalidRequestError(f"priority must be an integer, got {request.priority!r}")
+        if request.status is not RequestStatus.WAITING or request.has_arrived:
+            raise InvalidRequestError(f"request {request.request_id!r} was served before")
         if abs(request.priority) >= MAX_PRIORITY:
             raise InvalidRequestError(
                 f"priority must be within {MAX_PRIORITY}, got {request.priority}"
@@ -249,7 +251,9 @@ class Scheduler:
         else:
             swapped = request.swapped
             request.tokens = swapped.tokens
-            self._swap_outs.append(BlockCopy(swapped.device_block_ids, swapped.host_block_ids))
+            self._swap_outs.append(
+                BlockCopy(request.request_id, swapped.device_block_ids, swapped.host_block_ids)
+            )
             self._vacate([request])
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
@@ -266,7 +270,11 @@ class Scheduler:
         if len(self.waiting) and self.manager.num_free_slots:
             slots, num_new = self._admit(slots, num_new)
         if not len(slots):
-            assert not self._requests, "unfinished requests, but none can be scheduled"
+            if self._requests:
+                raise OutOfBlocksError(
+                    "no request can be scheduled: sequences that the scheduler does not know hold "
+                    f"{self.manager.pool.num_allocated} of {self.manager.num_blocks} blocks"
+                )
             return None
         plan = self.manager.reserve(slots, num_new)
         preempted: list[Request] = []
@@ -334,18 +342,25 @@ class Scheduler:
         admitted: list[Request] = []
         counts: list[int] = []
         did_not_fit: list[Request] = []
+        num_skipped = 0
         for request in self.waiting:
             if budget <= 0 or not manager.num_free_slots:
                 break
             is_alone = not len(self._running) and not admitted
-            need = self._need(request, budget)
+            if num_skipped == MAX_SKIPPED:
+                break
+            need = self._need(request, budget, may_wait=not is_alone)
             if need is None:
+                num_skipped += 1
                 continue
             if not is_alone and (need.now > free_now or need.later > free_later):
+                if request.times_passed >= MAX_TIMES_PASSED:
+                    break
+                num_skipped += 1
                 did_not_fit.append(request)
                 continue
             if any(waiting.times_passed >= MAX_TIMES_PASSED for waiting in did_not_fit):
-                break
+                break  # reached in this step
             for waiting in did_not_fit:
                 waiting.times_passed += 1
             self._start(request)
@@ -360,8 +375,8 @@ class Scheduler:
         self._enter(admitted_slots)
         return np.concatenate([slots, admitted_slots]), np.concatenate([num_new, counts])
 
-    def _need(self, request: Request, budget: int) -> _Need | None:
-        """What admitting a request takes; None where it is better served a little later."""
+    def _need(self, request: Request, budget: int, *, may_wait: bool) -> _Need | None:
+        """What admitting a request takes; None where a running one is about to share blocks."""
         geometry = self.manager.geometry
         length, swapped = len(request.tokens.token_ids), request.swapped
         if swapped is not None:
@@ -369,7 +384,7 @@ class Scheduler:
             taken = len(swapped.host_block_ids)
         else:
             match = self.manager.find_prefix(request.tokens)
-            if match.is_pending:
+            if match.is_pending and may_wait:
                 return None
             start, num_sealed, taken = match.num_tokens, match.num_sealed, match.num_idle_blocks
         num_tokens = min(length - start, budget)
@@ -388,7 +403,9 @@ class Scheduler:
             swapped_in = self.manager.swap_in(request.swapped)
             assert swapped_in is not None, "its need was checked"
             slot, block_ids = swapped_in
-            self._swap_ins.append(BlockCopy(block_ids, request.swapped.host_block_ids))
+            self._swap_ins.append(
+                BlockCopy(request.request_id, block_ids, request.swapped.host_block_ids)
+            )
             request.swapped = None
         self._run_in(request, slot)
 
@@ -427,6 +444,7 @@ class Scheduler:
                 f"{tokens.shape}"
             )
         self._require_step(step)
+        self._check_forks(step, forks)
         self.manager.commit(step.plan)
         slots = step.sampled_slots
         started = [fork for fork in forks if self._fork(fork)]
@@ -438,9 +456,22 @@ class Scheduler:
         self.manager.append_tokens(slots, tokens)
         at_limit = self.manager.num_tokens[slots] >= self._max_tokens[slots]
         requests: list[Request] = self._by_slot[slots[at_limit]].tolist()
-        requests += [f.child for f in forks if f.child.slot is None and f.child.max_tokens == 1]
+        waiting = [fork.child for fork in forks if fork.child.slot is None]
+        requests += [child for child in waiting if child.num_output_tokens >= child.max_tokens]
         self._end_step()
         return [request for request in requests if request.status is not RequestStatus.FINISHED]
+
+    def _check_forks(self, step: ScheduledStep, forks: Sequence[Fork]) -> None:
+        """Raise before anything has changed."""
+        if not forks:
+            return
+        sampled = set(step.sampled_slots.tolist())
+        for parent, child, _ in forks:
+            if parent.slot not in sampled:
+                raise InvalidStepError(f"request {parent.request_id!r} does not sample now")
+            self.check(child)
+        if len({fork.child.request_id for fork in forks}) < len(forks):
+            raise InvalidRequestError("two forks have the same request id")
 
     def _fork(self, fork: Fork) -> bool:
         """Start a fork's child; False where it has to wait for a slot."""
@@ -450,8 +481,8 @@ class Scheduler:
         if self.manager.num_free_slots:
             self._run_in(child, self.manager.fork(parent.slot))
             return True
-        token_ids = np.append(child.tokens.token_ids, np.int32(fork.token_id))
-        child.tokens = self.manager.chain_tokens(token_ids, child.extra_keys)
+        chain = self.manager.chain_of(parent.slot)
+        child.tokens = chain.with_tokens(np.append(chain.token_ids, np.int32(fork.token_id)))
         self.waiting.push(child)
         return False
 

@@ -24,10 +24,6 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         insort(self._requests, request, key=lambda waiting: waiting.rank)
 
-    def peek(self) -> Request:
-        """The request of the best rank; the queue must not be empty."""
-        return self._requests[0]
-
     def remove(self, request: Request) -> None:
         place = bisect_left(self._requests, request.rank, key=lambda waiting: waiting.rank)
         assert self._requests[place] is request

@@ -203,7 +203,6 @@ class Parked:
     chain: TokenChain
     tokens: list[int]
     root: ExtraKeys
-    num_named: int
 
 
 class ManagerPair:
@@ -257,26 +256,24 @@ class ManagerPair:
         tokens = make_tokens(length, turn, branch)
         root = EXTRA_KEYS[keys % len(EXTRA_KEYS)]
         if not length and not root:
-            self._add(None, [], root, 0)
+            self._add(None, [], root)
             return
         chain = self.manager.chain_tokens(tokens if as_list else np.array(tokens), root)
-        self._add(chain, tokens, root, 0)
+        self._add(chain, tokens, root)
 
     def add_parked(self, which: int) -> None:
         """A sequence with the tokens and hashes of an earlier one."""
         if self.parked:
             parked = self.parked[which % len(self.parked)]
-            self._add(parked.chain, parked.tokens, parked.root, parked.num_named)
+            self._add(parked.chain, parked.tokens, parked.root)
 
-    def _add(
-        self, chain: TokenChain | None, tokens: list[int], root: ExtraKeys, num_named: int
-    ) -> None:
+    def _add(self, chain: TokenChain | None, tokens: list[int], root: ExtraKeys) -> None:
         if chain is not None:
             sequence = Sequence(root)
             sequence.extend(tokens)
             assert self.manager.find_prefix(chain) == self.reference.find(sequence)
         try:
-            slot = self.reference.add(tokens, root, num_named)
+            slot = self.reference.add(tokens, root)
         except NoSlotError:
             with refused(OutOfBlocksError):
                 self.manager.add_sequence(chain)
@@ -342,7 +339,7 @@ class ManagerPair:
         self.manager.remove_sequence(slot)
         sequence = self.reference.remove(slot)
         tokens = sequence.tokens[: sequence.num_known]
-        self.parked.append(Parked(chain, tokens, sequence.root, sequence.num_named))
+        self.parked.append(Parked(chain, tokens, sequence.root))
 
     # -- rules: swap and the cache --------------------------------------------------------------
 
@@ -378,12 +375,43 @@ class ManagerPair:
         assert (result[0], block_ids) == (slot, self.reference.sequences[slot].block_ids)
         self.host_contents.move(expected.host_ids, self.contents, block_ids)
         self.swapped.remove((swapped, expected))
+        self._refuse_again(swapped)
+
+    def place(self, which: int, *, publishes: bool) -> None:
+        """A sequence as if computed elsewhere: a living one once more, in blocks of its own."""
+        source = self.pick(which)
+        if source is None:
+            return
+        chain = self.manager.chain_of(source)
+        sequence = self.reference.sequences[source].copy()
+        source_ids = sequence.block_ids
+        placed = (chain, sequence.num_computed, sequence.num_sealed)
+        slot = self.reference.place(sequence)
+        if slot is None:
+            with refused(OutOfBlocksError):
+                self.manager.place_sequence(*placed)
+            return
+        result = self.manager.place_sequence(*placed)
+        assert (result[0], result[1].tolist()) == (slot, sequence.block_ids)
+        self.contents.move(source_ids, self.contents, sequence.block_ids)
+        if publishes:
+            self.check()
+            self.manager.publish_sequence(slot)
+            self.reference.publish(sequence)
+        self.tally["placed"] += 1
 
     def discard_swapped(self, which: int) -> None:
         if self.swapped:
             swapped, expected = self.swapped.pop(which % len(self.swapped))
             self.manager.discard_swapped(swapped)
             self.reference.discard(expected)
+            self._refuse_again(swapped)
+
+    def _refuse_again(self, swapped: SwappedSequence) -> None:
+        """What was brought back or given up has no host blocks any more."""
+        for again in (self.manager.swap_in, self.manager.discard_swapped):
+            with refused(InvalidStepError):
+                again(swapped)
 
     def reset_cache(self) -> None:
         if self.living and self.settings.prefix_caching:
@@ -603,12 +631,16 @@ class ManagerPair:
     def refuse(self, which: int) -> None:
         """Calls that make no sense raise and change nothing, which `check` sees."""
         manager = self.manager
+        too_long = TokenChain(np.zeros(self.settings.max_model_len + 1, dtype=np.int32), b"")
         dead = (*self.reference.free_slots, self.settings.max_num_seqs)[0]
         for call in (
             lambda: manager.remove_sequence(dead),
             lambda: manager.fork(dead),
             lambda: manager.swap_out(dead),
+            lambda: manager.publish_sequence(dead),
             lambda: manager.append_tokens([dead], [1]),
+            lambda: manager.add_sequence(too_long),
+            lambda: manager.place_sequence(too_long, 0, 0),
             lambda: manager.reserve([dead], [1]),
             lambda: manager.reserve([-1], [1]),
         ):
@@ -620,6 +652,9 @@ class ManagerPair:
         sequence = self.reference.sequences[slot]
         size, limit = self.shape.block_size, self.settings.max_model_len
         calls: list[Callable[[], object]] = [
+            lambda: manager.append_tokens([slot], [1, 2]),
+            lambda: manager.append_tokens([slot], [1], [2]),
+            lambda: manager.append_tokens([slot], [], [-1]),
             lambda: manager.reserve([slot], [0]),
             lambda: manager.reserve([slot], [limit - sequence.num_computed + 1]),
             lambda: manager.reserve([slot, slot], [1, 1]),
@@ -645,9 +680,19 @@ class ManagerPair:
             lambda: manager.fork(slot),
             lambda: manager.swap_out(slot),
             lambda: manager.reserve([slot], [1]),
+            lambda: manager.place_sequence(manager.chain_of(slot), 0, 0),
+            lambda: manager.publish_sequence(slot),
         ):
             with refused(InvalidStepError):
                 call()
+        for swapped, expected in self.swapped:
+            if self._fits(expected):
+                with refused(InvalidStepError):
+                    manager.swap_in(swapped)
+
+    def _fits(self, swapped: Swapped) -> bool:
+        reference = self.reference
+        return len(swapped.host_ids) <= reference.num_free and bool(reference.free_slots)
 
     # -- invariants -----------------------------------------------------------------------------
 
@@ -731,6 +776,7 @@ class RandomDriver:
             self.preempt: 4,
             self.swap_out: 4,
             self.swap_in: 5,
+            self.place: 3,
             self.discard_swapped: 1,
             self.reset_cache: 1,
             self.remove_all: 1,
@@ -870,6 +916,9 @@ class RandomDriver:
 
     def swap_in(self, pair: ManagerPair) -> None:
         pair.swap_in(self._which())
+
+    def place(self, pair: ManagerPair) -> None:
+        pair.place(self._which(), publishes=self.random.choice([False, True]))
 
     def discard_swapped(self, pair: ManagerPair) -> None:
         pair.discard_swapped(self._which())

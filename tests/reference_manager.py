@@ -17,10 +17,10 @@ choice, so the model predicts exact block ids.
   were sealed. Then the sequences whose blocks it changed, or that reached where they would seal if
   drafts counted, offer their complete links to the cache, which keeps the first block of a content.
   Drafts that were kept must be known by then. So do sequences in the first step since they were
-  added, forked or swapped in; after a swap they offer all of their links.
+  added, forked, swapped in or placed; after the last two they offer all of their links.
 - A new sequence shares the cached blocks of its first links: at least one token is left to
   compute, and no more body blocks are shared than it would have sealed itself. The first link that
-  it does not find is pending while a sequence lives that knows its hash and has yet to offer it.
+  it does not find is pending while a sequence lives that was added with it and has yet to offer it.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Sequence:
     num_computed: int = 0
     num_sealed: int = 0
     blocks: dict[Stretch, int] = field(default_factory=dict)  # in the order of its tokens
-    num_named: int = 0  # links whose hash the manager knows
+    num_expected: int = 0  # links of its first tokens, for which others may wait
     num_published: int = 0
     is_fresh: bool = True  # no step since it got its slot
 
@@ -295,7 +295,7 @@ class ReferenceManager:
             num_sealed=sum(stretch.kind == "sealed" for stretch in hits),
             num_idle=sum(not self.num_users[block_id] for block_id in hits.values()),
             is_pending=any(
-                other.num_published <= len(hits) < other.num_named
+                other.num_published <= len(hits) < other.num_expected
                 and other.content(link) == sequence.content(link)
                 for link in following
                 for other in self.sequences.values()
@@ -312,7 +312,7 @@ class ReferenceManager:
             hits[link.stretch] = block_id
         return hits
 
-    def add(self, tokens: list[int], root: ExtraKeys, num_named: int = 0) -> int:
+    def add(self, tokens: list[int], root: ExtraKeys) -> int:
         slot = self._take_slot()
         sequence = Sequence(root, num_known=len(tokens))
         sequence.extend(tokens)
@@ -324,7 +324,7 @@ class ReferenceManager:
         self._share(sequence.block_ids)
         sequence.num_computed, sequence.num_sealed = match.num_tokens, match.num_sealed
         sequence.num_published = match.num_blocks
-        sequence.num_named = max(num_named, len(shareable_links(self.shape, len(tokens))))
+        sequence.num_expected = len(shareable_links(self.shape, len(tokens)))
         self.num_queries += 1
         self.num_query_tokens += len(tokens)
         self.num_hit_tokens += match.num_tokens
@@ -340,9 +340,6 @@ class ReferenceManager:
         sequence = self.sequences[slot]
         sequence.extend(tokens[len(sequence.tokens) - sequence.num_known :])
         sequence.num_known += len(tokens)
-        if self.prefix_caching:
-            complete = links(self.shape, sequence.num_known)
-            sequence.num_named = max(sequence.num_named, len(complete))
 
     def fork(self, slot: int) -> int:
         child = self._take_slot()
@@ -437,11 +434,14 @@ class ReferenceManager:
         self._release(unused)
         self._release(left)
         for row in step.rows:
-            if self.prefix_caching and row.is_changed:
-                self._publish(row.sequence)
+            if row.is_changed:
+                self.publish(row.sequence)
             row.sequence.is_fresh = False
 
-    def _publish(self, sequence: Sequence) -> None:
+    def publish(self, sequence: Sequence) -> None:
+        """Offer the complete links to the cache."""
+        if not self.prefix_caching:
+            return
         complete = links(self.shape, min(sequence.num_computed, sequence.num_known))
         for link in complete[sequence.num_published :]:
             block_id = sequence.blocks.get(link.stretch)
@@ -449,7 +449,6 @@ class ReferenceManager:
                 return
             content = sequence.content(link)
             sequence.num_published += 1
-            sequence.num_named = max(sequence.num_named, sequence.num_published)
             if content not in self.cached:
                 self.cached[content] = block_id
                 self.content_of[block_id] = content
@@ -465,16 +464,21 @@ class ReferenceManager:
         return Swapped(self.remove(slot), host_ids)
 
     def swap_in(self, swapped: Swapped) -> int | None:
-        if len(swapped.host_ids) > self.num_free or not self.free_slots:
+        slot = self.place(swapped.sequence)
+        if slot is not None:
+            self.discard(swapped)
+        return slot
+
+    def place(self, sequence: Sequence) -> int | None:
+        """A sequence computed elsewhere, in new blocks; None where blocks or slots lack."""
+        if len(sequence.blocks) > self.num_free or not self.free_slots:
             return None
         slot = self._take_slot()
-        sequence = swapped.sequence
         stretches = list(sequence.blocks)
         ids = self._allocate(len(stretches))
         sequence.blocks = dict(zip(stretches, ids, strict=True))
-        sequence.is_fresh, sequence.num_published = True, 0
+        sequence.is_fresh, sequence.num_published, sequence.num_expected = True, 0, 0
         self.sequences[slot] = sequence
-        self.discard(swapped)
         return slot
 
     def discard(self, swapped: Swapped) -> None:

@@ -39,7 +39,8 @@ STEPS = {True: 1200, False: 600}  # with and without prefix caching, for each ge
 def test_random_operations_do_what_the_reference_says(shape, prefix_caching):
     driver = RandomDriver(shape, prefix_caching=prefix_caching, seed=len(shape) + sum(shape))
     driver.run(STEPS[prefix_caching])
-    reached = ["failed reservations", "no slot", "kept drafts", "dropped drafts", "swaps", "forks"]
+    reached = ["failed reservations", "no slot", "forks", "swaps", "placed"]
+    reached += ["kept drafts", "dropped drafts"]
     reached += ["hits", "evictions"] if prefix_caching else []
     reached += ["sealed blocks"] if shape.seals else []
     reached += ["copies"] if shape.open_block_size > 1 else []  # only blocks with room are copied
@@ -189,6 +190,10 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(which=which)
     def swap_in(self, which: int) -> None:
         self.pair.swap_in(which)
+
+    @rule(which=which, publishes=st.booleans())
+    def place(self, which: int, publishes: bool) -> None:
+        self.pair.place(which, publishes=publishes)
 
     @rule(which=which)
     def discard_swapped(self, which: int) -> None:

@@ -386,6 +386,20 @@ def test_tokens_that_a_sequence_generates_are_found_too():
     assert hits(manager, tokens(10)) == 8
 
 
+def test_the_last_known_token_is_at_hand_whatever_made_the_sequence():
+    manager = manager_of(num_host_blocks=9)
+    slot = start(manager, tokens(9))
+    assert manager.last_token_ids[slot] == 8
+    manager.append_tokens([slot], [50])
+    child = manager.fork(slot)
+    assert manager.last_token_ids[child] == 50
+    manager.append_tokens([child, slot], [60, 70, 80], [2, 1])
+    assert manager.last_token_ids[[child, slot]].tolist() == [70, 80]
+    back, _ = manager.swap_in(manager.swap_out(child))
+    assert manager.last_token_ids[back] == 70
+    assert manager.token_ids[back, :12].tolist() == [*tokens(9), 50, 60, 70]
+
+
 def test_without_a_prefix_cache_nothing_is_hit():
     manager = manager_of(prefix_caching=False)
     serve(manager, tokens(12))
@@ -1019,11 +1033,10 @@ def test_the_peak_counts_shared_blocks_once_and_idle_ones_not():
 def test_the_peak_counts_idle_blocks_that_are_hit():
     manager = manager_of()
     serve(manager, tokens(8))
-    for _ in range(3):
-        manager.add_sequence(tokens(9, 50))
+    serve(manager, tokens(8, 100))
     manager.add_sequence(tokens(9))
     assert manager.pool.peak_allocated == 2
-    start(manager, tokens(8, 100))
+    manager.add_sequence(tokens(9, 100))
     assert manager.pool.peak_allocated == 4
 
 

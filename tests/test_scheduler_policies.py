@@ -14,7 +14,12 @@ import pytest
 
 from paged_kv.block_manager import BlockManager
 from paged_kv.blocks import BlockGeometry
-from paged_kv.errors import ConfigError, InvalidStepError, PromptTooLongError
+from paged_kv.errors import (
+    ConfigError,
+    InvalidRequestError,
+    InvalidStepError,
+    PromptTooLongError,
+)
 from paged_kv.scheduler.request import Request, RequestStatus
 from paged_kv.scheduler.scheduler import (
     MAX_TIMES_PASSED,
@@ -248,6 +253,19 @@ def test_admissions_of_one_step_add_up():
     for name, length in (("a", 12), ("b", 16), ("c", 13), ("d", 12)):
         add(scheduler, name, length, max_tokens=1)
     assert run_step(scheduler) == {"a": 12, "b": 16, "d": 12}
+
+
+def test_admissions_of_one_step_leave_the_watermark_free_together():
+    """Of 90 free blocks 20 are to stay free: after 40 more there is room for 30."""
+    for num_blocks, admitted in ((30, True), (31, False)):
+        scheduler = make_scheduler(watermark=0.2, token_budget=1000)
+        add(scheduler, "a", 38)
+        run_step(scheduler)
+        add(scheduler, "b", 4 * 40, max_tokens=1)
+        add(scheduler, "c", 4 * num_blocks, max_tokens=1)
+        counts = run_step(scheduler)
+        assert "b" in counts
+        assert ("c" in counts) == admitted
 
 
 def test_the_watermark_does_not_keep_a_request_out_of_an_empty_pool():
@@ -508,6 +526,7 @@ def test_a_step_says_which_blocks_to_copy_where():
     blocks = manager.block_ids(b.slot).tolist()
     step = scheduler.schedule()
     (copy,) = step.swap_outs
+    assert copy.request_id == "b"
     assert copy.device_block_ids.tolist() == blocks
     assert copy.host_block_ids.tolist() == [0, 1, 2]
     assert step.swap_ins == []
@@ -522,6 +541,7 @@ def test_a_step_says_which_blocks_to_copy_where():
         last, found = step, step.swap_ins
         complete(scheduler, step)
     (copy,) = found
+    assert copy.request_id == "b"
     assert copy.host_block_ids.tolist() == [0, 1, 2]
     assert copy.device_block_ids.tolist() == manager.block_ids(b.slot).tolist()[:3]
     assert manager.host_pool.num_allocated == 0
@@ -593,9 +613,9 @@ def test_a_request_that_comes_from_the_host_is_not_sent_back_before_it_arrived()
 def follow(scheduler: Scheduler, contents: BlockContents, step: ScheduledStep) -> None:
     """Do what a step orders, in the order in which it has to be done."""
     for copy in step.swap_outs:
-        contents.swap_out(*copy)
+        contents.swap_out(copy.device_block_ids, copy.host_block_ids)
     for copy in step.swap_ins:
-        contents.swap_in(*copy)
+        contents.swap_in(copy.device_block_ids, copy.host_block_ids)
     manager, plan = scheduler.manager, step.plan
     values = [
         prefix_values(manager.token_ids[slot, : start + count].tolist(), salt_of(scheduler, slot))[
@@ -964,15 +984,49 @@ def test_children_that_outgrow_the_pool_make_room_newest_first(num_host_blocks):
     assert_nothing_is_held(scheduler)
 
 
-def test_the_parent_of_a_fork_has_to_be_running():
-    scheduler = make_scheduler()
+def parent_in_mid_prompt(scheduler: Scheduler, step: ScheduledStep) -> list[Fork]:
+    (other,) = [r for r in scheduler._requests.values() if r.request_id == "long"]
+    return [Fork(other, child_of(other, "child"), 1)]
+
+
+def id_in_use(scheduler: Scheduler, step: ScheduledStep) -> list[Fork]:
+    (parent,) = step.sampled_requests
+    return [Fork(parent, child_of(parent, "long"), 1)]
+
+
+def same_id_twice(scheduler: Scheduler, step: ScheduledStep) -> list[Fork]:
+    (parent,) = step.sampled_requests
+    return [Fork(parent, child_of(parent, "child"), 1) for _ in range(2)]
+
+
+def child_too_long(scheduler: Scheduler, step: ScheduledStep) -> list[Fork]:
+    (parent,) = step.sampled_requests
+    children = [child_of(parent, "child"), child_of(parent, "longer", max_tokens=9999)]
+    return [Fork(parent, child, 1) for child in children]
+
+
+@pytest.mark.parametrize(
+    ("make_forks", "error"),
+    [
+        (parent_in_mid_prompt, InvalidStepError),
+        (id_in_use, InvalidRequestError),
+        (same_id_twice, InvalidRequestError),
+        (child_too_long, PromptTooLongError),
+    ],
+)
+def test_forks_that_make_no_sense_are_refused_and_change_nothing(make_forks, error):
+    scheduler = make_scheduler(token_budget=40)
     parent = add(scheduler, "parent", 6)
+    add(scheduler, "long", 90)
     step = scheduler.schedule()
-    with pytest.raises(InvalidStepError, match="sample a token"):
-        scheduler.update(step, [1, 2], [Fork(parent, child_of(parent, "child"), 3)])
+    assert step.sampled_requests == [parent]
+    with pytest.raises(error):
+        scheduler.update(step, [1], make_forks(scheduler, step))
     scheduler.check_integrity()
+    assert parent.num_output_tokens == 0
     update(scheduler, step)
-    assert names(drain(scheduler)) == ["parent"]
+    assert names(drain(scheduler)) == ["parent", "long"]
+    assert_nothing_is_held(scheduler)
 
 
 # -- statistics ---------------------------------------------------------------------------------
@@ -989,7 +1043,7 @@ def test_statistics_say_what_is_and_what_was():
         num_steps=9,
         num_scheduled_tokens=2 * 12,
         num_preemptions=0,
-        num_prompt_tokens=8,
+        num_query_tokens=8,
         num_hit_tokens=0,
     )
     add(scheduler, "c", a.token_ids[:5])
@@ -1003,13 +1057,13 @@ def test_statistics_say_what_is_and_what_was():
         num_steps=10,
         num_scheduled_tokens=25,
         num_preemptions=1,
-        num_prompt_tokens=8,
+        num_query_tokens=8,
         num_hit_tokens=0,
     )
     run_step(scheduler)
     statistics = scheduler.statistics()
     assert (statistics.num_running, statistics.num_waiting) == (2, 1)
-    assert (statistics.num_prompt_tokens, statistics.num_hit_tokens) == (13, 4)
+    assert (statistics.num_query_tokens, statistics.num_hit_tokens) == (13, 4)
     assert b.swapped is not None
     drain(scheduler)
     final = scheduler.statistics()
@@ -1024,7 +1078,7 @@ def test_a_preempted_request_counts_each_time_it_is_admitted():
     scheduler._preempt(request)
     run_step(scheduler)
     statistics = scheduler.statistics()
-    assert (statistics.num_prompt_tokens, statistics.num_hit_tokens) == (10 + 11, 8)
+    assert (statistics.num_query_tokens, statistics.num_hit_tokens) == (10 + 11, 8)
 
 
 def test_cancelled_steps_count_as_steps():
