@@ -464,10 +464,10 @@ class BlockManager:
             num_draft_tokens = integer_array("num_draft_tokens", num_draft_tokens)
             self._check_drafts(num_draft_tokens, num_new_tokens)
             certain = after - num_draft_tokens
+        if np.count_nonzero(certain > self._limits[slots]) or num_draft_tokens is not None:
+            self._check_lengths(slots, after, certain)
         rows = (after > self._capacity[slots]).nonzero()[0]
         changed, certain, after = slots[rows], certain[rows], after[rows]
-        if np.count_nonzero(certain > self._limits[changed]) or num_draft_tokens is not None:
-            self._check_changed(slots, changed, after, certain)
         counts = new_counts(len(rows))
         num_sealed, num_open, num_leaving, num_copies = self._count_blocks(
             changed, after, certain, counts
@@ -626,28 +626,25 @@ class BlockManager:
                 raise InvalidStepError(f"slots {checked.tolist()} are not all living sequences")
             if np.count_nonzero(np.bincount(checked)) < len(checked):
                 raise InvalidStepError(f"slots {checked.tolist()} name a sequence twice")
-        if isinstance(slots, np.ndarray) and not slots.flags.writeable and slots.base is None:
-            self._checked_slots = slots
+        if isinstance(slots, np.ndarray) and slots.dtype == np.int64:
+            is_read_only = not slots.flags.writeable and slots.base is None
+            self._checked_slots = slots if is_read_only else self._checked_slots
         return checked
 
-    def _check_changed(
-        self, slots: IntArray, changed: IntArray, after: IntArray, certain: IntArray
-    ) -> None:
-        """Slots without a sequence have no capacity and those at their limit no more of it."""
-        if np.count_nonzero(self._capacity[changed] < 0):
-            raise InvalidStepError(f"slots {slots.tolist()} are not all living sequences")
+    def _check_lengths(self, slots: IntArray, after: IntArray, certain: IntArray) -> None:
+        """Sequences must live, keep within `max_model_len` and, with a cache, have known tokens."""
+        self._require_living(slots)
         if np.count_nonzero(after > self.max_model_len):
             raise InvalidStepError(
                 f"a sequence would have {after.max()} tokens; max_model_len is {self.max_model_len}"
             )
-        if self.prefix_cache is not None:
-            is_unknown = certain > self.num_tokens[changed]
-            if np.count_nonzero(is_unknown):
-                row = int(is_unknown.nonzero()[0][0])
-                raise InvalidStepError(
-                    f"slot {changed[row]} would have {certain[row]} tokens computed, of which "
-                    f"{self.num_tokens[changed[row]]} are known: append_tokens comes first"
-                )
+        is_unknown = certain > self._limits[slots]
+        if np.count_nonzero(is_unknown):
+            row = int(is_unknown.nonzero()[0][0])
+            raise InvalidStepError(
+                f"slot {slots[row]} would have {certain[row]} tokens computed, of which "
+                f"{self.num_tokens[slots[row]]} are known: append_tokens comes first"
+            )
 
     def _check_drafts(self, num_draft_tokens: IntArray, num_new_tokens: IntArray) -> None:
         fits = (
@@ -773,8 +770,12 @@ class BlockManager:
         self.tables.sealed[slot, :num_sealed] = block_ids[body_start:body_end]
         self._capacity[slot] = num_computed_tokens
         if self.prefix_cache is not None:
+            limit = self.geometry.num_shareable_links(length)
+            tokens.hash_links(self.geometry, limit)
             self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
             self._next_link_end[slot] = self.geometry.link_end(len(tokens.hashes) + 1)
+            self.prefix_cache.expect(tokens.hashes[:limit])
+            self._num_expected[slot] = limit
 
     def discard_swapped(self, swapped: SwappedSequence) -> None:
         """Give the host blocks of a sequence back."""

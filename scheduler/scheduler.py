@@ -271,10 +271,7 @@ class Scheduler:
             slots, num_new = self._admit(slots, num_new)
         if not len(slots):
             if self._requests:
-                raise OutOfBlocksError(
-                    "no request can be scheduled: sequences that the scheduler does not know hold "
-                    f"{self.manager.pool.num_allocated} of {self.manager.num_blocks} blocks"
-                )
+                raise self._held_by_others()
             return None
         plan = self.manager.reserve(slots, num_new)
         preempted: list[Request] = []
@@ -283,15 +280,22 @@ class Scheduler:
             if len(self._running) > 1:
                 preempted.append(self._by_slot[self._running[-1]])
                 self._preempt(preempted[-1])
-            else:  # alone in the pool: a smaller chunk always fits
-                assert num_new[0] > 1, "one token always fits; requests are checked on arrival"
+            elif num_new[0] > 1:  # alone in the pool: a smaller chunk always fits
                 budget = int(num_new[0]) // 2
+            else:  # requests are checked on arrival: one token would fit
+                raise self._held_by_others()
             slots, num_new = self._share_budget(budget)
             plan = self.manager.reserve(slots, num_new)
         self._num_steps += 1
         self._num_scheduled += plan.num_tokens
         self._step = self._describe(plan, preempted)
         return self._step
+
+    def _held_by_others(self) -> OutOfBlocksError:
+        return OutOfBlocksError(
+            "no request can be scheduled beside sequences that the scheduler does not know: "
+            f"{self.manager.pool.num_allocated} of {self.manager.num_blocks} blocks are in use"
+        )
 
     def _describe(self, plan: StepPlan, preempted: list[Request]) -> ScheduledStep:
         slots, ends = plan.slots, plan.context_lens + plan.num_scheduled_tokens
@@ -353,7 +357,12 @@ class Scheduler:
             if need is None:
                 num_skipped += 1
                 continue
-            if not is_alone and (need.now > free_now or need.later > free_later):
+            if is_alone:  # it may shrink to a chunk of one token, but not below
+                least = self._need(request, 1, may_wait=False)
+                fits = least is not None and least.now <= free_now
+            else:
+                fits = need.now <= free_now and need.later <= free_later
+            if not fits:
                 if request.times_passed >= MAX_TIMES_PASSED:
                     break
                 num_skipped += 1

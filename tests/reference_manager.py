@@ -477,7 +477,9 @@ class ReferenceManager:
         stretches = list(sequence.blocks)
         ids = self._allocate(len(stretches))
         sequence.blocks = dict(zip(stretches, ids, strict=True))
-        sequence.is_fresh, sequence.num_published, sequence.num_expected = True, 0, 0
+        sequence.is_fresh, sequence.num_published = True, 0
+        if self.prefix_caching:
+            sequence.num_expected = len(shareable_links(self.shape, sequence.num_known))
         self.sequences[slot] = sequence
         return slot
 

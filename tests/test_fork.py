@@ -283,7 +283,7 @@ def test_a_fork_outlives_its_parent(kv_format):
 
 
 @every_format
-@every_place
+@pytest.mark.parametrize("place", PLACES[::2], ids=lambda place: place.name)
 def test_forks_of_forks_go_on_as_if_alone(kv_format, place):
     twins = Twins(kv_format)
     family = [twins.start(place.length(twins.geometry))]
@@ -291,7 +291,7 @@ def test_forks_of_forks_go_on_as_if_alone(kv_format, place):
         for slot in list(family):
             family.append(twins.fork(slot, seed=10 * generation + slot + 1))
         twins.step(dict.fromkeys(family, generation + 1))
-    twins.step({slot: place_in_line + 1 for place_in_line, slot in enumerate(family)})
+    twins.step({slot: number + 1 for number, slot in enumerate(family)})
     twins.step(dict.fromkeys(family, twins.geometry.block_size))
     twins.step(dict.fromkeys(family[::-1], 1))
     twins.check()
@@ -575,8 +575,7 @@ def expected_blocks(geometry: BlockGeometry, length: int, num_sealed: int) -> in
 
 
 @every_format
-@pytest.mark.parametrize("num_drafts", [1, 4])
-@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize(("num_drafts", "place"), [(4, 0), (4, 1), (4, 2), (4, 3), (1, 2)])
 def test_dropped_drafts_leave_nothing_behind(kv_format, num_drafts, place):
     """For every number of kept drafts: what is stored in the end is what a plain decode stores."""
     for num_kept in range(num_drafts + 1):
@@ -688,7 +687,7 @@ def test_only_drafts_may_be_dropped(num_kept):
 # -- swap ---------------------------------------------------------------------------------------
 
 
-SWAP_LENGTHS = [3, 40, 170, 313]
+SWAP_LENGTHS = [3, 40, 313]
 
 
 def fill_the_pool(twins: Twins) -> None:

@@ -995,6 +995,22 @@ def test_swap_in_without_room_changes_nothing_at_all():
     assert frozen(manager) == before
 
 
+def test_a_swapped_sequence_ends_once():
+    manager = manager_of(num_host_blocks=9)
+    swapped = manager.swap_out(start(manager, tokens(9)))
+    slot, _ = manager.swap_in(swapped)
+    for end in (manager.swap_in, manager.discard_swapped):
+        with pytest.raises(InvalidStepError, match="swapped in or discarded before"):
+            end(swapped)
+    swapped = manager.swap_out(slot)
+    manager.discard_swapped(swapped)
+    for end in (manager.swap_in, manager.discard_swapped):
+        with pytest.raises(InvalidStepError, match="swapped in or discarded before"):
+            end(swapped)
+    assert manager.host_pool.num_free == 9
+    manager.check_integrity()
+
+
 # -- the pool and its memory --------------------------------------------------------------------
 
 

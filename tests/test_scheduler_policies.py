@@ -18,6 +18,7 @@ from paged_kv.errors import (
     ConfigError,
     InvalidRequestError,
     InvalidStepError,
+    OutOfBlocksError,
     PromptTooLongError,
 )
 from paged_kv.scheduler.request import Request, RequestStatus
@@ -427,6 +428,43 @@ def test_others_are_served_while_a_request_waits_for_a_prefix_and_do_not_pass_it
     assert run_step(scheduler) == {"a": 33, "c": 7}
     assert waiting.times_passed == 0
     assert run_step(scheduler) == {"a": 1, "c": 23, "b": 1}
+
+
+def test_a_step_looks_at_64_requests_in_vain_and_no_more():
+    for num_waiting, admitted in ((63, True), (64, False)):
+        scheduler = make_scheduler(num_blocks=200, max_num_seqs=80, token_budget=500)
+        for index in range(1 + num_waiting):
+            add(scheduler, f"r{index}", PROMPT)
+        add(scheduler, "other", 9)
+        assert ("other" in run_step(scheduler)) == admitted
+        assert "other" in run_step(scheduler)
+
+
+def test_nobody_waits_for_a_sequence_that_the_scheduler_does_not_run():
+    scheduler = make_scheduler()
+    scheduler.manager.add_sequence(PROMPT)
+    add(scheduler, "a", PROMPT)
+    assert counts_of(scheduler, scheduler.schedule()) == {"a": 33}
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_a_pool_that_others_hold_is_an_error_and_the_request_is_served_when_they_leave(is_swapped):
+    """FAILS (bug): AssertionError; a swapped request is neither waiting nor running afterwards."""
+    scheduler = make_scheduler(num_blocks=10, num_host_blocks=9, swap_cost=0.0)
+    manager = scheduler.manager
+    request = add(scheduler, "a", 20, max_tokens=5)
+    if is_swapped:
+        run_step(scheduler)
+        scheduler._preempt(request)
+    other = manager.add_sequence(list(range(39)))
+    manager.commit(manager.reserve([other], [39]))
+    for _ in range(2):
+        with pytest.raises(OutOfBlocksError, match="10 of 10 blocks"):
+            scheduler.schedule()
+    manager.remove_sequence(other)
+    drain(scheduler)
+    assert request.output_token_ids == [token_of("a", position) for position in range(20, 25)]
+    assert_nothing_is_held(scheduler)
 
 
 def abort_after_a_step(scheduler: Scheduler, request: Request) -> None:
