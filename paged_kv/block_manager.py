@@ -128,8 +128,6 @@ class BlockManager:
                 self.tables.num_open,
                 self.tables.num_sealed,
                 self.num_tokens,
-                self._num_published,
-                self._num_expected,
                 self._length_limits,
             )
         ]
@@ -357,8 +355,9 @@ class BlockManager:
         chain = self._chains[slot]
         if chain is not None:
             assert self.prefix_cache is not None
-            expected = slice(self._num_published[slot], self._num_expected[slot])
-            self.prefix_cache.no_longer_expect(chain.hashes[expected])
+            published, expected = self._num_published.item(slot), self._num_expected.item(slot)
+            if expected > published:
+                self.prefix_cache.no_longer_expect(chain.hashes[published:expected])
             self._chains[slot] = None
         for counter in self._counters:
             counter[slot] = 0
@@ -552,6 +551,7 @@ class BlockManager:
         """Make the blocks of links that are complete by now findable."""
         geometry, tables = self.geometry, self.tables
         found = self._complete_links
+        num_expected = self._num_expected.data  # reads one element faster than numpy does
         while True:
             num_links = find_complete_links(
                 slots,
@@ -571,9 +571,8 @@ class BlockManager:
                 assert chain is not None
                 if link == len(chain.hashes):
                     chain.hash_links(geometry, link + 1)
-                if link < self._num_expected[slot]:
-                    cache.no_longer_expect(chain.hashes[link : link + 1])
-                is_new = cache.store(chain.hashes[link], block_id)
+                was_expected = link < num_expected[slot]
+                is_new = cache.store(chain.hashes[link], block_id, was_expected=was_expected)
                 if is_new and cache.records_events:
                     self._record_stored(slot, link, block_id, cache)
             if num_links < len(found):
@@ -776,6 +775,7 @@ class BlockManager:
             self._next_link_end[slot] = self.geometry.link_end(len(tokens.hashes) + 1)
             self.prefix_cache.expect(tokens.hashes[:limit])
             self._num_expected[slot] = limit
+            self._num_published[slot] = 0
 
     def discard_swapped(self, swapped: SwappedSequence) -> None:
         """Give the host blocks of a sequence back."""

@@ -45,8 +45,10 @@ class PrefixCache:
             found.append(block_id)
         return found
 
-    def store(self, block_hash: bytes, block_id: int) -> bool:
+    def store(self, block_hash: bytes, block_id: int, *, was_expected: bool) -> bool:
         """Make a block findable; False when another block of the same content already is."""
+        if was_expected:
+            self._forget_one(block_hash)
         if block_hash in self._block_of or block_id in self._hash_of:
             return False
         self._block_of[block_hash] = block_id
@@ -63,9 +65,12 @@ class PrefixCache:
     def no_longer_expect(self, hashes: Sequence[bytes]) -> None:
         """The sequence ends without having stored these; others may still be about to."""
         for block_hash in hashes:
-            count = self._pending.pop(block_hash) - 1
-            if count:
-                self._pending[block_hash] = count
+            self._forget_one(block_hash)
+
+    def _forget_one(self, block_hash: bytes) -> None:
+        count = self._pending.pop(block_hash) - 1
+        if count:
+            self._pending[block_hash] = count
 
     def is_expected(self, block_hash: bytes) -> bool:
         return block_hash in self._pending

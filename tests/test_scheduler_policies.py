@@ -449,7 +449,7 @@ def test_nobody_waits_for_a_sequence_that_the_scheduler_does_not_run():
 
 @pytest.mark.parametrize("is_swapped", [False, True])
 def test_a_pool_that_others_hold_is_an_error_and_the_request_is_served_when_they_leave(is_swapped):
-    """FAILS (bug): AssertionError; a swapped request is neither waiting nor running afterwards."""
+    """It stays waiting or running meanwhile, also with its blocks in host memory."""
     scheduler = make_scheduler(num_blocks=10, num_host_blocks=9, swap_cost=0.0)
     manager = scheduler.manager
     request = add(scheduler, "a", 20, max_tokens=5)
