@@ -188,14 +188,13 @@ class BlockManager:
         cache = self.prefix_cache
         if cache is None:
             return PrefixMatch(0, 0, 0, 0, is_pending=False)
-        limit = self.geometry.num_shareable_links(len(tokens.token_ids))
-        tokens.hash_links(self.geometry, limit)
-        block_ids = cache.find(tokens.hashes[:limit])
+        block_ids = self._find_links(tokens, cache)
         num_links = len(block_ids)
+        limit = self.geometry.num_shareable_links(len(tokens.token_ids))
         return PrefixMatch(
             num_tokens=self.geometry.link_end(num_links),
             num_blocks=num_links,
-            num_sealed=max(num_links - self.geometry.num_head_blocks, 0) * self.geometry.seals,
+            num_sealed=self._num_body(num_links),
             num_idle_blocks=int(np.count_nonzero(self.pool.num_users[block_ids] == 0)),
             is_pending=num_links < limit and cache.is_expected(tokens.hashes[num_links]),
         )
@@ -210,12 +209,7 @@ class BlockManager:
             tokens = self.chain_tokens(() if tokens is None else tokens)
         self._check_length(len(tokens.token_ids))
         slot = self._take_slot()
-        length = len(tokens.token_ids)
-        self.token_ids[slot, :length] = tokens.token_ids
-        self.num_tokens[slot] = length
-        self._roots[slot] = tokens.root
-        if length:
-            self.last_token_ids[slot] = tokens.token_ids[-1]
+        self._write_tokens(slot, tokens)
         if self.prefix_cache is not None:
             self._share_prefix(slot, tokens, self.prefix_cache)
         self._capacity[slot] = self.num_computed_tokens[slot]
@@ -236,28 +230,60 @@ class BlockManager:
 
     def _share_prefix(self, slot: int, tokens: TokenChain, cache: PrefixCache) -> None:
         """Fill a new slot with the cached blocks of its tokens' first links."""
-        geometry = self.geometry
-        limit = geometry.num_shareable_links(len(tokens.token_ids))
-        tokens.hash_links(geometry, limit)
-        block_ids = cache.find(tokens.hashes[:limit])
+        block_ids = self._find_links(tokens, cache)
         num_links = len(block_ids)
+        num_hit_tokens = self.geometry.link_end(num_links)
         if num_links:
-            self.pool.share(np.array(block_ids, dtype=np.int32))
-            num_head = min(num_links, geometry.num_head_blocks) if geometry.seals else num_links
-            self.tables.open[slot, :num_head] = block_ids[:num_head]
-            self.tables.sealed[slot, : num_links - num_head] = block_ids[num_head:]
-            self.tables.num_open[slot] = num_head
-            self.num_sealed[slot] = num_links - num_head
-            self.num_computed_tokens[slot] = geometry.link_end(num_links)
-        self._num_published[slot] = num_links
-        cache.expect(tokens.hashes[num_links:limit])
-        self._num_expected[slot] = limit
-        self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
-        self._next_link_end[slot] = geometry.link_end(len(tokens.hashes) + 1)
+            shared_ids = np.array(block_ids, dtype=np.int32)
+            self.pool.share(shared_ids)
+            self._write_blocks(slot, shared_ids, num_hit_tokens, self._num_body(num_links))
+        self._attach_chain(slot, tokens, num_links, cache)
         statistics = self.prefix_statistics
         statistics.num_queries += 1
         statistics.num_query_tokens += len(tokens.token_ids)
-        statistics.num_hit_tokens += geometry.link_end(num_links)
+        statistics.num_hit_tokens += num_hit_tokens
+
+    def _find_links(self, tokens: TokenChain, cache: PrefixCache) -> list[int]:
+        """The cached blocks of the first links that a sequence may share."""
+        limit = self.geometry.num_shareable_links(len(tokens.token_ids))
+        tokens.hash_links(self.geometry, limit)
+        return cache.find(tokens.hashes[:limit])
+
+    def _num_body(self, num_links: int) -> int:
+        """Sealed blocks among so many links."""
+        return max(num_links - self.geometry.num_head_blocks, 0) * self.geometry.seals
+
+    def _write_tokens(self, slot: int, tokens: TokenChain) -> None:
+        length = len(tokens.token_ids)
+        self.token_ids[slot, :length] = tokens.token_ids
+        self.num_tokens[slot] = length
+        self._roots[slot] = tokens.root
+        if length:
+            self.last_token_ids[slot] = tokens.token_ids[-1]
+
+    def _write_blocks(
+        self, slot: int, block_ids: BlockIds, num_computed_tokens: int, num_sealed: int
+    ) -> None:
+        """Give a new slot its blocks, in the order of its tokens: head, body, tail."""
+        body_start = self.geometry.num_head_blocks if num_sealed else len(block_ids)
+        body_end = body_start + num_sealed
+        open_ids = np.concatenate([block_ids[:body_start], block_ids[body_end:]])
+        self.tables.open[slot, : len(open_ids)] = open_ids
+        self.tables.sealed[slot, :num_sealed] = block_ids[body_start:body_end]
+        self.tables.num_open[slot] = len(open_ids)
+        self.num_sealed[slot] = num_sealed
+        self.num_computed_tokens[slot] = num_computed_tokens
+
+    def _attach_chain(
+        self, slot: int, tokens: TokenChain, num_published: int, cache: PrefixCache
+    ) -> None:
+        """Follow the hashes of a new slot's tokens, of which the first can be found already."""
+        limit = self.geometry.num_shareable_links(len(tokens.token_ids))
+        tokens.hash_links(self.geometry, limit)
+        self._num_published[slot], self._num_expected[slot] = num_published, limit
+        cache.expect(tokens.hashes[num_published:limit])
+        self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
+        self._next_link_end[slot] = self.geometry.link_end(len(tokens.hashes) + 1)
 
     def append_tokens(
         self, slots: ArrayLike, token_ids: ArrayLike, counts: ArrayLike | None = None
@@ -735,7 +761,11 @@ class BlockManager:
             raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")
         slot = self._take_slot()
         block_ids = self.pool.allocate(num_blocks)
-        self._write_sequence(slot, tokens, num_computed_tokens, num_sealed, block_ids)
+        self._write_tokens(slot, tokens)
+        self._write_blocks(slot, block_ids, num_computed_tokens, num_sealed)
+        if self.prefix_cache is not None:
+            self._attach_chain(slot, tokens, 0, self.prefix_cache)
+        self._capacity[slot] = num_computed_tokens
         return slot, block_ids
 
     def publish_sequence(self, slot: int) -> None:
@@ -743,39 +773,6 @@ class BlockManager:
         self.require_at_rest(slot)
         if self.prefix_cache is not None:
             self._publish(np.array([slot]), self.prefix_cache)
-
-    def _write_sequence(
-        self,
-        slot: int,
-        tokens: TokenChain,
-        num_computed_tokens: int,
-        num_sealed: int,
-        block_ids: BlockIds,
-    ) -> None:
-        """Fill a new slot with a sequence whose blocks, in the order of its tokens, are given."""
-        length = len(tokens.token_ids)
-        self.token_ids[slot, :length] = tokens.token_ids
-        self.num_tokens[slot] = length
-        self._roots[slot] = tokens.root
-        if length:
-            self.last_token_ids[slot] = tokens.token_ids[-1]
-        self.num_computed_tokens[slot] = num_computed_tokens
-        self.num_sealed[slot] = num_sealed
-        body_start = self.geometry.num_head_blocks if num_sealed else len(block_ids)
-        body_end = body_start + num_sealed
-        open_ids = np.concatenate([block_ids[:body_start], block_ids[body_end:]])
-        self.tables.open[slot, : len(open_ids)] = open_ids
-        self.tables.num_open[slot] = len(open_ids)
-        self.tables.sealed[slot, :num_sealed] = block_ids[body_start:body_end]
-        self._capacity[slot] = num_computed_tokens
-        if self.prefix_cache is not None:
-            limit = self.geometry.num_shareable_links(length)
-            tokens.hash_links(self.geometry, limit)
-            self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
-            self._next_link_end[slot] = self.geometry.link_end(len(tokens.hashes) + 1)
-            self.prefix_cache.expect(tokens.hashes[:limit])
-            self._num_expected[slot] = limit
-            self._num_published[slot] = 0
 
     def discard_swapped(self, swapped: SwappedSequence) -> None:
         """Give the host blocks of a sequence back."""
