@@ -27,11 +27,11 @@ class SealedViews(NamedTuple):
     value_zero: Tensor | None  # fp16 [NB, H, block_size], below 8 bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerRecords:
     """One layer's arena under both readings of a record, and how to quantize into it."""
 
-    open_keys: Tensor  # [NB, H, open_block_size, key_dim], full precision
+    open_keys: Tensor  # [NB, H, open_block_size, key_dim], full precision, strides as above
     open_values: Tensor  # [NB, H, open_block_size, value_dim]
     sealed: SealedViews | None  # None in the native format
     bits: int = 0

@@ -6,8 +6,6 @@ from torch import Tensor
 
 from .cache import LayerSpec, PagedKVCache, Step
 from .errors import ConfigError
-from .kernels.attention import attend
-from .kernels.store import store_tokens
 
 
 def paged_attention(
@@ -33,19 +31,19 @@ def paged_attention(
     """
     check_shapes(query, key, value, cache.layers[layer], len(step.indices.positions))
     check_masks(query.shape[1], sliding_window, attention_chunk, sink_logits)
-    output = attend(
+    output = cache.backend.attend(
         query,
         key,
         value,
         cache.records[layer],
-        step.groups,
+        step.plan,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
         sliding_window=sliding_window,
         attention_chunk=attention_chunk,
         sink_logits=sink_logits,
     )
-    store_tokens(cache.records[layer], key, value, step.indices)
+    cache.backend.store_tokens(cache.records[layer], key, value, step.indices)
     return output
 
 

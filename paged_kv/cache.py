@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .backend import choose_backend
 from .block_manager import BlockManager
 from .block_tables import ragged_arange
 from .blocks import BlockGeometry, BlockIds
 from .errors import ConfigError, OutOfBlocksError
 from .formats import KVFormat, RecordLayout, block_geometry
-from .kernels.attention import ContextGroup, plan_groups
 from .kernels.records import LayerRecords, SealedViews, StepIndices
 from .step_plan import StepPlan
 
@@ -74,7 +75,7 @@ class Step:
     """A plan on the cache's device, with what the layers share. Made by `PagedKVCache.begin`."""
 
     indices: StepIndices
-    groups: list[ContextGroup]
+    plan: Any  # the backend's own
 
 
 class PagedKVCache:
@@ -82,7 +83,8 @@ class PagedKVCache:
 
     `layers` are the attention layers in order; `dtype` is the precision of open blocks and of the
     native format. Size the pool by `num_blocks`, or by bytes with `num_blocks_for`. Sequences that
-    a manager swaps out lie in `num_host_blocks` further blocks in host memory.
+    a manager swaps out lie in `num_host_blocks` further blocks in host memory. `backend` is "torch"
+    or "cpu"; without it PAGED_KV_BACKEND decides, or else the device.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         num_host_blocks: int = 0,
+        backend: str | None = None,
     ) -> None:
         self.geometry = cache_geometry(layers, dtype)
         if num_blocks < 1:
@@ -101,6 +104,7 @@ class PagedKVCache:
         self.num_blocks = num_blocks
         self.dtype = dtype
         self.device = torch.device(device)
+        self.backend = choose_backend(self.device, backend)
         self.num_host_blocks = num_host_blocks
         self.arenas: list[Tensor] = []
         self.host_arenas: list[Tensor] = []
@@ -198,7 +202,7 @@ class PagedKVCache:
             open_block_size=self.geometry.open_block_size,
             num_head_tokens=self.geometry.num_head_tokens,
         )
-        return Step(indices=indices, groups=plan_groups(indices))
+        return Step(indices=indices, plan=self.backend.plan(indices))
 
     @property
     def block_bytes(self) -> int:
@@ -279,24 +283,22 @@ def layer_records(
 ) -> LayerRecords:
     """Typed views over an arena [num_blocks, num_kv_heads, record_bytes].
 
-    The inner order of the codes follows the device, the logical views are the same: on a GPU both
-    dot products contract along memory (keys [rows, D], values [D, rows]), on a CPU both accumulate
-    vertically (keys [D, rows], values [rows, D]).
+    The inner order follows the device, the logical views are the same: on a GPU both dot products
+    contract along memory (key codes [rows, D], value codes [D, rows]), on a CPU both accumulate
+    vertically (keys, open ones too, [D, rows], values [rows, D]).
     """
     kv_format = layout.kv_format
     key_dim, value_dim, block_size = layout.key_dim, layout.value_dim, kv_format.block_size
     on_cpu = arena.device.type == "cpu"
     value_offset = open_block_size * key_dim * dtype.itemsize
-    open_keys = record_view(arena, dtype, 0, (open_block_size, key_dim))
+    open_keys = matrix_view(arena, dtype, 0, (open_block_size, key_dim), on_cpu)
     open_values = record_view(arena, dtype, value_offset, (open_block_size, value_dim))
     if kv_format.is_native:
         return LayerRecords(open_keys=open_keys, open_values=open_values, sealed=None)
 
     def codes(section: str, dim: int, channel_major: bool) -> Tensor:
-        rows = layout.num_code_rows
-        shape = (dim, rows) if channel_major else (rows, dim)
-        view = record_view(arena, torch.uint8, layout.offset(section), shape)
-        return view.transpose(-1, -2) if channel_major else view
+        shape = (layout.num_code_rows, dim)
+        return matrix_view(arena, torch.uint8, layout.offset(section), shape, channel_major)
 
     def metadata(section: str, *shape: int) -> Tensor:
         return record_view(arena, torch.float16, layout.offset(section), shape)
@@ -320,6 +322,19 @@ def layer_records(
         key_clip=kv_format.key_clip,
         value_clip=kv_format.value_clip,
     )
+
+
+def matrix_view(
+    arena: Tensor,
+    dtype: torch.dtype,
+    byte_offset: int,
+    shape: tuple[int, int],
+    is_transposed: bool,
+) -> Tensor:
+    """A matrix in every record, [NB, H, *shape]; transposed, its rows are adjacent in memory."""
+    if not is_transposed:
+        return record_view(arena, dtype, byte_offset, shape)
+    return record_view(arena, dtype, byte_offset, shape[::-1]).transpose(-1, -2)
 
 
 def record_view(

@@ -18,9 +18,11 @@ PACKAGE = ROOT / "paged_kv"
 
 # Each module may import only from floors below its own; kernels and scheduler rooms from their own
 # folder too.
+CPU_ROOMS = ("vectors", "microkernels", "native", "threads", "worker", "attention", "store")
 FLOORS = [
-    {"errors", "kernels.records", "kernels.quantize", "kernels.store", "kernels.attention"},
-    {"blocks", "checks", "events", "jit", "memory"},
+    {"errors", "kernels.records", "kernels.quantize", "kernels.store", "kernels.attention"}
+    | {f"kernels.cpu_{room}" for room in CPU_ROOMS},
+    {"backend", "blocks", "checks", "events", "jit", "memory"},
     {"formats", "sampling", "token_chain", "growth", "block_tables", "prefix_cache"},
     {"block_pool", "step_plan", "swap"},
     {"block_manager"},

@@ -1,0 +1,118 @@
+"""Functions for native workers: memory at addresses, atomic counters, calls, and how to compile.
+
+Knows numba. A worker is one function that every thread runs, with the address of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as numba_intrinsic
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+LONG: Final = ir.IntType(64)
+FLOAT: Final = ir.FloatType()
+# How a worker is compiled: void (void *), kept on disk.
+worker: Any = numba.cfunc(types.void(types.voidptr), cache=True)
+
+
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """Instructions written by hand; callers leave out the first argument, the typing context."""
+    return numba_intrinsic(function)
+
+
+def native(function: Function) -> Function:
+    """Compile a function into the worker that calls it."""
+    return cast(Function, numba.njit(error_model="numpy")(function))
+
+
+@cache
+def source_hash() -> int:
+    """Of all sources that workers are compiled from, for the key of a worker on disk.
+
+    Numba looks only at the file of the worker itself, and keys by what its closure holds.
+    """
+    digest = sha256()
+    for path in sorted(Path(__file__).parent.glob("cpu_*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:7], "little") | 1
+
+
+@intrinsic
+def call(typing_context: Any, address: Any, arguments: Any) -> Any:
+    """Call native code at an address with a tuple of 64-bit integers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        unpacked = cgutils.unpack_tuple(builder, values[1])  # type: ignore[no-untyped-call]
+        longs = [
+            context.cast(builder, value, kind, types.int64)
+            for value, kind in zip(unpacked, signature.args[1].types, strict=True)
+        ]
+        function = ir.FunctionType(ir.VoidType(), [LONG] * len(longs))
+        builder.call(builder.inttoptr(values[0], function.as_pointer()), longs)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), codegen
+
+
+def loader(element: Any, kind: Any) -> Any:
+    """A function (address, index) that reads one element."""
+
+    @intrinsic
+    def load(typing_context: Any, address: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            pointer = builder.inttoptr(values[0], kind.as_pointer())
+            return builder.load(builder.gep(pointer, [values[1]]))
+
+        return element(types.int64, types.int64), codegen
+
+    return load
+
+
+def storer(element: Any, kind: Any) -> Any:
+    """A function (address, index, value) that writes one element."""
+
+    @intrinsic
+    def store(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            pointer = builder.inttoptr(values[0], kind.as_pointer())
+            builder.store(values[2], builder.gep(pointer, [values[1]]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, element), codegen
+
+    return store
+
+
+load_long: Callable[[int, int], int] = loader(types.int64, LONG)
+load_float: Callable[[int, int], np.float32] = loader(types.float32, FLOAT)
+store_long: Callable[[int, int, int], None] = storer(types.int64, LONG)
+store_float: Callable[[int, int, np.float32], None] = storer(types.float32, FLOAT)
+
+
+@intrinsic
+def fetch_add(typing_context: Any, address: Any) -> Any:
+    """Count up, and return the count before; what was written before is then seen by others."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], LONG.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(LONG, 1), "seq_cst")
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def address_of(typing_context: Any, pointer: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.ptrtoint(values[0], LONG)
+
+    return types.int64(types.voidptr), codegen

@@ -1,0 +1,78 @@
+"""Which kernels run: the one place where a backend is chosen. Knows devices, never blocks.
+
+A backend is three functions of the same signatures: `plan` a step once for all layers, `attend`
+and `store_tokens` for each layer. PAGED_KV_BACKEND=torch or cpu overrides the choice.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .kernels.attention import attend, plan_groups
+from .kernels.records import LayerRecords, StepIndices
+from .kernels.store import store_tokens
+
+BACKEND_VARIABLE: Final = "PAGED_KV_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The kernels of one kind of machine; see `kernels.attention` and `kernels.store`."""
+
+    name: str
+    plan: Callable[[StepIndices], Any]
+    attend: Callable[..., Tensor]
+    store_tokens: Callable[[LayerRecords, Tensor, Tensor, StepIndices], None]
+
+
+TORCH_BACKEND: Final = Backend("torch", plan_groups, attend, store_tokens)
+
+
+def choose_backend(device: torch.device, name: str | None = None) -> Backend:
+    """The backend of that name, or the one that PAGED_KV_BACKEND or else the device asks for."""
+    wanted = name or os.environ.get(BACKEND_VARIABLE) or None
+    if wanted not in (None, "torch", "cpu"):
+        raise ConfigError(f"unknown backend {wanted!r}; expected torch or cpu")
+    if wanted == "torch" or (wanted is None and device.type != "cpu"):
+        return TORCH_BACKEND
+    if device.type != "cpu":
+        raise ConfigError(f"backend 'cpu' cannot run on device {device}")
+    try:
+        return cpu_backend()
+    except ModuleNotFoundError as error:
+        if error.name not in ("numba", "llvmlite"):
+            raise
+        if wanted == "cpu":
+            raise ConfigError(f"backend 'cpu' needs {error.name}: pip install numba") from error
+        warn_of_torch()
+        return TORCH_BACKEND
+
+
+@cache
+def cpu_backend() -> Backend:
+    """The CPU's own kernels; raises `ModuleNotFoundError` where numba is not installed."""
+    from .kernels.cpu_attention import CpuPlan
+    from .kernels.cpu_attention import attend as attend_on_cpu
+    from .kernels.cpu_store import store_tokens as store_on_cpu
+
+    return Backend("cpu", CpuPlan, attend_on_cpu, store_on_cpu)
+
+
+@cache
+def warn_of_torch() -> None:
+    """Once in a process."""
+    warnings.warn(
+        "numba is not installed: attention runs on plain torch operations, several times slower; "
+        "pip install numba",
+        RuntimeWarning,
+        stacklevel=3,
+    )
