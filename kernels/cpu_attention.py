@@ -6,7 +6,6 @@ for all layers; a call sets a few addresses and starts the worker on torch's thr
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -27,6 +26,7 @@ from .cpu_microkernels import (
     start_kernel,
     value_kernel,
 )
+from .cpu_native import thread_scratch
 from .cpu_threads import run_worker
 from .cpu_vectors import host_width
 from .cpu_worker import (
@@ -48,7 +48,6 @@ ROW_VARIANTS: Final = (1, 2, 4, MAX_ROWS)
 FIRST_LAYER_FIELD: Final = Field.KEY_DIM
 FIRST_CALL_FIELD: Final = Field.START
 Longs = NDArray[np.int64]
-_local = threading.local()
 # Beside a layer's fields, the addresses that they point to.
 _layer_fields: WeakKeyDictionary[LayerRecords, tuple[Longs, Longs]] = WeakKeyDictionary()
 
@@ -215,7 +214,7 @@ def attend(
         attention_chunk or 0,
         0 if sinks is None else sinks.data_ptr(),
         numbers.ctypes.data,
-        scratch(plan.num_threads).ctypes.data,
+        thread_scratch("attention", plan.num_threads, 4 * SCRATCH_FLOATS),
     ]
     run_worker(attention_worker(), fields.ctypes.data, plan.num_threads)
     return output if query.dtype == torch.float32 else output.to(query.dtype)
@@ -238,14 +237,6 @@ def channel_major_keys(keys: Tensor) -> Tensor:
     padded = torch.empty(num_heads, dim, num_tokens + NEW_TOKEN_ROWS)
     padded[:, :, :num_tokens] = keys.permute(1, 2, 0)
     return padded
-
-
-def scratch(num_threads: int) -> NDArray[np.float32]:
-    """What the threads write to, a part for each; every calling thread has its own."""
-    kept: NDArray[np.float32] | None = getattr(_local, "scratch", None)
-    if kept is None or len(kept) < num_threads:
-        _local.scratch = kept = np.empty((num_threads, SCRATCH_FLOATS), dtype=np.float32)
-    return kept
 
 
 def softmax_kernels(records: LayerRecords, has_softcap: bool) -> tuple[int, int, int]:

@@ -293,8 +293,10 @@ def softmax_kernel(scaling: str, has_softcap: bool, max_lanes: int) -> MachineCo
     with emitter.loop(emitter.long(0), num_rows, 1) as row:
         line = emitter.offset(scores, emitter.times(row, SCORE_STRIDE * 4))
         row_long, row_float = emitter.times(row, 8), emitter.times(row, 4)
-        row_first = emitter.splat(emitter.load(builder.add(first, row_long), LONG), lanes)
-        row_past = emitter.splat(emitter.load(builder.add(past, row_long), LONG), lanes)
+        row_first, row_past = (
+            emitter.splat(builder.trunc(emitter.load(builder.add(a, row_long), LONG), INT), lanes)
+            for a in (first, past)
+        )
         highest = emitter.variable(masked)
         with emitter.loop(emitter.long(0), num_tokens, lanes) as token:
             place = builder.add(line, emitter.times(token, 4))
@@ -309,7 +311,8 @@ def softmax_kernel(scaling: str, has_softcap: bool, max_lanes: int) -> MachineCo
             if has_softcap:
                 cap = emitter.splat(emitter.load(softcap, FLOAT), lanes)
                 score = builder.fmul(cap, tanh(emitter, score))
-            number = builder.add(emitter.splat(token, lanes), emitter.lane_numbers(lanes))
+            number = emitter.splat(builder.trunc(token, INT), lanes)
+            number = builder.add(number, emitter.lane_numbers(lanes))
             is_visible = builder.and_(
                 builder.icmp_signed(">=", number, row_first),
                 builder.icmp_signed("<", number, row_past),

@@ -5,6 +5,7 @@ Knows numba. A worker is one function that every thread runs, with the address o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
@@ -17,12 +18,24 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
+from numpy.typing import NDArray
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+CACHE_LINE: Final = 64
 LONG: Final = ir.IntType(64)
 FLOAT: Final = ir.FloatType()
 # How a worker is compiled: void (void *), kept on disk.
 worker: Any = numba.cfunc(types.void(types.voidptr), cache=True)
+
+_local = threading.local()
+
+
+def thread_scratch(name: str, num_threads: int, num_bytes: int) -> int:
+    """The address of scratch for the threads of a worker, kept by the thread that starts it."""
+    kept: dict[str, NDArray[np.uint8]] = _local.__dict__
+    if name not in kept or kept[name].size < num_threads * num_bytes + CACHE_LINE:
+        kept[name] = np.empty(num_threads * num_bytes + CACHE_LINE, dtype=np.uint8)
+    return -(-int(kept[name].ctypes.data) // CACHE_LINE) * CACHE_LINE
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:

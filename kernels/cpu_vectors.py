@@ -99,7 +99,7 @@ class Emitter:
         """Bring the cache line at `address`, which need not be valid, towards the processor."""
         pointer = BYTE.as_pointer()
         function = self._intrinsic("llvm.prefetch.p0", ir.VoidType(), [pointer, INT, INT, INT])
-        flags = [ir.Constant(INT, flag) for flag in (0, 3, 1)]  # read, keep, data
+        flags = [ir.Constant(INT, flag) for flag in (0, 2, 1)]  # read, keep, data
         self.builder.call(function, [self._pointer(address, BYTE), *flags])
 
     def _pointer(self, address: Any, kind: Any) -> Any:
@@ -117,6 +117,12 @@ class Emitter:
     @contextmanager
     def loop(self, start: Any, stop: Any, step: int) -> Iterator[Any]:
         """Count from `start` while below `stop`."""
+        with self.loop_by(start, stop, self.long(step)) as index:
+            yield index
+
+    @contextmanager
+    def loop_by(self, start: Any, stop: Any, step: Any) -> Iterator[Any]:
+        """`loop` with a step that is a value."""
         head, body, done = (self.builder.append_basic_block(n) for n in ("head", "body", "done"))
         counter = self.variable(start)
         self.builder.branch(head)
@@ -125,7 +131,7 @@ class Emitter:
         self.builder.cbranch(self.builder.icmp_signed("<", index, stop), body, done)
         self.builder.position_at_end(body)
         yield index
-        self.builder.store(self.offset(index, step), counter)
+        self.builder.store(self.builder.add(index, step), counter)
         self.builder.branch(head)
         self.builder.position_at_end(done)
 
@@ -144,15 +150,21 @@ class Emitter:
         return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
 
     def lane_numbers(self, lanes: int) -> Any:
-        return ir.Constant(ir.VectorType(LONG, lanes), list(range(lanes)))
+        return ir.Constant(ir.VectorType(INT, lanes), list(range(lanes)))
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c, rounded once where the machine can."""
         return self._vector_call("llvm.fmuladd", a, b, c)
 
     def maximum(self, a: Any, b: Any) -> Any:
-        """Where one is not a number, the other."""
-        return self._vector_call("llvm.maxnum", a, b)
+        """One instruction: the second where either is not a number."""
+        return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
+
+    def absolute(self, vector: Any) -> Any:
+        return self._vector_call("llvm.fabs", vector)
+
+    def round_to_even(self, vector: Any) -> Any:
+        return self._vector_call("llvm.rint", vector)
 
     def reduce(self, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
         """One scalar from all lanes, halving."""
@@ -182,7 +194,7 @@ class Emitter:
         """
         builder, lanes = self.builder, vector.type.count
         vector = self.maximum(vector, self.constant(-126.0, lanes))
-        whole = self._vector_call("llvm.rint", vector)
+        whole = self.round_to_even(vector)
         fraction = builder.fsub(vector, whole)
         result = self.constant(EXP2_COEFFICIENTS[0], lanes)
         for coefficient in EXP2_COEFFICIENTS[1:]:

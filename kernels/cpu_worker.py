@@ -148,7 +148,8 @@ SUMS = SCORES + MAX_ROWS * SCORE_STRIDE
 MAXIMA = SUMS + NUM_TILES * 2 * MAX_ROWS * STATE_LANES
 NUMBERS = MAXIMA + MAX_ITEM_ROWS
 RANGES = NUMBERS + 4  # [2][MAX_ROWS] 64-bit: first visible token and one past the last
-SCRATCH_FLOATS = -(-(RANGES + 4 * MAX_ROWS) // 1024) * 1024
+NEXT_ITEM = RANGES + 4 * MAX_ROWS  # 64-bit address
+SCRATCH_FLOATS = -(-(NEXT_ITEM + 2) // 1024) * 1024
 PARTIAL_FLOATS = ROW_STRIDE  # output, then maximum and sum behind it
 PARTIAL_MAXIMUM = ROW_STRIDE - 2
 PARTIAL_SUM = ROW_STRIDE - 1
@@ -291,6 +292,38 @@ def soften(
 
 
 @native
+def keys_ahead(p: int, item: int, scratch: int, position: int) -> int:
+    """Where the keys of a context token lie; beyond the item's end, those of the next item."""
+    if position >= load_long(item, Item.END):
+        position -= load_long(item, Item.END)
+        item = load_long(scratch + 4 * NEXT_ITEM, 0)
+        position += load_long(item, Item.START)
+    sequence = load_long(item, Item.SEQUENCE)
+    head = load_long(item, Item.KV_HEAD) * load_long(p, Field.HEAD_STRIDE)
+    num_head_tokens, block_size = (
+        load_long(p, Field.NUM_HEAD_TOKENS),
+        load_long(p, Field.BLOCK_SIZE),
+    )
+    num_body_tokens = load_long(load_long(p, Field.NUM_SEALED), sequence) * block_size
+    if num_head_tokens <= position < num_head_tokens + num_body_tokens:
+        width = load_long(p, Field.SEALED_WIDTH)
+        table = load_long(p, Field.SEALED_TABLE) + 8 * width * sequence
+        index, offset = divmod(position - num_head_tokens, block_size)
+        head += (
+            offset * load_long(p, Field.NUM_CODE_ROWS) // block_size * load_long(p, Field.KEY_DIM)
+        )
+        head += load_long(p, Field.KEY_CODES)
+        return head + load_long(table, index) * load_long(p, Field.BLOCK_STRIDE)
+    if position >= num_head_tokens:
+        position -= num_body_tokens
+    size, width = load_long(p, Field.OPEN_BLOCK_SIZE), load_long(p, Field.OPEN_WIDTH)
+    table = load_long(p, Field.OPEN_TABLE) + 8 * width * sequence
+    block, offset = divmod(position, size)
+    head += offset * (load_long(p, Field.OPEN_KEY_STRIDE) // size) + load_long(p, Field.OPEN_KEYS)
+    return head + load_long(table, min(block, width - 1)) * load_long(p, Field.BLOCK_STRIDE)
+
+
+@native
 def attend_open(p: int, item: int, scratch: int, position: int, slot: int, num_tokens: int) -> None:
     """Attend to `num_tokens` tokens of open blocks, from a slot of the sequence's table on."""
     size, piece = load_long(p, Field.OPEN_BLOCK_SIZE), load_long(p, Field.OPEN_PIECE)
@@ -323,10 +356,8 @@ def attend_open(p: int, item: int, scratch: int, position: int, slot: int, num_t
             at_value = values + load_long(table, block) * block_stride + offset * value_stride
             weights = scratch + 4 * (SCORES + index * piece)
             count = min(num_tokens - index * piece, piece)
-            later, offset = divmod(slot + (index + num_pieces) * piece, size)
-            following = load_long(table, min(later, width - 1)) * block_stride
-            following += keys + offset * (key_stride // size)
-            call(add, (at_value, weights, outputs, count, 0, value_stride, following))
+            ahead = keys_ahead(p, item, scratch, position + num_tokens + index * piece)
+            call(add, (at_value, weights, outputs, count, 0, value_stride, ahead))
 
 
 @native
@@ -335,18 +366,16 @@ def attend_sealed(p: int, item: int, scratch: int, position: int, index: int) ->
     num_tokens, num_rows = load_long(p, Field.BLOCK_SIZE), load_long(p, Field.NUM_CODE_ROWS)
     width = load_long(p, Field.SEALED_WIDTH)
     table = load_long(p, Field.SEALED_TABLE) + 8 * width * load_long(item, Item.SEQUENCE)
-    head = load_long(item, Item.KV_HEAD) * load_long(p, Field.HEAD_STRIDE)
-    block_stride = load_long(p, Field.BLOCK_STRIDE)
-    record = load_long(table, index) * block_stride + head
-    following = load_long(table, min(index + 1, width - 1)) * block_stride + head
+    record = load_long(table, index) * load_long(p, Field.BLOCK_STRIDE)
+    record += load_long(item, Item.KV_HEAD) * load_long(p, Field.HEAD_STRIDE)
     keys = load_long(p, Field.KEY_CODES) + record
     values = load_long(p, Field.VALUE_CODES) + record
     key_dim, value_dim = load_long(p, Field.KEY_DIM), load_long(p, Field.VALUE_DIM)
     num_groups, group_shift = load_long(p, Field.NUM_KEY_GROUPS), load_long(p, Field.GROUP_SHIFT)
-    call(
-        load_long(p, Field.PREFETCH),
-        (load_long(p, Field.METADATA) + following, load_long(p, Field.METADATA_BYTES)),
-    )
+    ahead = keys_ahead(p, item, scratch, position + num_tokens)
+    # The codes ahead are fetched by the microkernels as they go, scales and zero points here.
+    metadata_ahead = ahead + load_long(p, Field.METADATA) - load_long(p, Field.KEY_CODES)
+    call(load_long(p, Field.PREFETCH), (metadata_ahead, load_long(p, Field.METADATA_BYTES)))
     for tile in range(-(-load_long(item, Item.NUM_ROWS) // MAX_ROWS)):
         if not set_ranges(p, item, scratch, tile, position, num_tokens):
             continue
@@ -361,17 +390,12 @@ def attend_sealed(p: int, item: int, scratch: int, position: int, index: int) ->
             )
             queries = folded
         scores = scratch + 4 * SCORES
-        call(
-            kernel_for(p, Kernel.SCORE_SEALED, rows),
-            (keys, queries, scores, key_dim, num_rows, group_shift, values),
-        )
-        kernel = load_long(p, Field.SOFTMAX_SEALED)
-        soften(p, kernel, item, scratch, tile, num_tokens, record)
-        following_keys = load_long(p, Field.KEY_CODES) + following
-        call(
-            kernel_for(p, Kernel.VALUE_SEALED, rows),
-            (values, scores, outputs, num_rows, num_rows, value_dim, following_keys),
-        )
+        score = kernel_for(p, Kernel.SCORE_SEALED, rows)
+        call(score, (keys, queries, scores, key_dim, num_rows, group_shift, values))
+        softmax = load_long(p, Field.SOFTMAX_SEALED)
+        soften(p, softmax, item, scratch, tile, num_tokens, record)
+        add = kernel_for(p, Kernel.VALUE_SEALED, rows)
+        call(add, (values, scores, outputs, num_rows, num_rows, value_dim, ahead))
 
 
 @native
@@ -544,11 +568,15 @@ def run_items(p: int) -> None:
     counters = load_long(p, Field.COUNTERS)
     thread = fetch_add(counters + 8)
     scratch = load_long(p, Field.SCRATCH) + 4 * SCRATCH_FLOATS * thread
-    while True:
-        index = fetch_add(counters)
-        if index >= load_long(p, Field.NUM_ITEMS):
-            break
-        run_item(p, load_long(p, Field.ITEMS) + 8 * Item.COUNT * index, scratch)
+    items, num_items = load_long(p, Field.ITEMS), load_long(p, Field.NUM_ITEMS)
+    index = fetch_add(counters)
+    while index < num_items:
+        # The next item is drawn before this one runs, so that its first keys can be fetched ahead.
+        following = fetch_add(counters)
+        next_item = items + 8 * Item.COUNT * min(following, num_items - 1)
+        store_long(scratch + 4 * NEXT_ITEM, 0, next_item)
+        run_item(p, items + 8 * Item.COUNT * index, scratch)
+        index = following
 
 
 @cache

@@ -18,7 +18,16 @@ PACKAGE = ROOT / "paged_kv"
 
 # Each module may import only from floors below its own; kernels and scheduler rooms from their own
 # folder too.
-CPU_ROOMS = ("vectors", "microkernels", "native", "threads", "worker", "attention", "store")
+CPU_ROOMS = (
+    "vectors",
+    "microkernels",
+    "native",
+    "quantize",
+    "threads",
+    "worker",
+    "attention",
+    "store",
+)
 FLOORS = [
     {"errors", "kernels.records", "kernels.quantize", "kernels.store", "kernels.attention"}
     | {f"kernels.cpu_{room}" for room in CPU_ROOMS},
