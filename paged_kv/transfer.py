@@ -8,6 +8,9 @@ Knows the wire format, nothing of files or networks. Integers are little-endian:
     records   layer by layer [blocks, kv heads, record_bytes], blocks in the order of their tokens
     checksum  SHA-256 of everything before it
 
+Records travel in the inner order of the device that they come from, which the header names; the
+side that imports them brings them into its own.
+
 The checksum is integrity, not authenticity: whoever can write the data can write the checksum, and
 no check tells K/V that a model computed from K/V that somebody made up. Take data only from where
 you would take the answers from. Records travel whole: what a sequence has not filled of its open
@@ -31,17 +34,17 @@ from torch import Tensor
 
 from .block_manager import BlockManager
 from .blocks import BlockGeometry, BlockIds
-from .cache import PagedKVCache
+from .cache import LayerSpec, PagedKVCache
 from .errors import TransferError
 from .formats import RecordLayout
 from .token_chain import ExtraKey, TokenChain
 
 MAGIC: Final = b"paged_kv"
-VERSION: Final = 1
+VERSION: Final = 2
 FRAME: Final = Struct("<8sIIQ")
 DIGEST_BYTES: Final = 32
 TOKEN_DTYPE: Final = np.dtype("<i4")
-# How the codes of a sealed record lie: on a CPU, and on a GPU.
+# How records lie: on a CPU keys are channel-major, sealed and open; on a GPU sealed values.
 CHANNEL_MAJOR_KEYS: Final = "channel-major keys"
 CHANNEL_MAJOR_VALUES: Final = "channel-major values"
 
@@ -55,7 +58,7 @@ class SequenceData:
     tokens: TokenChain
     num_computed_tokens: int
     num_sealed: int
-    code_order: str | None  # None where nothing is ever sealed
+    record_order: str
 
 
 def export_sequence(
@@ -72,7 +75,7 @@ def export_sequence(
         tokens=tokens,
         num_computed_tokens=int(manager.num_computed_tokens[slot]),
         num_sealed=int(manager.num_sealed[slot]),
-        code_order=code_order_of(cache),
+        record_order=record_order_of(cache),
     )
     fields = shared_fields(cache, model_fingerprint) | sequence_fields(cache, sequence)
     header = json.dumps(fields, separators=(",", ":")).encode()
@@ -152,18 +155,16 @@ def sequence_fields(cache: PagedKVCache, sequence: SequenceData) -> JsonObject:
         "num_sealed": sequence.num_sealed,
         "root": tokens.root.hex(),
         "link_hashes": [link_hash.hex() for link_hash in tokens.hashes],
-        "code_order": sequence.code_order,
+        "record_order": sequence.record_order,
         "token_bytes": token_bytes,
         "layer_bytes": layer_bytes,
     }
 
 
-def code_order_of(cache: PagedKVCache) -> str | None:
-    """How the codes of sealed records lie in this cache."""
-    sealed = cache.records[0].sealed
-    if sealed is None:
-        return None
-    return CHANNEL_MAJOR_KEYS if sealed.key_codes.stride(-2) == 1 else CHANNEL_MAJOR_VALUES
+def record_order_of(cache: PagedKVCache) -> str:
+    """How records lie in this cache; open keys and sealed codes never differ in it."""
+    open_keys = cache.records[0].open_keys
+    return CHANNEL_MAJOR_KEYS if open_keys.stride(-2) == 1 else CHANNEL_MAJOR_VALUES
 
 
 # -- reading what nobody has checked ------------------------------------------------------------
@@ -194,7 +195,7 @@ def read_sequence(
         tokens=tokens,
         num_computed_tokens=num_computed,
         num_sealed=num_sealed,
-        code_order=read_code_order(header, cache),
+        record_order=read_record_order(header),
     )
     require_equal("header", header, shared | sequence_fields(cache, sequence))
     return sequence, sections[1:]
@@ -286,13 +287,11 @@ def possible_num_sealed(geometry: BlockGeometry, num_computed: int, num_tokens: 
     return range(max(usual - 1, 0), max(min(most, complete), 0) + 1)
 
 
-def read_code_order(header: JsonObject, cache: PagedKVCache) -> str | None:
-    """The order in which the codes of the data lie: either one, if any, can be read."""
-    order = header.get("code_order")
-    if code_order_of(cache) is None:
-        return None
+def read_record_order(header: JsonObject) -> str:
+    """The order in which the records of the data lie: either one can be read."""
+    order = header.get("record_order")
     if order not in (CHANNEL_MAJOR_KEYS, CHANNEL_MAJOR_VALUES):
-        raise TransferError(f"header.code_order is {short_repr(order)}, which nobody can read")
+        raise TransferError(f"header.record_order is {short_repr(order)}, which nobody can read")
     return order
 
 
@@ -322,31 +321,50 @@ def write_records(
     layer_data: Sequence[memoryview],
     block_ids: BlockIds,
 ) -> None:
-    """Copy each layer's records into these blocks, with the codes in the order of the device."""
+    """Copy each layer's records into these blocks, in the order of the device."""
     ids = on_device(cache, block_ids)
-    body_start = cache.geometry.num_head_blocks
-    body = slice(body_start, body_start + sequence.num_sealed)
-    is_reordered = sequence.num_sealed and sequence.code_order != code_order_of(cache)
+    is_reordered = sequence.record_order != record_order_of(cache)
     for layer, arena, data in zip(cache.layers, cache.arenas, layer_data, strict=True):
         array = np.array(data).reshape(len(block_ids), *arena.shape[1:])
         records = torch.from_numpy(array).to(cache.device)
         if is_reordered:
-            layout = layer.record_layout(cache.dtype)
-            records[body] = reorder_codes(records[body], layout, sequence.code_order)
+            reorder_records(cache, layer, records, sequence)
         as_words(arena)[ids] = as_words(records)
 
 
-def reorder_codes(records: Tensor, layout: RecordLayout, code_order: str | None) -> Tensor:
-    """Sealed records [..., record_bytes], whose codes lie in `code_order`, in the other order."""
-    reordered = records.clone()
-    keys_are_channel_major = code_order == CHANNEL_MAJOR_KEYS
+def reorder_records(
+    cache: PagedKVCache, layer: LayerSpec, records: Tensor, sequence: SequenceData
+) -> None:
+    """A sequence's records of a layer, in place: from the order they lie in to the other one."""
+    body_start = cache.geometry.num_head_blocks
+    head, body, tail = records.tensor_split((body_start, body_start + sequence.num_sealed))
+    keys_are_channel_major = sequence.record_order == CHANNEL_MAJOR_KEYS
+    open_keys = (cache.geometry.open_block_size, layer.key_dim)
+    for open_records in (head, tail):
+        transpose(open_records, cache.dtype, 0, open_keys, keys_are_channel_major)
+    if sequence.num_sealed:
+        reorder_codes(body, layer.record_layout(cache.dtype), keys_are_channel_major)
+
+
+def reorder_codes(records: Tensor, layout: RecordLayout, keys_are_channel_major: bool) -> None:
+    """Sealed records [..., record_bytes], in place: their codes into the other order."""
     for section, dim, is_channel_major in (
         ("key_codes", layout.key_dim, keys_are_channel_major),
         ("value_codes", layout.value_dim, not keys_are_channel_major),
     ):
-        start, rows = layout.offset(section), layout.num_code_rows
-        end = start + layout.section_bytes[section]
-        shape = (dim, rows) if is_channel_major else (rows, dim)
-        codes = records[..., start:end].reshape(*records.shape[:-1], *shape)
-        reordered[..., start:end] = codes.transpose(-1, -2).flatten(-2)
-    return reordered
+        shape = (layout.num_code_rows, dim)
+        transpose(records, torch.uint8, layout.offset(section), shape, is_channel_major)
+
+
+def transpose(
+    records: Tensor,
+    dtype: torch.dtype,
+    byte_offset: int,
+    shape: tuple[int, int],
+    is_channel_major: bool,
+) -> None:
+    """A matrix [rows, dim] in every record, in place: from channel-major to row-major, or back."""
+    end = byte_offset + shape[0] * shape[1] * dtype.itemsize
+    elements = records[..., byte_offset:end].view(dtype)
+    matrices = elements.view(*elements.shape[:-1], *(shape[::-1] if is_channel_major else shape))
+    elements.copy_(matrices.transpose(-1, -2).flatten(-2))

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paged_kv import transfer
+from paged_kv.backend import TORCH_BACKEND
 from paged_kv.cache import LayerSpec, PagedKVCache, layer_records
 from paged_kv.errors import InvalidStepError, OutOfBlocksError, TransferError
-from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat
+from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat, RecordLayout
 from paged_kv.kernels.records import LayerRecords
 from paged_kv.token_chain import TokenChain, root_hash
 from paged_kv.transfer import (
@@ -26,20 +27,17 @@ from paged_kv.transfer import (
     SequenceData,
     export_sequence,
     import_sequence,
-    reorder_codes,
+    reorder_records,
     sequence_fields,
     shared_fields,
 )
-from tests.helpers import FORMATS_BY_LABEL, QUANTIZED_LABELS, Fleet, Stream, ids, make_stream
+from tests.helpers import FORMATS_BY_LABEL, Fleet, Stream, ids, make_stream
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
 ALL_FORMATS = pytest.mark.parametrize("kv_format", FORMATS_BY_LABEL.values(), ids=FORMATS_BY_LABEL)
-QUANTIZED = pytest.mark.parametrize(
-    "kv_format", [FORMATS_BY_LABEL[label] for label in QUANTIZED_LABELS], ids=QUANTIZED_LABELS
-)
-ORDERS = {transfer.CHANNEL_MAJOR_KEYS: True, transfer.CHANNEL_MAJOR_VALUES: False}
+ORDERS = (transfer.CHANNEL_MAJOR_KEYS, transfer.CHANNEL_MAJOR_VALUES)
 
 
 class SharingFleet(Fleet):
@@ -121,6 +119,14 @@ def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
         assert torch.equal(our, their)
 
 
+def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    """Equal but for the order in which two backends add up."""
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.dtype == their.dtype == torch.float32
+        assert float((our - their).norm() / their.norm()) <= 1e-5
+
+
 def assert_refused(
     fleet: Fleet, data: bytes, match: str, error: type[Exception] = TransferError, **options
 ) -> None:
@@ -166,7 +172,7 @@ def forged_sequence(
         tokens=tokens,
         num_computed_tokens=num_computed,
         num_sealed=num_sealed,
-        code_order=transfer.code_order_of(cache),
+        record_order=transfer.record_order_of(cache),
     )
     header = shared_fields(cache, b"") | sequence_fields(cache, sequence)
     body = tokens.token_ids.tobytes() + bytes(max(sum(header["layer_bytes"]), 0))
@@ -561,7 +567,7 @@ def test_other_geometry_dtype_layer_count_version_and_model_are_refused_by_name(
     assert_refused(target, data, r"^header\.dtype is 'bfloat16' in the data, 'float32' here$")
     data = exported([layer] * 2)
     header, body = parts_of(data)
-    assert_refused(target, forged(header, body, version=2), r"^version is 2 in the data, 1 here$")
+    assert_refused(target, forged(header, body, version=1), r"^version is 1 in the data, 2 here$")
     other = header | {"byte_order": "big"}
     assert_refused(target, forged(other, body), r"^header\.byte_order is 'big' in the data")
     other = header | {"geometry": header["geometry"] | {"num_head_tokens": 0}}
@@ -879,120 +885,205 @@ def test_forged_sequences_get_in_only_where_they_can_go_on(
     manager.check_integrity()
 
 
-# -- the order of the codes ---------------------------------------------------------------------
+# -- the order of the records -------------------------------------------------------------------
 
 
 def views_in_order(cache: PagedKVCache, arenas: list[torch.Tensor], order: str) -> list:
-    """Views of `layer_records` whose codes lie in the given order, whatever the device."""
+    """Views of `layer_records` over records that lie in the given order, whatever the device."""
     found = []
     for layer, arena in zip(cache.layers, arenas, strict=True):
         layout = layer.record_layout(cache.dtype)
         views = layer_records(arena, layout, cache.dtype, cache.geometry.open_block_size)
-        found.append(with_order(views, arena, layout, ORDERS[order]))
+        found.append(with_order(views, arena, layout, order == transfer.CHANNEL_MAJOR_KEYS))
     return found
 
 
-def with_order(views: LayerRecords, arena, layout, keys_are_channel_major: bool) -> LayerRecords:
-    assert views.sealed is not None
-    codes = {}
-    for name, dim, channel_major in (
-        ("key_codes", layout.key_dim, keys_are_channel_major),
-        ("value_codes", layout.value_dim, not keys_are_channel_major),
-    ):
-        rows, (blocks, heads, _) = layout.num_code_rows, arena.shape
-        strides = (1, rows) if channel_major else (dim, 1)
-        codes[name] = arena.as_strided(
-            (blocks, heads, rows, dim),
-            (arena.stride(0), arena.stride(1), *strides),
-            layout.offset(name),
-        )
-    return replace(views, sealed=views.sealed._replace(**codes))
+def with_order(
+    views: LayerRecords, arena: torch.Tensor, layout: RecordLayout, keys_are_channel_major: bool
+) -> LayerRecords:
+    def strided(view: torch.Tensor, byte_offset: int, is_channel_major: bool) -> torch.Tensor:
+        typed, (rows, dim) = arena.view(view.dtype), view.shape[2:]
+        strides = (*typed.stride()[:2], *((1, rows) if is_channel_major else (dim, 1)))
+        return typed.as_strided(view.shape, strides, byte_offset // view.itemsize)
+
+    views = replace(views, open_keys=strided(views.open_keys, 0, keys_are_channel_major))
+    if views.sealed is None:
+        return views
+    sealed = views.sealed._replace(
+        key_codes=strided(
+            views.sealed.key_codes, layout.offset("key_codes"), keys_are_channel_major
+        ),
+        value_codes=strided(
+            views.sealed.value_codes, layout.offset("value_codes"), not keys_are_channel_major
+        ),
+    )
+    return replace(views, sealed=sealed)
 
 
-@QUANTIZED
+def ordered_views(views: LayerRecords) -> dict[str, torch.Tensor]:
+    """The views whose inner order follows the device."""
+    found = {"open_keys": views.open_keys}
+    if views.sealed is not None:
+        found |= {name: getattr(views.sealed, name) for name in ("key_codes", "value_codes")}
+    return found
+
+
+def gpu_like_fleet(layers: list[LayerSpec], **options) -> SharingFleet:
+    """Stands for a fleet on a GPU: its views are those of one, its kernels take either order."""
+    fleet = SharingFleet(layers, **options)
+    cache = fleet.cache
+    cache.backend = TORCH_BACKEND
+    cache.records = views_in_order(cache, cache.arenas, transfer.CHANNEL_MAJOR_VALUES)
+    return fleet
+
+
+@ALL_FORMATS
 def test_the_cpus_views_are_one_of_the_two_orders(kv_format):
     cache = PagedKVCache(layers_of(kv_format), num_blocks=3, dtype=torch.bfloat16)
-    assert transfer.code_order_of(cache) == transfer.CHANNEL_MAJOR_KEYS
-    for own, views in zip(
+    assert transfer.record_order_of(cache) == transfer.CHANNEL_MAJOR_KEYS
+    for own, views, others in zip(
         cache.records,
-        views_in_order(cache, cache.arenas, transfer.CHANNEL_MAJOR_KEYS),
+        *(views_in_order(cache, cache.arenas, order) for order in ORDERS),
         strict=True,
     ):
-        for name in ("key_codes", "value_codes"):
-            own_view, view = getattr(own.sealed, name), getattr(views.sealed, name)
-            assert own_view.data_ptr() == view.data_ptr()
-            assert (own_view.shape, own_view.stride()) == (view.shape, view.stride())
+        for name, view in ordered_views(views).items():
+            own_view, other = ordered_views(own)[name], ordered_views(others)[name]
+            assert own_view.data_ptr() == view.data_ptr() == other.data_ptr()
+            assert own_view.shape == view.shape == other.shape
+            assert own_view.stride() == view.stride() != other.stride()
 
 
-@QUANTIZED
+@ALL_FORMATS
 @pytest.mark.parametrize("order", ORDERS)
 def test_reordered_records_read_the_same_and_come_back_the_same(kv_format, order):
+    """Random bytes as the records of a sequence: head blocks, three of the body, two of the tail.
+
+    Some are NaNs when read as numbers, so what they are made of is compared.
+    """
     other = next(name for name in ORDERS if name != order)
-    cache = PagedKVCache(layers_of(kv_format), num_blocks=3, dtype=torch.bfloat16)
+    layers = layers_of(kv_format)
+    start = PagedKVCache(layers, num_blocks=1, dtype=torch.bfloat16).geometry.num_head_blocks
+    num_sealed = 0 if kv_format.is_native else 3
+    cache = PagedKVCache(layers, num_blocks=start + num_sealed + 2, dtype=torch.bfloat16)
+    is_sealed = torch.zeros(cache.num_blocks, dtype=torch.bool)
+    is_sealed[start : start + num_sealed] = True
     generator = torch.Generator().manual_seed(1)
     arenas = [
         torch.randint(256, arena.shape, dtype=torch.uint8, generator=generator)
         for arena in cache.arenas
     ]
-    layouts = [layer.record_layout(cache.dtype) for layer in cache.layers]
-    turned = [
-        reorder_codes(arena, layout, order) for arena, layout in zip(arenas, layouts, strict=True)
-    ]
-    for arena, layout, reordered in zip(arenas, layouts, turned, strict=True):
-        assert not torch.equal(reordered, arena)
-        assert torch.equal(reorder_codes(reordered, layout, other), arena)
-        metadata = layout.offset("key_scale")
-        assert torch.equal(reordered[..., metadata:], arena[..., metadata:])
+
+    def reordered(records: list[torch.Tensor], record_order: str) -> list[torch.Tensor]:
+        turned = [record.clone() for record in records]
+        sequence = SequenceData(
+            tokens=TokenChain(tokens_of(1, 0), root_hash(cache.fingerprint())),
+            num_computed_tokens=0,
+            num_sealed=num_sealed,
+            record_order=record_order,
+        )
+        for layer, record in zip(layers, turned, strict=True):
+            reorder_records(cache, layer, record, sequence)
+        return turned
+
+    turned = reordered(arenas, order)
+    assert_equal(reordered(turned, other), arenas)
+    for before, after in zip(arenas, turned, strict=True):
+        assert not torch.equal(before[is_sealed], after[is_sealed]) or not num_sealed
+        assert not torch.equal(before[~is_sealed], after[~is_sealed])
     for before, after in zip(
         views_in_order(cache, arenas, order), views_in_order(cache, turned, other), strict=True
     ):
-        for name, view in before.sealed._asdict().items():
-            # fp16 metadata of random bytes have NaNs: compare what they are made of.
-            as_bytes = [
-                None if v is None else v.contiguous().view(torch.uint8)
-                for v in (view, getattr(after.sealed, name))
+        pairs = [
+            (before.open_keys[~is_sealed], after.open_keys[~is_sealed]),
+            (before.open_values[~is_sealed], after.open_values[~is_sealed]),
+        ]
+        if num_sealed:
+            pairs += [
+                (view[is_sealed], other_view[is_sealed])
+                for view, other_view in zip(before.sealed, after.sealed, strict=True)
+                if view is not None
             ]
-            assert (as_bytes[0] is None) == (as_bytes[1] is None), name
-            assert as_bytes[0] is None or torch.equal(*as_bytes), name
+        for pair in pairs:
+            assert torch.equal(*(view.contiguous().view(torch.uint8) for view in pair))
 
 
 @DTYPES
-@QUANTIZED
+@ALL_FORMATS
 def test_import_from_a_device_with_the_other_order(kv_format, dtype):
-    """A cache on the CPU whose views are those of a GPU stands for one."""
     layers = layers_of(kv_format)
-    stream = make_stream(layers, 900, 6, dtype)
+    stream = make_stream(layers, 900, 6, torch.float32)  # outputs of more digits than are stored
     on_cpu, back = (SharingFleet(layers, dtype=dtype) for _ in range(2))
-    gpu_like = SharingFleet(layers, dtype=dtype)
-    cache = gpu_like.cache
-    cache.records = views_in_order(cache, cache.arenas, transfer.CHANNEL_MAJOR_VALUES)
-    assert transfer.code_order_of(cache) == transfer.CHANNEL_MAJOR_VALUES
+    gpu_like, moved_on = (gpu_like_fleet(layers, dtype=dtype) for _ in range(2))
+    assert transfer.record_order_of(gpu_like.cache) == transfer.CHANNEL_MAJOR_VALUES
     slot = on_cpu.add_tokens(stream, tokens_of(6, 900))
     on_cpu.step({slot: 500})
     data = on_cpu.export(slot)
     moved = gpu_like.take(data, stream)
-    assert not torch.equal(gpu_like.sealed_bytes(moved), on_cpu.sealed_bytes(slot))
+    for ours, theirs in zip(records_of(gpu_like, moved), records_of(on_cpu, slot), strict=True):
+        assert not torch.equal(ours, theirs)
+    if not kv_format.is_native:
+        assert not torch.equal(gpu_like.sealed_bytes(moved), on_cpu.sealed_bytes(slot))
     returned = back.take(gpu_like.export(moved), stream)
     assert_equal(records_of(back, returned), records_of(on_cpu, slot))
     assert back.export(returned) == data
+    further = moved_on.take(gpu_like.export(moved), stream)
     for count in (1, 300, 1):
         expected = on_cpu.step({slot: count})[slot]
-        assert_equal(gpu_like.step({moved: count})[moved], expected)
         assert_equal(back.step({returned: count})[returned], expected)
+        outputs = gpu_like.step({moved: count})[moved]
+        assert_close(outputs, expected)
+        assert_equal(moved_on.step({further: count})[further], outputs)
 
 
-def test_unknown_order_is_refused():
-    layer = small_layer()
+def open_tokens(fleet: SharingFleet, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [tokens, heads, dim] that the open blocks of a sequence hold."""
+    manager, records = fleet.manager, fleet.cache.records[layer]
+    block_ids = torch.as_tensor(manager.tables.head_and_tail_ids(slot), dtype=torch.int64)
+    sealed_tokens = int(manager.num_sealed[slot]) * manager.geometry.block_size
+    num_tokens = fleet.length(slot) - sealed_tokens
+    return tuple(
+        view[block_ids].transpose(1, 2).flatten(0, 1)[:num_tokens]
+        for view in (records.open_keys, records.open_values)
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "kv_format",
+    [*FORMATS_BY_LABEL.values(), NATIVE.with_options(block_size=1)],
+    ids=[*FORMATS_BY_LABEL, "native-block1"],
+)
+def test_open_tokens_read_the_same_on_a_device_with_the_other_order(kv_format, dtype):
+    """In the head, in a tail without a body, in head and tail: the stream's own tokens."""
+    layers = layers_of(kv_format)
+    on_cpu, back = (SharingFleet(layers, dtype=dtype, num_blocks=600) for _ in range(2))
+    gpu_like = gpu_like_fleet(layers, dtype=dtype, num_blocks=600)
+    num_head = on_cpu.manager.geometry.num_head_tokens
+    for length in (3, 50, 500):
+        stream = make_stream(layers, length, length, dtype)
+        slot = on_cpu.add_tokens(stream, tokens_of(length, length))
+        on_cpu.step({slot: length})
+        moved = gpu_like.take(on_cpu.export(slot), stream)
+        returned = back.take(gpu_like.export(moved), stream)
+        num_sealed = int(on_cpu.manager.num_sealed[slot])
+        positions = torch.arange(length)
+        body_end = num_head + num_sealed * on_cpu.manager.geometry.block_size
+        is_open = (positions < num_head) | (positions >= body_end)
+        for layer in range(len(layers)):
+            expected = [stream.keys[layer][is_open], stream.values[layer][is_open]]
+            for fleet, its_slot in ((on_cpu, slot), (gpu_like, moved), (back, returned)):
+                assert_equal([*open_tokens(fleet, its_slot, layer)], expected)
+
+
+@pytest.mark.parametrize("kv_format", [NATIVE, INT2], ids=["native", "int2"])
+def test_unknown_order_is_refused(kv_format):
+    layer = small_layer(kv_format)
     header, body = parts_of(exported([layer]))
+    assert header["record_order"] == transfer.CHANNEL_MAJOR_KEYS
     target = SharingFleet([layer])
     for order in ("rows first", None, 1, [transfer.CHANNEL_MAJOR_KEYS]):
-        changed = forged(header | {"code_order": order}, body)
-        assert_refused(target, changed, r"^header\.code_order is .*, which nobody can read$")
-    native = small_layer(NATIVE)
-    header, body = parts_of(exported([native]))
-    assert header["code_order"] is None
-    changed = forged(header | {"code_order": transfer.CHANNEL_MAJOR_KEYS}, body)
-    assert_refused(SharingFleet([native]), changed, r"^header\.code_order is 'channel-major ")
+        changed = forged(header | {"record_order": order}, body)
+        assert_refused(target, changed, r"^header\.record_order is .*, which nobody can read$")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -1011,13 +1102,20 @@ def test_between_a_cpu_and_a_gpu(kv_format):
         target.cache, target.manager, export_sequence(cache, manager, on_gpu)
     )
     assert_equal(records_of(target, returned), records_of(source, slot))
-    for layer, views in enumerate(cache.records):
+    own_ids = torch.as_tensor(source.manager.block_ids(slot), dtype=torch.int64)
+    gpu_ids = torch.as_tensor(manager.block_ids(on_gpu), dtype=torch.int64).cuda()
+    start = source.manager.geometry.num_head_blocks
+    body = slice(start, start + int(manager.num_sealed[on_gpu]))
+    is_open = torch.ones(len(own_ids), dtype=torch.bool)
+    is_open[body] = False
+    for own, views in zip(source.cache.records, cache.records, strict=True):
+        # Behind its tokens the last block holds what its pool left there: bits, not numbers.
+        pair = views.open_keys[gpu_ids].cpu()[is_open], own.open_keys[own_ids][is_open]
+        assert torch.equal(*(keys.contiguous().view(torch.uint8) for keys in pair))
         if views.sealed is not None:
-            own = source.cache.records[layer].sealed
-            ours = torch.as_tensor(source.manager.body_ids(slot), dtype=torch.int64)
-            theirs = torch.as_tensor(manager.body_ids(on_gpu), dtype=torch.int64)
-            assert torch.equal(views.sealed.key_codes[theirs.cuda()].cpu(), own.key_codes[ours])
-            assert torch.equal(views.sealed.value_codes[theirs.cuda()].cpu(), own.value_codes[ours])
+            for name in ("key_codes", "value_codes"):
+                codes = getattr(views.sealed, name)[gpu_ids[body]].cpu()
+                assert torch.equal(codes, getattr(own.sealed, name)[own_ids[body]])
 
 
 def test_nothing_refers_to_the_data_after_an_import():
