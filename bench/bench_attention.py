@@ -21,9 +21,10 @@ The baselines have the same contents, and take turns with ours in one process:
   what a decode has to read (codes, metadata, open tokens) over its time.
 - contiguous fp32 copy, for `append`: the same tokens written into the contiguous K/V.
 
-A sample counts if the system took no core from this process meanwhile, and if other processes used
-at most 4 % of the cores in its round of 0.3 s. Where too few count within `--patience` seconds, the
-fastest third of all is taken, and the case of the row ends in `(disturbed)`.
+A sample counts if the system took no core from this process meanwhile (in long calls, at most one
+each 10 ms), and if other processes used at most 4 % of the cores in its round of 0.3 s. Where too
+few count within `--patience` seconds, the fastest third of all is taken, and the case of the row
+ends in `(disturbed)`. All sides run on torch's threads: those of a second pool would fight them.
 
 Errors are relative to attention in float64 over what the cache holds, dequantized in float64.
 """
@@ -34,15 +35,15 @@ import argparse
 import os
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import count, cycle
+from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from report import Row, add_arguments, write_report
 from torch import Tensor
 from torch.nn import functional
@@ -51,7 +52,8 @@ from paged_kv.blocks import BlockGeometry, IntArray
 from paged_kv.cache import LayerSpec, PagedKVCache, Step, cache_geometry
 from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat
 from paged_kv.kernels import attention as reference
-from paged_kv.kernels import store as reference_store
+from paged_kv.kernels.cpu_native import address_of, fetch_add, load_long, store_long
+from paged_kv.kernels.cpu_threads import run_worker
 from paged_kv.kernels.quantize import dequantize_keys, dequantize_values
 
 BACKENDS = {"cpu": "cpu"}  # by device: the backend that is measured
@@ -71,6 +73,7 @@ READ_BYTES = 1 << 27  # of one sample of random reads
 BUFFER_BYTES = 1 << 29
 ROUND_SECONDS = 0.3
 MAX_FOREIGN_SHARE = 0.04
+SWITCH_SECONDS = 0.01  # the kernel's own threads take a core about as often
 
 OURS, CONTIGUOUS, PER_SEQUENCE = "ours", "contiguous fp32 SDPA", "per-sequence SDPA"
 TORCH, READS, COPY = "torch backend", "random 16 KB reads", "contiguous fp32 copy"
@@ -156,7 +159,7 @@ class Sampling:
 @dataclass(frozen=True)
 class Timing:
     seconds: float  # the median of what was kept
-    num_kept: int
+    num_undisturbed: int
     num_taken: int
     is_undisturbed: bool
 
@@ -170,16 +173,16 @@ class Sample:
 def take_turns(
     functions: dict[str, OfLayer], num_layers: int, sampling: Sampling
 ) -> dict[str, Timing]:
-    """Time the functions A B C A B C ..., one layer after the other, until enough samples count."""
+    """Time the functions A B C, B C A, ..., a layer each turn, until enough samples count."""
     for layer in range(2):  # compiles, and touches memory for the first time
         for function in functions.values():
             function(layer % num_layers)
     samples: dict[str, list[Sample]] = {name: [] for name in functions}
-    layers = cycle(range(num_layers))
+    turns = count()
     deadline = time.perf_counter() + sampling.limit_seconds
     while time.perf_counter() < deadline:
         wait_for_quiet(1.0)
-        for name, taken in one_round(functions, layers).items():
+        for name, taken in one_round(functions, turns, num_layers).items():
             samples[name] += taken
         num_kept = [sum(s.is_undisturbed for s in taken) for taken in samples.values()]
         if min(num_kept) >= sampling.num_wanted:
@@ -187,13 +190,20 @@ def take_turns(
     return {name: summary(taken, sampling.num_wanted) for name, taken in samples.items()}
 
 
-def one_round(functions: dict[str, OfLayer], layers: Iterable[int]) -> dict[str, list[Sample]]:
-    """As many turns as fill a round; all of its samples are disturbed if other processes worked."""
-    samples: dict[str, list[Sample]] = {name: [] for name in functions}
+def one_round(
+    functions: dict[str, OfLayer], turns: Iterator[int], num_layers: int
+) -> dict[str, list[Sample]]:
+    """As many turns as fill a round; all of its samples are disturbed if other processes worked.
+
+    Another function begins each turn: whoever runs first after a pause is disturbed the least.
+    """
+    names = list(functions)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
     busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
-    for layer in layers:
-        for name, function in functions.items():
-            samples[name].append(timed(function, layer))
+    for turn in turns:
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(timed(functions[name], turn % num_layers))
         wall = time.perf_counter() - start
         if wall > ROUND_SECONDS:
             break
@@ -223,7 +233,8 @@ def timed(function: OfLayer, layer: int) -> Sample:
     start = time.perf_counter()
     function(layer)
     seconds = time.perf_counter() - start
-    return Sample(seconds, involuntary_switches() == switches)
+    num_switches = involuntary_switches() - switches
+    return Sample(seconds, num_switches <= seconds // SWITCH_SECONDS)
 
 
 def involuntary_switches() -> int:
@@ -241,10 +252,11 @@ def busy_seconds() -> float:
 def summary(samples: list[Sample], num_wanted: int) -> Timing:
     """The median of the undisturbed samples; of the fastest third of all where they are too few."""
     kept = [sample.seconds for sample in samples if sample.is_undisturbed]
-    is_undisturbed = len(kept) >= num_wanted
-    if not is_undisturbed:
+    num_undisturbed = len(kept)
+    if num_undisturbed < num_wanted:
         kept = sorted(sample.seconds for sample in samples)[: -(-len(samples) // 3)]
-    return Timing(float(np.median(kept)), len(kept), len(samples), is_undisturbed)
+    is_undisturbed = num_undisturbed >= num_wanted
+    return Timing(float(np.median(kept)), num_undisturbed, len(samples), is_undisturbed)
 
 
 # -- contents, and attention over them where they are contiguous ----------------------------------
@@ -265,15 +277,20 @@ class Contents:
         stored = num_seqs, case.heads[1], max(case.lengths), case.head_dim
         asked = num_seqs * case.num_new, case.heads[0], case.head_dim
         return cls(
-            keys=[torch.randn(stored, generator=generator) for _ in num_layers],
-            values=[torch.randn(stored, generator=generator) for _ in num_layers],
-            queries=[torch.randn(asked, generator=generator) for _ in num_layers],
+            keys=[empty(stored).normal_(generator=generator) for _ in num_layers],
+            values=[empty(stored).normal_(generator=generator) for _ in num_layers],
+            queries=[empty(asked).normal_(generator=generator) for _ in num_layers],
         )
 
     def tokens(self, layer: int, rows: IntArray, positions: IntArray) -> tuple[Tensor, Tensor]:
         """Keys and values [T, H, D] of these tokens of these sequences."""
         row_ids, token_ids = torch.from_numpy(rows), torch.from_numpy(positions)
         return self.keys[layer][row_ids, :, token_ids], self.values[layer][row_ids, :, token_ids]
+
+
+def empty(shape: tuple[int, ...]) -> Tensor:
+    """Memory from numpy, which asks for huge pages, as the cache's is: they read faster."""
+    return torch.from_numpy(np.empty(shape, dtype=np.float32))
 
 
 def visible_tokens(case: Case) -> Tensor | None:
@@ -356,8 +373,12 @@ def per_sequence_attention(case: Case, contents: Contents) -> Attention:
     """One call for each sequence, on K/V of exactly its length."""
 
     def exact(padded: Tensor) -> list[Tensor]:
-        rows = enumerate(case.lengths)
-        return [padded[row : row + 1, :, :length].contiguous() for row, length in rows]
+        sizes = [case.heads[1] * length * case.head_dim for length in case.lengths]
+        parts = empty((sum(sizes),)).split(sizes)  # type: ignore[no-untyped-call]
+        return [
+            part.view(1, case.heads[1], length, case.head_dim).copy_(padded[row, :, :length])
+            for row, (part, length) in enumerate(zip(parts, case.lengths, strict=True))
+        ]
 
     keys, values = ([exact(layer) for layer in kv] for kv in (contents.keys, contents.values))
 
@@ -399,12 +420,12 @@ def attend(
 ) -> Tensor:
     """The attention call of the cache's backend, nothing around it."""
     scale = query.shape[-1] ** -0.5
-    return reference.attend(query, key, value, cache.records[layer], step.groups, scale=scale)
+    return cache.backend.attend(query, key, value, cache.records[layer], step.plan, scale=scale)
 
 
 def store(cache: PagedKVCache, layer: int, keys: Tensor, values: Tensor, step: Step) -> None:
     """The store call of the cache's backend."""
-    reference_store.store_tokens(cache.records[layer], keys, values, step.indices)
+    cache.backend.store_tokens(cache.records[layer], keys, values, step.indices)
 
 
 def new_cache(case: Case, label: str, backend: str) -> PagedKVCache:
@@ -516,26 +537,51 @@ def stored_tokens(paged: Paged) -> Tensor:
 # -- how fast the threads can read ----------------------------------------------------------------
 
 
-def sum_pieces(words: NDArray[np.int64], starts: IntArray) -> int:
-    total = 0
-    for index in numba.prange(len(starts)):
-        start = starts[index]
-        part = 0
-        for offset in range(PIECE_WORDS):
-            part += words[start + offset]
-        total += part
-    return total
+@numba.cfunc(numba.void(numba.types.voidptr))
+def read_pieces(parameters: Any) -> None:
+    """Draws groups of eight pieces, and adds up all words of a group: a sum for each.
+
+    The eight are read in step: one alone would wait for its next page again and again.
+    """
+    address = address_of(parameters)
+    counter, groups, num_groups, sums = (
+        load_long(address, 0),
+        load_long(address, 1),
+        load_long(address, 2),
+        load_long(address, 3),
+    )
+    index = fetch_add(counter)
+    while index < num_groups:
+        a, b = load_long(groups, 8 * index), load_long(groups, 8 * index + 1)
+        c, d = load_long(groups, 8 * index + 2), load_long(groups, 8 * index + 3)
+        e, f = load_long(groups, 8 * index + 4), load_long(groups, 8 * index + 5)
+        g, h = load_long(groups, 8 * index + 6), load_long(groups, 8 * index + 7)
+        total = 0
+        for word in range(PIECE_WORDS):
+            total += load_long(a, word) + load_long(b, word) + load_long(c, word)
+            total += load_long(d, word) + load_long(e, word) + load_long(f, word)
+            total += load_long(g, word) + load_long(h, word)
+        store_long(sums, index, total)
+        index = fetch_add(counter)
 
 
-def random_reads() -> OfLayer:
-    """Reads the next `READ_BYTES` of a buffer, in pieces at random places."""
+def random_reads(num_threads: int) -> OfLayer:
+    """Reads the next `READ_BYTES` of a buffer, in pieces at random places, on torch's threads."""
     words = np.ones(BUFFER_BYTES // 8, dtype=np.int64)
     starts = np.random.default_rng(2).permutation(len(words) // PIECE_WORDS) * PIECE_WORDS
-    parts = cycle(np.split(starts, BUFFER_BYTES // READ_BYTES))
-    compiled_sum = numba.njit(parallel=True)(sum_pieces)
+    groups = (words.ctypes.data + 8 * starts).reshape(-1, 8)
+    parts = cycle(np.split(groups, BUFFER_BYTES // READ_BYTES))
+    counter, sums = np.zeros(1, dtype=np.int64), np.zeros(len(groups), dtype=np.int64)
+    worker = read_pieces.address
+    assert worker is not None
 
     def read_next(layer: int) -> None:
-        assert compiled_sum(words, next(parts)) == READ_BYTES // 8
+        part = next(parts)
+        counter[0] = 0
+        addresses = [counter.ctypes.data, part.ctypes.data, len(part), sums.ctypes.data]
+        parameters = np.array(addresses, dtype=np.int64)
+        run_worker(worker, int(parameters.ctypes.data), num_threads)
+        assert sums[: len(part)].sum() == READ_BYTES // words.itemsize
 
     return read_next
 
@@ -546,9 +592,9 @@ def random_reads() -> OfLayer:
 def report_timings(title: str, timings: dict[str, Timing]) -> None:
     print(title, flush=True)
     for name, timing in timings.items():
-        kept = f"{timing.num_kept} of {timing.num_taken} samples kept"
-        note = "" if timing.is_undisturbed else ": too few undisturbed, the fastest third"
-        print(f"  {name:36} {timing.seconds * 1e6:12.1f} us  {kept}{note}", flush=True)
+        counts = f"{timing.num_undisturbed} of {timing.num_taken} samples undisturbed"
+        note = "kept" if timing.is_undisturbed else "too few; the fastest third kept"
+        print(f"  {name:36} {timing.seconds * 1e6:12.1f} us  {counts}, {note}", flush=True)
 
 
 def time_rows(
@@ -688,12 +734,11 @@ def main() -> None:
         parser.error(f"cases are {list(cases)}, formats are {list(FORMATS)}")
     num_wanted, patience = (3, 0.5) if arguments.quick else (15, 30.0)
     torch.set_num_threads(arguments.threads)
-    numba.set_num_threads(arguments.threads)
     bench = Bench(
         backend=BACKENDS[arguments.device],
         labels=labels,
         sampling=Sampling(num_wanted, arguments.patience or patience),
-        read_next=random_reads(),
+        read_next=random_reads(arguments.threads),
     )
     rows = [row for name in names for row in bench.rows(name, cases[name])]
     write_report("attention", rows, arguments.json)

@@ -1,12 +1,13 @@
 """Attention of new tokens over paged context: the torch reference and a usable CPU path.
 
-Sequences with equally many new tokens and similar context are padded together, so that a decode
-step is a few large operations. Blocks are dequantized into scratch here; the accelerated kernels
-fold scales and zero points into the dot products instead and are held to this one.
+Sequences with a few new tokens go through `flat_attention`. Those with many, equally many and with
+similar context, are padded together and their blocks dequantized into scratch. The accelerated
+kernels are held to this one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .flat_attention import FlatGroup, attend_flat, plan_flat_group
 from .quantize import dequantize_keys, dequantize_values
 from .records import LayerRecords, StepIndices
+from .score_rules import NOWHERE, ScoreRules
 
+MAX_FLAT_TOKENS: Final = 8  # with more new tokens, dequantizing the context once pays
+MAX_FLAT_SCORES: Final = 1 << 18  # scores of a query head that are held at once
 MAX_GROUP_TOKENS: Final = 1 << 15  # context tokens that are dequantized at once
-NOWHERE: Final = 1 << 62  # position of a padding entry: after every query, so never attended
 
 
 @dataclass(frozen=True)
@@ -34,27 +38,45 @@ class ContextGroup:
     padding_columns: Tensor  # [P]
 
 
-def plan_groups(step: StepIndices) -> list[ContextGroup]:
-    """Group the sequences of a step: equal numbers of new tokens, context within a factor of 2."""
-    order = sorted(
-        range(len(step.query_lens)),
-        key=lambda row: (step.query_lens[row], step.context_lens_host[row]),
-    )
+AnyGroup = ContextGroup | FlatGroup
+
+
+def plan_groups(step: StepIndices) -> list[AnyGroup]:
+    """Group the sequences of a step, equal numbers of new tokens together.
+
+    Context that is to be padded is within a factor of 2 in a group.
+    """
+    lengths = [a + b for a, b in zip(step.query_lens, step.context_lens_host, strict=True)]
+    order = sorted(range(len(lengths)), key=lambda row: (step.query_lens[row], lengths[row]))
     groups: list[list[int]] = []
     for row in order:
-        length = step.context_lens_host[row] + step.query_lens[row]
-        if groups:
-            first = groups[-1][0]
-            fits = (
-                step.query_lens[first] == step.query_lens[row]
-                and length <= 2 * (step.context_lens_host[first] + step.query_lens[first])
-                and length * (len(groups[-1]) + 1) <= MAX_GROUP_TOKENS
-            )
-            if fits:
-                groups[-1].append(row)
-                continue
-        groups.append([row])
-    return [gather_group(step, torch.tensor(rows, device=step.device)) for rows in groups]
+        if groups and fits_group(step.query_lens, lengths, groups[-1], row):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [
+        (plan_flat_group if is_flat(step.query_lens[rows[0]]) else gather_group)(
+            step, torch.tensor(rows, device=step.device)
+        )
+        for rows in groups
+    ]
+
+
+def is_flat(num_new_tokens: int) -> bool:
+    return num_new_tokens <= MAX_FLAT_TOKENS
+
+
+def fits_group(
+    query_lens: Sequence[int], lengths: Sequence[int], group: list[int], row: int
+) -> bool:
+    """Whether a step row, no shorter than those of the group, may join it."""
+    num_new_tokens = query_lens[row]
+    if query_lens[group[0]] != num_new_tokens:
+        return False
+    padded_tokens = lengths[row] * (len(group) + 1)  # at least as many as there are
+    if is_flat(num_new_tokens):
+        return padded_tokens * num_new_tokens <= MAX_FLAT_SCORES
+    return lengths[row] <= 2 * lengths[group[0]] and padded_tokens <= MAX_GROUP_TOKENS
 
 
 def gather_group(step: StepIndices, rows: Tensor) -> ContextGroup:
@@ -100,7 +122,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     records: LayerRecords,
-    groups: list[ContextGroup],
+    groups: list[AnyGroup],
     *,
     scale: float,
     softcap: float | None = None,
@@ -116,38 +138,31 @@ def attend(
     `softcap` bounds scores by tanh. `sink_logits` [Hq] join the softmax without a value. Returns
     [T, Hq, value_dim] in the dtype of `query`.
     """
-    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+    rules = ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits)
     output = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
     for group in groups:
-        keys, values = gather_context(records, key, value, group, compute_dtype)
-        mask = visible(
-            group.query_positions[:, :, None],
-            group.key_positions[:, None, :],
-            sliding_window,
-            attention_chunk,
-        )
-        queries = query[group.token_ids].to(compute_dtype).transpose(1, 2)
-        output[group.token_ids] = (
-            dense_attention(queries, keys, values, mask, scale, softcap, sink_logits)
-            .transpose(1, 2)
-            .to(output.dtype)
-        )
+        if isinstance(group, FlatGroup):
+            result = attend_flat(query, key, value, records, group, rules)
+        else:
+            result = attend_dense(query, key, value, records, group, rules)
+        output[group.token_ids] = result.to(output.dtype)
     return output
 
 
-def visible(
-    query_positions: Tensor,
-    key_positions: Tensor,
-    sliding_window: int | None,
-    attention_chunk: int | None,
+def attend_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    records: LayerRecords,
+    group: ContextGroup,
+    rules: ScoreRules,
 ) -> Tensor:
-    """True where a query may attend to a key, by their positions alone."""
-    mask = key_positions <= query_positions
-    if sliding_window is not None:
-        mask = mask & (key_positions > query_positions - sliding_window)
-    if attention_chunk is not None:
-        mask = mask & (key_positions // attention_chunk == query_positions // attention_chunk)
-    return mask
+    """Attention [N, L, Hq, value_dim] of a group's new tokens; arguments as of `attend`."""
+    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+    keys, values = gather_context(records, key, value, group, compute_dtype)
+    mask = rules.visible(group.query_positions[:, :, None], group.key_positions[:, None, :])
+    queries = query[group.token_ids].to(compute_dtype).transpose(1, 2)
+    return attend_padded(queries, keys, values, mask, rules).transpose(1, 2)
 
 
 def gather_context(
@@ -195,36 +210,24 @@ def join_tokens(
     return joined
 
 
-def dense_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scale: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
+def attend_padded(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: ScoreRules
 ) -> Tensor:
     """Attention of query [N, Hq, L, D] over key and value [N, H, K, D] under mask [N, L, K]."""
-    group_size = query.shape[1] // key.shape[1]
-    if softcap is None and sink_logits is None:
-        if query.shape[2] == 1:  # the heads of a group become query rows of their kv head
-            folded = query.reshape(len(query), key.shape[1], group_size, -1)
-            result = functional.scaled_dot_product_attention(
-                folded, key, value, attn_mask=mask[:, None], scale=scale
-            )
-            return result.flatten(1, 2).unsqueeze(2)
+    if rules.softcap is None and rules.sink_logits is None:
         return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask[:, None], scale=scale, enable_gqa=True
+            query, key, value, attn_mask=mask[:, None], scale=rules.scale, enable_gqa=True
         )
+    group_size = query.shape[1] // key.shape[1]
     grouped = query.reshape(len(query), -1, group_size, *query.shape[2:])
-    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * scale  # [N, H, group, L, K]
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * rules.scale  # [N, H, group, L, K]
+    if rules.softcap is not None:
+        scores = torch.tanh(scores / rules.softcap) * rules.softcap
     scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    if sink_logits is not None:
-        sinks = sink_logits.to(scores.dtype).view(-1, group_size, 1, 1)
+    if rules.sink_logits is not None:
+        sinks = rules.sink_logits.to(scores.dtype).view(-1, group_size, 1, 1)
         scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1)
-    if sink_logits is not None:
+    if rules.sink_logits is not None:
         weights = weights[..., :-1]
     return (weights @ value.unsqueeze(2)).flatten(1, 2)

@@ -181,11 +181,8 @@ def score_kernel(
                             index = query_row * len(bases) + place
                             sums.add(turn, index, vectors[key], shared[base])
                 if plane_set is plane_sets[0]:
-                    ahead = emitter.offset(
-                        following,
-                        emitter.times(first_row, element),
-                        emitter.times(channel, num_token_rows * element),
-                    )
+                    passed = emitter.times(builder.mul(first_row, key_dim), element)
+                    ahead = emitter.offset(following, passed, emitter.times(channel, bytes_at_once))
                     prefetch_lines(emitter, ahead, max(CACHE_LINE, unroll * bytes_at_once))
             for query_row in range(rows):
                 for place, (plane, vector) in enumerate(bases):
@@ -230,6 +227,7 @@ def add_values(
     sums = Accumulators(emitter, num_sums, copies, lanes)
     start = emitter.offset(values, emitter.times(channel, element))
     plane_bytes = emitter.times(plane_stride, 4)
+    bytes_at_once = num_vectors * lanes * element
 
     def add_token(token: Any, turn: int) -> None:
         line = builder.add(start, builder.mul(token, value_stride))
@@ -254,9 +252,9 @@ def add_values(
     with emitter.loop(emitter.long(0), even, unroll) as token:
         for turn in range(unroll):
             add_token(emitter.offset(token, turn), turn)
-        line = emitter.offset(following, builder.mul(token, value_stride))
-        ahead = emitter.offset(line, emitter.times(channel, element))
-        prefetch_lines(emitter, ahead, max(CACHE_LINE, unroll * num_vectors * lanes * element))
+        passed = emitter.times(builder.mul(channel, num_tokens), element)
+        ahead = emitter.offset(following, passed, emitter.times(token, bytes_at_once))
+        prefetch_lines(emitter, ahead, max(CACHE_LINE, unroll * bytes_at_once))
     with emitter.loop(even, num_tokens, 1) as token:
         add_token(token, 0)
     for row in range(rows):

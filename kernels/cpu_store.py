@@ -6,10 +6,11 @@ written in the same step, so that threads take seals and appended tokens in any 
 
 from __future__ import annotations
 
+import ctypes
 from enum import IntEnum, auto
 from functools import cache
+from struct import Struct
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -39,9 +40,9 @@ from .cpu_threads import run_worker
 from .records import LayerRecords, SealedViews, StepIndices
 
 TOKENS_AT_ONCE: Final = 8  # appended by one thread before it asks for more
+MIN_THREAD_UNITS: Final = 4  # seals and groups of tokens; fewer are not worth another thread
 MAX_DIM: Final = 256
 MAX_BLOCK_SIZE: Final = 128
-Longs = NDArray[np.int64]
 
 
 class Field(IntEnum):
@@ -97,6 +98,9 @@ KEYS: Final = 0
 VALUES: Final = KEYS + MAX_DIM * KEY_ROW_BYTES
 CODES: Final = VALUES + MAX_BLOCK_SIZE * VALUE_ROW_BYTES
 SCRATCH_BYTES: Final = CODES + MAX_BLOCK_SIZE * 4
+
+
+CALL: Final = Struct(f"={Field.NUM_HEADS}q")
 
 
 @native
@@ -220,11 +224,11 @@ def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: Step
     """As `store.store_tokens`."""
     dtype = records.open_keys.dtype
     keys, values = as_rows(keys, dtype), as_rows(values, dtype)
-    num_threads = torch.get_num_threads()
-    counters = np.zeros(2, dtype=np.int64)
-    fields = np.empty(Field.COUNT, dtype=np.int64)
-    fields[: Field.NUM_HEADS] = [
-        counters.ctypes.data,
+    num_units = len(step.seal_block_ids) * keys.shape[1] + len(step.stored_tokens) // TOKENS_AT_ONCE
+    num_threads = min(torch.get_num_threads(), 1 + num_units // MIN_THREAD_UNITS)
+    counters = ctypes.create_string_buffer(2 * 8)
+    fields = CALL.pack(
+        ctypes.addressof(counters),
         thread_scratch("store", num_threads, SCRATCH_BYTES),
         len(step.seal_block_ids),
         step.seal_block_ids.data_ptr(),
@@ -234,39 +238,39 @@ def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: Step
         step.stored_slots.data_ptr(),
         *row_addresses(keys),
         *row_addresses(values),
-    ]
-    fields[Field.NUM_HEADS :] = layer_fields(records)
-    run_worker(store_worker(), fields.ctypes.data, num_threads)
+    )
+    parameters = ctypes.create_string_buffer(fields + layer_fields(records))
+    run_worker(store_worker(), ctypes.addressof(parameters), num_threads)
 
 
 def as_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In the stored precision, with contiguous rows."""
-    tensor = tensor.to(dtype)
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def row_addresses(tensor: Tensor) -> tuple[int, int, int]:
     """Of [T, heads, D]: address, bytes from token to token and from head to head."""
     size = tensor.element_size()
-    return tensor.data_ptr(), size * tensor.stride(0), size * tensor.stride(1)
+    token_stride, head_stride, _ = tensor.stride()
+    return tensor.data_ptr(), size * token_stride, size * head_stride
 
 
-# Beside a layer's fields, the clip ratios that they point to.
-_layer_fields: WeakKeyDictionary[LayerRecords, tuple[Longs, NDArray[np.float32]]] = (
-    WeakKeyDictionary()
-)
-
-
-def layer_fields(records: LayerRecords) -> Longs:
+def layer_fields(records: LayerRecords) -> bytes:
     """The worker's fields that describe a layer."""
-    if records not in _layer_fields:
+    key = "cpu store"
+    if key not in records.derived:
         clips = np.array([records.key_clip, records.value_clip], dtype=np.float32)
-        _layer_fields[records] = make_layer_fields(records, clips), clips
-    return _layer_fields[records][0]
+        fields = np.array(make_layer_fields(records, clips), dtype=np.int64)
+        records.derived[key] = fields.tobytes(), clips
+    fields_bytes: bytes = records.derived[key][0]
+    return fields_bytes
 
 
-def make_layer_fields(records: LayerRecords, clips: NDArray[np.float32]) -> Longs:
+def make_layer_fields(records: LayerRecords, clips: NDArray[np.float32]) -> list[int]:
     keys, values = records.open_keys, records.open_values
+    assert keys.stride(2) == 1, "open keys are channel-major on a CPU"
     size, dtype = keys.element_size(), str(keys.dtype).removeprefix("torch.")
     fields = [
         keys.shape[1],
@@ -287,7 +291,7 @@ def make_layer_fields(records: LayerRecords, clips: NDArray[np.float32]) -> Long
         fields += [0] * (Field.COUNT - Field.BLOCK_SIZE)
     else:
         fields += sealed_fields(records.sealed, records.bits, clips)
-    return np.array(fields, dtype=np.int64)
+    return fields
 
 
 def sealed_fields(sealed: SealedViews, bits: int, clips: NDArray[np.float32]) -> list[int]:

@@ -84,10 +84,10 @@ class Field(IntEnum):
     FOLD = auto()
     AFFINE = auto()
     PREFETCH = auto()
-    # The call.
     START = auto()
     SOFTMAX = auto()
     SOFTMAX_SEALED = auto()
+    # The call.
     QUERY = auto()
     QUERY_TOKEN_STRIDE = auto()
     QUERY_HEAD_STRIDE = auto()

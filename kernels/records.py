@@ -5,8 +5,8 @@ Knows tensors and sizes, nothing of sequences or requests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class LayerRecords:
     bits: int = 0
     key_clip: float = 1.0
     value_clip: float = 1.0
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False)  # what a backend made of it
 
 
 @dataclass(frozen=True)

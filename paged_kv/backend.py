@@ -60,8 +60,8 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
 @cache
 def cpu_backend() -> Backend:
     """The CPU's own kernels; raises `ModuleNotFoundError` where numba is not installed."""
-    from .kernels.cpu_attention import CpuPlan
     from .kernels.cpu_attention import attend as attend_on_cpu
+    from .kernels.cpu_plan import CpuPlan
     from .kernels.cpu_store import store_tokens as store_on_cpu
 
     return Backend("cpu", CpuPlan, attend_on_cpu, store_on_cpu)

@@ -6,6 +6,8 @@ Blocks hold NaN before their first use and after they are freed, so whatever lea
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from paged_kv.attention import paged_attention
 from paged_kv.cache import LayerSpec
 from paged_kv.errors import ConfigError
 from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat
+from paged_kv.kernels import attention, flat_attention
 from tests.helpers import FORMATS_BY_LABEL, QUANTIZED_LABELS, Fleet, make_stream
 
 FLOAT32_TOLERANCE = 1e-5
@@ -209,6 +212,53 @@ def test_decode_of_many_sequences_matches_the_oracle(kv_format):
     lengths = tuple(1 + 37 * index % 290 for index in range(64))
     fleet, slots = ragged_fleet(layer_of(kv_format, heads=1), lengths)
     check_step(fleet, dict.fromkeys(slots, 1))
+
+
+@pytest.mark.parametrize("scratch_runs", [1, 3])
+@ALL_FORMATS
+def test_reading_the_context_a_few_runs_at_a_time_matches_the_oracle(
+    kv_format, scratch_runs, monkeypatch
+):
+    monkeypatch.setenv("PAGED_KV_BACKEND", "torch")
+    layer = layer_of(kv_format)
+    run_bytes = layer.num_kv_heads * layer.key_dim * 4 * max(kv_format.block_size, 128)
+    monkeypatch.setattr(flat_attention, "CPU_SCRATCH_BYTES", scratch_runs * run_bytes)
+    fleet, slots = ragged_fleet(layer, RAGGED)
+    for num_new in (1, 3):
+        check_step(fleet, dict.fromkeys(slots, num_new))
+        check_step(fleet, dict.fromkeys(slots, num_new), sliding_window=90, sink_logits=SINKS)
+
+
+@BASE_FORMATS
+def test_a_step_too_large_for_one_group_matches_the_oracle(kv_format, monkeypatch):
+    monkeypatch.setenv("PAGED_KV_BACKEND", "torch")
+    monkeypatch.setattr(attention, "MAX_FLAT_SCORES", 1000)
+    fleet, slots = ragged_fleet(layer_of(kv_format), RAGGED)
+    check_step(fleet, dict.fromkeys(slots, 1))
+    check_step(fleet, dict(zip(slots, (1, 2, 8, 9, 2, 1, 3), strict=True)))
+
+
+@pytest.mark.parametrize("num_new", [1, 5, 9])
+@ALL_FORMATS
+def test_blocks_may_lie_in_memory_either_way(kv_format, num_new, monkeypatch):
+    """The views of a GPU: codes of keys token-major, of values channel-major."""
+    monkeypatch.setenv("PAGED_KV_BACKEND", "torch")
+    fleet, slots = ragged_fleet(layer_of(kv_format), RAGGED)
+    counts = dict.fromkeys(slots, num_new)
+    expected = expected_outputs(fleet, counts)
+    records = fleet.cache.records[0]
+    sealed = records.sealed
+    if sealed is not None:
+        sealed = sealed._replace(
+            key_codes=sealed.key_codes.contiguous(),
+            value_codes=sealed.value_codes.mT.contiguous().mT,
+        )
+    fleet.cache.records[0] = replace(
+        records, open_keys=records.open_keys.contiguous(), sealed=sealed
+    )
+    outputs = fleet.step(counts)
+    for slot in slots:
+        assert relative_error(outputs[slot][0], expected[slot]) <= FLOAT32_TOLERANCE
 
 
 @BASE_FORMATS

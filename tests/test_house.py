@@ -18,10 +18,12 @@ PACKAGE = ROOT / "paged_kv"
 
 # Each module may import only from floors below its own; kernels and scheduler rooms from their own
 # folder too.
+TORCH_ROOMS = ("attention", "flat_attention", "quantize", "records", "score_rules", "store")
 CPU_ROOMS = (
     "vectors",
     "microkernels",
     "native",
+    "plan",
     "quantize",
     "threads",
     "worker",
@@ -29,7 +31,8 @@ CPU_ROOMS = (
     "store",
 )
 FLOORS = [
-    {"errors", "kernels.records", "kernels.quantize", "kernels.store", "kernels.attention"}
+    {"errors"}
+    | {f"kernels.{room}" for room in TORCH_ROOMS}
     | {f"kernels.cpu_{room}" for room in CPU_ROOMS},
     {"backend", "blocks", "checks", "events", "jit", "memory"},
     {"formats", "sampling", "token_chain", "growth", "block_tables", "prefix_cache"},

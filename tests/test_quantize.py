@@ -189,7 +189,8 @@ def test_open_record_is_all_keys_then_all_values(bits, dtype):
     cache.records[0].open_values[1, 0] = values
     raw = cache.arenas[0][1, 0]
     middle, end = capacity * KEY_DIM * size, capacity * (KEY_DIM + VALUE_DIM) * size
-    assert torch.equal(raw[:middle].view(dtype).view(capacity, KEY_DIM), keys)
+    channel_major = raw[:middle].view(dtype).view(KEY_DIM, capacity)
+    assert torch.equal(channel_major.T, keys)
     assert torch.equal(raw[middle:end].view(dtype).view(capacity, VALUE_DIM), values)
     assert not raw[end:].any()
 
