@@ -21,10 +21,10 @@ unpatched copy of the model with SDPA attention:
   of the three is the baseline `best static batch, foreknowledge`;
 - its continuous batching (`paged|sdpa`, which attends from each token to the tokens of all requests
   of the batch and masks what is foreign), without block sharing, the pool large enough for all
-  requests, 16 requests and 512 tokens a step. Tried at one thread: 8 to 16 requests are equal
-  within the noise, 4 and 32 slower; 128 to 1024 tokens, blocks of 256, the other scheduler and
-  torch.compile gain nothing that can be told from noise. Its cache cannot be made on a CPU without
-  psutil; without psutil it is left out;
+  requests, 16 requests and 512 tokens a step. Tried before: 8 to 32 requests lie within the noise
+  of this machine (15 %), 16 among the fastest at one thread, 4 are slower; 128 to 1024 tokens,
+  blocks of 256, the other scheduler and torch.compile gain nothing that can be told from noise.
+  Its cache cannot be made on a CPU without psutil; without psutil it is left out;
 - its `QuantizedCache` with the quanto backend in 4 bits, other settings as they come, in static
   batches of 8 sorted by output length. Left out where optimum-quanto is not installed.
 

@@ -29,7 +29,7 @@ from .formats import resolve_format
 from .loading import end_token_ids, model_length, move_model
 from .memory import parse_memory
 from .model import PagedModel
-from .sampler import find_unusable_rows, process_logits, sample, uniform_number
+from .sampler import find_unusable_rows, process_logits, sample, uniform_numbers
 from .sampling import SamplingParams
 from .scheduler.request import Request, RequestStatus
 from .scheduler.scheduler import Fork, ScheduledStep, Scheduler
@@ -278,11 +278,11 @@ class Engine:
         ]
         has_changed = False
         for row, entry in enumerate(live):
-            params, token_ids = entry.params, entry.request.token_ids
+            params = entry.params
             if errors[row] is None and params.logits_processors:
                 has_changed = True
                 try:
-                    logits[row] = process_logits(logits[row], token_ids, params)
+                    logits[row] = process_logits(logits[row], entry.request.token_ids, params)
                 except Exception as error:  # the caller's code: it ends this request alone
                     errors[row] = InvalidRequestError(f"a logits processor failed: {error!r}")
             if entry.request.num_output_tokens < params.min_tokens and entry.end_token_ids:
@@ -299,14 +299,13 @@ class Engine:
         return errors
 
     def _uniforms(self, live: list[LiveRequest]) -> NDArray[np.float64]:
-        """The number that decides each row's token; 0 where it is greedy."""
-        return np.array(
-            [
-                0.0
-                if entry.params.is_greedy
-                else uniform_number(entry.seed, entry.sample_index, entry.request.num_output_tokens)
-                for entry in live
-            ]
+        """The number that decides each row's token; where it is greedy none is looked at."""
+        if all(entry.params.is_greedy for entry in live):
+            return np.zeros(len(live))
+        return uniform_numbers(
+            [entry.seed for entry in live],
+            [entry.sample_index for entry in live],
+            [entry.request.num_output_tokens for entry in live],
         )
 
     def _advance(

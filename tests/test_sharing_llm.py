@@ -20,7 +20,7 @@ from paged_kv.demo import MODEL_FOLDER
 from paged_kv.engine import Engine, SequenceUpdate
 from paged_kv.errors import ConfigError, GenerationError, InvalidRequestError, InvalidStepError
 from paged_kv.llm import Completion
-from paged_kv.sampler import sample, uniform_number
+from paged_kv.sampler import sample, uniform_numbers
 from tests import test_llm as small
 from tests.test_llm import assert_nothing_is_held, params_of, sampling, tokens_of
 
@@ -59,7 +59,7 @@ def sampled_alone(
         order = np.argsort(-logits, kind="stable")
         weights = np.exp((logits[order] - logits.max()) / temperature)
         cumulative = np.cumsum(weights / weights.sum())
-        number = uniform_number(seed, sample_index, position) * cumulative[-1]
+        number = uniform_numbers([seed], [sample_index], [position])[0] * cumulative[-1]
         tokens.append(int(order[np.searchsorted(cumulative, number, side="right")]))
     return tokens
 
