@@ -361,6 +361,20 @@ def attend_open(p: int, item: int, scratch: int, position: int, slot: int, num_t
 
 
 @native
+def fetch_tail(p: int, item: int, scratch: int, position: int) -> None:
+    """Fetch the keys of a tile of open blocks after a sealed one; its first block's follow anyway.
+
+    A microkernel fetches ahead at one address, and they lie at many.
+    """
+    piece, end = load_long(p, Field.OPEN_PIECE), load_long(item, Item.END)
+    num_bytes = piece * (load_long(p, Field.OPEN_KEY_STRIDE) // load_long(p, Field.OPEN_BLOCK_SIZE))
+    num_bytes *= load_long(p, Field.KEY_DIM)
+    for ahead in range(position + piece, min(end, position + TILE_TOKENS), piece):
+        keys = keys_ahead(p, item, scratch, ahead)
+        call(load_long(p, Field.PREFETCH), (keys, num_bytes))
+
+
+@native
 def attend_sealed(p: int, item: int, scratch: int, position: int, index: int) -> None:
     """Attend to one sealed block."""
     num_tokens, num_rows = load_long(p, Field.BLOCK_SIZE), load_long(p, Field.NUM_CODE_ROWS)
@@ -372,6 +386,8 @@ def attend_sealed(p: int, item: int, scratch: int, position: int, index: int) ->
     values = load_long(p, Field.VALUE_CODES) + record
     key_dim, value_dim = load_long(p, Field.KEY_DIM), load_long(p, Field.VALUE_DIM)
     num_groups, group_shift = load_long(p, Field.NUM_KEY_GROUPS), load_long(p, Field.GROUP_SHIFT)
+    body_end = load_long(load_long(p, Field.NUM_SEALED), load_long(item, Item.SEQUENCE))
+    body_end = load_long(p, Field.NUM_HEAD_TOKENS) + body_end * num_tokens
     ahead = keys_ahead(p, item, scratch, position + num_tokens)
     # The codes ahead are fetched by the microkernels as they go, scales and zero points here.
     metadata_ahead = ahead + load_long(p, Field.METADATA) - load_long(p, Field.KEY_CODES)
@@ -392,6 +408,8 @@ def attend_sealed(p: int, item: int, scratch: int, position: int, index: int) ->
         scores = scratch + 4 * SCORES
         score = kernel_for(p, Kernel.SCORE_SEALED, rows)
         call(score, (keys, queries, scores, key_dim, num_rows, group_shift, values))
+        if position + num_tokens >= body_end and tile == 0:
+            fetch_tail(p, item, scratch, position + num_tokens)
         softmax = load_long(p, Field.SOFTMAX_SEALED)
         soften(p, softmax, item, scratch, tile, num_tokens, record)
         add = kernel_for(p, Kernel.VALUE_SEALED, rows)

@@ -114,7 +114,7 @@ def uniform_numbers(
     """The number in [0, 1) that decides each token, from nothing but these three.
 
     A counter-based generator: the finalizer of SplitMix64 (Steele et al. 2014,
-    doi:10.1145/2660193.2660195) over each in turn, so that neither the order nor the batch of requests matters.
+    doi:10.1145/2660193.2660195) over each in turn, so that neither order nor batch matters.
     """
     state = np.zeros(len(seeds), dtype=np.uint64)
     for values in (seeds, sample_indices, positions):

@@ -84,9 +84,10 @@ class Fleet:
         max_num_seqs: int = 8,
         max_model_len: int = 2048,
         poison: int = NAN_BYTE,
+        backend: str | None = None,
     ) -> None:
         self.poison = poison
-        self.cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=dtype)
+        self.cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=dtype, backend=backend)
         for arena in self.cache.arenas:
             arena.fill_(poison)
         self.manager = BlockManager(

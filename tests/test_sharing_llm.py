@@ -56,11 +56,10 @@ def sampled_alone(
     tokens: list[int] = []
     for position in range(count):
         logits = model(torch.tensor([prompt + tokens])).logits[0, -1].double().numpy()
-        order = np.argsort(-logits, kind="stable")
-        weights = np.exp((logits[order] - logits.max()) / temperature)
+        weights = np.exp((logits - logits.max()) / temperature)
         cumulative = np.cumsum(weights / weights.sum())
         number = uniform_numbers([seed], [sample_index], [position])[0] * cumulative[-1]
-        tokens.append(int(order[np.searchsorted(cumulative, number, side="right")]))
+        tokens.append(int(np.searchsorted(cumulative, number, side="right")))
     return tokens
 
 
