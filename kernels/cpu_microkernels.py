@@ -340,7 +340,7 @@ def softmax_kernel(scaling: str, has_softcap: bool, max_lanes: int) -> MachineCo
             place = builder.add(line, emitter.times(token, 4))
             score = emitter.load(place, FLOAT, lanes)
             weight = emitter.exp2(builder.fsub(score, maximum))
-            is_visible = builder.fcmp_ordered(">", score, masked)
+            is_visible = builder.fcmp_unordered(">", score, masked)  # or not a number
             weight = builder.select(is_visible, weight, emitter.constant(0.0, lanes))
             builder.store(builder.fadd(builder.load(total), weight), total)
             if scaling == "asymmetric":

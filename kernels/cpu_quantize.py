@@ -44,14 +44,10 @@ def copy_kernel(kind: str, is_converted: bool) -> MachineCode:
     return MachineCode("copy", emitter.finish())
 
 
-def minimum(emitter: Emitter, a: Any, b: Any) -> Any:
-    return emitter.builder.select(emitter.builder.fcmp_ordered("<", a, b), a, b)
-
-
 def clamp(emitter: Emitter, vector: Any, low: float, high: float) -> Any:
     lanes = vector.type.count
-    vector = emitter.maximum(vector, emitter.constant(low, lanes))
-    return minimum(emitter, vector, emitter.constant(high, lanes))
+    vector = emitter.strict_maximum(vector, emitter.constant(low, lanes))
+    return emitter.strict_minimum(vector, emitter.constant(high, lanes))
 
 
 def to_half(emitter: Emitter, vector: Any) -> tuple[Any, Any]:
@@ -63,7 +59,7 @@ def to_half(emitter: Emitter, vector: Any) -> tuple[Any, Any]:
 
 
 def to_codes(emitter: Emitter, vector: Any, scale: Any, low: int, high: int) -> Any:
-    """Rounded quotients as integers within [low, high]; 0 where the scale is 0."""
+    """Rounded quotients as integers within [low, high]; 0 where the scale is 0 or no number."""
     builder, lanes = emitter.builder, vector.type.count
     zero = emitter.constant(0.0, lanes)
     quotient = builder.fdiv(vector, scale)
@@ -112,7 +108,7 @@ def symmetric_key_kernel() -> MachineCode:
         with emitter.loop(emitter.long(0), key_dim, 1) as channel:
             place = emitter.offset(column, emitter.times(channel, KEY_ROW_BYTES))
             absolute = emitter.absolute(emitter.load(place, FLOAT, lanes))
-            builder.store(emitter.maximum(absolute, builder.load(top)), top)
+            builder.store(emitter.strict_maximum(absolute, builder.load(top)), top)
         limit = emitter.constant(float(INT8_LIMIT), lanes)
         halves, scale = to_half(emitter, builder.fdiv(builder.load(top), limit))
         emitter.store(halves, emitter.offset(scale_address, emitter.times(token, 2)))
@@ -144,8 +140,8 @@ def symmetric_value_kernel() -> MachineCode:
         with emitter.loop(emitter.long(0), value_dim, lanes) as channel:
             place = emitter.offset(row, emitter.times(channel, 4))
             absolute = emitter.absolute(emitter.load(place, FLOAT, lanes))
-            builder.store(emitter.maximum(absolute, builder.load(top)), top)
-        highest = emitter.splat(emitter.reduce(builder.load(top), emitter.maximum), lanes)
+            builder.store(emitter.strict_maximum(absolute, builder.load(top)), top)
+        highest = emitter.splat(emitter.reduce(builder.load(top), emitter.strict_maximum), lanes)
         limit = emitter.constant(float(INT8_LIMIT), lanes)
         halves, scale = to_half(emitter, builder.fdiv(highest, limit))
         first = builder.extract_element(halves, ir.Constant(INT, 0))
@@ -169,15 +165,12 @@ def lowest_and_highest(emitter: Emitter, start: Any, count: Any, lanes: int) -> 
     low, high = emitter.variable(first), emitter.variable(first)
     with emitter.loop(emitter.long(lanes), count, lanes) as index:
         vector = emitter.load(emitter.offset(start, emitter.times(index, 4)), FLOAT, lanes)
-        builder.store(minimum(emitter, vector, builder.load(low)), low)
-        builder.store(emitter.maximum(vector, builder.load(high)), high)
-
-    def smaller(a: Any, b: Any) -> Any:
-        return minimum(emitter, a, b)
+        builder.store(emitter.strict_minimum(vector, builder.load(low)), low)
+        builder.store(emitter.strict_maximum(vector, builder.load(high)), high)
 
     return (
-        emitter.splat(emitter.reduce(builder.load(low), smaller), lanes),
-        emitter.splat(emitter.reduce(builder.load(high), emitter.maximum), lanes),
+        emitter.splat(emitter.reduce(builder.load(low), emitter.strict_minimum), lanes),
+        emitter.splat(emitter.reduce(builder.load(high), emitter.strict_maximum), lanes),
     )
 
 

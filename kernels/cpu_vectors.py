@@ -160,6 +160,13 @@ class Emitter:
         """One instruction: the second where either is not a number."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
+    def strict_maximum(self, a: Any, b: Any) -> Any:
+        """Not a number where either is not."""
+        return self._vector_call("llvm.maximum", a, b)
+
+    def strict_minimum(self, a: Any, b: Any) -> Any:
+        return self._vector_call("llvm.minimum", a, b)
+
     def absolute(self, vector: Any) -> Any:
         return self._vector_call("llvm.fabs", vector)
 
@@ -187,13 +194,13 @@ class Emitter:
         return self.builder.fpext(vector, ir.VectorType(FLOAT, vector.type.count))
 
     def exp2(self, vector: Any) -> Any:
-        """2 ** vector for values of at most 0, with a relative error of 2e-7; 0 far below.
+        """2 ** vector for values of at most 0, with a relative error of 2e-7; 1e-38 far below.
 
         Split into an integer and a fraction within [-0.5, 0.5]; the polynomial is the fraction's
         least relative error of degree 6, fitted by Chebyshev nodes.
         """
         builder, lanes = self.builder, vector.type.count
-        vector = self.maximum(vector, self.constant(-126.0, lanes))
+        vector = self.maximum(self.constant(-126.0, lanes), vector)  # what is no number stays so
         whole = self.round_to_even(vector)
         fraction = builder.fsub(vector, whole)
         result = self.constant(EXP2_COEFFICIENTS[0], lanes)

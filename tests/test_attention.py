@@ -6,7 +6,6 @@ Blocks hold NaN before their first use and after they are freed, so whatever lea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from paged_kv.attention import paged_attention
-from paged_kv.cache import LayerSpec
 from paged_kv.errors import ConfigError
 from paged_kv.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.kernels import attention, flat_attention
@@ -39,12 +37,12 @@ TORCH_ONLY = pytest.mark.parametrize("backend", ["torch"], indirect=True)
 
 
 @pytest.fixture(params=["cpu", "torch"], autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on both sets of kernels."""
     if request.param == "cpu" and find_spec("numba") is None:
         pytest.skip("the CPU's kernels need numba")
     monkeypatch.setenv("PAGED_KV_BACKEND", request.param)
-    yield request.param
+    return request.param
 
 
 # -- the formats over ragged lengths ------------------------------------------------------------
