@@ -292,35 +292,43 @@ def soften(
 
 
 @native
-def keys_ahead(p: int, item: int, scratch: int, position: int) -> int:
-    """Where the keys of a context token lie; beyond the item's end, those of the next item."""
+def ahead_of(p: int, item: int, scratch: int, position: int, wants_values: bool) -> int:
+    """Where the keys or values of a context token lie; beyond the item's end, in the next item."""
     if position >= load_long(item, Item.END):
         position -= load_long(item, Item.END)
         item = load_long(scratch + 4 * NEXT_ITEM, 0)
         position += load_long(item, Item.START)
     sequence = load_long(item, Item.SEQUENCE)
     head = load_long(item, Item.KV_HEAD) * load_long(p, Field.HEAD_STRIDE)
-    num_head_tokens, block_size = (
-        load_long(p, Field.NUM_HEAD_TOKENS),
-        load_long(p, Field.BLOCK_SIZE),
-    )
-    num_body_tokens = load_long(load_long(p, Field.NUM_SEALED), sequence) * block_size
+    num_head_tokens, size = load_long(p, Field.NUM_HEAD_TOKENS), load_long(p, Field.BLOCK_SIZE)
+    num_body_tokens = load_long(load_long(p, Field.NUM_SEALED), sequence) * size
     if num_head_tokens <= position < num_head_tokens + num_body_tokens:
-        width = load_long(p, Field.SEALED_WIDTH)
-        table = load_long(p, Field.SEALED_TABLE) + 8 * width * sequence
-        index, offset = divmod(position - num_head_tokens, block_size)
-        head += (
-            offset * load_long(p, Field.NUM_CODE_ROWS) // block_size * load_long(p, Field.KEY_DIM)
-        )
-        head += load_long(p, Field.KEY_CODES)
-        return head + load_long(table, index) * load_long(p, Field.BLOCK_STRIDE)
-    if position >= num_head_tokens:
-        position -= num_body_tokens
-    size, width = load_long(p, Field.OPEN_BLOCK_SIZE), load_long(p, Field.OPEN_WIDTH)
-    table = load_long(p, Field.OPEN_TABLE) + 8 * width * sequence
-    block, offset = divmod(position, size)
-    head += offset * (load_long(p, Field.OPEN_KEY_STRIDE) // size) + load_long(p, Field.OPEN_KEYS)
-    return head + load_long(table, min(block, width - 1)) * load_long(p, Field.BLOCK_STRIDE)
+        width, table = load_long(p, Field.SEALED_WIDTH), load_long(p, Field.SEALED_TABLE)
+        index = (position - num_head_tokens) // size
+        address = load_long(p, Field.VALUE_CODES if wants_values else Field.KEY_CODES)
+    else:
+        if position >= num_head_tokens:
+            position -= num_body_tokens
+        width, table = load_long(p, Field.OPEN_WIDTH), load_long(p, Field.OPEN_TABLE)
+        index = min(position // load_long(p, Field.OPEN_BLOCK_SIZE), width - 1)
+        address = load_long(p, Field.OPEN_VALUES if wants_values else Field.OPEN_KEYS)
+    block = load_long(table + 8 * width * sequence, index)
+    return address + block * load_long(p, Field.BLOCK_STRIDE) + head
+
+
+@native
+def fetch_tail(p: int, item: int, scratch: int, position: int, wants_values: bool) -> None:
+    """Fetch a tile of open blocks that follows a sealed one, but for its first block.
+
+    A microkernel fetches ahead at one address, and they lie at many.
+    """
+    size, end = load_long(p, Field.OPEN_BLOCK_SIZE), load_long(item, Item.END)
+    num_bytes = load_long(p, Field.OPEN_KEY_STRIDE) * load_long(p, Field.KEY_DIM)
+    if wants_values:
+        num_bytes = load_long(p, Field.OPEN_VALUE_STRIDE) * size
+    for ahead in range(position + size, min(end, position + TILE_TOKENS), size):
+        address = ahead_of(p, item, scratch, ahead, wants_values)
+        call(load_long(p, Field.PREFETCH), (address, num_bytes))
 
 
 @native
@@ -346,9 +354,9 @@ def attend_open(p: int, item: int, scratch: int, position: int, slot: int, num_t
             block, offset = divmod(slot + index * piece, size)
             record = load_long(table, block) * block_stride
             at_key = keys + record + offset * (key_stride // size)
-            at_value = values + record + offset * value_stride
             scores = scratch + 4 * (SCORES + index * piece)
-            call(score, (at_key, queries, scores, key_dim, key_stride, 0, at_value))
+            ahead = ahead_of(p, item, scratch, position + num_tokens + index * piece, False)
+            call(score, (at_key, queries, scores, key_dim, key_stride, 0, ahead))
         soften(p, load_long(p, Field.SOFTMAX), item, scratch, tile, num_tokens, 0)
         add = kernel_for(p, Kernel.VALUE_OPEN, rows)
         for index in range(num_pieces):
@@ -356,41 +364,29 @@ def attend_open(p: int, item: int, scratch: int, position: int, slot: int, num_t
             at_value = values + load_long(table, block) * block_stride + offset * value_stride
             weights = scratch + 4 * (SCORES + index * piece)
             count = min(num_tokens - index * piece, piece)
-            ahead = keys_ahead(p, item, scratch, position + num_tokens + index * piece)
+            ahead = ahead_of(p, item, scratch, position + num_tokens + index * piece, True)
             call(add, (at_value, weights, outputs, count, 0, value_stride, ahead))
-
-
-@native
-def fetch_tail(p: int, item: int, scratch: int, position: int) -> None:
-    """Fetch the keys of a tile of open blocks after a sealed one; its first block's follow anyway.
-
-    A microkernel fetches ahead at one address, and they lie at many.
-    """
-    piece, end = load_long(p, Field.OPEN_PIECE), load_long(item, Item.END)
-    num_bytes = piece * (load_long(p, Field.OPEN_KEY_STRIDE) // load_long(p, Field.OPEN_BLOCK_SIZE))
-    num_bytes *= load_long(p, Field.KEY_DIM)
-    for ahead in range(position + piece, min(end, position + TILE_TOKENS), piece):
-        keys = keys_ahead(p, item, scratch, ahead)
-        call(load_long(p, Field.PREFETCH), (keys, num_bytes))
 
 
 @native
 def attend_sealed(p: int, item: int, scratch: int, position: int, index: int) -> None:
     """Attend to one sealed block."""
     num_tokens, num_rows = load_long(p, Field.BLOCK_SIZE), load_long(p, Field.NUM_CODE_ROWS)
+    sequence = load_long(item, Item.SEQUENCE)
     width = load_long(p, Field.SEALED_WIDTH)
-    table = load_long(p, Field.SEALED_TABLE) + 8 * width * load_long(item, Item.SEQUENCE)
+    table = load_long(p, Field.SEALED_TABLE) + 8 * width * sequence
     record = load_long(table, index) * load_long(p, Field.BLOCK_STRIDE)
     record += load_long(item, Item.KV_HEAD) * load_long(p, Field.HEAD_STRIDE)
     keys = load_long(p, Field.KEY_CODES) + record
     values = load_long(p, Field.VALUE_CODES) + record
     key_dim, value_dim = load_long(p, Field.KEY_DIM), load_long(p, Field.VALUE_DIM)
     num_groups, group_shift = load_long(p, Field.NUM_KEY_GROUPS), load_long(p, Field.GROUP_SHIFT)
-    body_end = load_long(load_long(p, Field.NUM_SEALED), load_long(item, Item.SEQUENCE))
-    body_end = load_long(p, Field.NUM_HEAD_TOKENS) + body_end * num_tokens
-    ahead = keys_ahead(p, item, scratch, position + num_tokens)
+    is_last = index + 1 == load_long(load_long(p, Field.NUM_SEALED), sequence)
+    end = position + num_tokens
+    keys_ahead = ahead_of(p, item, scratch, end, False)
+    values_ahead = ahead_of(p, item, scratch, end, True)
     # The codes ahead are fetched by the microkernels as they go, scales and zero points here.
-    metadata_ahead = ahead + load_long(p, Field.METADATA) - load_long(p, Field.KEY_CODES)
+    metadata_ahead = keys_ahead + load_long(p, Field.METADATA) - load_long(p, Field.KEY_CODES)
     call(load_long(p, Field.PREFETCH), (metadata_ahead, load_long(p, Field.METADATA_BYTES)))
     for tile in range(-(-load_long(item, Item.NUM_ROWS) // MAX_ROWS)):
         if not set_ranges(p, item, scratch, tile, position, num_tokens):
@@ -406,14 +402,16 @@ def attend_sealed(p: int, item: int, scratch: int, position: int, index: int) ->
             )
             queries = folded
         scores = scratch + 4 * SCORES
+        if is_last and tile == 0:
+            fetch_tail(p, item, scratch, end, False)
         score = kernel_for(p, Kernel.SCORE_SEALED, rows)
-        call(score, (keys, queries, scores, key_dim, num_rows, group_shift, values))
-        if position + num_tokens >= body_end and tile == 0:
-            fetch_tail(p, item, scratch, position + num_tokens)
+        call(score, (keys, queries, scores, key_dim, num_rows, group_shift, keys_ahead))
         softmax = load_long(p, Field.SOFTMAX_SEALED)
         soften(p, softmax, item, scratch, tile, num_tokens, record)
+        if is_last and tile == 0:
+            fetch_tail(p, item, scratch, end, True)
         add = kernel_for(p, Kernel.VALUE_SEALED, rows)
-        call(add, (values, scores, outputs, num_rows, num_rows, value_dim, ahead))
+        call(add, (values, scores, outputs, num_rows, num_rows, value_dim, values_ahead))
 
 
 @native
