@@ -66,7 +66,7 @@ def attend(
     numbers = ctypes.create_string_buffer(NUMBERS.pack(0.0, factor, (softcap or 0.0) * LOG2_E))
     sinks = None if sink_logits is None else sink_logits.float() * LOG2_E
     buffer = work.buffer
-    buffer[LAYER_BYTES] = layer_fields(records, softcap is not None)
+    buffer[LAYER_BYTES] = layer_fields(records, has_softcap=softcap is not None)
     CALL.pack_into(
         buffer,
         FIRST_CALL_BYTE,
@@ -109,7 +109,7 @@ def channel_major_keys(keys: Tensor) -> Tensor:
     return padded
 
 
-def layer_fields(records: LayerRecords, has_softcap: bool) -> bytes:
+def layer_fields(records: LayerRecords, *, has_softcap: bool) -> bytes:
     """The worker's fields that describe a layer: sizes, addresses, microkernels."""
     key = "cpu attention", has_softcap
     if key not in records.derived:

@@ -44,8 +44,12 @@ def intrinsic(function: Callable[..., Any]) -> Any:
 
 
 def native(function: Function) -> Function:
-    """Compile a function into the worker that calls it."""
-    return cast(Function, numba.njit(error_model="numpy")(function))
+    """Compile a function into the worker that calls it.
+
+    Python never calls it, and to compile without wrappers takes less time.
+    """
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast(Function, numba.njit(error_model="numpy", **options)(function))
 
 
 @cache

@@ -1,14 +1,15 @@
 """Which kernels run: the one place where a backend is chosen. Knows devices, never blocks.
 
-A backend is three functions of the same signatures: `plan` a step once for all layers, `attend`
-and `store_tokens` for each layer. PAGED_KV_BACKEND=torch or cpu overrides the choice.
+A backend is four functions of the same signatures: `warm_up` for all layers of a cache, `plan` a
+step once for all layers, `attend` and `store_tokens` for each layer. PAGED_KV_BACKEND=torch or cpu
+overrides the choice.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -29,12 +30,17 @@ class Backend:
     """The kernels of one kind of machine; see `kernels.attention` and `kernels.store`."""
 
     name: str
+    warm_up: Callable[[Sequence[LayerRecords]], None]
     plan: Callable[[StepIndices], Any]
     attend: Callable[..., Tensor]
     store_tokens: Callable[[LayerRecords, Tensor, Tensor, StepIndices], None]
 
 
-TORCH_BACKEND: Final = Backend("torch", plan_groups, attend, store_tokens)
+def nothing_to_warm_up(layers: Sequence[LayerRecords]) -> None:
+    """Torch brings its operations compiled."""
+
+
+TORCH_BACKEND: Final = Backend("torch", nothing_to_warm_up, plan_groups, attend, store_tokens)
 
 
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
@@ -63,8 +69,9 @@ def cpu_backend() -> Backend:
     from .kernels.cpu_attention import attend as attend_on_cpu
     from .kernels.cpu_plan import CpuPlan
     from .kernels.cpu_store import store_tokens as store_on_cpu
+    from .kernels.cpu_warm_up import warm_up
 
-    return Backend("cpu", CpuPlan, attend_on_cpu, store_on_cpu)
+    return Backend("cpu", warm_up, CpuPlan, attend_on_cpu, store_on_cpu)
 
 
 @cache

@@ -120,6 +120,7 @@ class PagedKVCache:
                 host = torch.empty(host_shape, dtype=torch.uint8, pin_memory=is_pinned)
                 self.host_arenas.append(host)
             self.records.append(layer_records(arena, layout, dtype, self.geometry.open_block_size))
+        self.backend.warm_up(self.records)
 
     def new_manager(
         self,

@@ -104,6 +104,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--swap-space", metavar="SIZE", help="host memory for preempted sequences")
     memory.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     memory.add_argument("--device", help="cpu or cuda (default: where the model loads)")
+    memory.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     sampling = parser.add_argument_group("sampling")
     defaults = SamplingParams()
     for name, (kind, text) in SAMPLING_OPTIONS.items():
@@ -227,6 +228,7 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
         max_model_len=arguments.max_model_len,
         prefix_caching=not arguments.no_prefix_caching,
         swap_space=arguments.swap_space or 0,
+        num_threads=arguments.threads,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         device=arguments.device,
     )

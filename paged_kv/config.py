@@ -22,6 +22,7 @@ class EngineConfig:
     max_model_len: int | None = None
     prefix_caching: bool = True
     swap_space: int | str = 0
+    num_threads: int | None = None
 
     def __post_init__(self) -> None:
         resolve_format(self.kv_format)
@@ -34,7 +35,7 @@ class EngineConfig:
             )
         if self.swap_space != 0:
             parse_memory(self.swap_space)
-        for name in ("num_blocks", "max_num_seqs", "token_budget", "max_model_len"):
+        for name in ("num_blocks", "max_num_seqs", "token_budget", "max_model_len", "num_threads"):
             value = getattr(self, name)
             is_valid = value is None or (is_integer(value) and value >= 1)
             require(name, value, is_valid, "an integer of at least 1")

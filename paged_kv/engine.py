@@ -369,6 +369,8 @@ def build_engine(
     Without `kv_memory` or `num_blocks` the pool is what `max_num_seqs` full-length sequences need,
     at most `DEFAULT_KV_MEMORY`.
     """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     dtype = model.dtype
     max_model_len = model_length(model.model, config.max_model_len)
     layers = model.layers(resolve_format(config.kv_format))

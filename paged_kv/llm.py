@@ -84,7 +84,9 @@ class LLM:
     `max_num_seqs` full-length sequences need, at most 1 GiB. A step runs at most `max_num_seqs`
     sequences and `token_budget` tokens. With `prefix_caching` prompts that begin alike share their
     blocks, also with earlier ones. Sequences that must make room go to `swap_space` bytes of host
-    memory where that is cheaper than computing them again. One thread at a time may use an LLM.
+    memory where that is cheaper than computing them again. On a CPU model and kernels share torch's
+    threads; `num_threads` sets how many there are, for the whole process. One thread at a time may
+    use an LLM.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class LLM:
         max_model_len: int | None = None,
         prefix_caching: bool = True,
         swap_space: int | str = 0,
+        num_threads: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -112,6 +115,7 @@ class LLM:
             max_model_len=max_model_len,
             prefix_caching=prefix_caching,
             swap_space=swap_space,
+            num_threads=num_threads,
         )
         if not isinstance(model, PreTrainedModel):
             name = model

@@ -26,6 +26,7 @@ CPU_ROOMS = (
     "plan",
     "quantize",
     "threads",
+    "warm_up",
     "worker",
     "attention",
     "store",
