@@ -19,6 +19,7 @@ import numpy as np
 from llvmlite import binding, ir
 
 CACHE_LINE: Final = 64
+DIGEST_BYTES: Final = 32
 BYTE: Final = ir.IntType(8)
 SHORT: Final = ir.IntType(16)
 INT: Final = ir.IntType(32)
@@ -281,10 +282,13 @@ def cache_folder() -> Path:
 
 
 def _read(file: Path) -> bytes | None:
+    """Stored code; None where there is none, or where its checksum is not that in front of it."""
     try:
-        return file.read_bytes()
+        data = file.read_bytes()
     except OSError:
         return None
+    checksum, code = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    return code if sha256(code).digest() == checksum else None
 
 
 def _write(file: Path, code: bytes) -> None:
@@ -292,7 +296,7 @@ def _write(file: Path, code: bytes) -> None:
     partial = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(code)
+        partial.write_bytes(sha256(code).digest() + code)
         partial.replace(file)
     except OSError:
         return

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
+
+collect_ignore = [] if find_spec("numba") else ["test_cpu_kernels.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)
