@@ -66,7 +66,7 @@ def plan_items(
     context_lens = np.array(step.context_lens_host, dtype=np.int64)
     num_rows = np.array(step.query_lens, dtype=np.int64) * group_size
     num_row_tiles = -(-num_rows // MAX_ITEM_ROWS)
-    num_parts = count_parts(context_lens, num_row_tiles, num_kv_heads, num_threads)
+    num_parts = count_parts(step, context_lens, num_row_tiles, num_kv_heads, num_threads)
     counts = num_row_tiles * num_kv_heads * num_parts
     sequence = np.repeat(np.arange(len(counts)), counts)
     index = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -95,7 +95,8 @@ def plan_items(
     partials = np.empty((num_partials, MAX_ITEM_ROWS, PARTIAL_FLOATS), dtype=np.float32)
     fields = np.zeros(Field.COUNT, dtype=np.int64)
     fields[:FIRST_LAYER_FIELD] = step_fields(step, items, counters, partials, group_size)
-    num_tokens = int((items[:, Item.END] - items[:, Item.START]).sum())
+    num_new = np.array(step.query_lens)[items[:, Item.SEQUENCE]]
+    num_tokens = int((items[:, Item.END] - items[:, Item.START] + num_new).sum())
     return WorkItems(
         num_threads=min(num_threads, len(items), 1 + num_tokens // MIN_THREAD_TOKENS),
         fields=fields,
@@ -106,29 +107,44 @@ def plan_items(
     )
 
 
+def count_units(step: StepIndices, context_lens: Longs) -> tuple[Longs, Longs]:
+    """Where contexts may be cut: tokens of a unit and number of units [N], behind the head.
+
+    A unit is a sealed block, or a tile in the open blocks of a context without any.
+    """
+    num_sealed = step.num_sealed.numpy()
+    has_body = num_sealed > 0
+    behind_head = context_lens - np.minimum(step.num_head_tokens, context_lens)
+    return (
+        np.where(has_body, step.block_size, TILE_TOKENS),
+        np.where(has_body, num_sealed, behind_head // TILE_TOKENS),
+    )
+
+
 def count_parts(
-    context_lens: Longs, num_row_tiles: Longs, num_kv_heads: int, num_threads: int
+    step: StepIndices,
+    context_lens: Longs,
+    num_row_tiles: Longs,
+    num_kv_heads: int,
+    num_threads: int,
 ) -> Longs:
     """Into how many parts [N] each sequence's context is cut so that all threads have work."""
     if num_threads == 1:
         return np.ones_like(context_lens)
     total = int((context_lens * num_row_tiles).sum()) * num_kv_heads
     share = max(MIN_SPLIT_TOKENS, total // (ITEMS_PER_THREAD * num_threads))
-    return np.where(num_row_tiles == 1, np.maximum(-(-context_lens // share), 1), 1)
+    _, num_units = count_units(step, context_lens)
+    num_parts = np.minimum(-(-context_lens // share), num_units)
+    return np.where(num_row_tiles == 1, np.maximum(num_parts, 1), 1)
 
 
 def part_start(
     step: StepIndices, context_lens: Longs, sequence: Longs, part: Longs, parts: Longs
 ) -> Longs:
-    """Where a part of a context begins: at a sealed block's edge, or at a tile's in open blocks."""
-    num_sealed = step.num_sealed.numpy()[sequence]
-    context_len = context_lens[sequence]
-    head = np.minimum(step.num_head_tokens, context_len)
-    has_body = num_sealed > 0
-    unit = np.where(has_body, step.block_size, TILE_TOKENS)
-    num_units = np.where(has_body, num_sealed, (context_len - head) // TILE_TOKENS)
-    start = head + num_units * part // parts * unit
-    return np.where(part == 0, 0, np.where(part == parts, context_len, start))
+    """Where a part of a context begins; the first one has the head, the last one the rest."""
+    unit_tokens, num_units = (values[sequence] for values in count_units(step, context_lens))
+    start = step.num_head_tokens + num_units * part // parts * unit_tokens
+    return np.where(part == 0, 0, np.where(part == parts, context_lens[sequence], start))
 
 
 def step_fields(

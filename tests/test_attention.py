@@ -222,6 +222,7 @@ OPTIONS = {
     "scale": {"scale": 0.7},
     "scale of zero": {"scale": 0.0},
     "window, softcap and scale": {"sliding_window": 200, "softcap": 5.0, "scale": 1.0},
+    "window and chunk": {"sliding_window": 70, "attention_chunk": 96},
     "chunk and softcap": {"attention_chunk": 128, "softcap": 2.0},
 }
 SINKS = torch.tensor([-1.0, 0.5, 3.0, 20.0])

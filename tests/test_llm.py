@@ -974,3 +974,22 @@ def test_a_saved_model_and_tokenizer_generate_as_they_did_in_memory(
     with LLM(kind(tmp_path), kv_format="native") as llm:
         assert llm.generate(batch, params_of()) == expected
         assert llm.max_model_len == MODEL_LEN
+
+
+def test_num_threads_is_that_of_torch(make_llm, prompts, greedy):
+    before = torch.get_num_threads()
+    try:
+        llm = make_llm(kv_format="native", num_threads=2)
+        assert torch.get_num_threads() == 2
+        outputs = llm.generate(prompts, params_of())
+        assert tokens_of(outputs) == greedy
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2"])
+def test_a_bad_number_of_threads_is_refused(make_llm, value):
+    before = torch.get_num_threads()
+    with pytest.raises(ConfigError, match="num_threads"):
+        make_llm(num_threads=value)
+    assert torch.get_num_threads() == before
