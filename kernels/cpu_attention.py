@@ -6,7 +6,6 @@ for all layers; a call sets a few addresses and starts the worker on torch's thr
 
 from __future__ import annotations
 
-import ctypes
 from struct import Struct
 from typing import Final
 
@@ -35,8 +34,8 @@ LOG2_E: Final = 1.4426950408889634
 ROW_VARIANTS: Final = (1, 2, 4, MAX_ROWS)
 FIRST_CALL_BYTE: Final = 8 * Field.QUERY
 LAYER_BYTES: Final = slice(8 * FIRST_LAYER_FIELD, FIRST_CALL_BYTE)
-CALL: Final = Struct(f"={Field.COUNT - Field.QUERY}q")
-NUMBERS: Final = Struct("=3f")
+NUMBERS_BYTE: Final = 8 * Field.COUNT
+CALL: Final = Struct(f"={Field.COUNT - Field.QUERY}q3f")
 
 
 def attend(
@@ -63,7 +62,6 @@ def attend(
     channel_major = channel_major_keys(keys) if plan.has_chunks else keys
     # With a softcap, scores are bounded in units of the softcap and then turned into powers of 2.
     factor = scale * LOG2_E if softcap is None else scale / softcap
-    numbers = ctypes.create_string_buffer(NUMBERS.pack(0.0, factor, (softcap or 0.0) * LOG2_E))
     sinks = None if sink_logits is None else sink_logits.float() * LOG2_E
     buffer = work.buffer
     buffer[LAYER_BYTES] = layer_fields(records, has_softcap=softcap is not None)
@@ -80,11 +78,14 @@ def attend(
         sliding_window or 0,
         attention_chunk or 0,
         0 if sinks is None else sinks.data_ptr(),
-        ctypes.addressof(numbers),
+        work.fields + NUMBERS_BYTE,
         plan.scratch,
+        0.0,
+        factor,
+        (softcap or 0.0) * LOG2_E,
     )
     work.counters[:] = work.zeros
-    run_worker(attention_worker(), work.fields.ctypes.data, work.num_threads)
+    run_worker(attention_worker(), work.fields, work.num_threads)
     return output if query.dtype is torch.float32 else output.to(query.dtype)
 
 

@@ -27,6 +27,7 @@ MIN_SPLIT_TOKENS: Final = 1024  # a smaller part is not worth merging
 ITEMS_PER_THREAD: Final = 8  # so that threads end at nearly the same time
 MIN_THREAD_TOKENS: Final = 512  # of all kv heads; fewer are not worth waking another thread
 FIRST_LAYER_FIELD: Final = Field.KEY_DIM
+NUMBERS_LONGS: Final = 2  # room for four floats
 Longs = NDArray[np.int64]
 
 
@@ -35,11 +36,11 @@ class WorkItems:
     """The items of a step for one number of kv heads and of query heads of each."""
 
     num_threads: int
-    fields: Longs  # the worker's, those of the step filled in
-    buffer: memoryview  # of the fields
+    fields: int  # address of the worker's fields, those of the step filled in
+    buffer: memoryview  # the same, and behind them the numbers of a call
     counters: memoryview  # [2 + rows in parts] 64-bit, to be zeroed before each call
     zeros: bytes
-    arrays: tuple[NDArray[np.generic], ...]  # that the fields point to
+    arrays: tuple[NDArray[np.generic], ...]  # whose memory all this is
 
 
 class CpuPlan:
@@ -93,17 +94,17 @@ def plan_items(
     num_partials = int(is_split.sum())
     counters = np.zeros(2 + num_partials, dtype=np.int64)
     partials = np.empty((num_partials, MAX_ITEM_ROWS, PARTIAL_FLOATS), dtype=np.float32)
-    fields = np.zeros(Field.COUNT, dtype=np.int64)
+    fields = np.zeros(Field.COUNT + NUMBERS_LONGS, dtype=np.int64)
     fields[:FIRST_LAYER_FIELD] = step_fields(step, items, counters, partials, group_size)
     num_new = np.array(step.query_lens)[items[:, Item.SEQUENCE]]
     num_tokens = int((items[:, Item.END] - items[:, Item.START] + num_new).sum())
     return WorkItems(
         num_threads=min(num_threads, len(items), 1 + num_tokens // MIN_THREAD_TOKENS),
-        fields=fields,
+        fields=fields.ctypes.data,
         buffer=fields.data.cast("B"),
         counters=counters.data.cast("B"),
         zeros=bytes(counters.nbytes),
-        arrays=(items, counters, partials),
+        arrays=(items, counters, partials, fields),
     )
 
 
