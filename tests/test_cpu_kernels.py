@@ -411,7 +411,7 @@ def check_parts_of_rows(step: StepIndices, sequence: int, parts: NDArray[np.int6
 
 
 def check_items(step: StepIndices, num_kv_heads: int, group_size: int, work: WorkItems) -> None:
-    items, counters, partials = work.arrays
+    items, counters, partials, _ = work.arrays
     keys = (Item.SEQUENCE, Item.KV_HEAD, Item.FIRST_ROW, Item.NUM_ROWS)
     groups: dict[tuple[int, ...], list[NDArray[np.int64]]] = {}
     for item in items:
