@@ -79,7 +79,7 @@ def attend(
         attention_chunk or 0,
         0 if sinks is None else sinks.data_ptr(),
         work.fields + NUMBERS_BYTE,
-        plan.scratch,
+        plan.scratch.address,
         0.0,
         factor,
         (softcap or 0.0) * LOG2_E,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
@@ -24,18 +24,24 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 CACHE_LINE: Final = 64
 LONG: Final = ir.IntType(64)
 FLOAT: Final = ir.FloatType()
-# How a worker is compiled: void (void *), kept on disk.
-worker: Any = numba.cfunc(types.void(types.voidptr), cache=True)
 
 _local = threading.local()
 
 
-def thread_scratch(name: str, num_threads: int, num_bytes: int) -> int:
-    """The address of scratch for the threads of a worker, kept by the thread that starts it."""
-    kept: dict[str, NDArray[np.uint8]] = _local.__dict__
-    if name not in kept or kept[name].size < num_threads * num_bytes + CACHE_LINE:
-        kept[name] = np.empty(num_threads * num_bytes + CACHE_LINE, dtype=np.uint8)
-    return -(-int(kept[name].ctypes.data) // CACHE_LINE) * CACHE_LINE
+class Scratch(NamedTuple):
+    """Memory that the threads of a worker write to; who keeps the address keeps the memory."""
+
+    address: int
+    memory: NDArray[np.uint8]
+
+
+def thread_scratch(name: str, num_threads: int, num_bytes: int) -> Scratch:
+    """Scratch of `num_bytes` for each thread of a worker; whoever starts one has its own."""
+    kept: dict[str, Scratch] = _local.__dict__
+    if name not in kept or kept[name].memory.size < num_threads * num_bytes + CACHE_LINE:
+        memory = np.empty(num_threads * num_bytes + CACHE_LINE, dtype=np.uint8)
+        kept[name] = Scratch(-(-int(memory.ctypes.data) // CACHE_LINE) * CACHE_LINE, memory)
+    return kept[name]
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:
@@ -50,6 +56,15 @@ def native(function: Function) -> Function:
     """
     options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     return cast(Function, numba.njit(error_model="numpy", **options)(function))
+
+
+def worker(function: Callable[[Any], None]) -> Any:
+    """Compile a function of one pointer for native callers; kept on disk where that can be."""
+    signature = types.void(types.voidptr)
+    try:
+        return numba.cfunc(signature, cache=True)(function)
+    except RuntimeError:  # no folder can be written
+        return numba.cfunc(signature)(function)
 
 
 @cache

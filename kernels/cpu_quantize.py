@@ -65,6 +65,8 @@ def to_codes(emitter: Emitter, vector: Any, scale: Any, low: int, high: int) -> 
     quotient = builder.fdiv(vector, scale)
     is_number = builder.fcmp_ordered("!=", scale, zero)
     quotient = builder.select(is_number, quotient, zero)
+    is_number = builder.fcmp_ordered("ord", quotient, quotient)
+    quotient = builder.select(is_number, quotient, zero)
     rounded = clamp(emitter, emitter.round_to_even(quotient), float(low), float(high))
     return builder.fptosi(rounded, ir.VectorType(INT, lanes))
 

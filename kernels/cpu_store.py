@@ -212,7 +212,7 @@ def store_worker() -> int:
 
 
 def compile_store_worker(sources: int) -> Any:
-    @worker  # type: ignore[untyped-decorator]
+    @worker
     def store_worker(parameters: Any) -> None:
         if sources:  # so that they are a part of its key
             run_store(address_of(parameters))
@@ -226,10 +226,11 @@ def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: Step
     keys, values = as_rows(keys, dtype), as_rows(values, dtype)
     num_units = len(step.seal_block_ids) * keys.shape[1] + len(step.stored_tokens) // TOKENS_AT_ONCE
     num_threads = min(torch.get_num_threads(), 1 + num_units // MIN_THREAD_UNITS)
+    scratch = thread_scratch("store", num_threads, SCRATCH_BYTES)
     counters = ctypes.create_string_buffer(2 * 8)
     fields = CALL.pack(
         ctypes.addressof(counters),
-        thread_scratch("store", num_threads, SCRATCH_BYTES),
+        scratch.address,
         len(step.seal_block_ids),
         step.seal_block_ids.data_ptr(),
         step.seal_sources.data_ptr(),

@@ -7,6 +7,7 @@ compiler is needed. Where a machine has no vectors, LLVM turns them into plain i
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -277,8 +278,12 @@ def cache_folder() -> Path:
     chosen = os.environ.get("PAGED_KV_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "paged_kv" / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError:  # nobody's home
+        folder = Path(tempfile.gettempdir())
+    return folder / "paged_kv" / "kernels"
 
 
 def _read(file: Path) -> bytes | None:

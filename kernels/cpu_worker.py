@@ -602,7 +602,7 @@ def attention_worker() -> int:
 
 
 def compile_attention_worker(sources: int) -> Any:
-    @worker  # type: ignore[untyped-decorator]
+    @worker
     def attention_worker(parameters: Any) -> None:
         if sources:  # so that they are a part of its key
             run_items(address_of(parameters))

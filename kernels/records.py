@@ -37,7 +37,9 @@ class LayerRecords:
     bits: int = 0
     key_clip: float = 1.0
     value_clip: float = 1.0
-    derived: dict[Any, Any] = field(default_factory=dict, repr=False)  # what a backend made of it
+    derived: dict[Any, Any] = field(
+        default_factory=dict, init=False, repr=False
+    )  # what a backend made of it
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def paged_attention(
     key_dim ** -0.5; for the masks see `kernels.attention.attend`. Call it once for each layer.
     """
     check_shapes(query, key, value, cache.layers[layer], len(step.indices.positions))
-    check_masks(query.shape[1], sliding_window, attention_chunk, sink_logits)
+    check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
     output = cache.backend.attend(
         query,
         key,
@@ -71,16 +71,19 @@ def check_shapes(
         )
 
 
-def check_masks(
+def check_rules(
     num_query_heads: int,
+    softcap: float | None,
     sliding_window: int | None,
     attention_chunk: int | None,
     sink_logits: Tensor | None,
 ) -> None:
-    """Raise `ConfigError` for masks that leave a token without itself, or sinks without a head."""
+    """Raise `ConfigError` for masks that leave a token without itself, sinks without a head ..."""
     for name, size in (("sliding_window", sliding_window), ("attention_chunk", attention_chunk)):
         if size is not None and size < 1:
             raise ConfigError(f"{name} must be at least 1, got {size}")
+    if softcap is not None and not softcap > 0:
+        raise ConfigError(f"softcap must be positive, got {softcap}")
     if sink_logits is not None and sink_logits.shape != (num_query_heads,):
         raise ConfigError(
             f"sink_logits must have shape ({num_query_heads},), got {tuple(sink_logits.shape)}"

@@ -54,18 +54,16 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
         raise ConfigError(f"backend 'cpu' cannot run on device {device}")
     try:
         return cpu_backend()
-    except ModuleNotFoundError as error:
-        if error.name not in ("numba", "llvmlite"):
-            raise
+    except ImportError as error:  # none, or one that does not fit the other packages
         if wanted == "cpu":
-            raise ConfigError(f"backend 'cpu' needs {error.name}: pip install numba") from error
-        warn_of_torch()
+            raise ConfigError(f"backend 'cpu' needs numba: {error}") from error
+        warn_of_torch(str(error))
         return TORCH_BACKEND
 
 
 @cache
 def cpu_backend() -> Backend:
-    """The CPU's own kernels; raises `ModuleNotFoundError` where numba is not installed."""
+    """The CPU's own kernels; raises `ImportError` where numba cannot be imported."""
     from .kernels.cpu_attention import attend as attend_on_cpu
     from .kernels.cpu_plan import CpuPlan
     from .kernels.cpu_store import store_tokens as store_on_cpu
@@ -75,11 +73,11 @@ def cpu_backend() -> Backend:
 
 
 @cache
-def warn_of_torch() -> None:
+def warn_of_torch(reason: str) -> None:
     """Once in a process."""
     warnings.warn(
-        "numba is not installed: attention runs on plain torch operations, several times slower; "
-        "pip install numba",
+        f"numba cannot be used ({reason}): attention runs on plain torch operations, several times "
+        "slower; pip install numba",
         RuntimeWarning,
         stacklevel=3,
     )

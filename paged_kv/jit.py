@@ -15,5 +15,8 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         from numba import njit
     except ImportError:
         return function
-    machine_code: Callable[P, R] = njit(cache=True, nogil=True)(function)
+    try:
+        machine_code: Callable[P, R] = njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder can be written
+        machine_code = njit(nogil=True)(function)
     return machine_code

@@ -362,6 +362,8 @@ def test_bad_shape_is_refused_by_name_and_shape_before_anything_is_stored(name, 
     [
         ({"sliding_window": 0}, "sliding_window must be at least 1, got 0"),
         ({"attention_chunk": -3}, "attention_chunk must be at least 1, got -3"),
+        ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
+        ({"softcap": float("nan")}, "softcap must be positive, got nan"),
         ({"sink_logits": torch.zeros(3)}, r"sink_logits must have shape \(4,\), got \(3,\)"),
     ],
 )

@@ -679,7 +679,7 @@ def test_scratch_may_hold_anything(kv_format, num_threads, monkeypatch, plans):
             ("attention", 4 * cpu_worker.SCRATCH_FLOATS),
             ("store", cpu_store.SCRATCH_BYTES),
         ):
-            address = cpu_native.thread_scratch(name, num_threads, size)
+            address = cpu_native.thread_scratch(name, num_threads, size).address
             ctypes.memset(address, NAN_BYTE, num_threads * size)
 
     def empty(*shape: int, **options: Any) -> Tensor:
@@ -892,3 +892,19 @@ def test_a_context_within_a_long_head_is_not_read_twice():
 def test_a_first_prompt_is_computed_by_all_threads():
     step = step_of([2048], [0], [0], num_head_tokens=64)
     assert plan_items(step, 4, 1, num_threads=2).num_threads == 2
+
+
+def test_a_plan_keeps_its_scratch_when_more_threads_get_a_larger_one():
+    step = step_of([1], [100], [0], num_head_tokens=64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        plan = cpu_plan.CpuPlan(step)
+        memory = weakref.ref(plan.scratch.memory)
+        torch.set_num_threads(7)
+        larger = cpu_plan.CpuPlan(step)
+    finally:
+        torch.set_num_threads(before)
+    gc.collect()
+    assert memory() is not None
+    assert larger.scratch.memory.size > plan.scratch.memory.size
