@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .cpu_microkernels import MAX_DIM
 from .cpu_native import (
     address_of,
     call,
@@ -41,7 +42,6 @@ from .records import LayerRecords, SealedViews, StepIndices
 
 TOKENS_AT_ONCE: Final = 8  # appended by one thread before it asks for more
 MIN_THREAD_UNITS: Final = 4  # seals and groups of tokens; fewer are not worth another thread
-MAX_DIM: Final = 256
 MAX_BLOCK_SIZE: Final = 128
 
 
