@@ -128,8 +128,8 @@ def test_every_step_sees_the_logits_of_a_full_forward_pass(
     assert preempted
     for prompt, output, rows in zip(prompts, outputs, seen, strict=True):
         expected = zoo.logits_alone(model, prompt, output)
-        # Both are float32: of GPT-OSS, whose logits reach 6.5, transformers' own are up to 6e-5 from
-        # those in float64, and ours 7e-5.
+        # Both are float32: of GPT-OSS, whose logits reach 6.5, transformers' own are up to 6e-5
+        # from those in float64, and ours 7e-5.
         torch.testing.assert_close(torch.stack(rows), expected, atol=2e-4, rtol=0)
 
 
