@@ -24,6 +24,7 @@ from .cpu_microkernels import (
     start_kernel,
     value_kernel,
 )
+from .cpu_native import as_rows, row_addresses
 from .cpu_plan import FIRST_LAYER_FIELD, CpuPlan, Longs
 from .cpu_threads import run_worker
 from .cpu_vectors import host_width
@@ -58,7 +59,7 @@ def attend(
     if not num_tokens:
         return output.to(query.dtype)
     work = plan.items(num_kv_heads, num_query_heads // num_kv_heads)
-    rows, keys, values = as_float_rows(query), as_float_rows(key), as_float_rows(value)
+    rows, keys, values = (as_rows(tensor, torch.float32) for tensor in (query, key, value))
     channel_major = channel_major_keys(keys) if plan.has_chunks else keys
     # With a softcap, scores are bounded in units of the softcap and then turned into powers of 2.
     factor = scale * LOG2_E if softcap is None else scale / softcap
@@ -68,11 +69,11 @@ def attend(
     CALL.pack_into(
         buffer,
         FIRST_CALL_BYTE,
-        *addresses(rows),
-        *addresses(keys),
+        *row_addresses(rows),
+        *row_addresses(keys),
         channel_major.data_ptr(),
         channel_major.shape[-1],
-        *addresses(values),
+        *row_addresses(values),
         output.data_ptr(),
         num_query_heads,
         sliding_window or 0,
@@ -87,19 +88,6 @@ def attend(
     work.counters[:] = work.zeros
     run_worker(attention_worker(), work.fields, work.num_threads)
     return output if query.dtype is torch.float32 else output.to(query.dtype)
-
-
-def as_float_rows(tensor: Tensor) -> Tensor:
-    """float32 with contiguous rows."""
-    if tensor.dtype is not torch.float32:
-        tensor = tensor.float()
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def addresses(tensor: Tensor) -> tuple[int, int, int]:
-    """Of float32 [T, heads, D]: address, bytes from token to token and from head to head."""
-    token_stride, head_stride, _ = tensor.stride()
-    return tensor.data_ptr(), 4 * token_stride, 4 * head_stride
 
 
 def channel_major_keys(keys: Tensor) -> Tensor:

@@ -47,11 +47,6 @@ NUM_ACCUMULATORS: Final = {16: 16, 8: 8, 4: 16}
 MIN_ACCUMULATORS: Final = 8  # fewer cannot hide the latency of an FMA
 
 
-def padded_rows(num_rows: int) -> int:
-    """The number of rows of the smallest kernel that takes `num_rows`."""
-    return next(rows for rows in (1, 2, 4, MAX_ROWS) if rows >= num_rows)
-
-
 def decode(emitter: Emitter, raw: Any, kind: str) -> list[Any]:
     """The float vectors, one a plane, in a raw vector of keys or values."""
     builder, lanes = emitter.builder, raw.type.count

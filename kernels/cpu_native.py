@@ -1,6 +1,7 @@
 """Functions for native workers: memory at addresses, atomic counters, calls, and how to compile.
 
-Knows numba. A worker is one function that every thread runs, with the address of its parameters.
+Knows numba, and where the rows of a tensor are. A worker is one function that every thread runs,
+with the address of its parameters.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 from numpy.typing import NDArray
+from torch import Tensor
+
+from .cpu_vectors import CACHE_LINE, FLOAT, LONG
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-CACHE_LINE: Final = 64
-LONG: Final = ir.IntType(64)
-FLOAT: Final = ir.FloatType()
 
 _local = threading.local()
 
@@ -42,6 +44,20 @@ def thread_scratch(name: str, num_threads: int, num_bytes: int) -> Scratch:
         memory = np.empty(num_threads * num_bytes + CACHE_LINE, dtype=np.uint8)
         kept[name] = Scratch(-(-int(memory.ctypes.data) // CACHE_LINE) * CACHE_LINE, memory)
     return kept[name]
+
+
+def as_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this precision, with contiguous rows; the tensor itself where it is so already."""
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def row_addresses(tensor: Tensor) -> tuple[int, int, int]:
+    """Of [T, heads, D]: address, bytes from token to token and from head to head."""
+    size = tensor.element_size()
+    token_stride, head_stride, _ = tensor.stride()
+    return tensor.data_ptr(), size * token_stride, size * head_stride
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:

@@ -67,7 +67,8 @@ def plan_items(
     context_lens = np.array(step.context_lens_host, dtype=np.int64)
     num_rows = np.array(step.query_lens, dtype=np.int64) * group_size
     num_row_tiles = -(-num_rows // MAX_ITEM_ROWS)
-    num_parts = count_parts(step, context_lens, num_row_tiles, num_kv_heads, num_threads)
+    unit_tokens, num_units = count_units(step, context_lens)
+    num_parts = count_parts(context_lens, num_units, num_row_tiles, num_kv_heads, num_threads)
     counts = num_row_tiles * num_kv_heads * num_parts
     sequence = np.repeat(np.arange(len(counts)), counts)
     index = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -82,8 +83,13 @@ def plan_items(
     items[:, Item.NUM_ROWS] = np.minimum(
         num_rows[sequence] - row_tile * MAX_ITEM_ROWS, MAX_ITEM_ROWS
     )
-    items[:, Item.START] = part_start(step, context_lens, sequence, part, parts)
-    items[:, Item.END] = part_start(step, context_lens, sequence, part + 1, parts)
+    # The first part has the head too, the last one the rest.
+    part_units, part_tokens = num_units[sequence], unit_tokens[sequence]
+    start, end = (
+        step.num_head_tokens + part_units * edge // parts * part_tokens for edge in (part, part + 1)
+    )
+    items[:, Item.START] = np.where(part == 0, 0, start)
+    items[:, Item.END] = np.where(part + 1 == parts, context_lens[sequence], end)
     is_split = parts > 1
     items[:, Item.NUM_PARTS] = parts
     items[:, Item.PARTIAL] = np.where(is_split, np.cumsum(is_split) - 1, -1)
@@ -123,8 +129,8 @@ def count_units(step: StepIndices, context_lens: Longs) -> tuple[Longs, Longs]:
 
 
 def count_parts(
-    step: StepIndices,
     context_lens: Longs,
+    num_units: Longs,
     num_row_tiles: Longs,
     num_kv_heads: int,
     num_threads: int,
@@ -134,18 +140,8 @@ def count_parts(
         return np.ones_like(context_lens)
     total = int((context_lens * num_row_tiles).sum()) * num_kv_heads
     share = max(MIN_SPLIT_TOKENS, total // (ITEMS_PER_THREAD * num_threads))
-    _, num_units = count_units(step, context_lens)
     num_parts = np.minimum(-(-context_lens // share), num_units)
     return np.where(num_row_tiles == 1, np.maximum(num_parts, 1), 1)
-
-
-def part_start(
-    step: StepIndices, context_lens: Longs, sequence: Longs, part: Longs, parts: Longs
-) -> Longs:
-    """Where a part of a context begins; the first one has the head, the last one the rest."""
-    unit_tokens, num_units = (values[sequence] for values in count_units(step, context_lens))
-    start = step.num_head_tokens + num_units * part // parts * unit_tokens
-    return np.where(part == 0, 0, np.where(part == parts, context_lens[sequence], start))
 
 
 def step_fields(

@@ -11,14 +11,13 @@ from typing import Any, Final
 
 from llvmlite import ir
 
-from .cpu_microkernels import ELEMENT_TYPES, NUM_PLANES, decode
+from .cpu_microkernels import ELEMENT_TYPES, MAX_DIM, NUM_PLANES, decode
 from .cpu_vectors import BYTE, FLOAT, HALF, INT, Emitter, MachineCode, host_width
+from .quantize import FP16_MAX, INT8_LIMIT, INT8_OFFSET
 
-HALF_MAX: Final = 65504.0
-KEY_ROW_BYTES: Final = (128 + 16) * 4  # of a channel's tokens in scratch
-VALUE_ROW_BYTES: Final = (256 + 16) * 4  # of a token's channels in scratch
-INT8_LIMIT: Final = 127
-INT8_OFFSET: Final = 128
+MAX_BLOCK_SIZE: Final = 128
+KEY_ROW_BYTES: Final = (MAX_BLOCK_SIZE + 16) * 4  # of a channel's tokens in scratch
+VALUE_ROW_BYTES: Final = (MAX_DIM + 16) * 4  # of a token's channels in scratch
 COPY_UNROLL: Final = 8  # dims are multiples of 8
 
 
@@ -53,7 +52,7 @@ def clamp(emitter: Emitter, vector: Any, low: float, high: float) -> Any:
 def to_half(emitter: Emitter, vector: Any) -> tuple[Any, Any]:
     """float32 rounded to half, saturating: the halves, and these as float32 again."""
     lanes = vector.type.count
-    saturated = clamp(emitter, vector, -HALF_MAX, HALF_MAX)
+    saturated = clamp(emitter, vector, -FP16_MAX, FP16_MAX)
     halves = emitter.builder.fptrunc(saturated, ir.VectorType(HALF, lanes))
     return halves, emitter.half_to_float(halves)
 

@@ -20,16 +20,19 @@ from torch import Tensor
 from .cpu_microkernels import MAX_DIM
 from .cpu_native import (
     address_of,
+    as_rows,
     call,
     fetch_add,
     load_long,
     native,
+    row_addresses,
     source_hash,
     thread_scratch,
     worker,
 )
 from .cpu_quantize import (
     KEY_ROW_BYTES,
+    MAX_BLOCK_SIZE,
     VALUE_ROW_BYTES,
     asymmetric_key_kernel,
     asymmetric_value_kernel,
@@ -42,7 +45,6 @@ from .records import LayerRecords, SealedViews, StepIndices
 
 TOKENS_AT_ONCE: Final = 8  # appended by one thread before it asks for more
 MIN_THREAD_UNITS: Final = 4  # seals and groups of tokens; fewer are not worth another thread
-MAX_BLOCK_SIZE: Final = 128
 
 
 class Field(IntEnum):
@@ -242,20 +244,6 @@ def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: Step
     )
     parameters = ctypes.create_string_buffer(fields + layer_fields(records))
     run_worker(store_worker(), ctypes.addressof(parameters), num_threads)
-
-
-def as_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the stored precision, with contiguous rows."""
-    if tensor.dtype is not dtype:
-        tensor = tensor.to(dtype)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def row_addresses(tensor: Tensor) -> tuple[int, int, int]:
-    """Of [T, heads, D]: address, bytes from token to token and from head to head."""
-    size = tensor.element_size()
-    token_stride, head_stride, _ = tensor.stride()
-    return tensor.data_ptr(), size * token_stride, size * head_stride
 
 
 def layer_fields(records: LayerRecords) -> bytes:

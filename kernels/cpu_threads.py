@@ -34,7 +34,7 @@ def launcher() -> Launch:
 
     def run_on_openmp(worker: int, argument: int, num_threads: int) -> None:
         if num_threads == 1:
-            native(worker)(argument)
+            callable_at(worker)(argument)
         else:
             parallel(worker, argument, num_threads, 0)
 
@@ -63,7 +63,7 @@ def loaded_libraries() -> list[str]:
 
 
 @cache
-def native(worker: int) -> Callable[[int], None]:
+def callable_at(worker: int) -> Callable[[int], None]:
     """A worker at an address as a Python function; it runs without the interpreter's lock."""
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(worker)
 
@@ -75,7 +75,7 @@ def plain_threads(count: int) -> ThreadPoolExecutor:
 
 def run_on_plain_threads(worker: int, argument: int, num_threads: int) -> None:
     """The worker on threads of our own, this one among them."""
-    call = native(worker)
+    call = callable_at(worker)
     others = []
     if num_threads > 1:
         pool = plain_threads(num_threads - 1)

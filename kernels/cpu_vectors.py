@@ -101,7 +101,8 @@ class Emitter:
         """Bring the cache line at `address`, which need not be valid, towards the processor."""
         pointer = BYTE.as_pointer()
         function = self._intrinsic("llvm.prefetch.p0", ir.VoidType(), [pointer, INT, INT, INT])
-        flags = [ir.Constant(INT, flag) for flag in (0, 2, 1)]  # read, keep, data
+        # To read, into the second cache, data.
+        flags = [ir.Constant(INT, flag) for flag in (0, 2, 1)]
         self.builder.call(function, [self._pointer(address, BYTE), *flags])
 
     def _pointer(self, address: Any, kind: Any) -> Any:
