@@ -1,4 +1,4 @@
-"""Attention of new tokens over paged context on a CPU: plans the work, sets the worker's fields.
+"""Attention of new tokens over paged context on a CPU: sets the worker's fields and starts it.
 
 Same signatures as the torch reference in `attention`. The work of a step is cut into items once,
 for all layers; a call sets a few addresses and starts the worker on torch's threads.
@@ -7,7 +7,7 @@ for all layers; a call sets a few addresses and starts the worker on torch's thr
 from __future__ import annotations
 
 from struct import Struct
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from .cpu_microkernels import (
 )
 from .cpu_native import as_rows, row_addresses
 from .cpu_plan import FIRST_LAYER_FIELD, CpuPlan, Longs
+from .cpu_quantize import copy_kernel
+from .cpu_store import seal_blocks
 from .cpu_threads import run_worker
 from .cpu_vectors import host_width
 from .cpu_worker import NEW_TOKEN_ROWS, NUM_VARIANTS, Field, attention_worker
-from .records import LayerRecords, SealedViews
+from .records import LayerRecords, SealedViews, StepIndices
 
 LOG2_E: Final = 1.4426950408889634
 ROW_VARIANTS: Final = (1, 2, 4, MAX_ROWS)
@@ -51,8 +53,12 @@ def attend(
     sliding_window: int | None = None,
     attention_chunk: int | None = None,
     sink_logits: Tensor | None = None,
+    appends: bool = False,
 ) -> Tensor:
-    """As `attention.attend`; sums are float32 whatever the dtype of the query."""
+    """As `attention.attend`; sums are float32 whatever the dtype of the query.
+
+    With `appends`, those new tokens that the step stores in open blocks are written there.
+    """
     num_tokens, num_query_heads, _ = query.shape
     num_kv_heads, value_dim = value.shape[1:]
     output = torch.empty(num_tokens, num_query_heads, value_dim, dtype=torch.float32)
@@ -79,6 +85,7 @@ def attend(
         sliding_window or 0,
         attention_chunk or 0,
         0 if sinks is None else sinks.data_ptr(),
+        int(appends),
         work.fields + NUMBERS_BYTE,
         plan.scratch.address,
         0.0,
@@ -88,6 +95,22 @@ def attend(
     work.counters[:] = work.zeros
     run_worker(attention_worker(), work.fields, work.num_threads)
     return output if query.dtype is torch.float32 else output.to(query.dtype)
+
+
+def attend_and_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    records: LayerRecords,
+    step: StepIndices,
+    plan: CpuPlan,
+    **rules: Any,
+) -> Tensor:
+    """`attend`, then write the new tokens; the same bytes as by `store.store_tokens`."""
+    output = attend(query, key, value, records, plan, appends=True, **rules)
+    if len(step.seal_block_ids):
+        seal_blocks(records, key, value, step)
+    return output
 
 
 def channel_major_keys(keys: Tensor) -> Tensor:
@@ -131,6 +154,8 @@ def make_layer_fields(records: LayerRecords, kernels: Longs, has_softcap: bool) 
         start_kernel(has_softcap).address,
         softmax_kernel("none", has_softcap, host_width()).address,
         softmax_kernel(scaling_of(records), has_softcap, host_width()).address,
+        itemsize,
+        copy_kernel("float32", str(keys.dtype).removeprefix("torch.")).address,
     ]
 
 

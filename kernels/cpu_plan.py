@@ -101,7 +101,16 @@ def plan_items(
     counters = np.zeros(2 + num_partials, dtype=np.int64)
     partials = np.empty((num_partials, MAX_ITEM_ROWS, PARTIAL_FLOATS), dtype=np.float32)
     fields = np.zeros(Field.COUNT + NUMBERS_LONGS, dtype=np.int64)
-    fields[:FIRST_LAYER_FIELD] = step_fields(step, items, counters, partials, group_size)
+    # The stored tokens are in the order of the step.
+    stored_starts = np.searchsorted(step.stored_tokens.numpy(), step.query_start_loc.numpy())
+    fields[:FIRST_LAYER_FIELD] = [
+        *step_fields(step, items, group_size),
+        counters.ctypes.data,
+        partials.ctypes.data,
+        stored_starts.ctypes.data,
+        step.stored_tokens.data_ptr(),
+        step.stored_slots.data_ptr(),
+    ]
     num_new = np.array(step.query_lens)[items[:, Item.SEQUENCE]]
     num_tokens = int((items[:, Item.END] - items[:, Item.START] + num_new).sum())
     return WorkItems(
@@ -110,7 +119,7 @@ def plan_items(
         buffer=fields.data.cast("B"),
         counters=counters.data.cast("B"),
         zeros=bytes(counters.nbytes),
-        arrays=(items, counters, partials, fields),
+        arrays=(items, counters, partials, stored_starts, fields),
     )
 
 
@@ -144,13 +153,7 @@ def count_parts(
     return np.where(num_row_tiles == 1, np.maximum(num_parts, 1), 1)
 
 
-def step_fields(
-    step: StepIndices,
-    items: Longs,
-    counters: Longs,
-    partials: NDArray[np.float32],
-    group_size: int,
-) -> list[int]:
+def step_fields(step: StepIndices, items: Longs, group_size: int) -> list[int]:
     """The first fields of the worker, in order."""
     return [
         len(items),
@@ -166,6 +169,4 @@ def step_fields(
         step.open_block_size,
         step.num_head_tokens,
         group_size,
-        counters.ctypes.data,
-        partials.ctypes.data,
     ]

@@ -12,18 +12,19 @@ from typing import Any, Final
 from llvmlite import ir
 
 from .cpu_microkernels import ELEMENT_TYPES, MAX_DIM, NUM_PLANES, decode
-from .cpu_vectors import BYTE, FLOAT, HALF, INT, Emitter, MachineCode, host_width
+from .cpu_vectors import BYTE, FLOAT, HALF, INT, SHORT, Emitter, MachineCode, host_width
 from .quantize import FP16_MAX, INT8_LIMIT, INT8_OFFSET
 
 MAX_BLOCK_SIZE: Final = 128
 KEY_ROW_BYTES: Final = (MAX_BLOCK_SIZE + 16) * 4  # of a channel's tokens in scratch
 VALUE_ROW_BYTES: Final = (MAX_DIM + 16) * 4  # of a token's channels in scratch
 COPY_UNROLL: Final = 8  # dims are multiples of 8
+NAN_BITS: Final = 0x7FC00000  # of a float32
 
 
 @cache
-def copy_kernel(kind: str, is_converted: bool) -> MachineCode:
-    """Copy elements at strides, as they are or to float32.
+def copy_kernel(source_kind: str, target_kind: str) -> MachineCode:
+    """Copy elements at strides: of one kind, to float32, or from float32, rounded to even.
 
     Arguments: source, source stride, target, target stride, count (a multiple of 8).
     """
@@ -34,13 +35,32 @@ def copy_kernel(kind: str, is_converted: bool) -> MachineCode:
         start = builder.add(source, builder.mul(first, source_stride))
         end = builder.add(target, builder.mul(first, target_stride))
         for _ in range(COPY_UNROLL):
-            element = emitter.load(start, ELEMENT_TYPES[kind])
-            if is_converted:
-                element = decode(emitter, emitter.splat(element, 1), kind)[0]
-                element = builder.extract_element(element, ir.Constant(INT, 0))
+            element = emitter.load(start, ELEMENT_TYPES[source_kind], 1)
+            if source_kind != target_kind:
+                [element] = decode(emitter, element, source_kind)
+                element = encode(emitter, element, target_kind)
             emitter.store(element, end)
             start, end = builder.add(start, source_stride), builder.add(end, target_stride)
     return MachineCode("copy", emitter.finish())
+
+
+def encode(emitter: Emitter, floats: Any, kind: str) -> Any:
+    """A float32 vector as elements of open blocks, rounded to even; the inverse of `decode`."""
+    builder, lanes = emitter.builder, floats.type.count
+    if kind == "float32":
+        return floats
+    if kind == "float16":
+        return builder.fptrunc(floats, ir.VectorType(HALF, lanes))
+    ints = ir.VectorType(INT, lanes)
+    bits = builder.bitcast(floats, ints)
+    is_odd = builder.and_(
+        builder.lshr(bits, emitter.integers(16, INT, lanes)), emitter.integers(1, INT, lanes)
+    )
+    rounded = builder.add(bits, builder.add(is_odd, emitter.integers(0x7FFF, INT, lanes)))
+    is_number = builder.fcmp_ordered("ord", floats, floats)
+    rounded = builder.select(is_number, rounded, emitter.integers(NAN_BITS, INT, lanes))
+    high = builder.lshr(rounded, emitter.integers(16, INT, lanes))
+    return builder.trunc(high, ir.VectorType(SHORT, lanes))
 
 
 def clamp(emitter: Emitter, vector: Any, low: float, high: float) -> Any:

@@ -224,9 +224,20 @@ def compile_store_worker(sources: int) -> Any:
 
 def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
     """As `store.store_tokens`."""
+    run_store_worker(records, keys, values, step, num_stored=len(step.stored_tokens))
+
+
+def seal_blocks(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
+    """What is left of `store_tokens` where attention has appended."""
+    run_store_worker(records, keys, values, step, num_stored=0)
+
+
+def run_store_worker(
+    records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices, *, num_stored: int
+) -> None:
     dtype = records.open_keys.dtype
     keys, values = as_rows(keys, dtype), as_rows(values, dtype)
-    num_units = len(step.seal_block_ids) * keys.shape[1] + len(step.stored_tokens) // TOKENS_AT_ONCE
+    num_units = len(step.seal_block_ids) * keys.shape[1] + num_stored // TOKENS_AT_ONCE
     num_threads = min(torch.get_num_threads(), 1 + num_units // MIN_THREAD_UNITS)
     scratch = thread_scratch("store", num_threads, SCRATCH_BYTES)
     counters = ctypes.create_string_buffer(2 * 8)
@@ -236,7 +247,7 @@ def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: Step
         len(step.seal_block_ids),
         step.seal_block_ids.data_ptr(),
         step.seal_sources.data_ptr(),
-        len(step.stored_tokens),
+        num_stored,
         step.stored_tokens.data_ptr(),
         step.stored_slots.data_ptr(),
         *row_addresses(keys),
@@ -273,8 +284,8 @@ def make_layer_fields(records: LayerRecords, clips: NDArray[np.float32]) -> list
         values.data_ptr(),
         keys.stride(3) * size,
         values.stride(2) * size,
-        copy_kernel(dtype, False).address,
-        copy_kernel(dtype, True).address,
+        copy_kernel(dtype, dtype).address,
+        copy_kernel(dtype, "float32").address,
     ]
     if records.sealed is None:
         fields += [0] * (Field.COUNT - Field.BLOCK_SIZE)

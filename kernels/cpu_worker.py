@@ -59,6 +59,9 @@ class Field(IntEnum):
     GROUP_SIZE = auto()  # query heads of a kv head
     COUNTERS = auto()  # next item, next thread, then one for each split row
     PARTIALS = auto()
+    STORED_STARTS = auto()  # [N + 1] where a sequence's stored tokens begin among all of them
+    STORED_TOKENS = auto()
+    STORED_SLOTS = auto()
     # The layer.
     KEY_DIM = auto()
     VALUE_DIM = auto()
@@ -87,6 +90,8 @@ class Field(IntEnum):
     START = auto()
     SOFTMAX = auto()
     SOFTMAX_SEALED = auto()
+    ITEM_BYTES = auto()  # of an element in open blocks
+    ROUND = auto()  # from float32 to elements of open blocks
     # The call.
     QUERY = auto()
     QUERY_TOKEN_STRIDE = auto()
@@ -104,6 +109,7 @@ class Field(IntEnum):
     SLIDING_WINDOW = auto()  # 0: none
     ATTENTION_CHUNK = auto()
     SINK_LOGITS = auto()
+    APPENDS = auto()  # whether new tokens are written to open blocks
     NUMBERS = auto()  # float32: shift of queries (0), their factor, softcap
     SCRATCH = auto()
     COUNT = auto()
@@ -556,6 +562,32 @@ def merge_parts(p: int, item: int, scratch: int) -> None:
 
 
 @native
+def append_tokens(p: int, item: int) -> None:
+    """Copy the sequence's new tokens of one head into their slots.
+
+    Right behind attention to the tail: a token's key is one element of as many cache lines as
+    it has channels, and now they are at hand.
+    """
+    sequence, head = load_long(item, Item.SEQUENCE), load_long(item, Item.KV_HEAD)
+    size, item_bytes = load_long(p, Field.OPEN_BLOCK_SIZE), load_long(p, Field.ITEM_BYTES)
+    key = load_long(p, Field.KEY) + head * load_long(p, Field.KEY_HEAD_STRIDE)
+    value = load_long(p, Field.VALUE) + head * load_long(p, Field.VALUE_HEAD_STRIDE)
+    key_stride = load_long(p, Field.OPEN_KEY_STRIDE)
+    value_stride = load_long(p, Field.OPEN_VALUE_STRIDE)
+    starts, round_to = load_long(p, Field.STORED_STARTS), load_long(p, Field.ROUND)
+    for index in range(load_long(starts, sequence), load_long(starts, sequence + 1)):
+        token = load_long(load_long(p, Field.STORED_TOKENS), index)
+        block, offset = divmod(load_long(load_long(p, Field.STORED_SLOTS), index), size)
+        record = block * load_long(p, Field.BLOCK_STRIDE) + head * load_long(p, Field.HEAD_STRIDE)
+        source = key + token * load_long(p, Field.KEY_TOKEN_STRIDE)
+        target = load_long(p, Field.OPEN_KEYS) + record + offset * item_bytes
+        call(round_to, (source, 4, target, key_stride, load_long(p, Field.KEY_DIM)))
+        source = value + token * load_long(p, Field.VALUE_TOKEN_STRIDE)
+        target = load_long(p, Field.OPEN_VALUES) + record + offset * value_stride
+        call(round_to, (source, 4, target, item_bytes, load_long(p, Field.VALUE_DIM)))
+
+
+@native
 def run_item(p: int, item: int, scratch: int) -> None:
     sequence = load_long(item, Item.SEQUENCE)
     starts = load_long(p, Field.QUERY_START_LOC)
@@ -571,6 +603,8 @@ def run_item(p: int, item: int, scratch: int) -> None:
         num_seen = last_row // load_long(p, Field.GROUP_SIZE) + 1
         for start in range(0, num_seen, TILE_TOKENS):
             attend_new(p, item, scratch, start, min(num_seen - start, TILE_TOKENS))
+    if is_last_part and load_long(item, Item.FIRST_ROW) == 0 and load_long(p, Field.APPENDS):
+        append_tokens(p, item)
     finish_rows(p, item, scratch)
     if load_long(item, Item.PARTIAL) >= 0:
         counter = load_long(p, Field.COUNTERS) + 8 * load_long(item, Item.COUNTER)

@@ -31,11 +31,12 @@ def paged_attention(
     """
     check_shapes(query, key, value, cache.layers[layer], len(step.indices.positions))
     check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
-    output = cache.backend.attend(
+    return cache.backend.attend_and_store(
         query,
         key,
         value,
         cache.records[layer],
+        step.indices,
         step.plan,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
@@ -43,8 +44,6 @@ def paged_attention(
         attention_chunk=attention_chunk,
         sink_logits=sink_logits,
     )
-    cache.backend.store_tokens(cache.records[layer], key, value, step.indices)
-    return output
 
 
 def check_shapes(

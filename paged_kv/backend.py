@@ -1,8 +1,8 @@
 """Which kernels run: the one place where a backend is chosen. Knows devices, never blocks.
 
-A backend is four functions of the same signatures: `warm_up` for all layers of a cache, `plan` a
-step once for all layers, `attend` and `store_tokens` for each layer. PAGED_KV_BACKEND=torch or cpu
-overrides the choice.
+A backend is functions of the same signatures: `warm_up` for all layers of a cache, `plan` a step
+once for all layers, `attend_and_store` for each layer, or one of `attend` and `store_tokens` where
+the other is done elsewhere. PAGED_KV_BACKEND=torch or cpu overrides the choice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .kernels.attention import attend, plan_groups
+from .kernels.attention import AnyGroup, attend, plan_groups
 from .kernels.records import LayerRecords, StepIndices
 from .kernels.store import store_tokens
 
@@ -34,13 +34,31 @@ class Backend:
     plan: Callable[[StepIndices], Any]
     attend: Callable[..., Tensor]
     store_tokens: Callable[[LayerRecords, Tensor, Tensor, StepIndices], None]
+    attend_and_store: Callable[..., Tensor]
 
 
 def nothing_to_warm_up(layers: Sequence[LayerRecords]) -> None:
     """Torch brings its operations compiled."""
 
 
-TORCH_BACKEND: Final = Backend("torch", nothing_to_warm_up, plan_groups, attend, store_tokens)
+def attend_and_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    records: LayerRecords,
+    step: StepIndices,
+    plan: list[AnyGroup],
+    **rules: Any,
+) -> Tensor:
+    """One after the other."""
+    output = attend(query, key, value, records, plan, **rules)
+    store_tokens(records, key, value, step)
+    return output
+
+
+TORCH_BACKEND: Final = Backend(
+    "torch", nothing_to_warm_up, plan_groups, attend, store_tokens, attend_and_store
+)
 
 
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
@@ -64,12 +82,12 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
 @cache
 def cpu_backend() -> Backend:
     """The CPU's own kernels; raises `ImportError` where numba cannot be imported."""
-    from .kernels.cpu_attention import attend as attend_on_cpu
+    from .kernels.cpu_attention import attend, attend_and_store
     from .kernels.cpu_plan import CpuPlan
-    from .kernels.cpu_store import store_tokens as store_on_cpu
+    from .kernels.cpu_store import store_tokens
     from .kernels.cpu_warm_up import warm_up
 
-    return Backend("cpu", warm_up, CpuPlan, attend_on_cpu, store_on_cpu)
+    return Backend("cpu", warm_up, CpuPlan, attend, store_tokens, attend_and_store)
 
 
 @cache

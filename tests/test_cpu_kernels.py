@@ -411,7 +411,7 @@ def check_parts_of_rows(step: StepIndices, sequence: int, parts: NDArray[np.int6
 
 
 def check_items(step: StepIndices, num_kv_heads: int, group_size: int, work: WorkItems) -> None:
-    items, counters, partials, _ = work.arrays
+    items, counters, partials, *_ = work.arrays
     keys = (Item.SEQUENCE, Item.KV_HEAD, Item.FIRST_ROW, Item.NUM_ROWS)
     groups: dict[tuple[int, ...], list[NDArray[np.int64]]] = {}
     for item in items:
@@ -609,6 +609,33 @@ def test_two_threads_store_the_same_bytes(kv_format, two_threads):
     assert torch.equal(stored, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_are_rounded_as_torch_does(dtype):
+    """Any bits, and what is halfway between two numbers of the lower precision."""
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
+    bits[::4] = bits[::4] & 0xFFFF0000 | 0x8000  # halfway as bfloat16
+    bits[1::4] = bits[1::4] & 0xFFFFE000 | 0x1000  # as float16
+    floats = torch.from_numpy(bits.view(np.float32))
+    kernel = cpu_quantize.copy_kernel("float32", str(dtype).removeprefix("torch."))
+    rounded = torch.empty(len(floats), 2, dtype=dtype)[:, 0]
+    stride = 2 * dtype.itemsize
+    kernel_call = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(kernel.address)
+    kernel_call(floats.data_ptr(), 4, rounded.data_ptr(), stride, len(floats))
+    torch.testing.assert_close(rounded, floats.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_attention_alone_stores_nothing():
+    fleet, slots = ragged_fleet(layer_of(INT8), (70, 200), gqa_group=2)
+    plan = fleet.manager.reserve(np.array(slots), np.ones(2, dtype=np.int64))
+    assert plan is not None
+    step = fleet.cache.begin(plan)
+    heads, dim = 2, fleet.cache.layers[0].key_dim
+    before = fleet.cache.arenas[0].clone()
+    new = torch.randn(2, heads, dim)
+    cpu_attention.attend(new, new, new, fleet.cache.records[0], step.plan, scale=1.0)
+    assert torch.equal(fleet.cache.arenas[0], before)
+
+
 def test_infinite_values_saturate_in_8_bits():
     keys = torch.randn(4, 128, 2, 16, generator=torch.Generator().manual_seed(0))
     keys[0, ::7, :, 3] = torch.inf
@@ -648,13 +675,16 @@ def test_what_is_not_finite_is_sealed_as_in_the_reference(kv_format, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @ALL_FORMATS
-def test_a_whole_cache_has_the_bytes_of_the_reference_after_every_step(kv_format, dtype):
+def test_a_whole_cache_has_the_bytes_of_the_reference_after_every_step(
+    kv_format, dtype, two_threads
+):
+    """Decode, chunks of several row tiles, contexts in parts; blocks are sealed on the way."""
     layers = [layer_of(kv_format, key_dim=24, value_dim=40), layer_of(kv_format, heads=3)]
     fleets = [Fleet(layers, dtype=dtype, backend=backend) for backend in ("cpu", "torch")]
     for fleet in fleets:
         for seed in range(3):
-            fleet.add(make_stream(layers, 500, seed, torch.float32))
-    for counts in ((150, 1, 33), (1, 1, 1), (300, 160, 97), (1, 200, 7), (20, 1, 1)):
+            fleet.add(make_stream(layers, 1600, seed, torch.float32))
+    for counts in ((1150, 1, 33), (1, 1, 1), (300, 160, 97), (1, 200, 7), (20, 1, 1)):
         for fleet in fleets:
             fleet.step(dict(zip(fleet.streams, counts, strict=True)))
         for stored, expected in zip(*(fleet.cache.arenas for fleet in fleets), strict=True):
