@@ -8,8 +8,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
 
+# Triton's kernels are interpreted where there is no GPU; what the compiler makes of them is looked
+# at in a second run.
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 -q
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/test_machine_code.py tests/test_triton_machine_code.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -21,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[models,cpu]" --group dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[models,cpu,gpu]" --group dev
 	touch $@
 
 clean:

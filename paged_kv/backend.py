@@ -2,7 +2,8 @@
 
 A backend is functions of the same signatures: `warm_up` for all layers of a cache, `plan` a step
 once for all layers, `attend_and_store` for each layer, or one of `attend` and `store_tokens` where
-the other is done elsewhere. PAGED_KV_BACKEND=torch or cpu overrides the choice.
+the other is done elsewhere. PAGED_KV_BACKEND=torch, cpu or triton overrides the
+choice.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .kernels.records import LayerRecords, StepIndices
 from .kernels.store import store_tokens
 
 BACKEND_VARIABLE: Final = "PAGED_KV_BACKEND"
+NEEDED_PACKAGE: Final = {"cpu": "numba", "triton": "triton"}
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,22 @@ TORCH_BACKEND: Final = Backend(
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     """The backend of that name, or the one that PAGED_KV_BACKEND or else the device asks for."""
     wanted = name or os.environ.get(BACKEND_VARIABLE) or None
-    if wanted not in (None, "torch", "cpu"):
-        raise ConfigError(f"unknown backend {wanted!r}; expected torch or cpu")
-    if wanted == "torch" or (wanted is None and device.type != "cpu"):
+    if wanted not in (None, "torch", *NEEDED_PACKAGE):
+        raise ConfigError(f"unknown backend {wanted!r}; expected torch, cpu or triton")
+    chosen = wanted or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
+    if chosen == "torch":
         return TORCH_BACKEND
-    if device.type != "cpu":
+    if chosen == "cpu" and device.type != "cpu":
         raise ConfigError(f"backend 'cpu' cannot run on device {device}")
     try:
-        return cpu_backend()
+        backend = cpu_backend() if chosen == "cpu" else triton_backend(device.type)
     except ImportError as error:  # none, or one that does not fit the other packages
-        if wanted == "cpu":
-            raise ConfigError(f"backend 'cpu' needs numba: {error}") from error
-        warn_of_torch(str(error))
+        package = NEEDED_PACKAGE[chosen]
+        if wanted:
+            raise ConfigError(f"backend {chosen!r} needs {package}: {error}") from error
+        warn_of_torch(package, str(error))
         return TORCH_BACKEND
+    return backend
 
 
 @cache
@@ -91,11 +96,27 @@ def cpu_backend() -> Backend:
 
 
 @cache
-def warn_of_torch(reason: str) -> None:
+def triton_backend(device_type: str) -> Backend:
+    """A GPU's kernels; raises `ImportError` where triton cannot be imported."""
+    from .kernels.triton_attention import attend, attend_and_store
+    from .kernels.triton_codes import INTERPRETED
+    from .kernels.triton_plan import TritonPlan
+    from .kernels.triton_store import store_tokens
+
+    if device_type != "cuda" and not INTERPRETED:
+        raise ConfigError(
+            f"backend 'triton' cannot run on device {device_type}, unless TRITON_INTERPRET=1 was "
+            "set before triton was imported"
+        )
+    return Backend("triton", nothing_to_warm_up, TritonPlan, attend, store_tokens, attend_and_store)
+
+
+@cache
+def warn_of_torch(package: str, reason: str) -> None:
     """Once in a process."""
     warnings.warn(
-        f"numba cannot be used ({reason}): attention runs on plain torch operations, several times "
-        "slower; pip install numba",
+        f"{package} cannot be used ({reason}): attention runs on plain torch operations, several "
+        f"times slower; pip install {package}",
         RuntimeWarning,
         stacklevel=3,
     )

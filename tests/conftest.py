@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-collect_ignore = [] if find_spec("numba") else ["test_cpu_kernels.py"]
+NEEDED_PACKAGE = {
+    "test_cpu_kernels.py": "numba",
+    "test_machine_code.py": "triton",
+    "test_triton_kernels.py": "triton",
+    "test_triton_machine_code.py": "triton",
+}
+collect_ignore = [name for name, package in NEEDED_PACKAGE.items() if not find_spec(package)]
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from tests.attention_oracle import layer_of
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 NEEDS_NUMBA = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
 
 
@@ -33,9 +35,34 @@ def test_a_cpu_has_its_own_kernels() -> None:
     assert choose_backend(CPU, "cpu") is choose_backend(CPU)
 
 
-@pytest.mark.parametrize("device", ["cuda", "meta"])
-def test_another_device_runs_the_torch_reference(device: str) -> None:
-    assert choose_backend(torch.device(device)) is TORCH_BACKEND
+@NEEDS_TRITON
+def test_a_gpu_has_its_own_kernels() -> None:
+    assert choose_backend(torch.device("cuda")).name == "triton"
+    assert choose_backend(torch.device("cuda", 1), "triton") is choose_backend(torch.device("cuda"))
+
+
+def test_another_device_runs_the_torch_reference() -> None:
+    assert choose_backend(torch.device("meta")) is TORCH_BACKEND
+
+
+@NEEDS_TRITON
+def test_triton_is_refused_on_a_cpu_unless_it_interprets() -> None:
+    script = """
+import torch
+from paged_kv.backend import choose_backend
+from paged_kv.errors import ConfigError
+try:
+    print(choose_backend(torch.device("cpu"), "triton").name)
+except ConfigError as error:
+    print(error)
+"""
+    expected = {"0": "backend 'triton' cannot run on device cpu", "1": "triton\n"}
+    for interpret, start in expected.items():
+        environment = os.environ | {"TRITON_INTERPRET": interpret}
+        result = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+        )
+        assert result.stdout.startswith(start), result.stderr
 
 
 def test_torch_can_be_asked_for_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +99,9 @@ def test_unknown_backend_is_refused_by_name(
     if is_variable:
         monkeypatch.setenv(BACKEND_VARIABLE, "triton9")
     name = None if is_variable else "triton9"
-    with pytest.raises(ConfigError, match=r"unknown backend 'triton9'; expected torch or cpu"):
+    with pytest.raises(
+        ConfigError, match=r"unknown backend 'triton9'; expected torch, cpu or triton"
+    ):
         choose_backend(torch.device(device), name)
 
 

@@ -1,0 +1,255 @@
+"""Attention of new tokens over paged context on a GPU: launches Triton's kernels.
+
+Same signatures as the torch reference in `attention`. Three launches: the sealed body, open blocks
+with the new tokens, and the merge of all parts, which appends the new tokens on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+from .records import LayerRecords, SealedViews, StepIndices
+from .triton_launch import open_launch, sealed_launch
+from .triton_open import attend_open
+from .triton_plan import RowGroup, TritonPlan
+from .triton_rows import merge_parts
+from .triton_sealed import attend_sealed
+from .triton_store import as_rows, open_strides, power_of_2, seal_blocks
+
+MIN_SPLIT_TOKENS: Final = 512  # of context; a smaller part is not worth merging
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `attend`: a layer's new tokens and rules."""
+
+    query: Tensor  # [T, Hq, key_dim]
+    key: Tensor  # [T, H, key_dim]
+    value: Tensor  # [T, H, value_dim]
+    records: LayerRecords
+    plan: TritonPlan
+    scale: float  # with a softcap, scores are in units of it
+    softcap: float
+    sliding_window: int  # 0: none
+    attention_chunk: int
+    sink_logits: Tensor | None
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What all kernels are compiled for."""
+        _, num_heads, key_dim = self.key.shape
+        value_dim = self.value.shape[2]
+        return {
+            "NUM_HEADS": num_heads,
+            "GROUP_SIZE": self.query.shape[1] // num_heads,
+            "KEY_DIM": key_dim,
+            "VALUE_DIM": value_dim,
+            "KEY_COLUMNS": power_of_2(key_dim),
+            "VALUE_COLUMNS": power_of_2(value_dim),
+        }
+
+    @property
+    def rules(self) -> tuple[float, float, int, int]:
+        return self.scale, self.softcap, self.sliding_window, self.attention_chunk
+
+    @property
+    def rule_kinds(self) -> dict[str, bool]:
+        return {
+            "HAS_SOFTCAP": self.softcap > 0,
+            "HIDES_CONTEXT": self.sliding_window + self.attention_chunk > 0,
+        }
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    records: LayerRecords,
+    plan: TritonPlan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    attention_chunk: int | None = None,
+    sink_logits: Tensor | None = None,
+    appends: bool = False,
+) -> Tensor:
+    """As `attention.attend`; sums are float32 whatever the dtype of the query.
+
+    With `appends`, those new tokens that the step stores in open blocks are written there.
+    """
+    query, key, value = (as_rows(tensor) for tensor in (query, key, value))
+    call = Call(
+        query,
+        key,
+        value,
+        records,
+        plan,
+        scale=scale if softcap is None else scale / softcap,
+        softcap=softcap or 0.0,
+        sliding_window=sliding_window or 0,
+        attention_chunk=attention_chunk or 0,
+        sink_logits=sink_logits,
+    )
+    output = query.new_empty(*query.shape[:2], value.shape[2])
+    for group in plan.groups(key.shape[1], query.shape[1] // key.shape[1]):
+        attend_group(call, group, output, appends)
+    return output
+
+
+def attend_and_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    records: LayerRecords,
+    step: StepIndices,
+    plan: TritonPlan,
+    **rules: Any,
+) -> Tensor:
+    """`attend`, then write the new tokens; the same bytes as by `store.store_tokens`."""
+    output = attend(query, key, value, records, plan, appends=True, **rules)
+    seal_blocks(records, key, value, step)
+    return output
+
+
+def attend_group(call: Call, group: RowGroup, output: Tensor, appends: bool) -> None:
+    """All parts of a group's tiles, then their merge."""
+    sealed = call.records.sealed
+    open_splits, sealed_splits = (group.num_splits, 0) if sealed is None else (1, group.num_splits)
+    num_parts = open_splits + sealed_splits
+    num_programs = len(group.tiles) * call.key.shape[1]
+    partials = call.plan.partials(num_programs * num_parts, group.tile_rows, call.value.shape[2])
+    run_open(call, group, partials, num_parts, open_splits)
+    if sealed is not None:
+        run_sealed(call, sealed, group, partials, num_parts, sealed_splits)
+    run_merge(call, group, partials, num_parts, output, appends)
+
+
+def run_sealed(
+    call: Call,
+    sealed: SealedViews,
+    group: RowGroup,
+    partials: tuple[Tensor, Tensor],
+    num_parts: int,
+    num_splits: int,
+) -> None:
+    step, bits = call.plan.step, call.records.bits
+    num_code_rows = sealed.key_codes.shape[2]
+    launch = sealed_launch(bits, group.tile_rows)
+    attend_sealed[len(group.tiles), call.key.shape[1], num_splits](
+        call.query,
+        *call.query.stride()[:2],
+        sealed.key_codes,
+        sealed.value_codes,
+        sealed.key_scale,
+        sealed.key_zero,
+        sealed.value_scale,
+        sealed.value_zero,
+        group.tiles,
+        step.query_start_loc,
+        step.context_lens,
+        step.num_sealed,
+        step.sealed_table,
+        step.sealed_table.stride(0),
+        *partials,
+        *call.rules,
+        KEY_STRIDES=sealed.key_codes.stride()[2:],
+        VALUE_STRIDES=sealed.value_codes.stride()[2:],
+        BITS=bits,
+        BLOCK_SIZE=step.block_size,
+        NUM_KEY_GROUPS=0 if sealed.key_zero is None else sealed.key_zero.shape[2],
+        NUM_HEAD_TOKENS=step.num_head_tokens,
+        RECORD_BYTES=sealed.key_codes.stride(1),
+        ROWS=group.tile_rows,
+        TILE=min(launch.tile, num_code_rows, rows_of_group(sealed)),
+        NUM_PARTS=num_parts,
+        NUM_SPLITS=num_splits,
+        MIN_SPLIT_BLOCKS=-(-MIN_SPLIT_TOKENS // step.block_size),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **call.shape,
+        **call.rule_kinds,
+    )
+
+
+def rows_of_group(sealed: SealedViews) -> int:
+    """Tokens that share a key scale; a plane's rows may have more than one such group."""
+    block_size = sealed.value_scale.shape[2]
+    return block_size if sealed.key_zero is None else block_size // sealed.key_zero.shape[2]
+
+
+def run_open(
+    call: Call,
+    group: RowGroup,
+    partials: tuple[Tensor, Tensor],
+    num_parts: int,
+    num_splits: int,
+) -> None:
+    step, records = call.plan.step, call.records
+    launch = open_launch(group.tile_rows)
+    attend_open[len(group.tiles), call.key.shape[1], num_splits](
+        call.query,
+        *call.query.stride()[:2],
+        call.key,
+        *call.key.stride()[:2],
+        call.value,
+        *call.value.stride()[:2],
+        records.open_keys,
+        group.tiles,
+        step.query_start_loc,
+        step.context_lens,
+        step.num_sealed,
+        step.open_table,
+        step.open_table.stride(0),
+        *partials,
+        *call.rules,
+        KEY_STRIDES=records.open_keys.stride()[2:],
+        RECORD_SIZE=records.open_keys.stride(1),
+        BLOCK_SIZE=step.block_size,
+        OPEN_BLOCK_SIZE=step.open_block_size,
+        NUM_HEAD_TOKENS=step.num_head_tokens,
+        HAS_BODY=records.sealed is not None,
+        ROWS=group.tile_rows,
+        TILE=launch.tile,
+        NUM_PARTS=num_parts,
+        NUM_SPLITS=num_splits,
+        MIN_SPLIT_TILES=-(-MIN_SPLIT_TOKENS // launch.tile),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **call.shape,
+        **call.rule_kinds,
+    )
+
+
+def run_merge(
+    call: Call,
+    group: RowGroup,
+    partials: tuple[Tensor, Tensor],
+    num_parts: int,
+    output: Tensor,
+    appends: bool,
+) -> None:
+    merge_parts[len(group.places), call.query.shape[1]](
+        *partials,
+        group.places,
+        call.sink_logits,
+        output,
+        output.stride(0),
+        call.key,
+        *call.key.stride()[:2],
+        call.value,
+        *call.value.stride()[:2],
+        call.plan.slots,
+        *open_strides(call.records),
+        OPEN_BLOCK_SIZE=call.plan.step.open_block_size,
+        ROWS=group.tile_rows,
+        NUM_PARTS=num_parts,
+        PARTS_COLUMNS=power_of_2(num_parts),
+        HAS_SINKS=call.sink_logits is not None,
+        APPENDS=appends,
+        num_warps=1,
+        **call.shape,
+    )

@@ -1,0 +1,221 @@
+"""Triton: attention of query rows to open blocks and to each other's tokens, in full precision.
+
+The head and the tail of a quantized sequence, or all of a native one. Keys and values are the left
+operands of both products, as in `triton_sealed`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_codes import (
+    HEADROOM,
+    LOG2_E,
+    NO_REFERENCE,
+    cap_scores,
+    dot,
+    fast_exp2,
+    first_visible,
+    load_padded,
+    rounded_to,
+)
+from .triton_rows import load_queries, store_part
+
+
+@triton.jit
+def attend_open(
+    query,
+    query_token_stride,
+    query_head_stride,
+    key,
+    key_token_stride,
+    key_head_stride,
+    value,
+    value_token_stride,
+    value_head_stride,
+    open_blocks,
+    tiles,
+    query_start_loc,
+    context_lens,
+    num_sealed,
+    open_table,
+    table_width,
+    partial_outputs,
+    partial_sums,
+    scale,
+    softcap,
+    sliding_window,
+    attention_chunk,
+    NUM_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr,
+    KEY_STRIDES: tl.constexpr,
+    RECORD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    OPEN_BLOCK_SIZE: tl.constexpr,
+    NUM_HEAD_TOKENS: tl.constexpr,
+    HAS_BODY: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_SPLIT_TILES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HIDES_CONTEXT: tl.constexpr,
+):
+    """One tile of query rows, one kv head, one split: grid (tiles, heads, splits).
+
+    TILE tokens are taken at once. The last split attends to the new tokens as well. A record of
+    `open_blocks` is RECORD_SIZE elements; keys, with strides of a row and of a channel, and behind
+    them values, token by token.
+    """
+    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = tl.load(tiles + 2 * tile)
+    first_row = tl.load(tiles + 2 * tile + 1).to(tl.int32)
+    token = tl.load(query_start_loc + sequence)
+    num_new = (tl.load(query_start_loc + sequence + 1) - token).to(tl.int32)
+    context_len = tl.load(context_lens + sequence).to(tl.int32)
+    num_body_tokens = 0
+    if HAS_BODY:
+        num_body_tokens = tl.load(num_sealed + sequence).to(tl.int32) * BLOCK_SIZE
+    num_entries = context_len - num_body_tokens
+    rows = first_row + tl.arange(0, ROWS)
+    row_tokens = rows // GROUP_SIZE
+    part = (tile.to(tl.int64) * NUM_HEADS + head) * NUM_PARTS + split
+
+    first = tl.zeros([ROWS], tl.int32)
+    least = 0
+    if HIDES_CONTEXT:
+        first = first_visible(context_len + row_tokens, sliding_window, attention_chunk)
+        least = tl.min(first, 0)
+    num_tiles = tl.cdiv(num_entries, TILE)
+    first_tile = 0
+    if not HAS_BODY:
+        first_tile = tl.minimum(least // TILE, num_tiles)
+    share = tl.maximum(tl.cdiv(num_tiles - first_tile, NUM_SPLITS), MIN_SPLIT_TILES)
+    start = tl.minimum(first_tile + split * share, num_tiles)
+    end = tl.minimum(start + share, num_tiles)
+
+    channel = tl.arange(0, KEY_COLUMNS)
+    value_channel = tl.arange(0, VALUE_COLUMNS)
+    entry_of_tile = tl.arange(0, TILE)
+    queries = load_queries(
+        query, token, query_token_stride, query_head_stride, head, rows, num_new * GROUP_SIZE,
+        channel, GROUP_SIZE, KEY_DIM, query.dtype.element_ty,
+    )  # fmt: skip
+    reference = tl.full([ROWS], NO_REFERENCE, tl.float32)
+    totals = tl.zeros([TILE, ROWS], tl.float32)
+    output = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
+    factor = scale if HAS_SOFTCAP else scale * LOG2_E
+
+    IS_KEY_PADDED: tl.constexpr = KEY_DIM != KEY_COLUMNS
+    HAS_LARGE_BLOCKS: tl.constexpr = OPEN_BLOCK_SIZE > TILE
+    row = entry_of_tile % OPEN_BLOCK_SIZE  # in its block
+    key_offsets = row[:, None] * KEY_STRIDES[0] + channel[None, :] * KEY_STRIDES[1]
+    value_offsets = row[None, :] * VALUE_DIM + value_channel[:, None]
+    VALUES: tl.constexpr = OPEN_BLOCK_SIZE * KEY_DIM  # behind the record's keys
+
+    table = open_table + sequence * table_width
+    last_block = tl.cdiv(num_entries, OPEN_BLOCK_SIZE) - 1  # -1: there is none, perhaps no table
+    # The next blocks are looked up one turn ahead: what waits for another load is not pipelined.
+    following = blocks_of_tile(table, start, last_block, TILE, OPEN_BLOCK_SIZE)
+    for index in range(start, end):
+        block = tl.zeros([TILE], tl.int64) + following[0]
+        for later in tl.static_range(1, TILE // OPEN_BLOCK_SIZE):
+            block = tl.where(entry_of_tile < later * OPEN_BLOCK_SIZE, block, following[later])
+        following = blocks_of_tile(table, index + 1, last_block, TILE, OPEN_BLOCK_SIZE)
+        records = open_blocks + (block * NUM_HEADS + head) * RECORD_SIZE
+        if HAS_LARGE_BLOCKS:
+            first_of_block = index * TILE % OPEN_BLOCK_SIZE
+            at_keys = records[:, None] + first_of_block * KEY_STRIDES[0] + key_offsets
+            at_values = records[None, :] + VALUES + first_of_block * VALUE_DIM + value_offsets
+        else:
+            at_keys = records[:, None] + key_offsets
+            at_values = records[None, :] + VALUES + value_offsets
+        entries = index * TILE + entry_of_tile
+        keys = load_padded(at_keys, channel[None, :] < KEY_DIM, IS_KEY_PADDED)
+        exists = entries < num_entries  # what does not may be anything, and 0 * NaN is NaN
+        values = tl.load(
+            at_values, mask=exists[None, :] & (value_channel[:, None] < VALUE_DIM), other=0
+        )
+        is_visible = tl.broadcast_to(exists[:, None], [TILE, ROWS])
+        if HIDES_CONTEXT:
+            position = tl.where(entries < NUM_HEAD_TOKENS, entries, entries + num_body_tokens)
+            is_visible = is_visible & (position[:, None] >= first[None, :])
+        output, reference, totals = attend_tile(
+            keys, values, queries, is_visible, output, reference, totals, factor,
+            softcap, HAS_SOFTCAP,
+        )  # fmt: skip
+
+    if split == NUM_SPLITS - 1:
+        last_token = tl.minimum((first_row + ROWS - 1) // GROUP_SIZE, num_new - 1)
+        first_new = tl.maximum(least - context_len, 0) // TILE * TILE
+        for new in range(first_new, last_token + 1, TILE):
+            tokens = new + entry_of_tile
+            exists = tokens < num_new
+            at = token + tl.minimum(tokens, last_token)
+            keys = tl.load(
+                key + (at * key_token_stride + head * key_head_stride)[:, None] + channel[None, :],
+                mask=channel[None, :] < KEY_DIM, other=0,
+            )  # fmt: skip
+            values = tl.load(
+                value + (at * value_token_stride + head * value_head_stride)[None, :]
+                + value_channel[:, None],
+                mask=exists[None, :] & (value_channel[:, None] < VALUE_DIM), other=0,
+            )  # fmt: skip
+            is_visible = exists[:, None] & (tokens[:, None] <= row_tokens[None, :])
+            if HIDES_CONTEXT:
+                is_visible = is_visible & (context_len + tokens[:, None] >= first[None, :])
+            output, reference, totals = attend_tile(
+                keys, values, queries, is_visible, output, reference, totals, factor,
+                softcap, HAS_SOFTCAP,
+            )  # fmt: skip
+    store_part(
+        partial_outputs, partial_sums, part, output, reference, tl.sum(totals, 0), value_channel,
+        VALUE_DIM, ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def blocks_of_tile(table, tile, last_block, TILE: tl.constexpr, OPEN_BLOCK_SIZE: tl.constexpr):
+    """Ids of the blocks that a tile of entries lies in, a tuple of numbers."""
+    blocks = ()
+    for later in tl.static_range(max(TILE // OPEN_BLOCK_SIZE, 1)):
+        index = tile * TILE // OPEN_BLOCK_SIZE + later
+        index = tl.minimum(index, last_block)
+        blocks = blocks + (tl.load(table + index, mask=index >= 0, other=0),)
+    return blocks
+
+
+@triton.jit
+def attend_tile(
+    keys,
+    values,
+    queries,
+    is_visible,
+    output,
+    reference,
+    totals,
+    factor,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Add keys [TILE, channels] and values [channels, TILE] to what rows have seen so far."""
+    dtype: tl.constexpr = queries.dtype
+    none = tl.zeros_like(totals)
+    scores = dot(keys.to(dtype), queries, none) * factor
+    scores = tl.where(is_visible, cap_scores(scores, softcap, HAS_SOFTCAP), float("-inf"))
+    new_reference = tl.maximum(reference, tl.max(scores, 0) - HEADROOM)
+    shrink = fast_exp2(reference - new_reference)[None, :]
+    weights = fast_exp2(scores - new_reference[None, :])
+    totals = totals * shrink + weights
+    rounded = rounded_to(weights, dtype)
+    values = values.to(dtype)
+    output = dot(values, rounded, output * shrink)
+    if dtype == tl.bfloat16:  # has but 8 bits, and half of the error would be theirs
+        output = dot(values, rounded_to(weights - rounded.to(tl.float32), dtype), output)
+    return output, new_reference, totals
