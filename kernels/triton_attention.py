@@ -12,7 +12,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from .records import LayerRecords, SealedViews, StepIndices
-from .triton_launch import open_launch, sealed_launch
+from .triton_launch import attention_launch, tile_rows
 from .triton_open import attend_open
 from .triton_plan import RowGroup, TritonPlan
 from .triton_rows import merge_parts
@@ -50,6 +50,11 @@ class Call:
             "KEY_COLUMNS": power_of_2(key_dim),
             "VALUE_COLUMNS": power_of_2(value_dim),
         }
+
+    @property
+    def columns(self) -> int:
+        """Channels of a key or a value, whichever has more, as kernels hold them."""
+        return max(power_of_2(self.key.shape[2]), power_of_2(self.value.shape[2]))
 
     @property
     def rules(self) -> tuple[float, float, int, int]:
@@ -95,7 +100,8 @@ def attend(
         sink_logits=sink_logits,
     )
     output = query.new_empty(*query.shape[:2], value.shape[2])
-    for group in plan.groups(key.shape[1], query.shape[1] // key.shape[1]):
+    rows = tile_rows(call.columns)
+    for group in plan.groups(key.shape[1], query.shape[1] // key.shape[1], rows):
         attend_group(call, group, output, appends)
     return output
 
@@ -138,7 +144,9 @@ def run_sealed(
 ) -> None:
     step, bits = call.plan.step, call.records.bits
     num_code_rows = sealed.key_codes.shape[2]
-    launch = sealed_launch(bits, group.tile_rows)
+    num_key_groups = 0 if sealed.key_zero is None else sealed.key_zero.shape[2]
+    is_heavy = call.rule_kinds["HIDES_CONTEXT"] or num_key_groups > 1
+    launch = attention_launch(bits, group.tile_rows, call.columns, is_heavy=is_heavy)
     attend_sealed[len(group.tiles), call.key.shape[1], num_splits](
         call.query,
         *call.query.stride()[:2],
@@ -160,7 +168,7 @@ def run_sealed(
         VALUE_STRIDES=sealed.value_codes.stride()[2:],
         BITS=bits,
         BLOCK_SIZE=step.block_size,
-        NUM_KEY_GROUPS=0 if sealed.key_zero is None else sealed.key_zero.shape[2],
+        NUM_KEY_GROUPS=num_key_groups,
         NUM_HEAD_TOKENS=step.num_head_tokens,
         RECORD_BYTES=sealed.key_codes.stride(1),
         ROWS=group.tile_rows,
@@ -189,7 +197,7 @@ def run_open(
     num_splits: int,
 ) -> None:
     step, records = call.plan.step, call.records
-    launch = open_launch(group.tile_rows)
+    launch = attention_launch(0, group.tile_rows, call.columns)
     attend_open[len(group.tiles), call.key.shape[1], num_splits](
         call.query,
         *call.query.stride()[:2],

@@ -23,19 +23,34 @@ def dot(left, right, total):
     """`total + left @ right` with float32 sums, whatever the operands."""
     if INTERPRETED:
         return total + tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
-    return tl.dot(left, right, total, input_precision="ieee")
+    else:
+        return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
+def planes_of_codes(codes, BITS: tl.constexpr):
+    """A tuple of all planes of packed codes as fp16, exact.
+
+    8 bits: code - 128. Below: the bits of a plane left where they are, which makes a subnormal
+    number of them: code * 2**(plane * BITS) * CODE_UNIT. Two instructions for four bytes, and
+    one for two numbers.
+    """
+    if BITS == 8:
+        return (signed_codes(codes),)
+    elif BITS == 4:
+        return planes_of_4_bits(codes)
+    else:
+        return planes_of_2_bits(codes)
 
 
 @triton.jit
 def signed_codes(codes):
-    """uint8 with offset 128 to fp16, exact, in half an instruction a number.
-
-    A byte under 0x64 is the fp16 number 1024 + byte.
-    """
+    """A byte under 0x64 is the fp16 number 1024 + byte, and 0x6480 is 1152."""
     if INTERPRETED:
         return (codes.to(tl.float32) - 128.0).to(tl.float16)
-    return tl.inline_asm_elementwise(
-        """{
+    else:
+        return tl.inline_asm_elementwise(
+            """{
             .reg .b32 low, high, offset;
             mov.b32 offset, 0x64806480;
             prmt.b32 low, $2, 0x64646464, 0x4140;
@@ -43,75 +58,73 @@ def signed_codes(codes):
             sub.rn.f16x2 $0, low, offset;
             sub.rn.f16x2 $1, high, offset;
             }""",
-        "=r,=r,r",
-        [codes],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=4,
-    )
+            "=r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
 
 
 @triton.jit
 def plane_of_codes(codes, PLANE: tl.constexpr, BITS: tl.constexpr):
-    """Bits of one plane, left where they are, as fp16: code * 2**(PLANE * BITS) * CODE_UNIT."""
     kept = codes & (((1 << BITS) - 1) << (PLANE * BITS))
     return kept.to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def planes_of_codes(codes, BITS: tl.constexpr):
-    """A tuple of all planes: 8 bits as `signed_codes`, else as `plane_of_codes`.
-
-    Two instructions for four bytes, and one for two numbers.
-    """
-    if BITS == 8:
-        return (signed_codes(codes),)
-    if BITS == 2:
-        if INTERPRETED:
-            return (
-                plane_of_codes(codes, 0, 2),
-                plane_of_codes(codes, 1, 2),
-                plane_of_codes(codes, 2, 2),
-                plane_of_codes(codes, 3, 2),
-            )
+def planes_of_4_bits(codes):
+    if INTERPRETED:
+        return plane_of_codes(codes, 0, 4), plane_of_codes(codes, 1, 4)
+    else:
         return tl.inline_asm_elementwise(
             """{
-                .reg .b32 low, high;
-                prmt.b32 low, $8, 0, 0x4140;
-                prmt.b32 high, $8, 0, 0x4342;
-                and.b32 $0, low, 0x00030003;
-                and.b32 $1, high, 0x00030003;
-                and.b32 $2, low, 0x000c000c;
-                and.b32 $3, high, 0x000c000c;
-                and.b32 $4, low, 0x00300030;
-                and.b32 $5, high, 0x00300030;
-                and.b32 $6, low, 0x00c000c0;
-                and.b32 $7, high, 0x00c000c0;
-                }""",
+            .reg .b32 low, high;
+            prmt.b32 low, $4, 0, 0x4140;
+            prmt.b32 high, $4, 0, 0x4342;
+            and.b32 $0, low, 0x000f000f;
+            and.b32 $1, high, 0x000f000f;
+            and.b32 $2, low, 0x00f000f0;
+            and.b32 $3, high, 0x00f000f0;
+            }""",
+            "=r,=r,=r,=r,r",
+            [codes],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def planes_of_2_bits(codes):
+    if INTERPRETED:
+        return (
+            plane_of_codes(codes, 0, 2),
+            plane_of_codes(codes, 1, 2),
+            plane_of_codes(codes, 2, 2),
+            plane_of_codes(codes, 3, 2),
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high;
+            prmt.b32 low, $8, 0, 0x4140;
+            prmt.b32 high, $8, 0, 0x4342;
+            and.b32 $0, low, 0x00030003;
+            and.b32 $1, high, 0x00030003;
+            and.b32 $2, low, 0x000c000c;
+            and.b32 $3, high, 0x000c000c;
+            and.b32 $4, low, 0x00300030;
+            and.b32 $5, high, 0x00300030;
+            and.b32 $6, low, 0x00c000c0;
+            and.b32 $7, high, 0x00c000c0;
+            }""",
             "=r,=r,=r,=r,=r,=r,=r,=r,r",
             [codes],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
             pack=4,
         )
-    if INTERPRETED:
-        return plane_of_codes(codes, 0, 4), plane_of_codes(codes, 1, 4)
-    return tl.inline_asm_elementwise(
-        """{
-                .reg .b32 low, high;
-                prmt.b32 low, $4, 0, 0x4140;
-                prmt.b32 high, $4, 0, 0x4342;
-                and.b32 $0, low, 0x000f000f;
-                and.b32 $1, high, 0x000f000f;
-                and.b32 $2, low, 0x00f000f0;
-                and.b32 $3, high, 0x00f000f0;
-                }""",
-        "=r,=r,=r,=r,r",
-        [codes],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=4,
-    )
 
 
 # Triton's own exp2, log2 and division care for subnormal numbers, which takes 3 to 20 instructions.
@@ -122,9 +135,10 @@ def fast_exp2(numbers):
     """In one instruction, within 2 units of the last place."""
     if INTERPRETED:
         return tl.exp2(numbers)
-    return tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [numbers], dtype=tl.float32, is_pure=True, pack=1
-    )
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [numbers], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -132,9 +146,10 @@ def fast_log2(numbers):
     """In one instruction, within 1e-6."""
     if INTERPRETED:
         return tl.log2(numbers)
-    return tl.inline_asm_elementwise(
-        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [numbers], dtype=tl.float32, is_pure=True, pack=1
-    )
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [numbers], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -142,19 +157,21 @@ def fast_inverse(numbers):
     """In one instruction, within 1 unit of the last place."""
     if INTERPRETED:
         return 1.0 / numbers
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [numbers], dtype=tl.float32, is_pure=True, pack=1
-    )
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [numbers], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
 def rounded_to(numbers, DTYPE: tl.constexpr):
     """float32 to a dtype of no more precision; the interpreter would cut bfloat16 off."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
+    if INTERPRETED and DTYPE == tl.bfloat16:
         bits = numbers.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return numbers.to(DTYPE)
+    else:
+        return numbers.to(DTYPE)
 
 
 @triton.jit
@@ -162,23 +179,24 @@ def load_padded(pointers, exists, IS_PADDED: tl.constexpr):
     """Load a tile, and 0 where nothing exists; masks cost instructions where all of it does."""
     if IS_PADDED:
         return tl.load(pointers, mask=exists, other=0)
-    return tl.load(pointers)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
 def cap_scores(scores, softcap, HAS_SOFTCAP: tl.constexpr):
     """Scores in units of `softcap` to its tanh, as powers of 2; without it they are already."""
     if HAS_SOFTCAP:
-        growth = fast_exp2(scores * (2.0 * LOG2_E))  # of scores in units of the softcap
+        growth = fast_exp2(scores * (2.0 * LOG2_E))
         return softcap * LOG2_E * (1.0 - 2.0 / (growth + 1.0))
-    return scores
+    else:
+        return scores
 
 
 @triton.jit
 def first_visible(positions, sliding_window, attention_chunk):
     """The first position that a query at `positions` sees; 0 switches a rule off."""
-    first = tl.zeros_like(positions)
-    first = tl.where(sliding_window > 0, positions - sliding_window + 1, first)
+    first = tl.where(sliding_window > 0, positions - sliding_window + 1, 0)
     chunk = tl.maximum(attention_chunk, 1)
     start = tl.where(attention_chunk > 0, positions // chunk * chunk, 0)
     return tl.maximum(tl.maximum(first, start), 0)

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .records import StepIndices
+from .triton_launch import TileRows
 
 FEW_ROWS: Final = 32  # query rows of a kv head that decoding and verifying have
-SMALL_TILES: Final = (8, 16)
-LARGE_TILE: Final = 64
 MAX_SPLITS: Final = 64
 PROGRAMS_PER_PROCESSOR: Final = 4
 ASSUMED_PROCESSORS: Final = 4  # of a CPU that interprets kernels
@@ -41,7 +40,7 @@ class TritonPlan:
 
     def __init__(self, step: StepIndices) -> None:
         self.step = step
-        self._groups: dict[tuple[int, int], list[RowGroup]] = {}
+        self._groups: dict[tuple[int, int, TileRows], list[RowGroup]] = {}
         self._partials: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._slots: Tensor | None = None
 
@@ -54,10 +53,10 @@ class TritonPlan:
             self._slots[step.stored_tokens] = step.stored_slots
         return self._slots
 
-    def groups(self, num_kv_heads: int, group_size: int) -> list[RowGroup]:
-        key = num_kv_heads, group_size
+    def groups(self, num_kv_heads: int, group_size: int, tile_rows: TileRows) -> list[RowGroup]:
+        key = num_kv_heads, group_size, tile_rows
         if key not in self._groups:
-            self._groups[key] = plan_rows(self.step, num_kv_heads, group_size)
+            self._groups[key] = plan_rows(self.step, *key)
         return self._groups[key]
 
     def partials(self, *shape: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +71,9 @@ class TritonPlan:
         return self._partials[shape]
 
 
-def plan_rows(step: StepIndices, num_kv_heads: int, group_size: int) -> list[RowGroup]:
+def plan_rows(
+    step: StepIndices, num_kv_heads: int, group_size: int, tile_rows: TileRows
+) -> list[RowGroup]:
     """The sequences with few new tokens, and those with many."""
     num_rows = np.array(step.query_lens, dtype=np.int64) * group_size
     is_few = num_rows <= FEW_ROWS
@@ -80,7 +81,8 @@ def plan_rows(step: StepIndices, num_kv_heads: int, group_size: int) -> list[Row
     for chosen in (is_few, ~is_few):
         sequences = np.flatnonzero(chosen & (num_rows > 0))
         if len(sequences):
-            groups.append(plan_group(step, sequences, num_rows[sequences], num_kv_heads))
+            rows = num_rows[sequences]
+            groups.append(plan_group(step, sequences, rows, num_kv_heads, tile_rows))
     return groups
 
 
@@ -89,12 +91,13 @@ def plan_group(
     sequences: NDArray[np.int64],
     num_rows: NDArray[np.int64],
     num_kv_heads: int,
+    sizes: TileRows,
 ) -> RowGroup:
     """Tiles for the query rows of sequences [N], which have `num_rows` [N] for each kv head."""
     most = int(num_rows.max())
-    tile_rows = LARGE_TILE
+    tile_rows = sizes.large
     if most <= FEW_ROWS:
-        tile_rows = next((rows for rows in SMALL_TILES if most <= rows), SMALL_TILES[-1])
+        tile_rows = next((rows for rows in sizes.small if most <= rows), sizes.small[-1])
     counts = -(-num_rows // tile_rows)
     first_tiles = np.cumsum(counts) - counts
     tiles = np.stack(

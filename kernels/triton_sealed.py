@@ -215,7 +215,7 @@ def score_planes(
     A group is several planes of a tile, or one, or a plane is several groups of a tile each.
     """
     PLANES: tl.constexpr = 8 // BITS
-    PLANES_OF_GROUP: tl.constexpr = max(PLANES * TILES // NUM_GROUPS, 1)
+    PLANES_OF_GROUP: tl.constexpr = max(PLANES // NUM_GROUPS, 1)
     planes = planes_of_codes(keys, BITS)
     scores = ()
     for plane in tl.static_range(PLANES):

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .records import LayerRecords, StepIndices
 from .store import append
+from .triton_launch import WIDE
 from .triton_seal import seal_blocks as seal_blocks_kernel
 
-MAX_TILE: Final = 32  # rows of codes that are made at once
+MAX_TILE: Final = 16  # rows of codes that are made at once
 
 
 def power_of_2(number: int) -> int:
@@ -83,6 +84,6 @@ def seal_blocks(records: LayerRecords, keys: Tensor, values: Tensor, step: StepI
         NUM_KEY_GROUPS=num_groups,
         RECORD_BYTES=sealed.key_codes.stride(1),
         TILE=min(MAX_TILE, num_code_rows),
-        num_warps=4,
+        num_warps=8 if max(key_dim, value_dim) <= WIDE else 16,
         enable_fp_fusion=False,  # so that every operation is rounded as in the reference
     )

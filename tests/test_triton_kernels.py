@@ -21,6 +21,7 @@ from paged_kv.backend import TORCH_BACKEND, choose_backend
 from paged_kv.cache import LayerSpec, PagedKVCache
 from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat
 from paged_kv.kernels import triton_attention, triton_codes, triton_plan
+from paged_kv.kernels.triton_launch import tile_rows
 from paged_kv.kernels.triton_plan import FEW_ROWS, TritonPlan, plan_rows
 from tests.attention_oracle import (
     FLOAT32_TOLERANCE,
@@ -221,19 +222,20 @@ def test_a_step_without_tokens_is_empty():
 
 def test_sequences_without_new_tokens_are_left_out():
     step = step_of([1, 0, 40], [10, 20, 30], [0, 0, 0], num_head_tokens=0)
-    few, many = plan_rows(step, 1, 2)
+    few, many = plan_rows(step, 1, 2, tile_rows(64))
     assert few.tiles.tolist() == [[0, 0]]
     assert few.places.tolist() == [[0, 0, 0]]
     assert many.tiles.tolist() == [[2, 0], [2, 64]]
     assert many.places[:, 0].tolist() == list(range(1, 41))
 
 
+@pytest.mark.parametrize("columns", [128, 256])
 @pytest.mark.parametrize("group_size", [1, 3, 8, 16])
-def test_every_row_has_one_place_in_one_tile(group_size):
+def test_every_row_has_one_place_in_one_tile(group_size, columns):
     query_lens = [1, 5, 0, 40, 2, 100, 1]
     step = step_of(query_lens, [9] * 7, [0] * 7, num_head_tokens=0)
     seen = []
-    for group in plan_rows(step, 2, group_size):
+    for group in plan_rows(step, 2, group_size, tile_rows(columns)):
         for token, first_tile, index in group.places.tolist():
             for head in range(group_size):
                 row = index * group_size + head
