@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 WIDE: Final = 128  # channels, padded, beyond which registers are scarce
-MIN_TILE: Final = 16  # rows of a matrix product
 
 
 class Launch(NamedTuple):
@@ -66,5 +65,5 @@ def attention_launch(bits: int, rows: int, columns: int, *, is_heavy: bool = Fal
     """
     launch = (NARROW_LAUNCHES if columns <= WIDE else WIDE_LAUNCHES)[bits, rows]
     if bits == 2 and is_heavy:
-        launch = launch._replace(tile=max(launch.tile // 2, MIN_TILE))
+        launch = launch._replace(num_warps=2 * launch.num_warps)
     return launch

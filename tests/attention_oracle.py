@@ -118,6 +118,7 @@ def ragged_fleet(
     gqa_group: int = 2,
     new_tokens: int = 40,
     backend: str | None = None,
+    device: str = "cpu",
 ) -> tuple[Fleet, list[int]]:
     """A fleet whose sequences store `lengths` tokens and have `new_tokens` more to come.
 
@@ -130,6 +131,7 @@ def ragged_fleet(
         max_num_seqs=len(lengths),
         max_model_len=max(2048, max(lengths) + new_tokens),
         backend=backend,
+        device=device,
     )
     slots = [
         fleet.add(make_stream([layer], length + new_tokens, seed, dtype, gqa_group))

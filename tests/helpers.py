@@ -18,6 +18,7 @@ from paged_kv.attention import paged_attention
 from paged_kv.block_manager import BlockManager
 from paged_kv.cache import LayerSpec, PagedKVCache, cache_geometry
 from paged_kv.formats import INT2, INT4, INT8, NATIVE
+from paged_kv.kernels.records import StepIndices
 from paged_kv.step_plan import StepPlan
 
 NAN_BYTE = 0xFF  # an arena full of it reads as NaN in float32, bfloat16 and float16
@@ -85,9 +86,12 @@ class Fleet:
         max_model_len: int = 2048,
         poison: int = NAN_BYTE,
         backend: str | None = None,
+        device: str = "cpu",
     ) -> None:
         self.poison = poison
-        self.cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=dtype, backend=backend)
+        self.cache = PagedKVCache(
+            layers, num_blocks=num_blocks, dtype=dtype, device=device, backend=backend
+        )
         for arena in self.cache.arenas:
             arena.fill_(poison)
         self.manager = BlockManager(
@@ -130,11 +134,11 @@ class Fleet:
                 torch.cat([getattr(self.streams[int(slot)], name)[layer][start : start + count]
                            for slot, start, count in zip(
                                plan.slots, plan.context_lens, plan.num_scheduled_tokens,
-                               strict=True)])
+                               strict=True)]).to(self.cache.device)
                 for name in ("queries", "keys", "values")
             )  # fmt: skip
             output = paged_attention(query, key, value, self.cache, layer, step, **options)
-            parts = output.split(plan.num_scheduled_tokens.tolist())
+            parts = output.cpu().split(plan.num_scheduled_tokens.tolist())
             for slot, part in zip(plan.slots, parts, strict=True):
                 outputs[int(slot)].append(part)
         self.manager.commit(plan)
@@ -196,7 +200,7 @@ def dequantized_block(
     keys, values = [], []
     for head in range(cache.layers[layer].num_kv_heads):
         view = {
-            name: None if tensor is None else tensor[block_id, head].numpy()
+            name: None if tensor is None else tensor[block_id, head].cpu().numpy()
             for name, tensor in sealed._asdict().items()
         }
         scale = {name: view[f"{name}_scale"].astype(np.float64) for name in ("key", "value")}
@@ -210,3 +214,80 @@ def dequantized_block(
         keys.append(codes["key"] * scale["key"][group] + key_zero[group])
         values.append(codes["value"] * scale["value"][:, None] + value_zero[:, None])
     return np.stack(keys, axis=1), np.stack(values, axis=1)
+
+
+def step_of(
+    query_lens: list[int],
+    context_lens: list[int],
+    num_sealed: list[int],
+    *,
+    num_head_tokens: int,
+    block_size: int = 128,
+) -> StepIndices:
+    """A step without blocks, for what reads only its lengths."""
+    none = torch.zeros(len(query_lens), 1, dtype=torch.int64)
+    starts = np.concatenate([[0], np.cumsum(query_lens)])
+    return StepIndices(
+        query_lens=tuple(query_lens),
+        context_lens_host=tuple(context_lens),
+        context_lens=torch.tensor(context_lens),
+        query_start_loc=torch.from_numpy(starts),
+        positions=torch.zeros(0, dtype=torch.int64),
+        open_table=none,
+        sealed_table=none,
+        num_sealed=torch.tensor(num_sealed),
+        stored_tokens=none[0],
+        stored_slots=none[0],
+        seal_block_ids=none[0],
+        seal_sources=none,
+        block_size=block_size,
+        open_block_size=16,
+        num_head_tokens=num_head_tokens,
+    )
+
+
+def tokens_of_every_kind(length: int, heads: int, dim: int, seed: int) -> Tensor:
+    """[blocks, length, heads, dim]: each block another kind of numbers.
+
+    Groups of zeros of both signs are left out: which of them is the least is not defined.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(length, heads, dim, generator=generator)
+
+    outliers = normal()
+    outliers[:, :, ::5] *= 1000.0
+    some_equal = normal()
+    some_equal[::3] = 0.25  # constant tokens
+    some_equal[:, :, ::4] = -3.3  # constant channels
+    halves = torch.randint(-127, 128, (length, heads, dim), generator=generator) * 0.5
+    zeros_of_both_signs = normal().abs()
+    zeros_of_both_signs[normal() > 0] = -0.0
+    zeros_of_both_signs[normal() > 1] = 0.0
+    zeros_of_both_signs[:, :, :2] = 1.0
+    zeros_of_both_signs[:2] = 1.0
+    return torch.stack(
+        [
+            normal(),
+            outliers,
+            some_equal,
+            halves,  # ties, to be rounded to even
+            zeros_of_both_signs,
+            torch.full((length, heads, dim), -0.0),
+            torch.zeros(length, heads, dim),
+            torch.full((length, heads, dim), 0.37),
+            normal() * 1e-6,  # scales that are no normal halves
+            normal() * 3e4,  # scales beyond those of halves, which saturate
+        ]
+    )
+
+
+def in_float32_only(length: int, heads: int, dim: int, seed: int) -> Tensor:
+    """As above: numbers that are infinite, or zero, in half precision."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(3, length, heads, dim, generator=generator)
+    factors = torch.tensor([1e30, 1e-40, 3e38]).view(-1, 1, 1, 1)
+    values = normal * factors
+    values[2] = normal[2].sign() * 3e38
+    return torch.cat([values, torch.full((1, length, heads, dim), -1e30)])

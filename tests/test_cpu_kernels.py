@@ -52,7 +52,15 @@ from tests.attention_oracle import (
     relative_error,
     tolerance,
 )
-from tests.helpers import FORMATS_BY_LABEL, NAN_BYTE, Fleet, make_stream
+from tests.helpers import (
+    FORMATS_BY_LABEL,
+    NAN_BYTE,
+    Fleet,
+    in_float32_only,
+    make_stream,
+    step_of,
+    tokens_of_every_kind,
+)
 
 ROOT = Path(__file__).parent.parent
 ALL_FORMATS = pytest.mark.parametrize("kv_format", FORMATS_BY_LABEL.values(), ids=FORMATS_BY_LABEL)
@@ -339,36 +347,6 @@ def test_plain_threads_run_the_worker_as_often(num_threads, plain_threads):
 # -- the plan -----------------------------------------------------------------------------------
 
 
-def step_of(
-    query_lens: list[int],
-    context_lens: list[int],
-    num_sealed: list[int],
-    *,
-    num_head_tokens: int,
-    block_size: int = 128,
-) -> StepIndices:
-    """A step without blocks, for what reads only its lengths."""
-    none = torch.zeros(len(query_lens), 1, dtype=torch.int64)
-    starts = np.concatenate([[0], np.cumsum(query_lens)])
-    return StepIndices(
-        query_lens=tuple(query_lens),
-        context_lens_host=tuple(context_lens),
-        context_lens=torch.tensor(context_lens),
-        query_start_loc=torch.from_numpy(starts),
-        positions=torch.zeros(0, dtype=torch.int64),
-        open_table=none,
-        sealed_table=none,
-        num_sealed=torch.tensor(num_sealed),
-        stored_tokens=none[0],
-        stored_slots=none[0],
-        seal_block_ids=none[0],
-        seal_sources=none,
-        block_size=block_size,
-        open_block_size=16,
-        num_head_tokens=num_head_tokens,
-    )
-
-
 @st.composite
 def steps(draw: st.DrawFn) -> StepIndices:
     head = draw(st.sampled_from([0, 16, 64]))
@@ -469,53 +447,6 @@ SEALING_FORMATS = {
     for group in ((block_size,) if base is INT8 else (32, 64, 128))
     if group <= block_size
 }
-
-
-def tokens_of_every_kind(length: int, heads: int, dim: int, seed: int) -> Tensor:
-    """[blocks, length, heads, dim]: each block another kind of numbers.
-
-    Groups of zeros of both signs are left out: which of them is the least is not defined.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal() -> Tensor:
-        return torch.randn(length, heads, dim, generator=generator)
-
-    outliers = normal()
-    outliers[:, :, ::5] *= 1000.0
-    some_equal = normal()
-    some_equal[::3] = 0.25  # constant tokens
-    some_equal[:, :, ::4] = -3.3  # constant channels
-    halves = torch.randint(-127, 128, (length, heads, dim), generator=generator) * 0.5
-    zeros_of_both_signs = normal().abs()
-    zeros_of_both_signs[normal() > 0] = -0.0
-    zeros_of_both_signs[normal() > 1] = 0.0
-    zeros_of_both_signs[:, :, :2] = 1.0
-    zeros_of_both_signs[:2] = 1.0
-    return torch.stack(
-        [
-            normal(),
-            outliers,
-            some_equal,
-            halves,  # ties, to be rounded to even
-            zeros_of_both_signs,
-            torch.full((length, heads, dim), -0.0),
-            torch.zeros(length, heads, dim),
-            torch.full((length, heads, dim), 0.37),
-            normal() * 1e-6,  # scales that are no normal halves
-            normal() * 3e4,  # scales beyond those of halves, which saturate
-        ]
-    )
-
-
-def in_float32_only(length: int, heads: int, dim: int, seed: int) -> Tensor:
-    """As above: numbers that are infinite, or zero, in half precision."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(3, length, heads, dim, generator=generator)
-    factors = torch.tensor([1e30, 1e-40, 3e38]).view(-1, 1, 1, 1)
-    values = normal * factors
-    values[2] = normal[2].sign() * 3e38
-    return torch.cat([values, torch.full((1, length, heads, dim), -1e30)])
 
 
 def store_twice(

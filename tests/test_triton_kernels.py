@@ -7,6 +7,7 @@ they are written, so whatever leaks shows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,20 @@ from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat
 from paged_kv.kernels import triton_attention, triton_codes, triton_plan
 from paged_kv.kernels.triton_launch import tile_rows
 from paged_kv.kernels.triton_plan import FEW_ROWS, TritonPlan, plan_rows
+from tests import attention_oracle, helpers
 from tests.attention_oracle import (
     FLOAT32_TOLERANCE,
     expected_outputs,
     layer_of,
-    ragged_fleet,
     relative_error,
 )
-from tests.helpers import FORMATS_BY_LABEL, Fleet, make_stream
-from tests.test_cpu_kernels import in_float32_only, step_of, tokens_of_every_kind
+from tests.helpers import (
+    FORMATS_BY_LABEL,
+    in_float32_only,
+    make_stream,
+    step_of,
+    tokens_of_every_kind,
+)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -47,7 +53,11 @@ BASE_FORMATS = pytest.mark.parametrize(
     "kv_format", [NATIVE, INT8, INT4, INT2], ids=lambda kv_format: kv_format.name
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-SINKS = torch.tensor([-1.0, 0.5, 3.0, 20.0])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Cache = partial(PagedKVCache, device=DEVICE)
+Fleet = partial(helpers.Fleet, device=DEVICE)
+ragged_fleet = partial(attention_oracle.ragged_fleet, device=DEVICE)
+SINKS = torch.tensor([-1.0, 0.5, 3.0, 20.0], device=DEVICE)
 
 
 def limit_of(kv_format: KVFormat, dtype: torch.dtype) -> float:
@@ -79,12 +89,12 @@ def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "MIN_SPLIT_TOKENS", 1)
 
 
-def on_triton(fleet: Fleet) -> Fleet:
+def on_triton(fleet: helpers.Fleet) -> helpers.Fleet:
     object.__setattr__(fleet.cache, "backend", choose_backend(fleet.cache.device, "triton"))
     return fleet
 
 
-def check_step(fleet: Fleet, counts: dict[int, int], **options: Any) -> None:
+def check_step(fleet: helpers.Fleet, counts: dict[int, int], **options: Any) -> None:
     """Run one step on Triton's kernels over every sequence and layer, and hold it to the oracle."""
     layers = range(len(fleet.cache.layers))
     expected = [expected_outputs(fleet, counts, layer, **options) for layer in layers]
@@ -199,10 +209,11 @@ def test_query_and_new_tokens_may_be_views(kv_format):
     layer = LayerSpec(kv_format=kv_format, num_kv_heads=2, key_dim=32, value_dim=32)
     outputs = []
     for backend in ("triton", "torch"):
-        cache = PagedKVCache([layer], num_blocks=8, dtype=torch.float32, backend=backend)
+        cache = Cache([layer], num_blocks=8, dtype=torch.float32, backend=backend)
         manager = cache.new_manager(max_num_seqs=1, max_model_len=64)
         plan = manager.reserve(np.array([manager.add_sequence()]), np.array([5]))
-        fused = torch.randn(5, 8 * 32, generator=torch.Generator().manual_seed(0)).view(5, 8, 32)
+        fused = torch.randn(5, 8 * 32, generator=torch.Generator().manual_seed(0))
+        fused = fused.view(5, 8, 32).to(DEVICE)
         query, key, value = fused.split([4, 2, 2], dim=1)
         value = value.transpose(1, 2).contiguous().transpose(1, 2)
         outputs.append(paged_attention(query, key, value, cache, 0, cache.begin(plan)))
@@ -210,12 +221,12 @@ def test_query_and_new_tokens_may_be_views(kv_format):
 
 
 def test_a_step_without_tokens_is_empty():
-    cache = PagedKVCache([layer_of(INT8)], num_blocks=2, dtype=torch.float32, backend="triton")
+    cache = Cache([layer_of(INT8)], num_blocks=2, dtype=torch.float32, backend="triton")
     manager = cache.new_manager(max_num_seqs=1, max_model_len=64)
     nobody = np.zeros(0, dtype=np.int64)
     plan = manager.reserve(nobody, nobody)
     assert plan is not None
-    none = torch.zeros(0, 2, 32)
+    none = torch.zeros(0, 2, 32, device=DEVICE)
     output = paged_attention(none, none, none, cache, 0, cache.begin(plan))
     assert output.shape == (0, 2, 32)
 
@@ -260,7 +271,7 @@ def store_on_both(
         kv_format=kv_format, num_kv_heads=2, key_dim=keys.shape[-1], value_dim=values.shape[-1]
     )
     caches = [
-        PagedKVCache([layer], num_blocks=60, dtype=dtype, backend=backend)
+        Cache([layer], num_blocks=60, dtype=dtype, backend=backend)
         for backend in ("torch", "triton")
     ]
     manager = caches[0].new_manager(max_num_seqs=4, max_model_len=4096)
@@ -269,7 +280,7 @@ def store_on_both(
     for count in counts:
         plan = manager.reserve(slots, np.array(count))
         assert plan is not None
-        new_keys, new_values = (new[start : start + sum(count)] for new in tokens)
+        new_keys, new_values = (new[start : start + sum(count)].to(DEVICE) for new in tokens)
         for kv_cache in caches:
             step = kv_cache.begin(plan)
             backend, records = kv_cache.backend, kv_cache.records[0]
@@ -314,11 +325,11 @@ def test_what_is_not_finite_stays_so():
     """NaN spreads to all that shares its scale, and nowhere else."""
     for kv_format in (INT8, INT2):
         layer = LayerSpec(kv_format=kv_format, num_kv_heads=1, key_dim=16, value_dim=16)
-        keys = torch.randn(400, 1, 16, generator=torch.Generator().manual_seed(0))
+        keys = torch.randn(400, 1, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
         keys[100, 0, 3] = torch.nan
         metadata = []
         for backend in ("torch", "triton"):
-            cache = PagedKVCache([layer], num_blocks=40, dtype=torch.float32, backend=backend)
+            cache = Cache([layer], num_blocks=40, dtype=torch.float32, backend=backend)
             manager = cache.new_manager(max_num_seqs=1, max_model_len=400)
             plan = manager.reserve(np.array([manager.add_sequence()]), np.array([400]))
             cache.backend.store_tokens(cache.records[0], keys, keys, cache.begin(plan).indices)
@@ -334,7 +345,7 @@ def test_attention_alone_stores_nothing():
     fleet, slots = ragged_fleet(layer_of(INT8), (70, 200), gqa_group=1)
     step = on_triton(fleet).cache.begin(fleet.plan(dict.fromkeys(slots, 1)))
     before = fleet.cache.arenas[0].clone()
-    new = torch.randn(2, 2, 32)
+    new = torch.randn(2, 2, 32, device=DEVICE)
     fleet.cache.backend.attend(new, new, new, fleet.cache.records[0], step.plan, scale=1.0)
     assert torch.equal(fleet.cache.arenas[0], before)
 
@@ -353,10 +364,9 @@ def unpack_bytes(codes, out, BITS: tl.constexpr, PLANES: tl.constexpr, SIZE: tl.
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_byte_is_unpacked_exactly(bits):
     """On a GPU these are the hand-written instructions, else the plain branch."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    codes = torch.arange(1024, dtype=torch.int32, device=device).to(torch.uint8)
+    codes = torch.arange(1024, dtype=torch.int32).to(DEVICE, torch.uint8)
     planes = 8 // bits
-    out = torch.empty(planes, 1024, dtype=torch.float16, device=device)
+    out = torch.empty(planes, 1024, dtype=torch.float16, device=DEVICE)
     unpack_bytes[(1,)](codes, out, BITS=bits, PLANES=planes, SIZE=1024)
     numbers = codes.double().cpu()
     for plane in range(planes):
@@ -390,4 +400,4 @@ def test_a_wrong_constant_is_seen(name, value, monkeypatch):
 
 
 def test_the_reference_is_still_the_reference():
-    assert TORCH_BACKEND.attend is not choose_backend(torch.device("cpu"), "triton").attend
+    assert TORCH_BACKEND.attend is not choose_backend(torch.device(DEVICE), "triton").attend

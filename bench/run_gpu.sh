@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# All that needs a GPU, on a bare machine with torch, triton and pytest and no network: tests of the
+# kernels, then the sweep. Each part has a time limit, and what it wrote by then is kept.
+#
+#     bench/run_gpu.sh [folder for results and logs]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+results=$(mkdir -p "${1:-bench/results/gpu}" && cd "${1:-bench/results/gpu}" && pwd)
+export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
+
+part() { # name, seconds, command ...
+    local name=$1 seconds=$2 start=$SECONDS
+    shift 2
+    echo "== $name"
+    timeout "$seconds" "$@" >"$results/$name.log" 2>&1
+    echo "== $name: exit $? after $((SECONDS - start)) s"
+    tail -n 25 "$results/$name.log"
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+part tests 240 python3 -m pytest -q -n 8 -W default -p no:cacheprovider tests/test_triton_kernels.py
+part sweep 300 python3 bench/bench_gpu_attention.py --json "$results/attention_gpu.json"
