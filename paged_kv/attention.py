@@ -49,13 +49,18 @@ def paged_attention(
 def check_shapes(
     query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, num_tokens: int
 ) -> None:
-    """Raise `ConfigError` unless the tensors are one layer's new tokens."""
+    """Raise `ConfigError` unless the tensors are one layer's new tokens, in one precision."""
     expected_key = (num_tokens, layer.num_kv_heads, layer.key_dim)
     expected_value = (num_tokens, layer.num_kv_heads, layer.value_dim)
     if key.shape != expected_key:
         raise ConfigError(f"key must have shape {expected_key}, got {tuple(key.shape)}")
     if value.shape != expected_value:
         raise ConfigError(f"value must have shape {expected_value}, got {tuple(value.shape)}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ConfigError(
+            "query, key and value must have the same dtype, got "
+            f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
     fits = (
         query.ndim == 3
         and query.shape[0] == num_tokens

@@ -357,6 +357,19 @@ def test_bad_shape_is_refused_by_name_and_shape_before_anything_is_stored(name, 
     assert torch.equal(fleet.cache.arenas[0], before)
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_mixed_dtypes_are_refused_before_anything_is_stored(name):
+    layer = layer_of(INT8)
+    fleet = Fleet([layer])
+    step = fleet.cache.begin(fleet.plan({fleet.add(make_stream([layer], 3, 0, torch.float32)): 3}))
+    tensors = {each: torch.zeros(3, 2, 32) for each in ("query", "key", "value")}
+    tensors[name] = tensors[name].bfloat16()
+    before = fleet.cache.arenas[0].clone()
+    with pytest.raises(ConfigError, match=r"must have the same dtype, got .*torch\.bfloat16"):
+        paged_attention(**tensors, cache=fleet.cache, layer=0, step=step)
+    assert torch.equal(fleet.cache.arenas[0], before)
+
+
 @pytest.mark.parametrize(
     ("masks", "named"),
     [
