@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from paged_kv.backend import choose_backend
-from paged_kv.cache import LayerSpec, PagedKVCache
+from paged_kv.cache import LayerSpec, PagedKVCache, cache_geometry
 from paged_kv.formats import FORMATS
 from paged_kv.kernels.records import LayerRecords, StepIndices
 
@@ -75,8 +75,7 @@ def make_layer(case: Case) -> Layer:
         value_dim=HEAD_DIM,
     )
     layout = layer.record_layout(torch.bfloat16)
-    probe = PagedKVCache([layer], num_blocks=1, dtype=torch.bfloat16, device=DEVICE)
-    geometry = probe.geometry
+    geometry = cache_geometry([layer], torch.bfloat16)
     num_blocks = geometry.max_blocks(case.context) * case.batch
     cache = PagedKVCache([layer], num_blocks=num_blocks, dtype=torch.bfloat16, device=DEVICE)
     records = cache.records[0]

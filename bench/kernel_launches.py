@@ -6,16 +6,17 @@ So that tests and the tuner look at the very kernels that a GPU would run, where
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
-from machine_code import MachineCode, compile_kernel, disassemble
+from machine_code import MachineCode, compile_kernel, disassemble, instructions_per_byte
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from paged_kv.backend import choose_backend
 from paged_kv.cache import LayerSpec, cache_geometry, layer_records
 from paged_kv.formats import KVFormat
 from paged_kv.kernels import triton_attention, triton_store
@@ -57,7 +58,6 @@ class Launch:
             if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
                 divisible.append(name)
         chosen = {"num_warps": 4, "num_stages": 3} | self.options | options
-        chosen.pop("enable_fp_fusion", None)
         return compile_kernel(
             self.kernel, signature, constants, arch=arch, divisible=divisible, **chosen
         )
@@ -142,19 +142,12 @@ def record_launches(
     )
     launches: list[Launch] = []
     rules = {"scale": head_dim**-0.5} | rules
-    patches = [
-        patch.object(module, name, Recorder(getattr(module, name), launches))
-        for module, name in KERNELS
-    ]
-    for each in patches:
-        each.start()
-    try:
-        triton_attention.attend_and_store(
-            query, key, value, records, step, TritonPlan(step), **rules
-        )
-    finally:
-        for each in patches:
-            each.stop()
+    with ExitStack() as stack:
+        for module, name in KERNELS:
+            recorder = Recorder(getattr(module, name), launches)
+            stack.enter_context(patch.object(module, name, recorder))
+        backend = choose_backend(torch.device("cuda"))
+        backend.attend_and_store(query, key, value, records, step, TritonPlan(step), **rules)
     return launches
 
 
@@ -179,5 +172,4 @@ def context_loop_density(launch: Launch, code: MachineCode) -> float:
         (loop for loop in loops if loop.positions <= first.positions),
         key=lambda loop: loop.num_instructions,
     )
-    num_warps = launch.options["num_warps"]
-    return float(np.divide(innermost.num_instructions * num_warps, bytes_of_tile(launch)))
+    return instructions_per_byte(innermost, launch.options["num_warps"], bytes_of_tile(launch))

@@ -105,12 +105,14 @@ def compile_kernel(
     num_stages: int,
     divisible: Collection[str] | None = None,
     max_registers: int | None = None,
+    enable_fp_fusion: bool = True,
 ) -> CompiledKernel:
     """Compile a kernel for sm_80 (`arch` 80) or sm_90 (90).
 
     `signature` has the type of each argument ("*fp16", "i32", "fp32") and `constants` the value of
     every other one, both by name and in any order. `divisible` names the arguments whose value or
-    address is a multiple of 16: all pointers if it is None. A thread gets at most `max_registers`.
+    address is a multiple of 16: all pointers if it is None. A thread gets at most `max_registers`;
+    without `enable_fp_fusion` every operation is rounded.
     Raises TypeError if the kernel is not compiled (TRITON_INTERPRET is set, or it is wrapped by a
     tuner), ValueError if a name or the architecture is wrong, and Triton's own errors.
     """
@@ -126,7 +128,12 @@ def compile_kernel(
         constexprs=dict(constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(aligned)},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "maxnreg": max_registers,
+        "enable_fp_fusion": enable_fp_fusion,
+    }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -7,7 +7,7 @@ for all layers; a call sets a few addresses and starts the worker on torch's thr
 from __future__ import annotations
 
 from struct import Struct
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -24,14 +24,13 @@ from .cpu_microkernels import (
     start_kernel,
     value_kernel,
 )
-from .cpu_native import as_rows, row_addresses
+from .cpu_native import row_addresses
 from .cpu_plan import FIRST_LAYER_FIELD, CpuPlan, Longs
 from .cpu_quantize import copy_kernel
-from .cpu_store import seal_blocks
 from .cpu_threads import run_worker
 from .cpu_vectors import host_width
 from .cpu_worker import NEW_TOKEN_ROWS, NUM_VARIANTS, Field, attention_worker
-from .records import LayerRecords, SealedViews, StepIndices
+from .records import LayerRecords, SealedViews, as_rows
 
 LOG2_E: Final = 1.4426950408889634
 ROW_VARIANTS: Final = (1, 2, 4, MAX_ROWS)
@@ -95,22 +94,6 @@ def attend(
     work.counters[:] = work.zeros
     run_worker(attention_worker(), work.fields, work.num_threads)
     return output if query.dtype is torch.float32 else output.to(query.dtype)
-
-
-def attend_and_store(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    records: LayerRecords,
-    step: StepIndices,
-    plan: CpuPlan,
-    **rules: Any,
-) -> Tensor:
-    """`attend`, then write the new tokens; the same bytes as by `store.store_tokens`."""
-    output = attend(query, key, value, records, plan, appends=True, **rules)
-    if len(step.seal_block_ids):
-        seal_blocks(records, key, value, step)
-    return output
 
 
 def channel_major_keys(keys: Tensor) -> Tensor:
@@ -178,7 +161,7 @@ def row_kernels(records: LayerRecords) -> list[list[int]]:
     none = [0] * NUM_VARIANTS
     score_sealed, value_sealed = none, none
     if sealed is not None:
-        is_grouped = sealed.key_zero is not None and sealed.key_zero.shape[2] > 1
+        is_grouped = sealed.num_key_groups > 1
         score_sealed = score_kernels(code, sealed.key_codes.shape[2], is_grouped=is_grouped)
         value_sealed = value_kernels(code, value_dim)
     return [
@@ -201,8 +184,6 @@ def sealed_fields(sealed: SealedViews | None) -> list[int]:
     present = [section for section in sections if section is not None]
     start = min(section.data_ptr() for section in present)
     size = sum(section[0, 0].nbytes for section in present)
-    block_size = sealed.value_scale.shape[2]
-    num_groups = 0 if key_zero is None else key_zero.shape[2]
     return [
         sealed.key_codes.data_ptr(),
         sealed.value_codes.data_ptr(),
@@ -210,8 +191,8 @@ def sealed_fields(sealed: SealedViews | None) -> list[int]:
         *(0 if section is None else section.data_ptr() for section in sections),
         start,
         size,
-        num_groups,
-        (block_size // max(num_groups, 1)).bit_length() - 1,
+        sealed.num_key_groups,
+        (sealed.block_size // max(sealed.num_key_groups, 1)).bit_length() - 1,
     ]
 
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -44,13 +43,6 @@ def thread_scratch(name: str, num_threads: int, num_bytes: int) -> Scratch:
         memory = np.empty(num_threads * num_bytes + CACHE_LINE, dtype=np.uint8)
         kept[name] = Scratch(-(-int(memory.ctypes.data) // CACHE_LINE) * CACHE_LINE, memory)
     return kept[name]
-
-
-def as_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this precision, with contiguous rows; the tensor itself where it is so already."""
-    if tensor.dtype is not dtype:
-        tensor = tensor.to(dtype)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def row_addresses(tensor: Tensor) -> tuple[int, int, int]:

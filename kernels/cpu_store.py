@@ -20,7 +20,6 @@ from torch import Tensor
 from .cpu_microkernels import MAX_DIM
 from .cpu_native import (
     address_of,
-    as_rows,
     call,
     fetch_add,
     load_long,
@@ -41,7 +40,7 @@ from .cpu_quantize import (
     symmetric_value_kernel,
 )
 from .cpu_threads import run_worker
-from .records import LayerRecords, SealedViews, StepIndices
+from .records import LayerRecords, SealedViews, StepIndices, as_rows
 
 TOKENS_AT_ONCE: Final = 8  # appended by one thread before it asks for more
 MIN_THREAD_UNITS: Final = 4  # seals and groups of tokens; fewer are not worth another thread
@@ -296,7 +295,7 @@ def make_layer_fields(records: LayerRecords, clips: NDArray[np.float32]) -> list
 
 def sealed_fields(sealed: SealedViews, bits: int, clips: NDArray[np.float32]) -> list[int]:
     """How and where to seal."""
-    block_size, is_asymmetric = sealed.value_scale.shape[2], sealed.key_zero is not None
+    is_asymmetric = sealed.num_key_groups > 0
     sections = (
         sealed.key_codes,
         sealed.value_codes,
@@ -310,9 +309,9 @@ def sealed_fields(sealed: SealedViews, bits: int, clips: NDArray[np.float32]) ->
     else:
         kernels = [symmetric_key_kernel(), symmetric_value_kernel()]
     return [
-        block_size,
+        sealed.block_size,
         int(is_asymmetric),
-        block_size // sealed.key_scale.shape[2] if is_asymmetric else 0,
+        sealed.block_size // sealed.num_key_groups if is_asymmetric else 0,
         *(0 if section is None else section.data_ptr() for section in sections),
         clips[0:].ctypes.data,
         clips[1:].ctypes.data,

@@ -26,6 +26,15 @@ class SealedViews(NamedTuple):
     value_scale: Tensor  # fp16 [NB, H, block_size]
     value_zero: Tensor | None  # fp16 [NB, H, block_size], below 8 bits
 
+    @property
+    def block_size(self) -> int:
+        return self.value_scale.shape[2]
+
+    @property
+    def num_key_groups(self) -> int:
+        """G; 0 where a key has one scale, for itself."""
+        return 0 if self.key_zero is None else self.key_zero.shape[2]
+
 
 @dataclass(frozen=True, eq=False)
 class LayerRecords:
@@ -70,3 +79,10 @@ class StepIndices:
     @property
     def device(self) -> torch.device:
         return self.positions.device
+
+
+def as_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this precision, with contiguous rows; the tensor itself where it is so already."""
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -7,17 +7,18 @@ with the new tokens, and the merge of all parts, which appends the new tokens on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import cached_property
+from typing import Final
 
 from torch import Tensor
 
-from .records import LayerRecords, SealedViews, StepIndices
+from .records import LayerRecords, SealedViews, as_rows
 from .triton_launch import attention_launch, tile_rows
 from .triton_open import attend_open
 from .triton_plan import RowGroup, TritonPlan
 from .triton_rows import merge_parts
 from .triton_sealed import attend_sealed
-from .triton_store import as_rows, open_strides, power_of_2, seal_blocks
+from .triton_store import open_strides, power_of_2
 
 MIN_SPLIT_TOKENS: Final = 512  # of context; a smaller part is not worth merging
 
@@ -37,7 +38,7 @@ class Call:
     attention_chunk: int
     sink_logits: Tensor | None
 
-    @property
+    @cached_property
     def shape(self) -> dict[str, int]:
         """What all kernels are compiled for."""
         _, num_heads, key_dim = self.key.shape
@@ -54,13 +55,13 @@ class Call:
     @property
     def columns(self) -> int:
         """Channels of a key or a value, whichever has more, as kernels hold them."""
-        return max(power_of_2(self.key.shape[2]), power_of_2(self.value.shape[2]))
+        return max(self.shape["KEY_COLUMNS"], self.shape["VALUE_COLUMNS"])
 
     @property
     def rules(self) -> tuple[float, float, int, int]:
         return self.scale, self.softcap, self.sliding_window, self.attention_chunk
 
-    @property
+    @cached_property
     def rule_kinds(self) -> dict[str, bool]:
         return {
             "HAS_SOFTCAP": self.softcap > 0,
@@ -86,7 +87,7 @@ def attend(
 
     With `appends`, those new tokens that the step stores in open blocks are written there.
     """
-    query, key, value = (as_rows(tensor) for tensor in (query, key, value))
+    query, key, value = (as_rows(tensor, tensor.dtype) for tensor in (query, key, value))
     call = Call(
         query,
         key,
@@ -103,21 +104,6 @@ def attend(
     rows = tile_rows(call.columns)
     for group in plan.groups(key.shape[1], query.shape[1] // key.shape[1], rows):
         attend_group(call, group, output, appends)
-    return output
-
-
-def attend_and_store(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    records: LayerRecords,
-    step: StepIndices,
-    plan: TritonPlan,
-    **rules: Any,
-) -> Tensor:
-    """`attend`, then write the new tokens; the same bytes as by `store.store_tokens`."""
-    output = attend(query, key, value, records, plan, appends=True, **rules)
-    seal_blocks(records, key, value, step)
     return output
 
 
@@ -143,8 +129,8 @@ def run_sealed(
     num_splits: int,
 ) -> None:
     step, bits = call.plan.step, call.records.bits
-    num_code_rows = sealed.key_codes.shape[2]
-    num_key_groups = 0 if sealed.key_zero is None else sealed.key_zero.shape[2]
+    num_key_groups = sealed.num_key_groups
+    group_tokens = step.block_size // max(num_key_groups, 1)
     is_heavy = call.rule_kinds["HIDES_CONTEXT"] or num_key_groups > 1
     launch = attention_launch(bits, group.tile_rows, call.columns, is_heavy=is_heavy)
     attend_sealed[len(group.tiles), call.key.shape[1], num_splits](
@@ -172,7 +158,7 @@ def run_sealed(
         NUM_HEAD_TOKENS=step.num_head_tokens,
         RECORD_BYTES=sealed.key_codes.stride(1),
         ROWS=group.tile_rows,
-        TILE=min(launch.tile, num_code_rows, rows_of_group(sealed)),
+        TILE=min(launch.tile, sealed.key_codes.shape[2], group_tokens),
         NUM_PARTS=num_parts,
         NUM_SPLITS=num_splits,
         MIN_SPLIT_BLOCKS=-(-MIN_SPLIT_TOKENS // step.block_size),
@@ -181,12 +167,6 @@ def run_sealed(
         **call.shape,
         **call.rule_kinds,
     )
-
-
-def rows_of_group(sealed: SealedViews) -> int:
-    """Tokens that share a key scale; a plane's rows may have more than one such group."""
-    block_size = sealed.value_scale.shape[2]
-    return block_size if sealed.key_zero is None else block_size // sealed.key_zero.shape[2]
 
 
 def run_open(

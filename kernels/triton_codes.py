@@ -131,14 +131,19 @@ def planes_of_2_bits(codes):
 
 
 @triton.jit
+def one_instruction(numbers, ASSEMBLY: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        ASSEMBLY, "=f,f", [numbers], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def fast_exp2(numbers):
     """In one instruction, within 2 units of the last place."""
     if INTERPRETED:
         return tl.exp2(numbers)
     else:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [numbers], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return one_instruction(numbers, "ex2.approx.ftz.f32 $0, $1;")
 
 
 @triton.jit
@@ -147,9 +152,7 @@ def fast_log2(numbers):
     if INTERPRETED:
         return tl.log2(numbers)
     else:
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [numbers], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return one_instruction(numbers, "lg2.approx.ftz.f32 $0, $1;")
 
 
 @triton.jit
@@ -158,9 +161,7 @@ def fast_inverse(numbers):
     if INTERPRETED:
         return 1.0 / numbers
     else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [numbers], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return one_instruction(numbers, "rcp.approx.ftz.f32 $0, $1;")
 
 
 @triton.jit

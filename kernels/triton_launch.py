@@ -67,3 +67,8 @@ def attention_launch(bits: int, rows: int, columns: int, *, is_heavy: bool = Fal
     if bits == 2 and is_heavy:
         launch = launch._replace(num_warps=2 * launch.num_warps)
     return launch
+
+
+def seal_launch(columns: int) -> Launch:
+    """For sealing blocks, whose loads feed no product: there is nothing to pipeline."""
+    return Launch(tile=16, num_warps=8 if columns <= WIDE else 16, num_stages=1)

@@ -20,7 +20,7 @@ from .triton_codes import (
     load_padded,
     rounded_to,
 )
-from .triton_rows import load_queries, store_part
+from .triton_rows import load_queries, read_tile, store_part
 
 
 @triton.jit
@@ -74,11 +74,9 @@ def attend_open(
     them values, token by token.
     """
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = tl.load(tiles + 2 * tile)
-    first_row = tl.load(tiles + 2 * tile + 1).to(tl.int32)
-    token = tl.load(query_start_loc + sequence)
-    num_new = (tl.load(query_start_loc + sequence + 1) - token).to(tl.int32)
-    context_len = tl.load(context_lens + sequence).to(tl.int32)
+    sequence, token, num_new, context_len, first_row = read_tile(
+        tile, tiles, query_start_loc, context_lens
+    )
     num_body_tokens = 0
     if HAS_BODY:
         num_body_tokens = tl.load(num_sealed + sequence).to(tl.int32) * BLOCK_SIZE

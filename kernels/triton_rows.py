@@ -15,6 +15,17 @@ from .triton_codes import LOG2_E, NO_REFERENCE, rounded_to
 
 
 @triton.jit
+def read_tile(tile, tiles, query_start_loc, context_lens):
+    """Of `tiles` [tiles, 2]: sequence, its first new token, how many, its context, first row."""
+    sequence = tl.load(tiles + 2 * tile)
+    first_row = tl.load(tiles + 2 * tile + 1).to(tl.int32)
+    token = tl.load(query_start_loc + sequence)
+    num_new = (tl.load(query_start_loc + sequence + 1) - token).to(tl.int32)
+    context_len = tl.load(context_lens + sequence).to(tl.int32)
+    return sequence, token, num_new, context_len, first_row
+
+
+@triton.jit
 def load_queries(
     query,
     token,

@@ -31,7 +31,7 @@ from .triton_codes import (
     rounded_to,
     signed_codes,
 )
-from .triton_rows import load_queries, store_part
+from .triton_rows import load_queries, read_tile, store_part
 
 LEAST_SCALE = tl.constexpr(2.0**-24)  # the least fp16 number; codes of a scale of 0 are all 0
 
@@ -86,11 +86,9 @@ def attend_sealed(
     those of a row and of a channel.
     """
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = tl.load(tiles + 2 * tile)
-    first_row = tl.load(tiles + 2 * tile + 1).to(tl.int32)
-    token = tl.load(query_start_loc + sequence)
-    num_rows = (tl.load(query_start_loc + sequence + 1) - token).to(tl.int32) * GROUP_SIZE
-    context_len = tl.load(context_lens + sequence).to(tl.int32)
+    sequence, token, num_new, context_len, first_row = read_tile(
+        tile, tiles, query_start_loc, context_lens
+    )
     num_blocks = tl.load(num_sealed + sequence).to(tl.int32)
     rows = first_row + tl.arange(0, ROWS)
     part = (tile.to(tl.int64) * NUM_HEADS + head) * NUM_PARTS + NUM_PARTS - NUM_SPLITS + split
@@ -114,8 +112,8 @@ def attend_sealed(
     value_channel = tl.arange(0, VALUE_COLUMNS)
     row = tl.arange(0, TILE)
     queries = load_queries(
-        query, token, query_token_stride, query_head_stride, head, rows, num_rows, channel,
-        GROUP_SIZE, KEY_DIM, tl.float16,
+        query, token, query_token_stride, query_head_stride, head, rows,
+        num_new * GROUP_SIZE, channel, GROUP_SIZE, KEY_DIM, tl.float16,
     )  # fmt: skip
     key_offsets = row[:, None] * KEY_STRIDES[0] + channel[None, :] * KEY_STRIDES[1]
     value_offsets = row[None, :] * VALUE_STRIDES[0] + value_channel[:, None] * VALUE_STRIDES[1]

@@ -5,26 +5,17 @@ Same signature as the torch reference in `store`, and the same bytes.
 
 from __future__ import annotations
 
-from typing import Final
-
 from torch import Tensor
 
-from .records import LayerRecords, StepIndices
+from .records import LayerRecords, StepIndices, as_rows
 from .store import append
-from .triton_launch import WIDE
+from .triton_launch import seal_launch
 from .triton_seal import seal_blocks as seal_blocks_kernel
-
-MAX_TILE: Final = 16  # rows of codes that are made at once
 
 
 def power_of_2(number: int) -> int:
     """The least power of 2 that is not below a number: tensors of a kernel have such sizes."""
     return 1 << (number - 1).bit_length()
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """With contiguous rows."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def open_strides(records: LayerRecords) -> tuple[Tensor | int, ...]:
@@ -39,22 +30,20 @@ def open_strides(records: LayerRecords) -> tuple[Tensor | int, ...]:
 
 def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
     """As `store.store_tokens`."""
-    seal_blocks(records, keys, values, step)
+    if len(step.seal_block_ids):
+        seal_blocks(records, keys, values, step)
     append(records.open_keys, keys, step)
     append(records.open_values, values, step)
 
 
 def seal_blocks(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
-    """Quantize the blocks that a step seals; what is left of `store_tokens` but for appending."""
-    if not len(step.seal_block_ids):
-        return
+    """Quantize the blocks that a step seals: what `store_tokens` does but for appending."""
     sealed = records.sealed
     assert sealed is not None
-    keys, values = as_rows(keys), as_rows(values)
+    keys, values = (as_rows(tensor, tensor.dtype) for tensor in (keys, values))
     _, num_heads, key_dim = keys.shape
     value_dim = values.shape[2]
-    num_groups = 0 if sealed.key_zero is None else sealed.key_zero.shape[2]
-    num_code_rows = sealed.key_codes.shape[2]
+    launch = seal_launch(max(key_dim, value_dim))
     seal_blocks_kernel[len(step.seal_block_ids), num_heads](
         step.seal_block_ids,
         step.seal_sources,
@@ -81,9 +70,10 @@ def seal_blocks(records: LayerRecords, keys: Tensor, values: Tensor, step: StepI
         VALUE_COLUMNS=power_of_2(value_dim),
         BLOCK_SIZE=step.block_size,
         OPEN_BLOCK_SIZE=step.open_block_size,
-        NUM_KEY_GROUPS=num_groups,
+        NUM_KEY_GROUPS=sealed.num_key_groups,
         RECORD_BYTES=sealed.key_codes.stride(1),
-        TILE=min(MAX_TILE, num_code_rows),
-        num_warps=8 if max(key_dim, value_dim) <= WIDE else 16,
+        TILE=min(launch.tile, sealed.key_codes.shape[2]),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
         enable_fp_fusion=False,  # so that every operation is rounded as in the reference
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .kernels.attention import AnyGroup, attend, plan_groups
+from .kernels.attention import attend, plan_groups
 from .kernels.records import LayerRecords, StepIndices
 from .kernels.store import store_tokens
 
@@ -36,31 +36,35 @@ class Backend:
     plan: Callable[[StepIndices], Any]
     attend: Callable[..., Tensor]
     store_tokens: Callable[[LayerRecords, Tensor, Tensor, StepIndices], None]
-    attend_and_store: Callable[..., Tensor]
+    # What `store_tokens` does but for appending, where `attend(..., appends=True)` can do that.
+    seal_blocks: Callable[[LayerRecords, Tensor, Tensor, StepIndices], None] | None = None
+
+    def attend_and_store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        records: LayerRecords,
+        step: StepIndices,
+        plan: Any,
+        **rules: Any,
+    ) -> Tensor:
+        """Attend, then write the new tokens: as `attend` and `store_tokens`, in less time."""
+        if self.seal_blocks is None:
+            output = self.attend(query, key, value, records, plan, **rules)
+            self.store_tokens(records, key, value, step)
+            return output
+        output = self.attend(query, key, value, records, plan, appends=True, **rules)
+        if len(step.seal_block_ids):
+            self.seal_blocks(records, key, value, step)
+        return output
 
 
 def nothing_to_warm_up(layers: Sequence[LayerRecords]) -> None:
     """Torch brings its operations compiled."""
 
 
-def attend_and_store(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    records: LayerRecords,
-    step: StepIndices,
-    plan: list[AnyGroup],
-    **rules: Any,
-) -> Tensor:
-    """One after the other."""
-    output = attend(query, key, value, records, plan, **rules)
-    store_tokens(records, key, value, step)
-    return output
-
-
-TORCH_BACKEND: Final = Backend(
-    "torch", nothing_to_warm_up, plan_groups, attend, store_tokens, attend_and_store
-)
+TORCH_BACKEND: Final = Backend("torch", nothing_to_warm_up, plan_groups, attend, store_tokens)
 
 
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
@@ -87,28 +91,28 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
 @cache
 def cpu_backend() -> Backend:
     """The CPU's own kernels; raises `ImportError` where numba cannot be imported."""
-    from .kernels.cpu_attention import attend, attend_and_store
+    from .kernels.cpu_attention import attend
     from .kernels.cpu_plan import CpuPlan
-    from .kernels.cpu_store import store_tokens
+    from .kernels.cpu_store import seal_blocks, store_tokens
     from .kernels.cpu_warm_up import warm_up
 
-    return Backend("cpu", warm_up, CpuPlan, attend, store_tokens, attend_and_store)
+    return Backend("cpu", warm_up, CpuPlan, attend, store_tokens, seal_blocks)
 
 
 @cache
 def triton_backend(device_type: str) -> Backend:
     """A GPU's kernels; raises `ImportError` where triton cannot be imported."""
-    from .kernels.triton_attention import attend, attend_and_store
+    from .kernels.triton_attention import attend
     from .kernels.triton_codes import INTERPRETED
     from .kernels.triton_plan import TritonPlan
-    from .kernels.triton_store import store_tokens
+    from .kernels.triton_store import seal_blocks, store_tokens
 
     if device_type != "cuda" and not INTERPRETED:
         raise ConfigError(
             f"backend 'triton' cannot run on device {device_type}, unless TRITON_INTERPRET=1 was "
             "set before triton was imported"
         )
-    return Backend("triton", nothing_to_warm_up, TritonPlan, attend, store_tokens, attend_and_store)
+    return Backend("triton", nothing_to_warm_up, TritonPlan, attend, store_tokens, seal_blocks)
 
 
 @cache

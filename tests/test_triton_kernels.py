@@ -400,4 +400,5 @@ def test_a_wrong_constant_is_seen(name, value, monkeypatch):
 
 
 def test_the_reference_is_still_the_reference():
+    """Else all of the above would hold the reference to itself."""
     assert TORCH_BACKEND.attend is not choose_backend(torch.device(DEVICE), "triton").attend

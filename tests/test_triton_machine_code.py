@@ -48,9 +48,10 @@ def check_fits(launch: Launch, arch: int, spilled_bytes: int = 0) -> MachineCode
 @pytest.mark.parametrize("rows", [FEW, MORE, MANY], ids=["few rows", "more rows", "many rows"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", FORMATS)
-def test_attention_spills_nothing_and_fits(name, head_dim, rows, arch):
+def test_attention_spills_nothing_and_fits(name, head_dim, rows, arch, request):
     if rows == MANY and (arch == 80 or FORMATS[name].is_asymmetric):
-        pytest.xfail("chunks want a kernel of their own, with queries as the left operand")
+        reason = "chunks want a kernel of their own, with queries as the left operand"
+        request.applymarker(pytest.mark.xfail(raises=AssertionError, reason=reason))
     kernels = launches_of(FORMATS[name], rows, head_dim=head_dim)
     for launch in kernels:
         if launch.name in ("attend_sealed", "attend_open", "merge_parts"):
