@@ -19,7 +19,7 @@ from triton.compiler import CompiledKernel
 from paged_kv.backend import choose_backend
 from paged_kv.cache import LayerSpec, cache_geometry, layer_records
 from paged_kv.formats import KVFormat
-from paged_kv.kernels import triton_attention, triton_store
+from paged_kv.kernels import triton_attention, triton_launch, triton_store
 from paged_kv.kernels.records import StepIndices
 from paged_kv.kernels.triton_plan import TritonPlan
 
@@ -27,6 +27,7 @@ META = torch.device("meta")
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 KERNELS = (
     (triton_attention, "attend_sealed"),
+    (triton_attention, "attend_chunk"),
     (triton_attention, "attend_open"),
     (triton_attention, "merge_parts"),
     (triton_store, "seal_blocks_kernel"),
@@ -100,9 +101,10 @@ def record_launches(
     group_size: int = 4,
     query_lens: Sequence[int] = (1,),
     dtype: torch.dtype = torch.bfloat16,
+    arch: int = 90,
     **rules: Any,
 ) -> list[Launch]:
-    """One layer's attention and storing, with one block to be sealed."""
+    """One layer's attention and storing, with one block to be sealed, on a GPU of `arch`."""
     value_dim = head_dim if value_dim is None else value_dim
     layer = LayerSpec(
         kv_format=kv_format, num_kv_heads=num_kv_heads, key_dim=head_dim, value_dim=value_dim
@@ -146,6 +148,7 @@ def record_launches(
         for module, name in KERNELS:
             recorder = Recorder(getattr(module, name), launches)
             stack.enter_context(patch.object(module, name, recorder))
+        stack.enter_context(patch.object(triton_launch, "is_hopper", lambda device: arch >= 90))
         backend = choose_backend(torch.device("cuda"))
         backend.attend_and_store(query, key, value, records, step, TritonPlan(step), **rules)
     return launches
@@ -154,6 +157,8 @@ def record_launches(
 def bytes_of_tile(launch: Launch) -> int:
     """K/V bytes that one turn of an attention kernel's loop reads, metadata included."""
     constants = launch.arguments
+    if launch.name == "attend_chunk":
+        return int(constants["RECORD_BYTES"] * constants["TILE"] // constants["BLOCK_SIZE"])
     if launch.name == "attend_sealed":
         rows_of_codes = constants["BLOCK_SIZE"] * constants["BITS"] // 8
         return int(constants["RECORD_BYTES"] * constants["TILE"] // rows_of_codes)

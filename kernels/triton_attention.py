@@ -13,7 +13,8 @@ from typing import Final
 from torch import Tensor
 
 from .records import LayerRecords, SealedViews, as_rows
-from .triton_launch import attention_launch, tile_rows
+from .triton_chunk import attend_chunk
+from .triton_launch import Launch, attention_launch, chunk_launch, tile_rows
 from .triton_open import attend_open
 from .triton_plan import RowGroup, TritonPlan
 from .triton_rows import merge_parts
@@ -101,7 +102,7 @@ def attend(
         sink_logits=sink_logits,
     )
     output = query.new_empty(*query.shape[:2], value.shape[2])
-    rows = tile_rows(call.columns)
+    rows = tile_rows(call.columns, query.device)
     for group in plan.groups(key.shape[1], query.shape[1] // key.shape[1], rows):
         attend_group(call, group, output, appends)
     return output
@@ -120,6 +121,12 @@ def attend_group(call: Call, group: RowGroup, output: Tensor, appends: bool) -> 
     run_merge(call, group, partials, num_parts, output, appends)
 
 
+def launch_for(call: Call, group: RowGroup, bits: int, *, is_heavy: bool = False) -> Launch:
+    if group.is_chunk:
+        return chunk_launch(bits, call.columns, call.query.device)
+    return attention_launch(bits, group.tile_rows, call.columns, is_heavy=is_heavy)
+
+
 def run_sealed(
     call: Call,
     sealed: SealedViews,
@@ -132,8 +139,9 @@ def run_sealed(
     num_key_groups = sealed.num_key_groups
     group_tokens = step.block_size // max(num_key_groups, 1)
     is_heavy = call.rule_kinds["HIDES_CONTEXT"] or num_key_groups > 1
-    launch = attention_launch(bits, group.tile_rows, call.columns, is_heavy=is_heavy)
-    attend_sealed[len(group.tiles), call.key.shape[1], num_splits](
+    launch = launch_for(call, group, bits, is_heavy=is_heavy)
+    kernel = attend_chunk if group.is_chunk else attend_sealed
+    kernel[len(group.tiles), call.key.shape[1], num_splits](
         call.query,
         *call.query.stride()[:2],
         sealed.key_codes,
@@ -177,7 +185,7 @@ def run_open(
     num_splits: int,
 ) -> None:
     step, records = call.plan.step, call.records
-    launch = attention_launch(0, group.tile_rows, call.columns)
+    launch = launch_for(call, group, 0)
     attend_open[len(group.tiles), call.key.shape[1], num_splits](
         call.query,
         *call.query.stride()[:2],
@@ -201,6 +209,7 @@ def run_open(
         NUM_HEAD_TOKENS=step.num_head_tokens,
         HAS_BODY=records.sealed is not None,
         ROWS=group.tile_rows,
+        TRANSPOSED=int(group.is_chunk),
         TILE=launch.tile,
         NUM_PARTS=num_parts,
         NUM_SPLITS=num_splits,

@@ -2,6 +2,10 @@
 
 Knows tensors in registers, never addresses. Interpreted (TRITON_INTERPRET=1, on a CPU) there is no
 inline assembly and a product of bfloat16 is wrong; both have a plain branch here, and only here.
+
+Attention is written for matrices [tokens or channels, query rows]: K/V are the left operand of both
+products. With TRANSPOSED = 1 every matrix is its transpose and queries are the left operand, which
+is better for many of them; `TRANSPOSED` is then also the axis that a column lies along.
 """
 
 from __future__ import annotations
@@ -25,6 +29,34 @@ def dot(left, right, total):
         return total + tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
+def product(left, right, total, TRANSPOSED: tl.constexpr):
+    """`total + left @ right`, all three perhaps transposed."""
+    if TRANSPOSED:
+        return dot(right, left, total)
+    else:
+        return dot(left, right, total)
+
+
+@triton.jit
+def as_column(vector, TRANSPOSED: tl.constexpr):
+    return tl.expand_dims(vector, 1 - TRANSPOSED)
+
+
+@triton.jit
+def as_row(vector, TRANSPOSED: tl.constexpr):
+    return tl.expand_dims(vector, TRANSPOSED)
+
+
+@triton.jit
+def zeros(LENGTH: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Columns of LENGTH numbers and rows of WIDTH."""
+    if TRANSPOSED:
+        return tl.zeros([WIDTH, LENGTH], tl.float32)
+    else:
+        return tl.zeros([LENGTH, WIDTH], tl.float32)
 
 
 @triton.jit
@@ -60,6 +92,34 @@ def signed_codes(codes):
             }""",
             "=r,=r,r",
             [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def codes_of_plane(codes, shift, BITS: tl.constexpr):
+    """The bits of one plane, `shift` of which are below it, as whole fp16 numbers."""
+    if INTERPRETED:
+        return ((codes >> shift) & ((1 << BITS) - 1)).to(tl.float16)
+    else:
+        MASK: tl.constexpr = "0x0f0f0f0f" if BITS == 4 else "0x03030303"
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 kept, low, high, offset;
+            shr.u32 kept, $2, $3;
+            and.b32 kept, kept, """
+            + MASK
+            + """;
+            mov.b32 offset, 0x64006400;
+            prmt.b32 low, kept, 0x64646464, 0x4140;
+            prmt.b32 high, kept, 0x64646464, 0x4342;
+            sub.rn.f16x2 $0, low, offset;
+            sub.rn.f16x2 $1, high, offset;
+            }""",
+            "=r,=r,r,r,r,r,r",
+            [codes, shift],
             dtype=tl.float16,
             is_pure=True,
             pack=4,

@@ -6,7 +6,10 @@ sm_80 and sm_90 (`bench/NOTES.md`); not yet timed on a GPU.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Final, NamedTuple
+
+import torch
 
 WIDE: Final = 128  # channels, padded, beyond which registers are scarce
 
@@ -26,47 +29,82 @@ class TileRows(NamedTuple):
     large: int
 
 
-def tile_rows(columns: int) -> TileRows:
-    """By channels of a key or a value, whichever has more."""
-    return TileRows((8, 16), 64) if columns <= WIDE else TileRows((8,), 32)
-
-
-# By bits of a code (0: open blocks) and query rows of a tile.
+# Few query rows, by bits of a code (0: open blocks) and query rows of a tile.
 NARROW_LAUNCHES: Final = {
     (8, 8): Launch(128, 2, 3),
     (8, 16): Launch(128, 2, 3),
-    (8, 64): Launch(32, 4, 2),
     (4, 8): Launch(64, 2, 3),
     (4, 16): Launch(32, 2, 3),
-    (4, 64): Launch(32, 8, 2),
     (2, 8): Launch(32, 1, 3),
     (2, 16): Launch(32, 2, 3),
-    (2, 64): Launch(32, 8, 2),
     (0, 8): Launch(64, 2, 3),
     (0, 16): Launch(64, 2, 3),
-    (0, 64): Launch(32, 4, 2),
 }
 WIDE_LAUNCHES: Final = {
     (8, 8): Launch(64, 2, 3),
-    (8, 32): Launch(32, 4, 2),
     (4, 8): Launch(64, 4, 3),
-    (4, 32): Launch(16, 4, 2),
     (2, 8): Launch(32, 2, 3),
-    (2, 32): Launch(16, 8, 2),
     (0, 8): Launch(32, 2, 3),
-    (0, 32): Launch(32, 4, 2),
+}
+# Many, whose tiles are of tokens whatever the bits. Products of Hopper read numbers from shared
+# memory; before it every warp makes them of codes, which takes registers.
+HOPPER_CHUNKS: Final = {
+    8: Launch(64, 4, 2),
+    4: Launch(64, 4, 2),
+    2: Launch(32, 4, 2),
+    0: Launch(64, 4, 2),
+}
+HOPPER_WIDE_CHUNKS: Final = {
+    8: Launch(32, 8, 2),
+    4: Launch(32, 8, 2),
+    2: Launch(32, 8, 2),
+    0: Launch(32, 4, 2),
+}
+AMPERE_CHUNKS: Final = {
+    8: Launch(32, 4, 2),
+    4: Launch(32, 8, 1),
+    2: Launch(32, 8, 1),
+    0: Launch(32, 4, 2),
+}
+AMPERE_WIDE_CHUNKS: Final = {
+    8: Launch(32, 4, 2),
+    4: Launch(16, 8, 2),
+    2: Launch(16, 8, 2),
+    0: Launch(32, 4, 2),
 }
 
 
+def tile_rows(columns: int, device: torch.device) -> TileRows:
+    """By channels of a key or a value, whichever has more."""
+    if columns <= WIDE:
+        return TileRows((8, 16), 64)
+    return TileRows((8,), 64 if is_hopper(device) else 32)
+
+
 def attention_launch(bits: int, rows: int, columns: int, *, is_heavy: bool = False) -> Launch:
-    """For codes of so many bits (0: open blocks and new tokens), `rows` and `columns` of a tile.
+    """For few query rows and codes of so many bits (0: open blocks and new tokens).
 
     Masks and several key groups in a block are heavy: they take registers that 2 bits do not have.
     """
     launch = (NARROW_LAUNCHES if columns <= WIDE else WIDE_LAUNCHES)[bits, rows]
     if bits == 2 and is_heavy:
-        launch = launch._replace(num_warps=2 * launch.num_warps)
+        if rows == 16:
+            return launch._replace(tile=launch.tile // 2)
+        return launch._replace(num_warps=2 * launch.num_warps)
     return launch
+
+
+def chunk_launch(bits: int, columns: int, device: torch.device) -> Launch:
+    """For many query rows."""
+    if is_hopper(device):
+        return (HOPPER_CHUNKS if columns <= WIDE else HOPPER_WIDE_CHUNKS)[bits]
+    return (AMPERE_CHUNKS if columns <= WIDE else AMPERE_WIDE_CHUNKS)[bits]
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether matrix products take operands from shared memory, or there is no GPU to ask."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def seal_launch(columns: int) -> Launch:

@@ -1,7 +1,7 @@
 """Triton: attention of query rows to open blocks and to each other's tokens, in full precision.
 
 The head and the tail of a quantized sequence, or all of a native one. Keys and values are the left
-operands of both products, as in `triton_sealed`.
+operands of both products, or queries are, as in `triton_sealed`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from .triton_codes import (
     HEADROOM,
     LOG2_E,
     NO_REFERENCE,
+    as_column,
+    as_row,
     cap_scores,
-    dot,
     fast_exp2,
     first_visible,
     load_padded,
+    product,
     rounded_to,
+    zeros,
 )
 from .triton_rows import load_queries, read_tile, store_part
 
@@ -66,6 +69,7 @@ def attend_open(
     MIN_SPLIT_TILES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HIDES_CONTEXT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """One tile of query rows, one kv head, one split: grid (tiles, heads, splits).
 
@@ -103,18 +107,21 @@ def attend_open(
     entry_of_tile = tl.arange(0, TILE)
     queries = load_queries(
         query, token, query_token_stride, query_head_stride, head, rows, num_new * GROUP_SIZE,
-        channel, GROUP_SIZE, KEY_DIM, query.dtype.element_ty,
+        channel, GROUP_SIZE, KEY_DIM, query.dtype.element_ty, TRANSPOSED,
     )  # fmt: skip
     reference = tl.full([ROWS], NO_REFERENCE, tl.float32)
-    totals = tl.zeros([TILE, ROWS], tl.float32)
-    output = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
+    totals = zeros(TILE, ROWS, TRANSPOSED)
+    output = zeros(VALUE_COLUMNS, ROWS, TRANSPOSED)
     factor = scale if HAS_SOFTCAP else scale * LOG2_E
 
     IS_KEY_PADDED: tl.constexpr = KEY_DIM != KEY_COLUMNS
     HAS_LARGE_BLOCKS: tl.constexpr = OPEN_BLOCK_SIZE > TILE
     row = entry_of_tile % OPEN_BLOCK_SIZE  # in its block
-    key_offsets = row[:, None] * KEY_STRIDES[0] + channel[None, :] * KEY_STRIDES[1]
-    value_offsets = row[None, :] * VALUE_DIM + value_channel[:, None]
+    key_offsets = as_column(row * KEY_STRIDES[0], TRANSPOSED)
+    key_offsets += as_row(channel * KEY_STRIDES[1], TRANSPOSED)
+    value_offsets = as_row(row * VALUE_DIM, TRANSPOSED) + as_column(value_channel, TRANSPOSED)
+    key_exists = as_row(channel < KEY_DIM, TRANSPOSED)
+    value_exists = as_column(value_channel < VALUE_DIM, TRANSPOSED)
     VALUES: tl.constexpr = OPEN_BLOCK_SIZE * KEY_DIM  # behind the record's keys
 
     table = open_table + sequence * table_width
@@ -129,24 +136,24 @@ def attend_open(
         records = open_blocks + (block * NUM_HEADS + head) * RECORD_SIZE
         if HAS_LARGE_BLOCKS:
             first_of_block = index * TILE % OPEN_BLOCK_SIZE
-            at_keys = records[:, None] + first_of_block * KEY_STRIDES[0] + key_offsets
-            at_values = records[None, :] + VALUES + first_of_block * VALUE_DIM + value_offsets
+            first_key = records + first_of_block * KEY_STRIDES[0]
+            first_value = records + VALUES + first_of_block * VALUE_DIM
         else:
-            at_keys = records[:, None] + key_offsets
-            at_values = records[None, :] + VALUES + value_offsets
+            first_key = records
+            first_value = records + VALUES
+        at_keys = as_column(first_key, TRANSPOSED) + key_offsets
+        at_values = as_row(first_value, TRANSPOSED) + value_offsets
         entries = index * TILE + entry_of_tile
-        keys = load_padded(at_keys, channel[None, :] < KEY_DIM, IS_KEY_PADDED)
+        keys = load_padded(at_keys, key_exists, IS_KEY_PADDED)
         exists = entries < num_entries  # what does not may be anything, and 0 * NaN is NaN
-        values = tl.load(
-            at_values, mask=exists[None, :] & (value_channel[:, None] < VALUE_DIM), other=0
-        )
-        is_visible = tl.broadcast_to(exists[:, None], [TILE, ROWS])
+        values = tl.load(at_values, mask=as_row(exists, TRANSPOSED) & value_exists, other=0)
+        is_visible = tl.broadcast_to(as_column(exists, TRANSPOSED), totals.shape)
         if HIDES_CONTEXT:
             position = tl.where(entries < NUM_HEAD_TOKENS, entries, entries + num_body_tokens)
-            is_visible = is_visible & (position[:, None] >= first[None, :])
+            is_visible = is_visible & (as_column(position, TRANSPOSED) >= as_row(first, TRANSPOSED))
         output, reference, totals = attend_tile(
             keys, values, queries, is_visible, output, reference, totals, factor,
-            softcap, HAS_SOFTCAP,
+            softcap, HAS_SOFTCAP, TRANSPOSED,
         )  # fmt: skip
 
     if split == NUM_SPLITS - 1:
@@ -156,25 +163,27 @@ def attend_open(
             tokens = new + entry_of_tile
             exists = tokens < num_new
             at = token + tl.minimum(tokens, last_token)
-            keys = tl.load(
-                key + (at * key_token_stride + head * key_head_stride)[:, None] + channel[None, :],
-                mask=channel[None, :] < KEY_DIM, other=0,
-            )  # fmt: skip
+            at_keys = as_column(at * key_token_stride + head * key_head_stride, TRANSPOSED)
+            at_values = as_row(at * value_token_stride + head * value_head_stride, TRANSPOSED)
+            keys = tl.load(key + at_keys + as_row(channel, TRANSPOSED), mask=key_exists, other=0)
             values = tl.load(
-                value + (at * value_token_stride + head * value_head_stride)[None, :]
-                + value_channel[:, None],
-                mask=exists[None, :] & (value_channel[:, None] < VALUE_DIM), other=0,
+                value + at_values + as_column(value_channel, TRANSPOSED),
+                mask=as_row(exists, TRANSPOSED) & value_exists, other=0,
             )  # fmt: skip
-            is_visible = exists[:, None] & (tokens[:, None] <= row_tokens[None, :])
+            is_visible = as_column(exists, TRANSPOSED) & (
+                as_column(tokens, TRANSPOSED) <= as_row(row_tokens, TRANSPOSED)
+            )
             if HIDES_CONTEXT:
-                is_visible = is_visible & (context_len + tokens[:, None] >= first[None, :])
+                is_visible = is_visible & (
+                    as_column(context_len + tokens, TRANSPOSED) >= as_row(first, TRANSPOSED)
+                )
             output, reference, totals = attend_tile(
                 keys, values, queries, is_visible, output, reference, totals, factor,
-                softcap, HAS_SOFTCAP,
+                softcap, HAS_SOFTCAP, TRANSPOSED,
             )  # fmt: skip
     store_part(
-        partial_outputs, partial_sums, part, output, reference, tl.sum(totals, 0), value_channel,
-        VALUE_DIM, ROWS,
+        partial_outputs, partial_sums, part, output, reference, tl.sum(totals, TRANSPOSED),
+        value_channel, VALUE_DIM, ROWS, TRANSPOSED,
     )  # fmt: skip
 
 
@@ -201,19 +210,21 @@ def attend_tile(
     factor,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """Add keys [TILE, channels] and values [channels, TILE] to what rows have seen so far."""
     dtype: tl.constexpr = queries.dtype
     none = tl.zeros_like(totals)
-    scores = dot(keys.to(dtype), queries, none) * factor
+    scores = product(keys.to(dtype), queries, none, TRANSPOSED) * factor
     scores = tl.where(is_visible, cap_scores(scores, softcap, HAS_SOFTCAP), float("-inf"))
-    new_reference = tl.maximum(reference, tl.max(scores, 0) - HEADROOM)
-    shrink = fast_exp2(reference - new_reference)[None, :]
-    weights = fast_exp2(scores - new_reference[None, :])
+    new_reference = tl.maximum(reference, tl.max(scores, TRANSPOSED) - HEADROOM)
+    shrink = as_row(fast_exp2(reference - new_reference), TRANSPOSED)
+    weights = fast_exp2(scores - as_row(new_reference, TRANSPOSED))
     totals = totals * shrink + weights
     rounded = rounded_to(weights, dtype)
     values = values.to(dtype)
-    output = dot(values, rounded, output * shrink)
+    output = product(values, rounded, output * shrink, TRANSPOSED)
     if dtype == tl.bfloat16:  # has but 8 bits, and half of the error would be theirs
-        output = dot(values, rounded_to(weights - rounded.to(tl.float32), dtype), output)
+        rest = rounded_to(weights - rounded.to(tl.float32), dtype)
+        output = product(values, rest, output, TRANSPOSED)
     return output, new_reference, totals

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_codes import LOG2_E, NO_REFERENCE, rounded_to
+from .triton_codes import LOG2_E, NO_REFERENCE, as_column, as_row, rounded_to
 
 
 @triton.jit
@@ -38,12 +38,14 @@ def load_queries(
     GROUP_SIZE: tl.constexpr,
     KEY_DIM: tl.constexpr,
     DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """Rows of one kv head as columns [channels, rows]; 0 beyond the last row and channel."""
     tokens = token + rows // GROUP_SIZE
     heads = head * GROUP_SIZE + rows % GROUP_SIZE
-    at = tokens[None, :] * token_stride + heads[None, :] * head_stride + channel[:, None]
-    exists = (rows[None, :] < num_rows) & (channel[:, None] < KEY_DIM)
+    at = as_row(tokens * token_stride + heads * head_stride, TRANSPOSED)
+    at += as_column(channel, TRANSPOSED)
+    exists = as_row(rows < num_rows, TRANSPOSED) & as_column(channel < KEY_DIM, TRANSPOSED)
     return tl.load(query + at, mask=exists, other=0).to(tl.float32).to(DTYPE)
 
 
@@ -58,11 +60,12 @@ def store_part(
     channel,
     VALUE_DIM: tl.constexpr,
     ROWS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """One part: outputs [parts, ROWS, VALUE_DIM]; exponents and sums [parts, 2, ROWS]."""
     row = tl.arange(0, ROWS)
-    at = (part * ROWS + row[None, :]) * VALUE_DIM + channel[:, None]
-    tl.store(partial_outputs + at, output, mask=channel[:, None] < VALUE_DIM)
+    at = as_row((part * ROWS + row) * VALUE_DIM, TRANSPOSED) + as_column(channel, TRANSPOSED)
+    tl.store(partial_outputs + at, output, mask=as_column(channel < VALUE_DIM, TRANSPOSED))
     sums = partial_sums + part * (2 * ROWS) + row
     tl.store(sums, reference)
     tl.store(sums + ROWS, total)

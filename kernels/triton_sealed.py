@@ -1,7 +1,8 @@
 """Triton: attention of query rows to the sealed body of their context, split over programs.
 
 Codes are the left operand of both products (tokens or channels are rows, queries are columns), so
-that few queries waste little and codes go from memory to the product without a detour. Scales and
+that few queries waste little and codes go from memory to the product without a detour; for many
+queries there is `triton_chunk`. Scales and
 zero points never touch the codes: keys `q . (c s + z) = (q s) . c + q . z`, values
 `sum p (c s + z) = sum (p s) c + sum p z`.
 
@@ -89,19 +90,15 @@ def attend_sealed(
     sequence, token, num_new, context_len, first_row = read_tile(
         tile, tiles, query_start_loc, context_lens
     )
-    num_blocks = tl.load(num_sealed + sequence).to(tl.int32)
     rows = first_row + tl.arange(0, ROWS)
     part = (tile.to(tl.int64) * NUM_HEADS + head) * NUM_PARTS + NUM_PARTS - NUM_SPLITS + split
-
-    first_block = 0
     first = tl.zeros([ROWS], tl.int32)
     if HIDES_CONTEXT:
         first = first_visible(context_len + rows // GROUP_SIZE, sliding_window, attention_chunk)
-        first_block = tl.maximum(tl.min(first, 0) - NUM_HEAD_TOKENS, 0) // BLOCK_SIZE
-        first_block = tl.minimum(first_block, num_blocks)
-    share = tl.maximum(tl.cdiv(num_blocks - first_block, NUM_SPLITS), MIN_SPLIT_BLOCKS)
-    start_block = tl.minimum(first_block + split * share, num_blocks)
-    end_block = tl.minimum(start_block + share, num_blocks)
+    start_block, end_block = blocks_of_split(
+        tl.load(num_sealed + sequence).to(tl.int32), split, first, BLOCK_SIZE, NUM_HEAD_TOKENS,
+        NUM_SPLITS, MIN_SPLIT_BLOCKS, HIDES_CONTEXT,
+    )  # fmt: skip
 
     PLANES: tl.constexpr = 8 // BITS
     ROWS_OF_CODES: tl.constexpr = BLOCK_SIZE // PLANES
@@ -113,7 +110,7 @@ def attend_sealed(
     row = tl.arange(0, TILE)
     queries = load_queries(
         query, token, query_token_stride, query_head_stride, head, rows,
-        num_new * GROUP_SIZE, channel, GROUP_SIZE, KEY_DIM, tl.float16,
+        num_new * GROUP_SIZE, channel, GROUP_SIZE, KEY_DIM, tl.float16, TRANSPOSED=0,
     )  # fmt: skip
     key_offsets = row[:, None] * KEY_STRIDES[0] + channel[None, :] * KEY_STRIDES[1]
     value_offsets = row[None, :] * VALUE_STRIDES[0] + value_channel[:, None] * VALUE_STRIDES[1]
@@ -188,8 +185,29 @@ def attend_sealed(
         output = output * (1.0 / CODE_UNIT) + tl.sum(zero_part, 0)[None, :]
     store_part(
         partial_outputs, partial_sums, part, output, reference, tl.sum(totals, 0),
-        value_channel, VALUE_DIM, ROWS,
+        value_channel, VALUE_DIM, ROWS, TRANSPOSED=0,
     )  # fmt: skip
+
+
+@triton.jit
+def blocks_of_split(
+    num_blocks,
+    split,
+    first,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_HEAD_TOKENS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_SPLIT_BLOCKS: tl.constexpr,
+    HIDES_CONTEXT: tl.constexpr,
+):
+    """The first of a body's blocks that one split attends to, and the first that it does not."""
+    first_block = 0
+    if HIDES_CONTEXT:
+        first_block = tl.maximum(tl.min(first, 0) - NUM_HEAD_TOKENS, 0) // BLOCK_SIZE
+        first_block = tl.minimum(first_block, num_blocks)
+    share = tl.maximum(tl.cdiv(num_blocks - first_block, NUM_SPLITS), MIN_SPLIT_BLOCKS)
+    start_block = tl.minimum(first_block + split * share, num_blocks)
+    return start_block, tl.minimum(start_block + share, num_blocks)
 
 
 @triton.jit

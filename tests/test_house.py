@@ -31,7 +31,18 @@ CPU_ROOMS = (
     "attention",
     "store",
 )
-TRITON_ROOMS = ("codes", "rows", "sealed", "open", "seal", "launch", "plan", "store", "attention")
+TRITON_ROOMS = (
+    "codes",
+    "rows",
+    "sealed",
+    "chunk",
+    "open",
+    "seal",
+    "launch",
+    "plan",
+    "store",
+    "attention",
+)
 FLOORS = [
     {"errors"}
     | {f"kernels.{room}" for room in TORCH_ROOMS}
