@@ -41,6 +41,7 @@ from functools import partial
 from itertools import count, cycle
 from typing import Any
 
+import bench_gpu_attention
 import numba
 import numpy as np
 import torch
@@ -56,7 +57,6 @@ from paged_kv.kernels.cpu_native import address_of, fetch_add, load_long, store_
 from paged_kv.kernels.cpu_threads import run_worker
 from paged_kv.kernels.quantize import dequantize_keys, dequantize_values
 
-BACKENDS = {"cpu": "cpu"}  # by device: the backend that is measured
 FORMATS: dict[str, tuple[KVFormat, torch.dtype]] = {
     "native fp32": (NATIVE, torch.float32),
     "native bf16": (NATIVE, torch.bfloat16),
@@ -665,7 +665,6 @@ def bandwidth_row(case: str, num_bytes: int, timings: dict[str, Timing]) -> Row:
 class Bench:
     """What all cases share."""
 
-    backend: str
     labels: list[str]
     sampling: Sampling
     read_next: OfLayer
@@ -722,8 +721,8 @@ class Bench:
         return rows
 
     def fill(self, case: Case, contents: Contents, label: str) -> list[Paged]:
-        """Our backend's cache and the torch backend's, with the same contents."""
-        caches = [new_cache(case, label, backend) for backend in (self.backend, "torch")]
+        """The CPU backend's cache and the torch backend's, with the same contents."""
+        caches = [new_cache(case, label, backend) for backend in ("cpu", "torch")]
         return fill(case, contents, caches)
 
     def rows(self, name: str, case: Case) -> list[Row]:
@@ -752,13 +751,21 @@ def chosen(names: Iterable[str], terms: str | None) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=list(BACKENDS), default="cpu")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda runs bench_gpu_attention.py instead, which knows --quick and --json only",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--formats", help="parts of their names, such as native,int8")
     parser.add_argument("--cases", help="parts of their names, such as 16x2048,ragged")
     parser.add_argument("--patience", type=float, help="seconds to wait for undisturbed samples")
     add_arguments(parser)
     arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        bench_gpu_attention.run(arguments.quick, arguments.json)
+        return
     cases = QUICK_CASES if arguments.quick else CASES
     names, labels = chosen(cases, arguments.cases), chosen(FORMATS, arguments.formats)
     if not names or not labels:
@@ -766,7 +773,6 @@ def main() -> None:
     num_wanted, patience = (3, 0.5) if arguments.quick else (15, 30.0)
     torch.set_num_threads(arguments.threads)
     bench = Bench(
-        backend=BACKENDS[arguments.device],
         labels=labels,
         sampling=Sampling(num_wanted, arguments.patience or patience),
         read_next=random_reads(arguments.threads),

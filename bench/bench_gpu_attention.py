@@ -5,8 +5,9 @@
 Each case is one layer of `batch x context` with 8 kv heads of 128 channels: bf16 queries, one new
 token a sequence, block ids shuffled. The call is captured in a graph, and replayed with a cold
 second cache; the median counts. Baselines: what a large copy moves (reads and writes counted), over
-the bytes that the case has to read, metadata included; and, where it fits, torch's SDPA on
-contiguous bf16 K/V.
+the bytes that the case has to read, metadata included; and the peers of gpu_peers.py, timed in the
+same way on K/V of the same shape, once each of them has given what SDPA gives. The row of a peer
+that cannot run says why.
 
 On a CPU with TRITON_INTERPRET=1 only --quick makes sense: it shows that all of it runs.
 """
@@ -14,15 +15,19 @@ On a CPU with TRITON_INTERPRET=1 only --quick makes sense: it shows that all of 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from statistics import median
+from traceback import format_exception_only
 
 import torch
+from gpu_peers import CONTIGUOUS, PEERS, Contents, Peer, relative_error
 from report import Row, add_arguments, write_report
 from torch import Tensor
-from torch.nn import functional
 
 from paged_kv.backend import choose_backend
 from paged_kv.cache import LayerSpec, PagedKVCache, cache_geometry
@@ -31,7 +36,8 @@ from paged_kv.kernels.records import LayerRecords, StepIndices
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_HEADS, HEAD_DIM = 8, 128
-SDPA_BYTES = 16 << 30  # contiguous K/V beyond which it is left out
+PEER_BYTES = 16 << 30  # contiguous K/V beyond which peers are left out
+MAX_PEER_ERROR = 0.02  # relative to SDPA, in bf16
 COPY_BYTES = 4 << 30
 
 
@@ -151,17 +157,43 @@ def copy_bandwidth(num_bytes: int) -> float:
     return 2 * num_bytes / seconds_of(lambda: target.copy_(source))
 
 
-def contiguous_seconds(case: Case, query: Tensor) -> float | None:
-    """torch's SDPA on contiguous bf16 K/V of the same sizes, query heads as rows of a kv head."""
-    shape = (case.batch, NUM_HEADS, case.context, HEAD_DIM)
-    if 4 * case.batch * NUM_HEADS * case.context * HEAD_DIM > SDPA_BYTES:
-        return None
-    keys, values = (torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    rows = query.view(case.batch, NUM_HEADS, case.group_size, HEAD_DIM)
-    return seconds_of(lambda: functional.scaled_dot_product_attention(rows, keys, values))
+@cache
+def peer_timings(batch: int, context: int, group_size: int) -> dict[str, float | str]:
+    """Each peer's seconds, or why there are none: the same for all formats of ours."""
+    shape = batch, NUM_HEADS, context, HEAD_DIM
+    if 4 * math.prod(shape) > PEER_BYTES:
+        return {peer.name: "left out: too large" for peer in PEERS}
+    contents = Contents.random(shape, group_size, DEVICE)
+    exact = CONTIGUOUS.prepare(contents)()
+    print(f"{batch}x{context}, {group_size} queries a head", flush=True)
+    return {peer.name: peer_timing(peer, contents, exact) for peer in PEERS}
+
+
+def peer_timing(peer: Peer, contents: Contents, exact: Tensor) -> float | str:
+    """Its seconds; or its exception, whatever that is: others have to be measured too."""
+    try:
+        decode = peer.prepare(contents)
+        error = relative_error(decode(), exact)
+        print(f"  {peer.name}: relative error {error:.5f}", flush=True)
+        if not error < MAX_PEER_ERROR:
+            return f"relative error {error:.5f}"
+        return seconds_of(decode)
+    except Exception as failure:
+        reason = format_exception_only(failure)[0].splitlines()[0]
+        print(f"  {peer.name}: {reason}", flush=True)
+        return reason
+
+
+def peer_row(case: Case, seconds: float, name: str, timing: float | str) -> Row:
+    """Our microseconds beside a peer's, or beside the reason why it has none."""
+    ours = Row(case=case.name, metric="decode us", value=seconds * 1e6, unit="us")
+    if isinstance(timing, str):
+        return replace(ours, baseline=f"{name} ({timing})")
+    return replace(ours, baseline=name, baseline_value=timing * 1e6, ratio=timing / seconds)
 
 
 def rows_of(case: Case, copied: float) -> list[Row]:
+    timings = peer_timings(case.batch, case.context, case.group_size)  # before ours takes memory
     layer = make_layer(case)
     backend = choose_backend(DEVICE, "triton")
     plan = backend.plan(layer.step)
@@ -186,19 +218,18 @@ def rows_of(case: Case, copied: float) -> list[Row]:
             ratio=moved / copied,
         )
     ]
-    contiguous = contiguous_seconds(case, query)
-    rows.append(
-        Row(
-            case=case.name,
-            metric="decode us",
-            value=seconds * 1e6,
-            unit="us",
-            baseline=None if contiguous is None else "contiguous bf16 SDPA",
-            baseline_value=None if contiguous is None else contiguous * 1e6,
-            ratio=None if contiguous is None else contiguous / seconds,
-        )
-    )
-    return rows
+    return rows + [peer_row(case, seconds, name, timing) for name, timing in timings.items()]
+
+
+def run(quick: bool, json_file: Path | None) -> None:
+    copied = copy_bandwidth(1 << 24 if quick else COPY_BYTES)
+    rows = [Row(case="copy", metric="bytes read and written", value=copied / 1e9, unit="GB/s")]
+    for case in QUICK_CASES if quick else CASES:
+        try:
+            rows += rows_of(case, copied)
+        except torch.OutOfMemoryError:
+            print(f"{case.name}: not enough memory", flush=True)
+        write_report("attention on a GPU", rows, json_file)  # as far as it got
 
 
 def main() -> None:
@@ -207,14 +238,7 @@ def main() -> None:
     )
     add_arguments(parser)
     arguments = parser.parse_args()
-    copied = copy_bandwidth(1 << 24 if arguments.quick else COPY_BYTES)
-    rows = [Row(case="copy", metric="bytes read and written", value=copied / 1e9, unit="GB/s")]
-    for case in QUICK_CASES if arguments.quick else CASES:
-        try:
-            rows += rows_of(case, copied)
-        except torch.OutOfMemoryError:
-            print(f"{case.name}: not enough memory", flush=True)
-        write_report("attention on a GPU", rows, arguments.json)  # as far as it got
+    run(arguments.quick, arguments.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "numpy", "numba", "xformers")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "numba", "xformers", "vllm")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -56,8 +56,9 @@ def write_report(benchmark: str, rows: list[Row], json_file: Path | None) -> Non
     }
     print(f"{benchmark} at {report['commit']} on {report['device']}; {report['versions']}")
     for row in rows:
-        ratio = "" if row.ratio is None else f"  {row.ratio:.3f}x {row.baseline}"
-        print(f"  {row.case:44} {row.metric:28} {row.value:12.4f} {row.unit}{ratio}")
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}x "
+        beside = "" if row.baseline is None else f"  {ratio}{row.baseline}"
+        print(f"  {row.case:44} {row.metric:28} {row.value:12.4f} {row.unit}{beside}")
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n")
 
