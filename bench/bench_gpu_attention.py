@@ -29,7 +29,7 @@ from gpu_peers import CONTIGUOUS, PEERS, Contents, Peer, relative_error
 from report import Row, add_arguments, write_report
 from torch import Tensor
 
-from paged_kv.backend import choose_backend
+from paged_kv.backend import Backend, choose_backend
 from paged_kv.cache import LayerSpec, PagedKVCache, cache_geometry
 from paged_kv.formats import FORMATS
 from paged_kv.kernels.records import LayerRecords, StepIndices
@@ -47,6 +47,7 @@ class Case:
     batch: int
     context: int
     group_size: int
+    head_dim: int = HEAD_DIM
 
     @property
     def name(self) -> str:
@@ -72,18 +73,18 @@ class Layer:
     num_bytes: int  # that the step has to read
 
 
-def make_layer(case: Case) -> Layer:
+def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
     """Contexts of random codes: their numbers do not matter, their scales are sane."""
     layer = LayerSpec(
         kv_format=FORMATS[case.kv_format],
         num_kv_heads=NUM_HEADS,
-        key_dim=HEAD_DIM,
-        value_dim=HEAD_DIM,
+        key_dim=case.head_dim,
+        value_dim=case.head_dim,
     )
     layout = layer.record_layout(torch.bfloat16)
     geometry = cache_geometry([layer], torch.bfloat16)
     num_blocks = geometry.max_blocks(case.context) * case.batch
-    cache = PagedKVCache([layer], num_blocks=num_blocks, dtype=torch.bfloat16, device=DEVICE)
+    cache = PagedKVCache([layer], num_blocks=num_blocks, dtype=torch.bfloat16, device=device)
     records = cache.records[0]
     cache.arenas[0].random_(0, 256)
     num_sealed = 0
@@ -92,7 +93,7 @@ def make_layer(case: Case) -> Layer:
         num_sealed = behind_head // geometry.block_size
     num_open_tokens = case.context - num_sealed * geometry.block_size
     num_open = -(-num_open_tokens // geometry.open_block_size)
-    ids = torch.randperm(num_blocks, device=DEVICE)
+    ids = torch.randperm(num_blocks, device=device)
     open_ids = ids[: case.batch * num_open].view(case.batch, num_open)
     sealed_ids = ids[case.batch * num_open :][: case.batch * num_sealed]
     # Open blocks after sealed ones: metadata of the one must not be tokens of the other.
@@ -102,18 +103,18 @@ def make_layer(case: Case) -> Layer:
     for blocks in (records.open_keys, records.open_values):
         for part in open_ids.flatten().split(4096):
             blocks[part] = torch.randn(
-                len(part), *blocks.shape[1:], dtype=torch.bfloat16, device=DEVICE
+                len(part), *blocks.shape[1:], dtype=torch.bfloat16, device=device
             )
 
     def longs(value: int) -> Tensor:
-        return torch.full((case.batch,), value, dtype=torch.int64, device=DEVICE)
+        return torch.full((case.batch,), value, dtype=torch.int64, device=device)
 
-    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    none = torch.zeros(0, dtype=torch.int64, device=device)
     step = StepIndices(
         query_lens=(1,) * case.batch,
         context_lens_host=(case.context,) * case.batch,
         context_lens=longs(case.context),
-        query_start_loc=torch.arange(case.batch + 1, device=DEVICE),
+        query_start_loc=torch.arange(case.batch + 1, device=device),
         positions=longs(case.context),
         open_table=open_ids,
         sealed_table=sealed_ids.view(case.batch, num_sealed),
@@ -129,6 +130,15 @@ def make_layer(case: Case) -> Layer:
     sealed_bytes = 0 if records.sealed is None else sum(layout.section_bytes.values())
     per_head = num_sealed * sealed_bytes + num_open_tokens * layout.token_bytes
     return Layer(records, step, case.batch * NUM_HEADS * per_head)
+
+
+def attend_of(case: Case, layer: Layer, backend: Backend) -> Callable[[], Tensor]:
+    """The call that is timed: the layer's attention for one new token of each sequence."""
+    heads, device = NUM_HEADS * case.group_size, layer.step.device
+    query = torch.randn(case.batch, heads, case.head_dim, dtype=torch.bfloat16, device=device)
+    new = torch.randn(case.batch, NUM_HEADS, case.head_dim, dtype=torch.bfloat16, device=device)
+    plan = backend.plan(layer.step)
+    return lambda: backend.attend(query, new, new, layer.records, plan, scale=case.head_dim**-0.5)
 
 
 def seconds_of(function: Callable[[], object]) -> float:
@@ -195,15 +205,7 @@ def peer_row(case: Case, seconds: float, name: str, timing: float | str) -> Row:
 def rows_of(case: Case, copied: float) -> list[Row]:
     timings = peer_timings(case.batch, case.context, case.group_size)  # before ours takes memory
     layer = make_layer(case)
-    backend = choose_backend(DEVICE, "triton")
-    plan = backend.plan(layer.step)
-    heads = NUM_HEADS * case.group_size
-    query = torch.randn(case.batch, heads, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
-    new = torch.randn(case.batch, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
-
-    def attend() -> Tensor:
-        return backend.attend(query, new, new, layer.records, plan, scale=HEAD_DIM**-0.5)
-
+    attend = attend_of(case, layer, choose_backend(DEVICE, "triton"))
     assert torch.isfinite(attend()).all()
     seconds = seconds_of(attend)
     moved = layer.num_bytes / seconds

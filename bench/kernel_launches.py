@@ -5,8 +5,8 @@ So that tests and the tuner look at the very kernels that a GPU would run, where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -92,6 +92,18 @@ class Recorder:
         return launch
 
 
+@contextmanager
+def recorded_kernels(arch: int = 90) -> Iterator[list[Launch]]:
+    """Kernels only note their launches, as on a GPU of `arch`, in the list that this gives."""
+    launches: list[Launch] = []
+    with ExitStack() as stack:
+        for module, name in KERNELS:
+            recorder = Recorder(getattr(module, name), launches)
+            stack.enter_context(patch.object(module, name, recorder))
+        stack.enter_context(patch.object(triton_launch, "is_hopper", lambda device: arch >= 90))
+        yield launches
+
+
 def record_launches(
     kv_format: KVFormat,
     *,
@@ -142,14 +154,9 @@ def record_launches(
         torch.empty(num_tokens, *shape, dtype=dtype, device=META)
         for shape in zip(heads, dims, strict=True)
     )
-    launches: list[Launch] = []
     rules = {"scale": head_dim**-0.5} | rules
-    with ExitStack() as stack:
-        for module, name in KERNELS:
-            recorder = Recorder(getattr(module, name), launches)
-            stack.enter_context(patch.object(module, name, recorder))
-        stack.enter_context(patch.object(triton_launch, "is_hopper", lambda device: arch >= 90))
-        backend = choose_backend(torch.device("cuda"))
+    backend = choose_backend(torch.device("cuda"))
+    with recorded_kernels(arch) as launches:
         backend.attend_and_store(query, key, value, records, step, TritonPlan(step), **rules)
     return launches
 

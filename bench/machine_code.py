@@ -126,7 +126,12 @@ def compile_kernel(
         fn=kernel,
         signature={name: signature.get(name, "constexpr") for name in names},
         constexprs=dict(constants),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(aligned)},
+        # Spelled as Triton's launcher spells them: so it finds on disk what was compiled here.
+        attrs={
+            (index,): [["tt.divisibility", 16]] if name in aligned else []
+            for index, name in enumerate(names)
+            if not signature.get(name, "fp").startswith("fp")
+        },
     )
     options = {
         "num_warps": num_warps,

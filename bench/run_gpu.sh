@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that needs a GPU, on a bare machine with torch, triton and pytest and no network: tests of the
-# kernels, then the sweep. Each part has a time limit, and what it wrote by then is kept.
+# kernels, the sweep, then the tuner. Each part has a time limit, and what it wrote by then is kept.
 #
 #     bench/run_gpu.sh [folder for results and logs]
 set -uo pipefail
@@ -20,3 +20,4 @@ part() { # name, seconds, command ...
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 part tests 240 python3 -m pytest -q -n 8 -W default -p no:cacheprovider tests/test_triton_kernels.py
 part sweep 300 python3 bench/bench_gpu_attention.py --json "$results/attention_gpu.json"
+part tune 420 python3 bench/tune.py --json "$results/tune.json"

@@ -14,6 +14,7 @@ NEEDED_PACKAGE = {
     "test_machine_code.py": "triton",
     "test_triton_kernels.py": "triton",
     "test_triton_machine_code.py": "triton",
+    "test_tune.py": "triton",
 }
 collect_ignore = [name for name, package in NEEDED_PACKAGE.items() if not find_spec(package)]
 if not torch.cuda.is_available():
