@@ -76,6 +76,20 @@ class StepIndices:
     open_block_size: int
     num_head_tokens: int
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for what would lead kernels astray, as far as the host can see it."""
+        shortest, num_new = min(self.query_lens, default=0), sum(self.query_lens)
+        if shortest < 0 or num_new != len(self.positions):
+            raise ValueError(
+                f"query_lens must not be negative and add up to the {len(self.positions)} "
+                f"positions, got {self.query_lens}"
+            )
+        open_entries = self.open_table.shape[1] * self.open_block_size
+        capacity = open_entries + self.sealed_table.shape[1] * self.block_size
+        longest = max(self.context_lens_host, default=0)
+        if longest > capacity:
+            raise ValueError(f"a context of {longest} tokens is beyond block tables for {capacity}")
+
     @property
     def device(self) -> torch.device:
         return self.positions.device

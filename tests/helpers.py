@@ -226,15 +226,16 @@ def step_of(
 ) -> StepIndices:
     """A step without blocks, for what reads only its lengths."""
     none = torch.zeros(len(query_lens), 1, dtype=torch.int64)
+    table = none.expand(-1, -(-max(context_lens, default=0) // 16))
     starts = np.concatenate([[0], np.cumsum(query_lens)])
     return StepIndices(
         query_lens=tuple(query_lens),
         context_lens_host=tuple(context_lens),
         context_lens=torch.tensor(context_lens),
         query_start_loc=torch.from_numpy(starts),
-        positions=torch.zeros(0, dtype=torch.int64),
-        open_table=none,
-        sealed_table=none,
+        positions=torch.zeros(sum(query_lens), dtype=torch.int64),
+        open_table=table,
+        sealed_table=table,
         num_sealed=torch.tensor(num_sealed),
         stored_tokens=none[0],
         stored_slots=none[0],

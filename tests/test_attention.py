@@ -26,7 +26,7 @@ from tests.attention_oracle import (
     relative_error,
     tolerance,
 )
-from tests.helpers import FORMATS_BY_LABEL, QUANTIZED_LABELS, Fleet, make_stream
+from tests.helpers import FORMATS_BY_LABEL, QUANTIZED_LABELS, Fleet, make_stream, step_of
 
 CLEARLY_DIFFERENT = 1e-2  # a thousand times the tolerance
 ALL_FORMATS = pytest.mark.parametrize("kv_format", FORMATS_BY_LABEL.values(), ids=FORMATS_BY_LABEL)
@@ -407,3 +407,17 @@ def test_output_has_the_dtype_of_the_query_and_the_size_of_the_values(dtype):
     output = fleet.step({slot: 10})[slot][0]
     assert output.dtype == dtype
     assert output.shape == (10, 6, 48)
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "context_len", "named"),
+    [
+        ((2, -1), 9, r"must not be negative and add up to the 1 positions, got \(2, -1\)"),
+        ((2, 3), 9, r"add up to the 1 positions, got \(2, 3\)"),
+        ((1, 0), 4000, "a context of 4000 tokens is beyond block tables for"),
+    ],
+)
+def test_a_step_that_would_lead_kernels_astray_is_refused(query_lens, context_len, named):
+    step = step_of([1, 0], [9, 9], [0, 0], num_head_tokens=0)
+    with pytest.raises(ValueError, match=named):
+        replace(step, query_lens=query_lens, context_lens_host=(context_len, 9))
