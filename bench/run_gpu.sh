@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, on a bare machine with torch, triton and pytest and no network: tests of the
-# kernels, the sweep, then the tuner. Each part has a time limit, and what it wrote by then is kept.
+# kernels, the sweep beside its peers, serving a model, the tuner, and what memory checks say. Each
+# part has a time limit, and what it wrote by then is kept.
 #
 #     bench/run_gpu.sh [folder for results and logs]
 set -uo pipefail
@@ -20,4 +21,12 @@ part() { # name, seconds, command ...
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 part tests 240 python3 -m pytest -q -n 8 -W default -p no:cacheprovider tests/test_triton_kernels.py
 part sweep 300 python3 bench/bench_gpu_attention.py --json "$results/attention_gpu.json"
+part throughput 300 python3 bench/bench_throughput.py --device cuda --json "$results/throughput_gpu.json"
 part tune 420 python3 bench/tune.py --json "$results/tune.json"
+if command -v compute-sanitizer >/dev/null; then
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    for tool in memcheck racecheck; do
+        part "$tool" 240 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m pytest -q \
+            -W default -p no:cacheprovider tests/test_triton_kernels.py -k "head_dim and 128"
+    done
+fi

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -161,16 +162,19 @@ class PagedKVCache:
         device_ids = self._ids(device_block_ids)
         for arena, host in zip(self.arenas, self.host_arenas, strict=True):
             blocks = arena.view(torch.int64)[device_ids].view(torch.uint8)
-            for index, host_id in enumerate(host_block_ids.tolist()):
-                host[host_id].copy_(blocks[index], non_blocking=True)
+            for start, end in runs_of(host_block_ids):
+                first = int(host_block_ids[start])
+                host[first : first + end - start].copy_(blocks[start:end], non_blocking=True)
 
     def swap_in(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
         """Copy blocks from host memory into the pool; on a GPU in the order of its stream."""
+        device_ids = self._ids(device_block_ids)
         for arena, host in zip(self.arenas, self.host_arenas, strict=True):
-            for device_id, host_id in zip(
-                device_block_ids.tolist(), host_block_ids.tolist(), strict=True
-            ):
-                arena[device_id].copy_(host[host_id], non_blocking=True)
+            blocks = arena.new_empty(len(device_block_ids), *arena.shape[1:])
+            for start, end in runs_of(host_block_ids):
+                first = int(host_block_ids[start])
+                blocks[start:end].copy_(host[first : first + end - start], non_blocking=True)
+            arena.view(torch.int64)[device_ids] = blocks.view(torch.int64)
 
     def _ids(self, block_ids: BlockIds) -> Tensor:
         return torch.from_numpy(block_ids.astype(np.int64)).to(self.device)
@@ -249,6 +253,13 @@ class PagedKVCache:
             tail=(len(open_ids) - num_head) * self.block_bytes,
             cached=num_idle * self.block_bytes,
         )
+
+
+def runs_of(block_ids: BlockIds) -> list[tuple[int, int]]:
+    """Where ids that follow each other start and end: they can be copied at once."""
+    breaks = np.flatnonzero(np.diff(block_ids) != 1) + 1
+    bounds = [0, *breaks.tolist(), len(block_ids)]
+    return list(pairwise(bounds)) if len(block_ids) else []
 
 
 def zeroed_bytes(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from paged_kv.cache import (
     block_bytes,
     cache_geometry,
     num_blocks_for,
+    runs_of,
 )
 from paged_kv.errors import ConfigError, OutOfBlocksError
 from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat
@@ -346,3 +347,31 @@ def test_bad_head_dim_is_refused(key_dim, value_dim):
     layer = layer_of(INT8, key_dim=key_dim, value_dim=value_dim)
     with pytest.raises(ConfigError, match="must be a multiple of 8 from 8 to 256"):
         PagedKVCache([layer], num_blocks=1, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("block_ids", "runs"),
+    [
+        ([], []),
+        ([7], [(0, 1)]),
+        ([4, 5, 6, 2, 3, 9], [(0, 3), (3, 5), (5, 6)]),
+        ([3, 2], [(0, 1), (1, 2)]),
+    ],
+)
+def test_ids_that_follow_each_other_are_copied_at_once(block_ids, runs):
+    assert runs_of(np.array(block_ids, dtype=np.int32)) == runs
+
+
+def test_blocks_come_back_from_the_host_as_they_were():
+    cache = PagedKVCache([layer_of(INT8)] * 2, num_blocks=9, num_host_blocks=6, dtype=torch.float32)
+    for arena in cache.arenas:
+        arena.random_(0, 256)
+    before = [arena.clone() for arena in cache.arenas]
+    out, host, back = (
+        np.array(each, dtype=np.int32) for each in ([1, 8, 3, 0], [2, 3, 4, 0], [5, 6, 2, 7])
+    )
+    cache.swap_out(out, host)
+    cache.swap_in(back, host)
+    for arena, old in zip(cache.arenas, before, strict=True):
+        assert torch.equal(arena[back.tolist()], old[out.tolist()])
+        assert torch.equal(arena[out.tolist()], old[out.tolist()])

@@ -259,6 +259,29 @@ def test_every_row_has_one_place_in_one_tile(group_size, columns):
     assert sorted(seen) == [(t, h) for t in range(sum(query_lens)) for h in range(group_size)]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@BASE_FORMATS
+def test_a_captured_graph_follows_lengths_and_queries(kv_format):
+    """Replayed on shorter contexts and other queries, it gives what a new call gives."""
+    fleet, slots = ragged_fleet(layer_of(kv_format), (500, 900), gqa_group=4)
+    step = on_triton(fleet).cache.begin(fleet.plan(dict.fromkeys(slots, 1)))
+    new = torch.randn(2, 2, 32, device=DEVICE)
+    query = torch.randn(2, 8, 32, device=DEVICE)
+    attend = partial(fleet.cache.backend.attend, scale=1.0)
+    rest = new, new, fleet.cache.records[0]
+    attend(query, *rest, step.plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = attend(query, *rest, step.plan)
+    for shorter_by in (0, 5):
+        step.indices.context_lens.sub_(shorter_by)
+        query.normal_()
+        graph.replay()
+        assert torch.equal(replayed, attend(query, *rest, TritonPlan(step.indices)))
+
+
 # -- what is written ----------------------------------------------------------------------------
 
 
