@@ -202,13 +202,22 @@ def peer_row(case: Case, seconds: float, name: str, timing: float | str) -> Row:
     return replace(ours, baseline=name, baseline_value=timing * 1e6, ratio=timing / seconds)
 
 
-def rows_of(case: Case, copied: float) -> list[Row]:
-    timings = peer_timings(case.batch, case.context, case.group_size)  # before ours takes memory
+@cache
+def our_timing(case: Case) -> tuple[float, int]:
+    """Our seconds, and the bytes that have to be read."""
     layer = make_layer(case)
     attend = attend_of(case, layer, choose_backend(DEVICE, "triton"))
     assert torch.isfinite(attend()).all()
-    seconds = seconds_of(attend)
-    moved = layer.num_bytes / seconds
+    return seconds_of(attend), layer.num_bytes
+
+
+def rows_of(case: Case, copied: float) -> list[Row]:
+    timings = peer_timings(case.batch, case.context, case.group_size)  # before ours takes memory
+    seconds, num_bytes = our_timing(case)
+    moved = num_bytes / seconds
+    if case.kv_format != "native":
+        native, _ = our_timing(replace(case, kv_format="native"))
+        timings = {"our native kernel": native} | timings
     rows = [
         Row(
             case=case.name,
