@@ -126,7 +126,7 @@ def test_chunks_beside_decodes_match_the_oracle(kv_format, dtype):
     layer = layer_of(kv_format, heads=1)
     fleet, slots = ragged_fleet(layer, (63, 300, 17), gqa_group=3, dtype=dtype, new_tokens=200)
     check_step(fleet, dict(zip(slots, (70, 1, 129), strict=True)))
-    check_step(fleet, dict.fromkeys(slots, 1))
+    check_step(fleet, dict(zip(slots, (1, 40, 2), strict=True)))
 
 
 @pytest.mark.parametrize("dims", [(32, 32), (40, 64), (80, 96), (128, 128), (192, 128), (256, 256)])
@@ -164,6 +164,7 @@ def test_every_rule_matches_the_oracle(kv_format, options, many_splits):
     fleet, slots = ragged_fleet(layer, (1, 63, 600), gqa_group=4, new_tokens=80)
     check_step(fleet, dict.fromkeys(slots, 1), **options)
     check_step(fleet, dict(zip(slots, (18, 1, 4), strict=True)), **options)
+    check_step(fleet, dict(zip(slots, (1, 1, 18), strict=True)), **options)
 
 
 @BASE_FORMATS
