@@ -122,6 +122,7 @@ def attend_group(call: Call, group: RowGroup, output: Tensor, appends: bool) -> 
 
 
 def launch_for(call: Call, group: RowGroup, bits: int, *, is_heavy: bool = False) -> Launch:
+    """The one place where a group's rows choose between the tables."""
     if group.is_chunk:
         return chunk_launch(bits, call.columns, call.query.device)
     return attention_launch(bits, group.tile_rows, call.columns, is_heavy=is_heavy)

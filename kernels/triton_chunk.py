@@ -2,8 +2,9 @@
 
 Queries are the left operand of both products here, and codes become numbers on the way to the right
 one: dozens of queries share that work. Tokens are taken in order, so that a tile lies in one plane
-of a block: below 8 bits its bytes are read once for each plane, from the caches. The algebra of
-values is that of `triton_sealed`; so are parts, splits and references.
+of a block: below 8 bits its bytes are read once for each plane, from the caches. (Planes unpacked
+together, as few queries have them, take more registers than there are.) The algebra of values is
+that of `triton_sealed`; so are parts, splits and references.
 """
 
 from __future__ import annotations

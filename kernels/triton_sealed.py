@@ -2,9 +2,8 @@
 
 Codes are the left operand of both products (tokens or channels are rows, queries are columns), so
 that few queries waste little and codes go from memory to the product without a detour; for many
-queries there is `triton_chunk`. Scales and
-zero points never touch the codes: keys `q . (c s + z) = (q s) . c + q . z`, values
-`sum p (c s + z) = sum (p s) c + sum p z`.
+queries there is `triton_chunk`. Scales and zero points never touch the codes: keys
+`q . (c s + z) = (q s) . c + q . z`, values `sum p (c s + z) = sum (p s) c + sum p z`.
 
 The weights `p s` that codes of values are multiplied with are fp16 numbers. They come from one
 exponential, `2 ** (score + log2(s) - reference)`, and the softmax is kept relative to their
