@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[models,cpu,gpu]" --group dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[models,cpu,gpu,xformers]" --group dev
 	touch $@
 
 clean:

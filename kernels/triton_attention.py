@@ -1,14 +1,16 @@
 """Attention of new tokens over paged context on a GPU: launches Triton's kernels.
 
 Same signatures as the torch reference in `attention`. Three launches: the sealed body, open blocks
-with the new tokens, and the merge of all parts, which appends the new tokens on the way.
+with the new tokens, and the merge of all parts, which appends the new tokens on the way. A chunk's
+attention to its own tokens can be left to other kernels (`Attender`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +24,18 @@ from .triton_sealed import attend_sealed
 from .triton_store import open_strides, power_of_2
 
 MIN_SPLIT_TOKENS: Final = 512  # of context; a smaller part is not worth merging
+
+
+class NewPart(NamedTuple):
+    """Attention of new tokens to each other, to be merged with that to their contexts."""
+
+    output: Tensor  # [T, Hq, value_dim], contiguous
+    log_sums: Tensor  # [Hq, T] natural log-sum-exps of scores, float32, contiguous
+
+
+# Query, key, value, new tokens of each sequence and scale make the new part; or None, where its
+# kernels cannot: the query's and the value's shape and dtype are not theirs.
+Attender = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], float], tuple[Tensor, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,16 @@ class Call:
     sliding_window: int  # 0: none
     attention_chunk: int
     sink_logits: Tensor | None
+    attend_to_new: Attender | None
+
+    @cached_property
+    def new_part(self) -> NewPart | None:
+        """Where other kernels attend to new tokens, and know these rules."""
+        if self.attend_to_new is None or any(self.rule_kinds.values()):
+            return None
+        query_lens = self.plan.step.query_lens
+        part = self.attend_to_new(self.query, self.key, self.value, query_lens, self.scale)
+        return None if part is None else NewPart(*part)
 
     @cached_property
     def shape(self) -> dict[str, int]:
@@ -57,6 +81,11 @@ class Call:
     def columns(self) -> int:
         """Channels of a key or a value, whichever has more, as kernels hold them."""
         return max(self.shape["KEY_COLUMNS"], self.shape["VALUE_COLUMNS"])
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether a sealed block's keys are scaled in several groups."""
+        return self.records.sealed is not None and self.records.sealed.num_key_groups > 1
 
     @property
     def rules(self) -> tuple[float, float, int, int]:
@@ -83,10 +112,12 @@ def attend(
     attention_chunk: int | None = None,
     sink_logits: Tensor | None = None,
     appends: bool = False,
+    attend_to_new: Attender | None = None,
 ) -> Tensor:
     """As `attention.attend`; sums are float32 whatever the dtype of the query.
 
-    With `appends`, those new tokens that the step stores in open blocks are written there.
+    With `appends`, those new tokens that the step stores in open blocks are written there. With
+    `attend_to_new`, sequences of many new tokens attend to these by it, where it can.
     """
     query, key, value = (as_rows(tensor, tensor.dtype) for tensor in (query, key, value))
     call = Call(
@@ -100,9 +131,10 @@ def attend(
         sliding_window=sliding_window or 0,
         attention_chunk=attention_chunk or 0,
         sink_logits=sink_logits,
+        attend_to_new=attend_to_new,
     )
     output = query.new_empty(*query.shape[:2], value.shape[2])
-    rows = tile_rows(call.columns, query.device)
+    rows = tile_rows(call.columns, query.device, has_groups=call.has_groups)
     for group in plan.groups(key.shape[1], query.shape[1] // key.shape[1], rows):
         attend_group(call, group, output, appends)
     return output
@@ -115,17 +147,26 @@ def attend_group(call: Call, group: RowGroup, output: Tensor, appends: bool) -> 
     num_parts = open_splits + sealed_splits
     num_programs = len(group.tiles) * call.key.shape[1]
     partials = call.plan.partials(num_programs * num_parts, group.tile_rows, call.value.shape[2])
-    run_open(call, group, partials, num_parts, open_splits)
+    new_part = call.new_part if group.is_chunk else None
+    run_open(call, group, partials, num_parts, open_splits, attends_new=new_part is None)
     if sealed is not None:
         run_sealed(call, sealed, group, partials, num_parts, sealed_splits)
-    run_merge(call, group, partials, num_parts, output, appends)
+    run_merge(call, group, partials, num_parts, new_part, output, appends)
 
 
-def launch_for(call: Call, group: RowGroup, bits: int, *, is_heavy: bool = False) -> Launch:
+def launch_for(call: Call, group: RowGroup, bits: int) -> Launch:
     """The one place where a group's rows choose between the tables."""
     if group.is_chunk:
         return chunk_launch(bits, call.columns, call.query.device)
-    return attention_launch(bits, group.tile_rows, call.columns, is_heavy=is_heavy)
+    if bits == 0:
+        return attention_launch(bits, group.tile_rows, call.columns)
+    return attention_launch(
+        bits,
+        group.tile_rows,
+        call.columns,
+        has_rules=any(call.rule_kinds.values()),
+        has_groups=call.has_groups,
+    )
 
 
 def run_sealed(
@@ -139,8 +180,7 @@ def run_sealed(
     step, bits = call.plan.step, call.records.bits
     num_key_groups = sealed.num_key_groups
     group_tokens = step.block_size // max(num_key_groups, 1)
-    is_heavy = call.rule_kinds["HIDES_CONTEXT"] or num_key_groups > 1
-    launch = launch_for(call, group, bits, is_heavy=is_heavy)
+    launch = launch_for(call, group, bits)
     kernel = attend_chunk if group.is_chunk else attend_sealed
     kernel[len(group.tiles), call.key.shape[1], num_splits](
         call.query,
@@ -184,6 +224,8 @@ def run_open(
     partials: tuple[Tensor, Tensor],
     num_parts: int,
     num_splits: int,
+    *,
+    attends_new: bool,
 ) -> None:
     step, records = call.plan.step, call.records
     launch = launch_for(call, group, 0)
@@ -210,6 +252,7 @@ def run_open(
         NUM_HEAD_TOKENS=step.num_head_tokens,
         HAS_BODY=records.sealed is not None,
         ROWS=group.tile_rows,
+        ATTENDS_NEW=attends_new,
         TRANSPOSED=int(group.is_chunk),
         TILE=launch.tile,
         NUM_PARTS=num_parts,
@@ -227,13 +270,18 @@ def run_merge(
     group: RowGroup,
     partials: tuple[Tensor, Tensor],
     num_parts: int,
+    new_part: NewPart | None,
     output: Tensor,
     appends: bool,
 ) -> None:
+    new_output, new_log_sums = (None, None) if new_part is None else new_part
     merge_parts[len(group.places), call.query.shape[1]](
         *partials,
         group.places,
         call.sink_logits,
+        new_output,
+        new_log_sums,
+        len(call.query),
         output,
         output.stride(0),
         call.key,
@@ -247,6 +295,7 @@ def run_merge(
         NUM_PARTS=num_parts,
         PARTS_COLUMNS=power_of_2(num_parts),
         HAS_SINKS=call.sink_logits is not None,
+        HAS_NEW_PART=new_part is not None,
         APPENDS=appends,
         num_warps=1,
         **call.shape,

@@ -74,23 +74,30 @@ AMPERE_WIDE_CHUNKS: Final = {
 }
 
 
-def tile_rows(columns: int, device: torch.device) -> TileRows:
-    """By channels of a key or a value, whichever has more."""
+def tile_rows(columns: int, device: torch.device, *, has_groups: bool = False) -> TileRows:
+    """By channels of a key or a value, whichever has more.
+
+    Several key groups in a block take a set of scaled queries each: 16 rows of them do not fit.
+    """
     if columns <= WIDE:
-        return TileRows((8, 16), 64)
+        return TileRows((8,) if has_groups else (8, 16), 64)
     return TileRows((8,), 64 if is_hopper(device) else 32)
 
 
-def attention_launch(bits: int, rows: int, columns: int, *, is_heavy: bool = False) -> Launch:
+def attention_launch(
+    bits: int, rows: int, columns: int, *, has_rules: bool = False, has_groups: bool = False
+) -> Launch:
     """For few query rows and codes of so many bits (0: open blocks and new tokens).
 
-    Masks and several key groups in a block are heavy: they take registers that 2 bits do not have.
+    Masks or a softcap, and several key groups in a block, take registers that few bits do not have.
     """
-    launch = (NARROW_LAUNCHES if columns <= WIDE else WIDE_LAUNCHES)[bits, rows]
-    if bits == 2 and is_heavy:
-        if rows == 16:
-            return launch._replace(tile=launch.tile // 2)
-        return launch._replace(num_warps=2 * launch.num_warps)
+    is_wide = columns > WIDE
+    launch = (WIDE_LAUNCHES if is_wide else NARROW_LAUNCHES)[bits, rows]
+    if is_wide and has_groups and has_rules:
+        return Launch(16, 4, 2)
+    if bits == 2 and (has_rules or has_groups):
+        num_warps = launch.num_warps if rows == 16 else 2 * launch.num_warps
+        return Launch(launch.tile, num_warps, 2 if is_wide or rows == 16 else 3)
     return launch
 
 

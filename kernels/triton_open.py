@@ -69,11 +69,12 @@ def attend_open(
     MIN_SPLIT_TILES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HIDES_CONTEXT: tl.constexpr,
+    ATTENDS_NEW: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """One tile of query rows, one kv head, one split: grid (tiles, heads, splits).
 
-    TILE tokens are taken at once. The last split attends to the new tokens as well. A record of
+    TILE tokens are taken at once. The last split may attend to the new tokens as well. A record of
     `open_blocks` is RECORD_SIZE elements; keys, with strides of a row and of a channel, and behind
     them values, token by token.
     """
@@ -156,7 +157,7 @@ def attend_open(
             softcap, HAS_SOFTCAP, TRANSPOSED,
         )  # fmt: skip
 
-    if split == NUM_SPLITS - 1:
+    if ATTENDS_NEW & (split == NUM_SPLITS - 1):
         last_token = tl.minimum((first_row + ROWS - 1) // GROUP_SIZE, num_new - 1)
         first_new = tl.maximum(least - context_len, 0) // TILE * TILE
         for new in range(first_new, last_token + 1, TILE):

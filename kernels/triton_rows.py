@@ -77,6 +77,9 @@ def merge_parts(
     partial_sums,
     places,
     sink_logits,
+    new_output,
+    new_log_sums,
+    num_new,
     output,
     output_token_stride,
     key,
@@ -104,11 +107,14 @@ def merge_parts(
     NUM_PARTS: tl.constexpr,
     PARTS_COLUMNS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_NEW_PART: tl.constexpr,
     APPENDS: tl.constexpr,
 ):
     """One query head of one token: grid (tokens, query heads).
 
     `places` [tokens, 3]: token, first tile of its sequence, its place among the new tokens of that.
+    One more part may be attention to new tokens: `new_output` [num_new, heads, VALUE_DIM] and
+    `new_log_sums` [heads, num_new].
     The program of the first query head of a kv head also appends the token's key and value.
     """
     index, query_head = tl.program_id(0), tl.program_id(1)
@@ -126,17 +132,27 @@ def merge_parts(
     if HAS_SINKS:
         sink = tl.load(sink_logits + query_head).to(tl.float32) * LOG2_E
         highest = tl.maximum(highest, sink)
+    if HAS_NEW_PART:
+        new_reference = tl.load(new_log_sums + query_head * num_new + token) * LOG2_E
+        highest = tl.maximum(highest, new_reference)
     weights = tl.exp2(references - highest)
     total = tl.sum(weights * totals, 0)
     if HAS_SINKS:
         total += tl.exp2(sink - highest)
+    if HAS_NEW_PART:
+        total += tl.exp2(new_reference - highest)
     channel = tl.arange(0, VALUE_COLUMNS)
     at = (parts * ROWS + row)[:, None] * VALUE_DIM + channel[None, :]
     # What is not a part of anything was never written.
     is_written = (exists & (references > NO_REFERENCE))[:, None] & (channel[None, :] < VALUE_DIM)
     outputs = tl.load(partial_outputs + at, mask=is_written, other=0.0)
-    merged = tl.sum(outputs * weights[:, None], 0) / total
-    target = output + token * output_token_stride + query_head * VALUE_DIM + channel
+    merged = tl.sum(outputs * weights[:, None], 0)
+    row = token * output_token_stride + query_head * VALUE_DIM
+    if HAS_NEW_PART:
+        numbers = tl.load(new_output + row + channel, mask=channel < VALUE_DIM, other=0)
+        merged += numbers.to(tl.float32) * tl.exp2(new_reference - highest)
+    merged /= total
+    target = output + row + channel
     tl.store(target, rounded_to(merged, output.dtype.element_ty), mask=channel < VALUE_DIM)
     if APPENDS:
         slot = tl.load(slots + token)

@@ -2,8 +2,8 @@
 
 A backend is functions of the same signatures: `warm_up` for all layers of a cache, `plan` a step
 once for all layers, `attend_and_store` for each layer, or one of `attend` and `store_tokens` where
-the other is done elsewhere. PAGED_KV_BACKEND=torch, cpu or triton overrides the
-choice.
+the other is done elsewhere. PAGED_KV_BACKEND=torch, cpu, triton or xformers overrides the choice;
+the last is triton, but a chunk's tokens attend to each other by xformers' kernels.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Final
 
 import torch
@@ -24,7 +24,7 @@ from .kernels.records import LayerRecords, StepIndices
 from .kernels.store import store_tokens
 
 BACKEND_VARIABLE: Final = "PAGED_KV_BACKEND"
-NEEDED_PACKAGE: Final = {"cpu": "numba", "triton": "triton"}
+NEEDED_PACKAGE: Final = {"cpu": "numba", "triton": "triton", "xformers": "xformers"}
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,23 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     """The backend of that name, or the one that PAGED_KV_BACKEND or else the device asks for."""
     wanted = name or os.environ.get(BACKEND_VARIABLE) or None
     if wanted not in (None, "torch", *NEEDED_PACKAGE):
-        raise ConfigError(f"unknown backend {wanted!r}; expected torch, cpu or triton")
+        raise ConfigError(f"unknown backend {wanted!r}; expected torch, cpu, triton or xformers")
     chosen = wanted or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
     if chosen == "torch":
         return TORCH_BACKEND
     if chosen == "cpu" and device.type != "cpu":
         raise ConfigError(f"backend 'cpu' cannot run on device {device}")
     try:
-        backend = cpu_backend() if chosen == "cpu" else triton_backend(device.type)
+        if chosen == "cpu":
+            return cpu_backend()
+        backend = triton_backend(device.type)
+        return with_xformers(backend) if chosen == "xformers" else backend
     except ImportError as error:  # none, or one that does not fit the other packages
         package = NEEDED_PACKAGE[chosen]
         if wanted:
             raise ConfigError(f"backend {chosen!r} needs {package}: {error}") from error
         warn_of_torch(package, str(error))
         return TORCH_BACKEND
-    return backend
 
 
 @cache
@@ -113,6 +115,16 @@ def triton_backend(device_type: str) -> Backend:
             "set before triton was imported"
         )
     return Backend("triton", nothing_to_warm_up, TritonPlan, attend, store_tokens, seal_blocks)
+
+
+@cache
+def with_xformers(backend: Backend) -> Backend:
+    """Raises `ImportError` where xformers cannot be imported."""
+    from .kernels.xformers_attention import attend_to_new
+
+    return replace(
+        backend, name="xformers", attend=partial(backend.attend, attend_to_new=attend_to_new)
+    )
 
 
 @cache

@@ -84,8 +84,8 @@ class PagedKVCache:
 
     `layers` are the attention layers in order; `dtype` is the precision of open blocks and of the
     native format. Size the pool by `num_blocks`, or by bytes with `num_blocks_for`. Sequences that
-    a manager swaps out lie in `num_host_blocks` further blocks in host memory. `backend` is "torch"
-    or "cpu"; without it PAGED_KV_BACKEND decides, or else the device.
+    a manager swaps out lie in `num_host_blocks` further blocks in host memory. `backend` is
+    "torch", "cpu", "triton" or "xformers"; without it PAGED_KV_BACKEND decides, or else the device.
     """
 
     def __init__(

@@ -100,7 +100,7 @@ def test_unknown_backend_is_refused_by_name(
         monkeypatch.setenv(BACKEND_VARIABLE, "triton9")
     name = None if is_variable else "triton9"
     with pytest.raises(
-        ConfigError, match=r"unknown backend 'triton9'; expected torch, cpu or triton"
+        ConfigError, match=r"unknown backend 'triton9'; expected torch, cpu, triton or xformers"
     ):
         choose_backend(torch.device(device), name)
 

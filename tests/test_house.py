@@ -47,7 +47,8 @@ FLOORS = [
     {"errors"}
     | {f"kernels.{room}" for room in TORCH_ROOMS}
     | {f"kernels.cpu_{room}" for room in CPU_ROOMS}
-    | {f"kernels.triton_{room}" for room in TRITON_ROOMS},
+    | {f"kernels.triton_{room}" for room in TRITON_ROOMS}
+    | {"kernels.xformers_attention"},
     {"backend", "blocks", "checks", "events", "jit", "memory"},
     {"formats", "sampling", "token_chain", "growth", "block_tables", "prefix_cache"},
     {"block_pool", "step_plan", "swap"},
