@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .flat_attention import FlatGroup, attend_flat, plan_flat_group
+from .flat_attention import FlatGroup, attend_flat, of_rows, plan_flat_group
 from .quantize import dequantize_keys, dequantize_values
 from .records import LayerRecords, StepIndices
 from .score_rules import NOWHERE, ScoreRules
@@ -36,6 +36,8 @@ class ContextGroup:
     key_positions: Tensor  # [N, K] of open, sealed and new tokens; NOWHERE for padding
     padding_rows: Tensor  # [P] where `key_positions` is NOWHERE
     padding_columns: Tensor  # [P]
+    num_sinks: Tensor | None  # [N, 1, 1] of streams, as in `StepIndices`
+    windows: Tensor | None  # [N, 1, 1]
 
 
 AnyGroup = ContextGroup | FlatGroup
@@ -114,6 +116,8 @@ def gather_group(step: StepIndices, rows: Tensor) -> ContextGroup:
         key_positions=key_positions,
         padding_rows=padding_rows,
         padding_columns=padding_columns,
+        num_sinks=of_rows(step.num_sink_tokens, rows),
+        windows=of_rows(step.window_sizes, rows),
     )
 
 
@@ -129,22 +133,24 @@ def attend(
     sliding_window: int | None = None,
     attention_chunk: int | None = None,
     sink_logits: Tensor | None = None,
+    sink_query: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a step's new tokens over their context and each other.
 
     `query` [T, Hq, key_dim], `key` [T, H, key_dim] and `value` [T, H, value_dim] are the new
     tokens, Hq a multiple of H. A token sees itself and earlier ones; with `sliding_window` w only
     the last w including itself; with `attention_chunk` c only those with the same position // c.
-    `softcap` bounds scores by tanh. `sink_logits` [Hq] join the softmax without a value. Returns
+    `softcap` bounds scores by tanh. `sink_logits` [Hq] join the softmax without a value. Streams
+    score the sinks among their context by `sink_query` [T, Hq, key_dim], where it is given. Returns
     [T, Hq, value_dim] in the dtype of `query`.
     """
     rules = ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits)
     output = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
     for group in groups:
         if isinstance(group, FlatGroup):
-            result = attend_flat(query, key, value, records, group, rules)
+            result = attend_flat(query, key, value, records, group, rules, sink_query)
         else:
-            result = attend_dense(query, key, value, records, group, rules)
+            result = attend_dense(query, key, value, records, group, rules, sink_query)
         output[group.token_ids] = result.to(output.dtype)
     return output
 
@@ -156,13 +162,23 @@ def attend_dense(
     records: LayerRecords,
     group: ContextGroup,
     rules: ScoreRules,
+    sink_query: Tensor | None,
 ) -> Tensor:
     """Attention [N, L, Hq, value_dim] of a group's new tokens; arguments as of `attend`."""
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     keys, values = gather_context(records, key, value, group, compute_dtype)
-    mask = rules.visible(group.query_positions[:, :, None], group.key_positions[:, None, :])
-    queries = query[group.token_ids].to(compute_dtype).transpose(1, 2)
-    return attend_padded(queries, keys, values, mask, rules).transpose(1, 2)
+    key_positions = group.key_positions[:, None, :]
+    mask = rules.visible(
+        group.query_positions[:, :, None], key_positions, group.num_sinks, group.windows
+    )
+
+    def by_head(rows: Tensor) -> Tensor:
+        return rows[group.token_ids].to(compute_dtype).transpose(1, 2)
+
+    sinks = None
+    if sink_query is not None and group.num_sinks is not None:
+        sinks = by_head(sink_query), key_positions < group.num_sinks
+    return attend_padded(by_head(query), keys, values, mask, rules, sinks).transpose(1, 2)
 
 
 def gather_context(
@@ -211,22 +227,37 @@ def join_tokens(
 
 
 def attend_padded(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: ScoreRules
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    rules: ScoreRules,
+    sinks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of query [N, Hq, L, D] over key and value [N, H, K, D] under mask [N, L, K]."""
-    if rules.softcap is None and rules.sink_logits is None:
+    """Attention of query [N, Hq, L, D] over key and value [N, H, K, D] under mask [N, L, K].
+
+    With `sinks`, another query [N, Hq, L, D] scores the keys that a second mask [N, 1, K] names.
+    """
+    if rules.softcap is None and rules.sink_logits is None and sinks is None:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask[:, None], scale=rules.scale, enable_gqa=True
         )
     group_size = query.shape[1] // key.shape[1]
-    grouped = query.reshape(len(query), -1, group_size, *query.shape[2:])
-    scores = grouped @ key.unsqueeze(2).transpose(-1, -2) * rules.scale  # [N, H, group, L, K]
+
+    def score(query: Tensor) -> Tensor:  # [N, H, group, L, K]
+        grouped = query.reshape(len(query), -1, group_size, *query.shape[2:])
+        return grouped @ key.unsqueeze(2).transpose(-1, -2) * rules.scale
+
+    scores = score(query)
+    if sinks is not None:
+        sink_query, is_sink = sinks
+        scores = torch.where(is_sink[:, None, None], score(sink_query), scores)
     if rules.softcap is not None:
         scores = torch.tanh(scores / rules.softcap) * rules.softcap
     scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
     if rules.sink_logits is not None:
-        sinks = rules.sink_logits.to(scores.dtype).view(-1, group_size, 1, 1)
-        scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+        logits = rules.sink_logits.to(scores.dtype).view(-1, group_size, 1, 1)
+        scores = torch.cat([scores, logits.expand(*scores.shape[:-1], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1)
     if rules.sink_logits is not None:
         weights = weights[..., :-1]

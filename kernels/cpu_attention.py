@@ -52,6 +52,7 @@ def attend(
     sliding_window: int | None = None,
     attention_chunk: int | None = None,
     sink_logits: Tensor | None = None,
+    sink_query: Tensor | None = None,
     appends: bool = False,
 ) -> Tensor:
     """As `attention.attend`; sums are float32 whatever the dtype of the query.

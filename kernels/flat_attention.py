@@ -49,6 +49,8 @@ class FlatGroup:
     new: BlockRuns  # the new tokens, a run of L for each sequence; their ids are `token_ids`
     open: BlockRuns
     sealed: BlockRuns
+    num_sinks: Tensor | None  # [N, 1, 1] of streams, as in `StepIndices`
+    windows: Tensor | None  # [N, 1, 1]
 
 
 def plan_flat_group(step: StepIndices, rows: Tensor) -> FlatGroup:
@@ -63,7 +65,14 @@ def plan_flat_group(step: StepIndices, rows: Tensor) -> FlatGroup:
         new=BlockRuns(rows=sequences, block_ids=token_ids, positions=positions, num_full=0),
         open=open_runs(step, rows),
         sealed=sealed_runs(step, rows),
+        num_sinks=of_rows(step.num_sink_tokens, rows),
+        windows=of_rows(step.window_sizes, rows),
     )
+
+
+def of_rows(numbers: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Numbers [sequences] of step rows [N] as [N, 1, 1], to compare positions with."""
+    return None if numbers is None else numbers[rows, None, None]
 
 
 def sealed_runs(step: StepIndices, rows: Tensor) -> BlockRuns:
@@ -114,21 +123,28 @@ def attend_flat(
     records: LayerRecords,
     group: FlatGroup,
     rules: ScoreRules,
+    sink_query: Tensor | None,
 ) -> Tensor:
     """Attention [N, L, Hq, value_dim] of a group's new tokens; arguments as of `attend`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     score_scale = rules.scale if rules.softcap is None else rules.scale / rules.softcap
-    queries = fold_heads(query[group.token_ids].to(dtype) * score_scale, key.shape[1])
+
+    def by_kv_head(rows: Tensor) -> Tensor:
+        return fold_heads(rows[group.token_ids].to(dtype) * score_scale, key.shape[1])
+
+    queries = by_kv_head(query)
     new_keys = key[group.token_ids].to(dtype).transpose(1, 2)  # [N, H, L, key_dim]
     new_values = value[group.token_ids].to(dtype).transpose(1, 2)
-    parts = [
-        (group.new, queries @ new_keys.transpose(-1, -2)),
-        (group.open, score_open(queries, records.open_keys, group.open)),
-    ]
+    open_scores = score_open(queries, records.open_keys, group.open)
+    if sink_query is not None and group.num_sinks is not None:
+        sink_scores = score_open(by_kv_head(sink_query), records.open_keys, group.open)
+        is_sink = group.open.positions[:, None, None] < group.num_sinks[group.open.rows, None]
+        open_scores = torch.where(is_sink, sink_scores, open_scores)
+    parts = [(group.new, queries @ new_keys.transpose(-1, -2)), (group.open, open_scores)]
     if records.sealed is not None and len(group.sealed):
         parts.append((group.sealed, score_sealed(queries, records, records.sealed, group.sealed)))
     for runs, scores in parts:
-        apply_rules_(scores, runs, group.query_positions, rules)
+        apply_rules_(scores, runs, group, rules)
     total = exponentiate_(parts, rules.sink_logits)
     new_weights, open_weights, *sealed_weights = (weights for _, weights in parts)
     output = new_weights @ new_values
@@ -149,17 +165,20 @@ def unfold_heads(output: Tensor, length: int) -> Tensor:
     return torch.unflatten(output, 2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def apply_rules_(
-    scores: Tensor, runs: BlockRuns, query_positions: Tensor, rules: ScoreRules
-) -> None:
+def apply_rules_(scores: Tensor, runs: BlockRuns, group: FlatGroup, rules: ScoreRules) -> None:
     """Softcap and mask scores [P, H, M, R] of runs in place."""
     if rules.softcap is not None:
         scores.tanh_().mul_(rules.softcap)
-    first = 0 if rules.hides_context else runs.num_full
+    has_streams = group.windows is not None
+    first = 0 if rules.hides_context or has_streams else runs.num_full
     if first == len(runs):
         return
+    rows = runs.rows[first:]
     mask = rules.visible(
-        query_positions[runs.rows[first:], :, None], runs.positions[first:, None, :]
+        group.query_positions[rows, :, None],
+        runs.positions[first:, None, :],
+        None if group.num_sinks is None else group.num_sinks[rows],
+        None if group.windows is None else group.windows[rows],
     )  # [P', L, R]
     by_token = torch.unflatten(scores[first:], 2, (-1, mask.shape[1]))
     by_token.masked_fill_(~mask[:, None, None], -torch.inf)

@@ -6,10 +6,12 @@ Knows tensors and sizes, nothing of sequences or requests.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+
+NO_WINDOW: Final = 1 << 30  # tokens
 
 
 class SealedViews(NamedTuple):
@@ -75,6 +77,9 @@ class StepIndices:
     block_size: int
     open_block_size: int
     num_head_tokens: int
+    # Of streams, None where there is none: see `ScoreRules.visible`.
+    num_sink_tokens: Tensor | None = None  # [N] 0 where a sequence sees everything
+    window_sizes: Tensor | None = None  # [N] NO_WINDOW there
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for what would lead kernels astray, as far as the host can see it."""

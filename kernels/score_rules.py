@@ -25,9 +25,24 @@ class ScoreRules:
         """Whether a new token may fail to see some token before it."""
         return self.sliding_window is not None or self.attention_chunk is not None
 
-    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """True where a query may attend to a key, by their positions alone."""
+    def visible(
+        self,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        num_sinks: Tensor | None = None,
+        windows: Tensor | None = None,
+    ) -> Tensor:
+        """True where a query may attend to a key, by their positions alone.
+
+        A stream sees its first `num_sinks` tokens and the last `windows`; positions are those among
+        the tokens that it stores. A sink is as near as in a sequence of just sinks and window.
+        """
         mask = key_positions <= query_positions
+        if num_sinks is not None and windows is not None:
+            is_sink = key_positions < num_sinks
+            mask = mask & (is_sink | (key_positions > query_positions - windows))
+            nearest = query_positions.minimum(num_sinks + windows - 1)
+            query_positions = query_positions.where(~is_sink, nearest)
         if self.sliding_window is not None:
             mask = mask & (key_positions > query_positions - self.sliding_window)
         if self.attention_chunk is not None:

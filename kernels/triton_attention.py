@@ -111,6 +111,7 @@ def attend(
     sliding_window: int | None = None,
     attention_chunk: int | None = None,
     sink_logits: Tensor | None = None,
+    sink_query: Tensor | None = None,
     appends: bool = False,
     attend_to_new: Attender | None = None,
 ) -> Tensor:

@@ -21,6 +21,7 @@ def paged_attention(
     sliding_window: int | None = None,
     attention_chunk: int | None = None,
     sink_logits: Tensor | None = None,
+    sink_query: Tensor | None = None,
 ) -> Tensor:
     """Attend from a step's new tokens to all earlier ones, then store their K/V.
 
@@ -28,9 +29,13 @@ def paged_attention(
     [T, num_kv_heads, value_dim] are the flattened new tokens of every sequence of the step, in
     the order of the plan. Returns [T, num_q_heads, value_dim]. `scale` defaults to
     key_dim ** -0.5; for the masks see `kernels.attention.attend`. Call it once for each layer.
+
+    In a step with streams that have evicted (`Step.head_shifts` is not None), `sink_query` is the
+    query with positions that many tokens smaller (RoPE: rotated back by as many): it scores sinks.
     """
     check_shapes(query, key, value, cache.layers[layer], len(step.indices.positions))
     check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
+    check_sink_query(query, sink_query, step, attention_chunk)
     return cache.backend.attend_and_store(
         query,
         key,
@@ -43,6 +48,7 @@ def paged_attention(
         sliding_window=sliding_window,
         attention_chunk=attention_chunk,
         sink_logits=sink_logits,
+        sink_query=sink_query,
     )
 
 
@@ -91,4 +97,20 @@ def check_rules(
     if sink_logits is not None and sink_logits.shape != (num_query_heads,):
         raise ConfigError(
             f"sink_logits must have shape ({num_query_heads},), got {tuple(sink_logits.shape)}"
+        )
+
+
+def check_sink_query(
+    query: Tensor, sink_query: Tensor | None, step: Step, attention_chunk: int | None
+) -> None:
+    """Raise `ConfigError` for streams whose sinks would be seen where they are not."""
+    if step.indices.window_sizes is not None and attention_chunk is not None:
+        raise ConfigError(f"streams and attention_chunk={attention_chunk} do not go together")
+    if sink_query is None:
+        if step.head_shifts is not None:
+            raise ConfigError("streams of this step have evicted tokens: sink_query is missing")
+    elif sink_query.shape != query.shape or sink_query.dtype != query.dtype:
+        raise ConfigError(
+            f"sink_query must be {query.dtype} of shape {tuple(query.shape)}, got "
+            f"{sink_query.dtype} of shape {tuple(sink_query.shape)}"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,17 +22,20 @@ from .errors import ConfigError, InvalidStepError, OutOfBlocksError
 from .events import BlockStored, CacheEvent
 from .growth import (
     count_blocks,
+    evict_blocks,
     find_complete_links,
     new_counts,
     place_blocks,
     take_effect,
 )
 from .prefix_cache import PrefixCache
+from .sink_window import SinkWindow
 from .step_plan import StepPlan
 from .swap import SwappedSequence
-from .token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids, root_hash
+from .token_chain import NO_LIMIT, ExtraKey, TokenChain, TokenIds, as_token_ids, root_hash
 
 NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int32)
+ENDLESS: Final = 1 << 40  # tokens of a stream
 
 
 class PrefixMatch(NamedTuple):
@@ -66,6 +69,14 @@ def integer_array(name: str, values: ArrayLike) -> IntArray:
     return array.astype(np.int64)
 
 
+class _Streams(NamedTuple):
+    """Of a step's sequences [N]; all None where no sequence of the step is a stream."""
+
+    num_evicted_tokens: IntArray | None
+    num_sink_tokens: IntArray | None
+    window_sizes: IntArray | None
+
+
 class BlockManager:
     """Block tables of up to `max_num_seqs` sequences over one pool of `num_blocks` blocks.
 
@@ -73,6 +84,10 @@ class BlockManager:
     then told every token (`add_sequence`, `append_tokens`). `fingerprint` names whatever decides
     what K/V tokens become: model, format and its parameters; sequences of managers that differ in
     it share no hash. `record_events` keeps what happens to cached blocks for `take_events`.
+
+    A sequence whose tokens carry a `SinkWindow` is a stream: `commit` lets go of blocks that no
+    later token sees, and its tables are then those of a shorter sequence. `max_model_len` does not
+    bound it.
     """
 
     def __init__(
@@ -107,6 +122,15 @@ class BlockManager:
         self._fingerprint = fingerprint
         self._root = root_hash(fingerprint)
         self._roots = [self._root] * max_num_seqs
+        self._sink_windows: list[SinkWindow | None] = [None] * max_num_seqs
+        self._num_streams = 0
+        # Of streams; 0 in all other slots.
+        self.num_sink_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        self.window_sizes: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_evicted_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        self._max_stored: IntArray = np.full(max_num_seqs, ENDLESS, dtype=np.int64)
+        self._evicted_ids: BlockIds = np.empty(1024, dtype=np.int32)
+        self._link_limits: IntArray = np.full(max_num_seqs, NO_LIMIT, dtype=np.int64)
         self._min_unsealed = geometry.num_head_tokens + geometry.min_tail_tokens
         self._chains: list[TokenChain | None] = [None] * max_num_seqs
         self._next_link_end: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
@@ -129,6 +153,9 @@ class BlockManager:
                 self.tables.num_sealed,
                 self.num_tokens,
                 self._length_limits,
+                self.num_sink_tokens,
+                self.window_sizes,
+                self.num_evicted_tokens,
             )
         ]
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -137,7 +164,7 @@ class BlockManager:
 
     @property
     def num_computed_tokens(self) -> IntArray:
-        """[max_num_seqs] tokens stored in blocks, by slot."""
+        """[max_num_seqs] tokens stored in blocks, by slot; those evicted do not count."""
         return self.tables.num_computed_tokens
 
     @property
@@ -169,19 +196,38 @@ class BlockManager:
 
     # -- sequences ------------------------------------------------------------------------------
 
-    def chain_tokens(self, token_ids: ArrayLike, extra_keys: Sequence[ExtraKey] = ()) -> TokenChain:
+    def chain_tokens(
+        self,
+        token_ids: ArrayLike,
+        extra_keys: Sequence[ExtraKey] = (),
+        sink_window: SinkWindow | None = None,
+    ) -> TokenChain:
         """The tokens of a sequence to be, with the hashes of the links that it may share.
 
         `extra_keys` name whatever else its K/V depend on, such as an adapter, the hash of an image,
-        or a salt that keeps tenants apart: sequences share nothing unless all keys are equal.
+        or a salt that keeps tenants apart: sequences share nothing unless all keys are equal. With
+        a `sink_window` the sequence is a stream; raises `ConfigError` for one that cannot be kept.
         """
         tokens = as_token_ids(token_ids)
-        self._check_length(len(tokens))
+        if sink_window is None:
+            self._check_length(len(tokens))
+        else:
+            sink_window = self.fitted_window(sink_window)
         root = root_hash(self._fingerprint, extra_keys) if extra_keys else self._root
-        chain = TokenChain(tokens, root)
+        chain = TokenChain(tokens, root, sink_window)
         if self.prefix_cache is not None:
-            chain.hash_links(self.geometry, self.geometry.num_shareable_links(len(tokens)))
+            chain.hash_links(self.geometry, chain.num_shareable_links(self.geometry))
         return chain
+
+    def fitted_window(self, sink_window: SinkWindow) -> SinkWindow:
+        """With sinks in whole blocks; raises `ConfigError` for one that this pool cannot keep."""
+        fitted = sink_window.fitted(self.geometry)
+        num_blocks = fitted.max_blocks(self.geometry)
+        if num_blocks > self.num_blocks:
+            raise ConfigError(
+                f"{sink_window} needs {num_blocks} blocks; the pool has {self.num_blocks}"
+            )
+        return fitted
 
     def find_prefix(self, tokens: TokenChain) -> PrefixMatch:
         """What `add_sequence(tokens)` would take over from the prefix cache."""
@@ -190,7 +236,7 @@ class BlockManager:
             return PrefixMatch(0, 0, 0, 0, is_pending=False)
         block_ids = self._find_links(tokens, cache)
         num_links = len(block_ids)
-        limit = self.geometry.num_shareable_links(len(tokens.token_ids))
+        limit = tokens.num_shareable_links(self.geometry)
         return PrefixMatch(
             num_tokens=self.geometry.link_end(num_links),
             num_blocks=num_links,
@@ -207,7 +253,8 @@ class BlockManager:
         """
         if not isinstance(tokens, TokenChain):
             tokens = self.chain_tokens(() if tokens is None else tokens)
-        self._check_length(len(tokens.token_ids))
+        if tokens.sink_window is None:
+            self._check_length(len(tokens.token_ids))
         slot = self._take_slot()
         self._write_tokens(slot, tokens)
         if self.prefix_cache is not None:
@@ -245,7 +292,7 @@ class BlockManager:
 
     def _find_links(self, tokens: TokenChain, cache: PrefixCache) -> list[int]:
         """The cached blocks of the first links that a sequence may share."""
-        limit = self.geometry.num_shareable_links(len(tokens.token_ids))
+        limit = tokens.num_shareable_links(self.geometry)
         tokens.hash_links(self.geometry, limit)
         return cache.find(tokens.hashes[:limit])
 
@@ -255,11 +302,39 @@ class BlockManager:
 
     def _write_tokens(self, slot: int, tokens: TokenChain) -> None:
         length = len(tokens.token_ids)
+        self._make_room_for_tokens(length)
         self.token_ids[slot, :length] = tokens.token_ids
         self.num_tokens[slot] = length
         self._roots[slot] = tokens.root
+        self._link_limits[slot] = tokens.link_limit(self.geometry)
         if length:
             self.last_token_ids[slot] = tokens.token_ids[-1]
+        self._set_window(slot, tokens.sink_window)
+
+    def _set_window(self, slot: int, sink_window: SinkWindow | None) -> None:
+        """Make a new slot a stream, or not."""
+        self._sink_windows[slot] = sink_window
+        if sink_window is None:
+            return
+        self._num_streams += 1
+        self.num_sink_tokens[slot] = sink_window.num_sink_tokens
+        self.window_sizes[slot] = sink_window.window_size
+        self._length_limits[slot] = ENDLESS
+        self._max_stored[slot] = sink_window.max_stored(self.geometry)
+        self.tables.make_room(int(self._max_stored[slot]))
+
+    def _make_room_for_tokens(self, num_tokens: int) -> None:
+        """Widen the rows of token ids for a stream that outgrows them."""
+        old = self.token_ids
+        if num_tokens <= old.shape[1]:
+            return
+        self.token_ids = np.zeros((len(old), max(num_tokens, 2 * old.shape[1])), dtype=np.int32)
+        for slot in self.num_tokens.nonzero()[0].tolist():
+            length = self.num_tokens[slot]
+            self.token_ids[slot, :length] = old[slot, :length]
+            chain = self._chains[slot]
+            if chain is not None:
+                self._chains[slot] = chain.with_tokens(self.token_ids[slot])
 
     def _write_blocks(
         self, slot: int, block_ids: BlockIds, num_computed_tokens: int, num_sealed: int
@@ -278,12 +353,12 @@ class BlockManager:
         self, slot: int, tokens: TokenChain, num_published: int, cache: PrefixCache
     ) -> None:
         """Follow the hashes of a new slot's tokens, of which the first can be found already."""
-        limit = self.geometry.num_shareable_links(len(tokens.token_ids))
+        limit = min(tokens.num_shareable_links(self.geometry), int(self._link_limits[slot]))
         tokens.hash_links(self.geometry, limit)
         self._num_published[slot], self._num_expected[slot] = num_published, limit
         cache.expect(tokens.hashes[num_published:limit])
         self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
-        self._next_link_end[slot] = self.geometry.link_end(len(tokens.hashes) + 1)
+        self._next_link_end[slot] = self._end_of_link(slot, len(tokens.hashes) + 1)
 
     def append_tokens(
         self, slots: ArrayLike, token_ids: ArrayLike, counts: ArrayLike | None = None
@@ -315,6 +390,8 @@ class BlockManager:
                 f"a sequence would have {new_lengths.max()} tokens; max_model_len is "
                 f"{self.max_model_len}"
             )
+        if self._num_streams:
+            self._make_room_for_tokens(int(new_lengths.max(initial=0)))
         if counts is None:
             self.token_ids[slots, lengths] = token_ids
             self.last_token_ids[slots] = token_ids
@@ -326,6 +403,12 @@ class BlockManager:
         if self.prefix_cache is not None:
             self._hash_links(slots, new_lengths)
 
+    def _end_of_link(self, slot: int, num_links: int) -> int:
+        """Tokens in so many links of a sequence; more than there can be where they are too many."""
+        if num_links > self._link_limits[slot]:
+            return ENDLESS
+        return self.geometry.link_end(num_links)
+
     def _hash_links(self, slots: IntArray, lengths: IntArray) -> None:
         """Hash the links that the tokens of these sequences complete."""
         geometry = self.geometry
@@ -333,9 +416,9 @@ class BlockManager:
         for slot, length in zip(slots[rows].tolist(), lengths[rows].tolist(), strict=True):
             chain = self._chains[slot]
             assert chain is not None
-            num_links = geometry.num_links(length)
+            num_links = min(geometry.num_links(length), int(self._link_limits[slot]))
             chain.hash_links(geometry, num_links)
-            self._next_link_end[slot] = geometry.link_end(num_links + 1)
+            self._next_link_end[slot] = self._end_of_link(slot, num_links + 1)
 
     def fork(self, slot: int) -> int:
         """A slot for a copy of a sequence: it shares every block.
@@ -345,6 +428,7 @@ class BlockManager:
         """
         self.require_at_rest(slot)
         child = self._take_slot()
+        self._set_window(child, self._sink_windows[slot])
         self.pool.share(self.tables.block_ids(slot))
         self.tables.open[child] = self.tables.open[slot]
         self.tables.sealed[child] = self.tables.sealed[slot]
@@ -359,6 +443,8 @@ class BlockManager:
             self._num_published,
             self._num_expected,
             self._next_link_end,
+            self._link_limits,
+            self.num_evicted_tokens,
         ):
             state[child] = state[slot]
         self._roots[child] = self._roots[slot]
@@ -385,6 +471,10 @@ class BlockManager:
             if expected > published:
                 self.prefix_cache.no_longer_expect(chain.hashes[published:expected])
             self._chains[slot] = None
+        if self._sink_windows[slot] is not None:
+            self._sink_windows[slot] = None
+            self._max_stored[slot] = ENDLESS
+            self._num_streams -= 1
         for counter in self._counters:
             counter[slot] = 0
         self._capacity[slot] = -1
@@ -489,8 +579,12 @@ class BlockManager:
             num_draft_tokens = integer_array("num_draft_tokens", num_draft_tokens)
             self._check_drafts(num_draft_tokens, num_new_tokens)
             certain = after - num_draft_tokens
-        if np.count_nonzero(certain > self._limits[slots]) or num_draft_tokens is not None:
-            self._check_lengths(slots, after, certain)
+        streams = self._streams_of(slots, before, after)
+        evicted = 0 if streams.num_evicted_tokens is None else streams.num_evicted_tokens
+        if np.count_nonzero(certain + evicted > self._limits[slots]) or (
+            num_draft_tokens is not None
+        ):
+            self._check_lengths(slots, after + evicted, certain + evicted)
         rows = (after > self._capacity[slots]).nonzero()[0]
         changed, certain, after = slots[rows], certain[rows], after[rows]
         counts = new_counts(len(rows))
@@ -522,6 +616,7 @@ class BlockManager:
             num_scheduled_tokens=num_new_tokens,
             num_draft_tokens=num_draft_tokens,
             context_lens=before,
+            **streams._asdict(),
             changed_rows=rows,
             block_counts=counts,
             new_block_ids=new_ids,
@@ -533,10 +628,46 @@ class BlockManager:
         )
         return self._outstanding
 
-    def commit(self, plan: StepPlan, num_kept_tokens: ArrayLike | None = None) -> None:
+    def num_computable(self, slots: IntArray) -> IntArray:
+        """Tokens of each sequence that are known, not computed, and fit in one step.
+
+        A stream has room for a chunk beyond its window; the step that stores its sinks computes
+        nothing that would see them nearer than they are.
+        """
+        stored = self.num_computed_tokens[slots]
+        if not self._num_streams:
+            remaining: IntArray = self.num_tokens[slots] - stored
+            return remaining
+        remaining = self.num_tokens[slots] - stored - self.num_evicted_tokens[slots]
+        return np.minimum(remaining, self._num_storable(slots) - stored)
+
+    def _num_storable(self, slots: IntArray) -> IntArray:
+        """Tokens that each sequence may have stored at the end of the next step."""
+        sinks, limits = self.num_sink_tokens[slots], self._max_stored[slots]
+        has_sinks = self.num_computed_tokens[slots] >= sinks
+        return np.where(has_sinks, limits, np.minimum(limits, sinks + self.window_sizes[slots]))
+
+    def _streams_of(self, slots: IntArray, before: IntArray, after: IntArray) -> _Streams:
+        """Of a step; raises `InvalidStepError` for one that a stream has no room for."""
+        if not self._num_streams or not np.count_nonzero(self.window_sizes[slots]):
+            return _Streams(None, None, None)
+        excess = after - self._num_storable(slots)
+        if np.count_nonzero(excess > 0):
+            row = int(excess.argmax())
+            raise InvalidStepError(
+                f"slot {slots[row]}, a stream of {self._sink_windows[slots[row]]}, has room for "
+                f"{after[row] - before[row] - excess[row]} new tokens in a step, got "
+                f"{after[row] - before[row]}"
+            )
+        return _Streams(
+            self.num_evicted_tokens[slots], self.num_sink_tokens[slots], self.window_sizes[slots]
+        )
+
+    def commit(self, plan: StepPlan, num_kept_tokens: ArrayLike | None = None) -> BlockIds:
         """The step's writes are done: its tokens are stored, the blocks it replaced are let go.
 
-        `num_kept_tokens` [N] keeps fewer tokens of sequences that had draft tokens.
+        `num_kept_tokens` [N] keeps fewer tokens of sequences that had draft tokens. Returns the
+        blocks that streams let go on top of `plan.freed_block_ids`.
         """
         self._require_step(plan)
         num_kept = plan.num_scheduled_tokens
@@ -562,7 +693,7 @@ class BlockManager:
             geometry.open_block_size,
             geometry.num_head_blocks,
             self._min_unsealed,
-            self.max_model_len,
+            tables.max_stored,
             unused_ids,
         )
         if num_unused:
@@ -571,7 +702,47 @@ class BlockManager:
             self.pool.release(plan.freed_block_ids)
         if self.prefix_cache is not None:
             self._publish(slots, self.prefix_cache)
+        evicted_ids = NO_BLOCKS if plan.window_sizes is None else self._evict(plan.slots)
         self._end_step(plan)
+        return evicted_ids
+
+    def _evict(self, slots: IntArray) -> BlockIds:
+        """Let go of the blocks of streams that no later token sees."""
+        tables, geometry, before = self.tables, self.geometry, self.num_evicted_tokens[slots]
+        num_evicted = evict_blocks(
+            slots,
+            self.num_sink_tokens,
+            self.window_sizes,
+            tables.num_computed_tokens,
+            tables.num_open,
+            tables.num_sealed,
+            tables.open,
+            tables.sealed,
+            self.num_evicted_tokens,
+            self._capacity,
+            geometry.block_size,
+            geometry.open_block_size,
+            geometry.num_head_blocks,
+            self._evicted_ids,
+        )
+        if not num_evicted:
+            return NO_BLOCKS
+        if self.prefix_cache is not None:
+            for slot in slots[self.num_evicted_tokens[slots] > before].tolist():
+                self._stop_sharing(slot, self.prefix_cache)
+        evicted_ids = self._evicted_ids[:num_evicted].copy()
+        self.pool.release(evicted_ids)
+        return evicted_ids
+
+    def _stop_sharing(self, slot: int, cache: PrefixCache) -> None:
+        """Nothing past a gap is ever found: what others wait for will not come."""
+        chain = self._chains[slot]
+        assert chain is not None
+        published, expected = self._num_published.item(slot), self._num_expected.item(slot)
+        if expected > published:
+            cache.no_longer_expect(chain.hashes[published:expected])
+        self._num_expected[slot] = 0
+        self._link_limits[slot] = published
 
     def _publish(self, slots: IntArray, cache: PrefixCache) -> None:
         """Make the blocks of links that are complete by now findable."""
@@ -587,6 +758,7 @@ class BlockManager:
                 tables.open,
                 tables.sealed,
                 self._num_published,
+                self._link_limits,
                 geometry.block_size,
                 geometry.open_block_size,
                 geometry.num_head_blocks,
@@ -659,7 +831,7 @@ class BlockManager:
     def _check_lengths(self, slots: IntArray, after: IntArray, certain: IntArray) -> None:
         """Sequences must live, keep within `max_model_len` and, with a cache, have known tokens."""
         self._require_living(slots)
-        if np.count_nonzero(after > self.max_model_len):
+        if np.count_nonzero(after > self._length_limits[slots]):
             raise InvalidStepError(
                 f"a sequence would have {after.max()} tokens; max_model_len is {self.max_model_len}"
             )
@@ -713,6 +885,7 @@ class BlockManager:
             return None
         chain = self.chain_of(slot)
         swapped = SwappedSequence(
+            num_evicted_tokens=int(self.num_evicted_tokens[slot]),
             tokens=chain,
             num_computed_tokens=int(self.num_computed_tokens[slot]),
             num_sealed=int(self.num_sealed[slot]),
@@ -728,7 +901,9 @@ class BlockManager:
         """A copy of a sequence's tokens and hashes, to add it again later."""
         tokens = self.token_ids[slot, : self.num_tokens[slot]].copy()
         chain = self._chains[slot]
-        return TokenChain(tokens, self._roots[slot]) if chain is None else chain.with_tokens(tokens)
+        if chain is None:
+            return TokenChain(tokens, self._roots[slot], self._sink_windows[slot])
+        return chain.with_tokens(tokens)
 
     def swap_in(self, swapped: SwappedSequence) -> tuple[int, BlockIds] | None:
         """Bring a sequence back; None, and nothing changed, when too few blocks are free.
@@ -741,21 +916,31 @@ class BlockManager:
         if num_blocks > self.pool.num_free or not self._free_slots:
             return None
         slot, block_ids = self.place_sequence(
-            swapped.tokens, swapped.num_computed_tokens, swapped.num_sealed
+            swapped.tokens,
+            swapped.num_computed_tokens,
+            swapped.num_sealed,
+            swapped.num_evicted_tokens,
         )
         self.discard_swapped(swapped)
         return slot, block_ids
 
     def place_sequence(
-        self, tokens: TokenChain, num_computed_tokens: int, num_sealed: int
+        self,
+        tokens: TokenChain,
+        num_computed_tokens: int,
+        num_sealed: int,
+        num_evicted_tokens: int = 0,
     ) -> tuple[int, BlockIds]:
         """A slot, and new blocks in the order of its tokens, for a sequence computed elsewhere.
+
+        It stores `num_computed_tokens` and has evicted some before them, if it is a stream.
 
         Raises `OutOfBlocksError`, and takes nothing, when either lacks. The caller writes the
         blocks; the next commit makes them findable, or `publish_sequence` does so at once.
         """
         self._require_no_step()
-        self._check_length(len(tokens.token_ids))
+        if tokens.sink_window is None:
+            self._check_length(len(tokens.token_ids))
         num_blocks = self.geometry.count_blocks(num_computed_tokens, num_sealed)
         if num_blocks > self.pool.num_free:
             raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")
@@ -763,6 +948,9 @@ class BlockManager:
         block_ids = self.pool.allocate(num_blocks)
         self._write_tokens(slot, tokens)
         self._write_blocks(slot, block_ids, num_computed_tokens, num_sealed)
+        self.num_evicted_tokens[slot] = num_evicted_tokens
+        if num_evicted_tokens:
+            self._link_limits[slot] = 0
         if self.prefix_cache is not None:
             self._attach_chain(slot, tokens, 0, self.prefix_cache)
         self._capacity[slot] = num_computed_tokens
@@ -817,6 +1005,9 @@ class BlockManager:
         assert sorted(self._free_slots) == idle.tolist()
         for state in (self.num_computed_tokens, self.num_sealed, self.num_tokens):
             assert not state[idle].any()
+        assert not self.window_sizes[idle].any()
+        assert not self.num_evicted_tokens[self.window_sizes == 0].any()
+        assert self._num_streams == np.count_nonzero(self.window_sizes)
         lengths, num_sealed = self.num_computed_tokens[slots], self.num_sealed[slots]
         geometry, num_open = self.geometry, self.tables.num_open[slots]
         open_ends = -(-lengths // geometry.open_block_size)

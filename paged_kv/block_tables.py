@@ -47,13 +47,27 @@ class BlockTables:
 
     def __init__(self, geometry: BlockGeometry, *, max_num_seqs: int, max_model_len: int) -> None:
         self.geometry = geometry
-        self.num_computed_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        self.max_stored = max_model_len  # tokens that a row has room for
+        self.num_computed_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # stored
         self.num_open: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_sealed: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         width = geometry.open_table_width(max_model_len)
         self.open: BlockIds = np.zeros((max_num_seqs, width), dtype=np.int32)  # head, then tail
         width = geometry.sealed_table_width(max_model_len)
         self.sealed: BlockIds = np.zeros((max_num_seqs, width), dtype=np.int32)
+
+    def make_room(self, num_tokens: int) -> None:
+        """Widen every row to sequences that store so many tokens."""
+        if num_tokens <= self.max_stored:
+            return
+        geometry, (old_open, old_sealed) = self.geometry, (self.open, self.sealed)
+        width = geometry.open_table_width(num_tokens)
+        self.open = np.zeros((len(old_open), width), dtype=np.int32)
+        self.open[:, : old_open.shape[1]] = old_open
+        width = geometry.sealed_table_width(num_tokens)
+        self.sealed = np.zeros((len(old_sealed), width), dtype=np.int32)
+        self.sealed[:, : old_sealed.shape[1]] = old_sealed
+        self.max_stored = num_tokens
 
     def head_and_tail_ids(self, slot: int) -> BlockIds:
         """Open blocks of a sequence in order: head, then tail."""

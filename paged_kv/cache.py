@@ -23,7 +23,7 @@ from .block_tables import ragged_arange
 from .blocks import BlockGeometry, BlockIds
 from .errors import ConfigError, OutOfBlocksError
 from .formats import KVFormat, RecordLayout, block_geometry
-from .kernels.records import LayerRecords, SealedViews, StepIndices
+from .kernels.records import NO_WINDOW, LayerRecords, SealedViews, StepIndices
 from .step_plan import StepPlan
 
 FULL_PRECISION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +77,7 @@ class Step:
 
     indices: StepIndices
     plan: Any  # the backend's own
+    head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`
 
 
 class PagedKVCache:
@@ -190,12 +191,15 @@ class PagedKVCache:
             return torch.as_tensor(array, dtype=torch.int64).to(self.device)
 
         stored = (plan.slot_mapping >= 0).nonzero()[0]
+        sinks, windows = plan.num_sink_tokens, plan.window_sizes
+        if windows is not None:
+            windows = np.where(windows, windows, NO_WINDOW)
         indices = StepIndices(
             query_lens=tuple(plan.num_scheduled_tokens.tolist()),
             context_lens_host=tuple(plan.context_lens.tolist()),
             context_lens=on_device(plan.context_lens),
             query_start_loc=on_device(plan.query_start_loc),
-            positions=on_device(plan.positions),
+            positions=on_device(plan.places),
             open_table=on_device(plan.open_table),
             sealed_table=on_device(plan.sealed_table),
             num_sealed=on_device(plan.num_sealed),
@@ -206,8 +210,15 @@ class PagedKVCache:
             block_size=self.geometry.block_size,
             open_block_size=self.geometry.open_block_size,
             num_head_tokens=self.geometry.num_head_tokens,
+            num_sink_tokens=None if sinks is None else on_device(sinks),
+            window_sizes=None if windows is None else on_device(windows),
         )
-        return Step(indices=indices, plan=self.backend.plan(indices))
+        shifts = plan.head_shifts
+        return Step(
+            indices=indices,
+            plan=self.backend.plan(indices),
+            head_shifts=None if shifts is None else on_device(shifts),
+        )
 
     @property
     def block_bytes(self) -> int:

@@ -109,7 +109,7 @@ def take_effect(
     open_block_size: int,
     num_head_blocks: int,
     min_unsealed: int,
-    max_model_len: int,
+    max_stored: int,
     unused_ids: BlockIds,  # written: open blocks that tokens would have needed that were dropped
 ) -> int:
     """Let the placed ids count. Returns how many unused ids there are."""
@@ -132,11 +132,65 @@ def take_effect(
             num_unused += 1
         num_open[slot] = open_end - sealed * per_block
         num_sealed[slot] = sealed
-        limit = min(open_end * open_block_size, max_model_len)
+        limit = min(open_end * open_block_size, max_stored)
         if per_block > 1:
             limit = min(limit, (sealed + 1) * block_size + min_unsealed - 1)
         capacity[slot] = limit
     return num_unused
+
+
+@compiled
+def evict_blocks(
+    slots: IntArray,  # [R]
+    num_sink_tokens: IntArray,  # by slot, as all that follow
+    window_sizes: IntArray,  # 0: keeps everything
+    lengths: IntArray,
+    num_open: IntArray,
+    num_sealed: IntArray,
+    open_table: BlockIds,
+    sealed_table: BlockIds,
+    num_evicted: IntArray,
+    capacity: IntArray,
+    block_size: int,
+    open_block_size: int,
+    num_head_blocks: int,
+    evicted_ids: BlockIds,  # written
+) -> int:
+    """Close each stream's table over the blocks behind its sinks that no later token sees.
+
+    Its length and its capacity are then those of a shorter sequence. Returns how many ids there
+    are. With fewer than that of room the rest waits for the next step.
+    """
+    num_ids = 0
+    for row in range(len(slots)):
+        slot = slots[row]
+        if window_sizes[slot] == 0:
+            continue
+        first_seen = lengths[slot] - window_sizes[slot] + 1  # by the next token
+        if block_size > open_block_size:
+            count = (first_seen - num_head_blocks * open_block_size) // block_size
+            count = max(min(count, num_sealed[slot], len(evicted_ids) - num_ids), 0)
+            for column in range(count):
+                evicted_ids[num_ids + column] = sealed_table[slot, column]
+            if count:
+                for column in range(num_sealed[slot] - count):
+                    sealed_table[slot, column] = sealed_table[slot, column + count]
+            num_sealed[slot] -= count
+        else:
+            start = num_sink_tokens[slot] // open_block_size
+            count = first_seen // open_block_size - start
+            count = max(min(count, num_open[slot] - start, len(evicted_ids) - num_ids), 0)
+            for column in range(start, start + count):
+                evicted_ids[num_ids + column - start] = open_table[slot, column]
+            if count:
+                for column in range(start, num_open[slot] - count):
+                    open_table[slot, column] = open_table[slot, column + count]
+            num_open[slot] -= count
+        num_ids += count
+        lengths[slot] -= count * block_size
+        capacity[slot] -= count * block_size
+        num_evicted[slot] += count * block_size
+    return num_ids
 
 
 @compiled
@@ -148,6 +202,7 @@ def find_complete_links(
     open_table: BlockIds,
     sealed_table: BlockIds,
     num_published: IntArray,
+    link_limits: IntArray,  # links that may ever be found
     block_size: int,
     open_block_size: int,
     num_head_blocks: int,
@@ -164,6 +219,7 @@ def find_complete_links(
         complete = min(lengths[slot], num_tokens[slot]) // open_block_size
         if block_size > open_block_size:
             complete = min(complete, num_head_blocks) + num_sealed[slot]
+        complete = min(complete, link_limits[slot])
         for link in range(num_published[slot], complete):
             if num_links == len(links):
                 break

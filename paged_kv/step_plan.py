@@ -28,6 +28,9 @@ class StepPlan:
     num_scheduled_tokens: IntArray  # [N] new tokens
     num_draft_tokens: IntArray | None  # [N] of these, last ones that commit may drop
     context_lens: IntArray  # [N] tokens stored before the step
+    num_evicted_tokens: IntArray | None  # [N] of streams, before the step; None where there is none
+    num_sink_tokens: IntArray | None  # [N]
+    window_sizes: IntArray | None  # [N] 0 where the sequence keeps everything
     changed_rows: IntArray  # [R] index among the N; the tables of the others stay as they are
     block_counts: IntArray  # [R, 4] new sealed, new open, leaving open blocks, copies
     new_block_ids: BlockIds  # taken from the pool: sealed, then open, then copies
@@ -68,6 +71,27 @@ class StepPlan:
     @cached_property
     def positions(self) -> IntArray:
         """[T] position of each new token in its sequence."""
+        if self.num_evicted_tokens is None:
+            return self.places
+        return self.places + self.num_evicted_tokens[self.token_rows]
+
+    @cached_property
+    def head_shifts(self) -> IntArray | None:
+        """[T] tokens that are evicted for each new token: it is so much nearer to its sinks.
+
+        None where that is 0 for all. See `SinkWindow`.
+        """
+        if self.num_sink_tokens is None or self.window_sizes is None:
+            return None
+        has_sinks = self.num_sink_tokens > 0
+        num_visible = self.num_sink_tokens + self.window_sizes
+        shifts = np.maximum(self.positions + 1 - num_visible[self.token_rows], 0)
+        shifts *= has_sinks[self.token_rows]
+        return shifts if shifts.any() else None
+
+    @cached_property
+    def places(self) -> IntArray:
+        """[T] position of each new token among the tokens that its sequence stores."""
         if self.is_decode:
             return self.context_lens
         starts = self.query_start_loc[:-1] - self.context_lens
@@ -102,7 +126,7 @@ class StepPlan:
         num_columns[self.changed_rows] += self.block_counts[:, 1]
         open_ends = -(-(self.context_lens + self.num_scheduled_tokens) // geometry.open_block_size)
         body_end = geometry.num_head_tokens + sealed_after * geometry.block_size
-        positions = self.positions
+        positions = self.places
         in_body = (positions >= geometry.num_head_tokens) & (positions < body_end[rows])
         stored = np.flatnonzero(~in_body)
         stored_rows = rows[stored]

@@ -13,7 +13,8 @@ class SwappedSequence:
     """Everything needed to go on: made by `BlockManager.swap_out`, ended by `swap_in`."""
 
     tokens: TokenChain
-    num_computed_tokens: int
+    num_computed_tokens: int  # of these, stored in blocks
     num_sealed: int
+    num_evicted_tokens: int
     device_block_ids: BlockIds  # where its blocks were, in the order of its tokens
     host_block_ids: BlockIds

@@ -11,15 +11,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .blocks import BlockGeometry
 from .errors import InvalidRequestError
+from .sink_window import SinkWindow
 
 TokenIds = NDArray[np.int32]
 ExtraKey = bytes | str | int
+NO_LIMIT: Final = 1 << 40  # links
 
 
 def as_token_ids(values: ArrayLike) -> TokenIds:
@@ -58,20 +61,38 @@ def link_hash(parent: bytes, token_bytes: bytes) -> bytes:
 
 
 class TokenChain:
-    """The tokens of a sequence, and the hash of each complete link as far as it was needed."""
+    """The tokens of a sequence, and the hash of each complete link as far as it was needed.
 
-    __slots__ = ("hashes", "root", "token_ids")
+    With a `sink_window` they are a stream's, which shares only what comes before any eviction: K/V
+    of later tokens depend on what they did not see.
+    """
 
-    def __init__(self, token_ids: TokenIds, root: bytes) -> None:
+    __slots__ = ("hashes", "root", "sink_window", "token_ids")
+
+    def __init__(
+        self, token_ids: TokenIds, root: bytes, sink_window: SinkWindow | None = None
+    ) -> None:
         self.token_ids = token_ids
         self.root = root
+        self.sink_window = sink_window
         self.hashes: list[bytes] = []
 
     def with_tokens(self, token_ids: TokenIds) -> TokenChain:
         """The same hashes over an array that begins with the same tokens."""
-        chain = TokenChain(token_ids, self.root)
+        chain = TokenChain(token_ids, self.root, self.sink_window)
         chain.hashes = self.hashes.copy()
         return chain
+
+    def num_shareable_links(self, geometry: BlockGeometry) -> int:
+        """Links that a new sequence of these tokens may take over from others."""
+        num_tokens = len(self.token_ids)
+        return min(geometry.num_shareable_links(num_tokens), self.link_limit(geometry))
+
+    def link_limit(self, geometry: BlockGeometry) -> int:
+        """Links of the sequence, however long it gets, that may be shared."""
+        if self.sink_window is None:
+            return NO_LIMIT
+        return geometry.num_links(self.sink_window.num_visible_tokens)
 
     def hash_links(self, geometry: BlockGeometry, num_links: int) -> None:
         """Extend the hashes to the first `num_links` links of `token_ids`."""

@@ -71,6 +71,8 @@ def export_sequence(
     """
     manager.require_at_rest(slot)
     tokens = manager.chain_of(slot)
+    if tokens.sink_window is not None:
+        raise TransferError(f"slot {slot} is a stream, which cannot be exported")
     sequence = SequenceData(
         tokens=tokens,
         num_computed_tokens=int(manager.num_computed_tokens[slot]),

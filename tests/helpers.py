@@ -7,7 +7,7 @@ library with itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from paged_kv.block_manager import BlockManager
 from paged_kv.cache import LayerSpec, PagedKVCache, cache_geometry
 from paged_kv.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.kernels.records import StepIndices
+from paged_kv.sink_window import SinkWindow
 from paged_kv.step_plan import StepPlan
 
 NAN_BYTE = 0xFF  # an arena full of it reads as NaN in float32, bfloat16 and float16
@@ -49,6 +50,7 @@ class Stream:
     queries: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
+    sink_queries: list[Tensor] = field(default_factory=list)  # of one that has a SinkWindow
 
     def __len__(self) -> int:
         return len(self.keys[0])
@@ -102,8 +104,8 @@ class Fleet:
         )
         self.streams: dict[int, Stream] = {}
 
-    def add(self, stream: Stream) -> int:
-        slot = self.manager.add_sequence()
+    def add(self, stream: Stream, sink_window: SinkWindow | None = None) -> int:
+        slot = self.manager.add_sequence(self.manager.chain_tokens((), sink_window=sink_window))
         self.streams[slot] = stream
         return slot
 
@@ -114,7 +116,9 @@ class Fleet:
         self.poison_blocks(freed)
 
     def length(self, slot: int) -> int:
-        return int(self.manager.num_computed_tokens[slot])
+        """Tokens that are computed, evicted ones included."""
+        manager = self.manager
+        return int(manager.num_computed_tokens[slot] + manager.num_evicted_tokens[slot])
 
     def plan(self, counts: dict[int, int]) -> StepPlan:
         plan = self.manager.reserve(ids(*counts), ids(*counts.values()))
@@ -129,20 +133,25 @@ class Fleet:
         """Run and commit a plan over all layers."""
         step = self.cache.begin(plan)
         outputs: dict[int, list[Tensor]] = {int(slot): [] for slot in plan.slots}
+        starts = plan.positions[plan.query_start_loc[:-1]]
         for layer in range(len(self.cache.layers)):
-            query, key, value = (
-                torch.cat([getattr(self.streams[int(slot)], name)[layer][start : start + count]
+            query, key, value, sink_query = (
+                torch.cat([tokens(self.streams[int(slot)])[layer][start : start + count]
                            for slot, start, count in zip(
-                               plan.slots, plan.context_lens, plan.num_scheduled_tokens,
-                               strict=True)]).to(self.cache.device)
-                for name in ("queries", "keys", "values")
+                               plan.slots, starts, plan.num_scheduled_tokens, strict=True)]
+                          ).to(self.cache.device)
+                for tokens in (lambda s: s.queries, lambda s: s.keys, lambda s: s.values,
+                               lambda s: s.sink_queries or s.queries)
             )  # fmt: skip
+            if step.head_shifts is not None:
+                options["sink_query"] = sink_query
             output = paged_attention(query, key, value, self.cache, layer, step, **options)
             parts = output.cpu().split(plan.num_scheduled_tokens.tolist())
             for slot, part in zip(plan.slots, parts, strict=True):
                 outputs[int(slot)].append(part)
-        self.manager.commit(plan)
+        evicted_ids = self.manager.commit(plan)
         self.poison_blocks(plan.freed_block_ids)
+        self.poison_blocks(evicted_ids)
         return outputs
 
     def feed(self, counts: dict[int, Sequence[int]]) -> None:
