@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .scheduler.scheduler import ScheduledStep as ScheduledStep
     from .scheduler.scheduler import Scheduler as Scheduler
     from .scheduler.scheduler import SchedulerStatistics as SchedulerStatistics
+    from .sink_window import SinkWindow as SinkWindow
     from .step_plan import StepPlan as StepPlan
     from .swap import SwappedSequence as SwappedSequence
     from .token_chain import TokenChain as TokenChain
@@ -86,6 +87,7 @@ _HOME = {
     "ScheduledStep": "scheduler.scheduler",
     "Scheduler": "scheduler.scheduler",
     "SchedulerStatistics": "scheduler.scheduler",
+    "SinkWindow": "sink_window",
     "StepPlan": "step_plan",
     "StreamEvent": "llm",
     "SwappedSequence": "swap",

@@ -636,10 +636,11 @@ class BlockManager:
         """
         stored = self.num_computed_tokens[slots]
         if not self._num_streams:
-            remaining: IntArray = self.num_tokens[slots] - stored
-            return remaining
-        remaining = self.num_tokens[slots] - stored - self.num_evicted_tokens[slots]
-        return np.minimum(remaining, self._num_storable(slots) - stored)
+            left: IntArray = self.num_tokens[slots] - stored
+            return left
+        left = self.num_tokens[slots] - stored - self.num_evicted_tokens[slots]
+        room: IntArray = self._num_storable(slots) - stored
+        return left.clip(max=room)
 
     def _num_storable(self, slots: IntArray) -> IntArray:
         """Tokens that each sequence may have stored at the end of the next step."""

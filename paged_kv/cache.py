@@ -77,7 +77,9 @@ class Step:
 
     indices: StepIndices
     plan: Any  # the backend's own
-    head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`
+    # Of a step with streams:
+    is_stream: Tensor | None  # [T]
+    head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`; None where all are 0
 
 
 class PagedKVCache:
@@ -213,10 +215,11 @@ class PagedKVCache:
             num_sink_tokens=None if sinks is None else on_device(sinks),
             window_sizes=None if windows is None else on_device(windows),
         )
-        shifts = plan.head_shifts
+        is_stream, shifts = plan.is_stream, plan.head_shifts
         return Step(
             indices=indices,
             plan=self.backend.plan(indices),
+            is_stream=None if is_stream is None else torch.from_numpy(is_stream).to(self.device),
             head_shifts=None if shifts is None else on_device(shifts),
         )
 

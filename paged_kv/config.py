@@ -8,6 +8,7 @@ from .checks import is_integer, require
 from .errors import ConfigError
 from .formats import KVFormat, resolve_format
 from .memory import parse_memory
+from .sink_window import SinkWindow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,13 @@ class EngineConfig:
     prefix_caching: bool = True
     swap_space: int | str = 0
     num_threads: int | None = None
+    sink_window: SinkWindow | None = None
 
     def __post_init__(self) -> None:
         resolve_format(self.kv_format)
+        window = self.sink_window
+        is_window = window is None or isinstance(window, SinkWindow)
+        require("sink_window", window, is_window, "a SinkWindow")
         if self.kv_memory is not None:
             parse_memory(self.kv_memory)
         if self.kv_memory is not None and self.num_blocks is not None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .block_manager import BlockManager
+from .block_manager import ENDLESS, BlockManager
 from .cache import PagedKVCache, cache_geometry, num_blocks_for
 from .config import EngineConfig
 from .errors import (
@@ -33,6 +33,7 @@ from .sampler import find_unusable_rows, process_logits, sample, uniform_numbers
 from .sampling import SamplingParams
 from .scheduler.request import Request, RequestStatus
 from .scheduler.scheduler import Fork, ScheduledStep, Scheduler
+from .sink_window import SinkWindow
 from .text import Detokenizer
 
 DEFAULT_KV_MEMORY: Final = 1 << 30
@@ -80,12 +81,14 @@ class Engine:
         scheduler: Scheduler,
         tokenizer: PreTrainedTokenizerBase | None,
         end_token_ids: Sequence[int],
+        sink_window: SinkWindow | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.manager = manager
         self.scheduler = scheduler
         self.tokenizer = tokenizer
+        self.sink_window = sink_window
         self.end_token_ids = frozenset(t for t in end_token_ids if 0 <= t < model.vocab_size)
         self._live: dict[str, LiveRequest] = {}
         self.num_steps = 0
@@ -141,25 +144,31 @@ class Engine:
         priority: int = 0,
     ) -> Request:
         """The request as it would be queued; raises `InvalidRequestError` if it cannot be."""
-        self._check_prompt(prompt_token_ids)
+        sink_window = params.sink_window or self.sink_window
+        if sink_window is not None:
+            _ = self.model.rotations  # or it raises
+        self._check_prompt(prompt_token_ids, is_stream=sink_window is not None)
         self._check_in_vocabulary(params.stop_token_ids)
         if params.stop_strings and self.tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer")
-        room = self.manager.max_model_len - len(prompt_token_ids)
+        room = ENDLESS
+        if sink_window is None:
+            room = self.manager.max_model_len - len(prompt_token_ids)
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             priority=priority,
             extra_keys=() if params.cache_salt is None else (params.cache_salt,),
+            sink_window=sink_window,
         )
         self.scheduler.check(request)
         return request
 
-    def _check_prompt(self, prompt_token_ids: Sequence[int]) -> None:
+    def _check_prompt(self, prompt_token_ids: Sequence[int], *, is_stream: bool) -> None:
         if not prompt_token_ids:
             raise InvalidRequestError("the prompt is empty")
-        if len(prompt_token_ids) >= self.manager.max_model_len:
+        if not is_stream and len(prompt_token_ids) >= self.manager.max_model_len:
             raise PromptTooLongError(
                 f"a prompt of {len(prompt_token_ids)} tokens leaves no room for output within "
                 f"the model length of {self.manager.max_model_len}"
@@ -373,7 +382,13 @@ def build_engine(
         torch.set_num_threads(config.num_threads)
     dtype = model.dtype
     max_model_len = model_length(model.model, config.max_model_len)
-    layers = model.layers(resolve_format(config.kv_format))
+    kv_format, window = resolve_format(config.kv_format), config.sink_window
+    if window is not None:
+        _ = model.rotations  # or it raises
+        if not kv_format.is_native:  # sinks are kept in the head
+            num_sinks = max(kv_format.num_sink_tokens, window.num_sink_tokens)
+            kv_format = kv_format.with_options(num_sink_tokens=num_sinks)
+    layers = model.layers(kv_format)
     num_host_blocks = 0
     if config.swap_space:
         num_host_blocks = num_blocks_for(parse_memory(config.swap_space), layers, dtype)
@@ -383,7 +398,10 @@ def build_engine(
     elif config.kv_memory is not None:
         num_blocks = num_blocks_for(parse_memory(config.kv_memory), layers, dtype)
     else:
-        wanted = config.max_num_seqs * (geometry.max_blocks(max_model_len) + 1)
+        longest = geometry.max_blocks(max_model_len)
+        if window is not None:
+            longest = max(longest, window.fitted(geometry).max_blocks(geometry))
+        wanted = config.max_num_seqs * (longest + 1)
         num_blocks = min(wanted, num_blocks_for(DEFAULT_KV_MEMORY, layers, dtype))
     if device is not None:
         move_model(model.model, device)
@@ -403,7 +421,9 @@ def build_engine(
     scheduler = Scheduler(
         manager, token_budget=config.token_budget, swap_cost=swap_cost(model, cache)
     )
-    return Engine(model, cache, manager, scheduler, tokenizer, end_token_ids(model.model))
+    if window is not None:
+        manager.fitted_window(window)  # or it raises
+    return Engine(model, cache, manager, scheduler, tokenizer, end_token_ids(model.model), window)
 
 
 def swap_cost(model: PagedModel, cache: PagedKVCache) -> float:

@@ -29,6 +29,7 @@ from .model import PagedModel
 from .progress import Progress
 from .sampling import SamplingParams
 from .scheduler.scheduler import SchedulerStatistics
+from .sink_window import SinkWindow
 from .text import ChatMessages, Detokenizer, Prompt, encode_prompt
 
 
@@ -85,8 +86,9 @@ class LLM:
     sequences and `token_budget` tokens. With `prefix_caching` prompts that begin alike share their
     blocks, also with earlier ones. Sequences that must make room go to `swap_space` bytes of host
     memory where that is cheaper than computing them again. On a CPU model and kernels share torch's
-    threads; `num_threads` sets how many there are, for the whole process. One thread at a time may
-    use an LLM.
+    threads; `num_threads` sets how many there are, for the whole process. With a `sink_window`
+    every request is a stream: it keeps attention sinks and a window of newest tokens, and may go on
+    beyond the model's length, for ever, in constant memory. One thread at a time may use an LLM.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class LLM:
         prefix_caching: bool = True,
         swap_space: int | str = 0,
         num_threads: int | None = None,
+        sink_window: SinkWindow | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -116,6 +119,7 @@ class LLM:
             prefix_caching=prefix_caching,
             swap_space=swap_space,
             num_threads=num_threads,
+            sink_window=sink_window,
         )
         if not isinstance(model, PreTrainedModel):
             name = model

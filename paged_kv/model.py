@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Final, cast
 
@@ -25,6 +26,7 @@ from .attention import paged_attention
 from .cache import LayerSpec, PagedKVCache, Step
 from .errors import PagedKVError, UnsupportedModelError
 from .formats import KVFormat
+from .rotary import Rotation, StepTurns, find_rotation
 
 # Not containing "flash", "sdpa", "flex_attention" or "/": transformers treats those specially.
 IMPLEMENTATION: Final = "paged_kv"
@@ -47,6 +49,7 @@ INERT_ARGUMENTS: Final = frozenset(
 BATCH_DEPENDENT_ROPE: Final = frozenset({"dynamic", "longrope"})
 RECURRENT_LAYER_TYPES: Final = ("linear", "mamba", "recurrent", "conv", "rwkv")
 PROBE_LENGTH: Final = 3
+ROTATION_PROBE: Final = (0, 1, 2, 5, 17, 100)  # positions of one token
 
 
 @dataclass
@@ -55,6 +58,8 @@ class Probe:
 
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     windows: set[int | None] = field(default_factory=set)
+    # Queries and keys [T, H, D]; attention puts out zeros, so all a layer knows is the token.
+    tokens: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class ActiveStep:
     cache: PagedKVCache
     step: Step
     cache_layer: dict[int, int]  # a module's layer_idx -> its place in the cache
+    turns: StepTurns | None = None  # of streams
 
 
 _active: ContextVar[ActiveStep | Probe | None] = ContextVar("paged_kv_active_step", default=None)
@@ -94,10 +100,14 @@ def paged_attention_forward(
             raise UnsupportedModelError(f"layer {layer_idx} calls attention more than once")
         active.shapes[layer_idx] = (key.shape[1], key.shape[3], value.shape[3])
         active.windows.add(sliding_window)
+        active.tokens[layer_idx] = query[0].transpose(0, 1), key[0].transpose(0, 1)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    queries, keys, sink_queries = query[0].transpose(0, 1), key[0].transpose(0, 1), None
+    if active.turns is not None:
+        queries, keys, sink_queries = active.turns.apply(layer_idx, queries, keys)
     output = paged_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
+        queries,
+        keys,
         value[0].transpose(0, 1),
         active.cache,
         active.cache_layer[layer_idx],
@@ -107,6 +117,7 @@ def paged_attention_forward(
         sliding_window=sliding_window,
         attention_chunk=attention_chunk_of(module),
         sink_logits=s_aux,
+        sink_query=sink_queries,
     )
     return output.unsqueeze(0), None
 
@@ -218,8 +229,45 @@ class PagedModel:
         """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`."""
         if not self._detach.alive:
             raise PagedKVError("this LLM is closed")
-        with running(ActiveStep(cache, step, self._cache_layer)):
+        turns = None
+        if step.is_stream is not None:
+            turns = StepTurns(positions, step.is_stream, step.head_shifts, self.rotations, {})
+            positions = turns.model_positions
+        with running(ActiveStep(cache, step, self._cache_layer, turns)):
             return self._call(token_ids, positions, logit_rows)
+
+    @cached_property
+    def rotations(self) -> dict[int, Rotation]:
+        """How each layer embeds positions.
+
+        Raises `UnsupportedModelError` where that is not by turning channels, so that a stream's
+        sinks could not be brought near.
+        """
+        name, config = type(self.model).__name__, self.model.config.get_text_config()
+        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+            raise UnsupportedModelError(f"{name} attends in chunks, which a stream cannot shift")
+        limit = getattr(config, "max_position_embeddings", None) or max(ROTATION_PROBE) + 1
+        positions = torch.tensor(
+            [position for position in ROTATION_PROBE if position < limit], device=self.device
+        )
+        probe = Probe()
+        with torch.inference_mode(), running(probe):
+            self._call(torch.ones_like(positions), positions, positions[:1])
+        candidates = [
+            buffer
+            for buffer_name, buffer in self.model.named_buffers()
+            if buffer_name.endswith("inv_freq") and "original" not in buffer_name
+        ]
+        rotations = {}
+        for layer, (query, key) in probe.tokens.items():
+            found = [find_rotation(tokens, positions, candidates) for tokens in (query, key)]
+            if found[0] is None or found[1] is None:
+                raise UnsupportedModelError(
+                    f"{name} cannot stream: layer {layer} does not embed positions by turning "
+                    "queries and keys (RoPE) at frequencies that it tells"
+                )
+            rotations[layer] = found[1]
+        return rotations
 
     def _call(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         arguments = {"logits_to_keep": logit_rows} if self._keeps_logits else {}

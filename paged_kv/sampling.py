@@ -9,6 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING
 
 from .checks import is_integer, is_list_of, require
+from .sink_window import SinkWindow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,12 +25,13 @@ class SamplingParams:
     all), `top_p` the smallest set of at least that probability, `min_p` tokens at least that
     fraction as likely as the likeliest. With a `seed`, the tokens depend on nothing but the
     logits, whatever else is in the batch. `max_tokens` None means as many as the model's length
-    allows. `n` continuations are sampled independently, on shared blocks of the prompt; with
-    `best_of` that many are, and the `n` of the highest mean log-probability are kept. Generation
-    ends with the model's end-of-sequence token unless `ignore_eos`, with any of `stop_token_ids`,
-    and before any of the `stop` strings; none of the three ends it before `min_tokens`. Special
-    tokens have no text: stop at them with `stop_token_ids`. Requests share cached blocks only with
-    requests of the same `cache_salt`.
+    allows; for a stream, without end. `n` continuations are sampled independently, on shared blocks
+    of the prompt; with `best_of` that many are, and the `n` of the highest mean log-probability are
+    kept. Generation ends with the model's end-of-sequence token unless `ignore_eos`, with any of
+    `stop_token_ids`, and before any of the `stop` strings; none of the three ends it before
+    `min_tokens`. Special tokens have no text: stop at them with `stop_token_ids`. Requests share
+    cached blocks only with requests of the same `cache_salt`. With a `sink_window` the request is a
+    stream, which may go on for ever in constant memory; None is the engine's own setting.
 
     `logits_processors` are called as transformers calls its own, with ids [1, num_tokens] and
     logits [1, vocab_size], so any `transformers.LogitsProcessor` serves.
@@ -49,6 +51,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logits_processors: Sequence[LogitsProcessor] = ()
+    sink_window: SinkWindow | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p"):
@@ -87,6 +90,8 @@ class SamplingParams:
         is_text = self.cache_salt is None or isinstance(self.cache_salt, str)
         require("cache_salt", self.cache_salt, is_text, "None or a string")
         require("stop", self.stop, all(self.stop_strings), "strings that are not empty")
+        is_window = self.sink_window is None or isinstance(self.sink_window, SinkWindow)
+        require("sink_window", self.sink_window, is_window, "None or a SinkWindow")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

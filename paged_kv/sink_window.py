@@ -67,6 +67,14 @@ class SinkWindow:
         room = max(2 * geometry.block_size, MIN_CHUNK_ROOM)
         return self._num_kept(geometry) + room
 
+    def max_storable(self, geometry: BlockGeometry, num_stored: int) -> int:
+        """Tokens that a stream may store at the end of its next step.
+
+        The step that stores its sinks computes nothing that would see them nearer than they are.
+        """
+        most = self.max_stored(geometry)
+        return most if num_stored >= self.num_sink_tokens else min(most, self.num_visible_tokens)
+
     def max_blocks(self, geometry: BlockGeometry) -> int:
         """The most blocks that a stream holds if it grows by one token a step."""
         return geometry.max_blocks(self._num_kept(geometry) + geometry.block_size)

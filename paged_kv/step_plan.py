@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .block_tables import BlockTables, ragged_arange
 from .blocks import BlockIds, IntArray
@@ -74,6 +75,11 @@ class StepPlan:
         if self.num_evicted_tokens is None:
             return self.places
         return self.places + self.num_evicted_tokens[self.token_rows]
+
+    @property
+    def is_stream(self) -> NDArray[np.bool_] | None:
+        """[T] whether a new token is a stream's; None where no sequence is one."""
+        return None if self.window_sizes is None else self.window_sizes[self.token_rows] > 0
 
     @cached_property
     def head_shifts(self) -> IntArray | None:

@@ -9,6 +9,7 @@ from enum import Enum
 from paged_kv.block_manager import BlockManager
 from paged_kv.checks import is_integer
 from paged_kv.errors import InvalidRequestError
+from paged_kv.sink_window import SinkWindow
 from paged_kv.swap import SwappedSequence
 from paged_kv.token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids
 
@@ -34,6 +35,7 @@ class Request:
     max_tokens: int
     priority: int = 0
     extra_keys: Sequence[ExtraKey] = ()
+    sink_window: SinkWindow | None = None  # of a stream
     arrival: int = -1
     status: RequestStatus = RequestStatus.WAITING
     slot: int | None = None

@@ -23,6 +23,7 @@ from paged_kv.errors import (
     OutOfBlocksError,
     PromptTooLongError,
 )
+from paged_kv.sink_window import SinkWindow
 from paged_kv.step_plan import StepPlan
 
 from .request import Request, RequestStatus
@@ -167,7 +168,9 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; one that can never be served raises and is not queued."""
         self.check(request)
-        request.tokens = self.manager.chain_tokens(request.tokens.token_ids, request.extra_keys)
+        request.tokens = self.manager.chain_tokens(
+            request.tokens.token_ids, request.extra_keys, request.sink_window
+        )
         self._register(request)
         self.waiting.push(request)
 
@@ -192,6 +195,9 @@ class Scheduler:
         if request.max_tokens < 1:
             raise InvalidRequestError(f"max_tokens must be at least 1, got {request.max_tokens}")
         total = request.num_prompt_tokens + request.max_tokens
+        if request.sink_window is not None:
+            self._check_window(request, request.sink_window)
+            return
         if total > self.manager.max_model_len:
             raise PromptTooLongError(
                 f"{request.num_prompt_tokens} prompt tokens and max_tokens={request.max_tokens} "
@@ -204,6 +210,15 @@ class Scheduler:
                 f"{request.num_prompt_tokens} prompt tokens and max_tokens={request.max_tokens} "
                 f"need {needed} blocks; the pool has {self.manager.num_blocks}"
             )
+
+    def _check_window(self, request: Request, sink_window: SinkWindow) -> None:
+        """Whatever its length, a stream needs no more than its window does."""
+        try:
+            self.manager.fitted_window(sink_window)
+        except ConfigError as error:
+            raise InvalidRequestError(
+                f"request {request.request_id!r} cannot stream: {error}"
+            ) from error
 
     def abort(self, request_id: str) -> Request | None:
         """End a request in whatever state it is; None when it is not known or already over."""
@@ -244,7 +259,8 @@ class Scheduler:
         assert request.slot is not None
         manager, slot = self.manager, request.slot
         num_blocks = int(manager.tables.num_open[slot] + manager.tables.num_sealed[slot])
-        if 2 * num_blocks * self.swap_cost < manager.num_computed_tokens[slot]:
+        num_computed = manager.num_computed_tokens[slot] + manager.num_evicted_tokens[slot]
+        if 2 * num_blocks * self.swap_cost < num_computed:
             request.swapped = manager.swap_out(slot)
         if request.swapped is None:
             self._stop_running([request])
@@ -298,7 +314,8 @@ class Scheduler:
         )
 
     def _describe(self, plan: StepPlan, preempted: list[Request]) -> ScheduledStep:
-        slots, ends = plan.slots, plan.context_lens + plan.num_scheduled_tokens
+        slots = plan.slots
+        ends = plan.positions[plan.query_start_loc[1:] - 1] + 1
         sampled = (ends == self.manager.num_tokens[slots]).nonzero()[0]
         do_all_sample = len(sampled) == len(slots)
         # The same array where all sample: the manager knows that its slots are distinct.
@@ -330,9 +347,8 @@ class Scheduler:
         return slots, num_new
 
     def _num_remaining(self) -> IntArray:
-        """Tokens that each running sequence still has to compute."""
-        manager, slots = self.manager, self._running
-        return manager.num_tokens[slots] - manager.num_computed_tokens[slots]
+        """Tokens that each running sequence has to compute, as far as a step may."""
+        return self.manager.num_computable(self._running)
 
     def _admit(self, slots: IntArray, num_new: IntArray) -> tuple[IntArray, IntArray]:
         """Add waiting requests while slots, budget and blocks for their whole prompts last."""
@@ -389,6 +405,7 @@ class Scheduler:
         geometry = self.manager.geometry
         length, swapped = len(request.tokens.token_ids), request.swapped
         if swapped is not None:
+            length -= swapped.num_evicted_tokens
             start, num_sealed = swapped.num_computed_tokens, swapped.num_sealed
             taken = len(swapped.host_block_ids)
         else:
@@ -396,6 +413,8 @@ class Scheduler:
             if match.is_pending and may_wait:
                 return None
             start, num_sealed, taken = match.num_tokens, match.num_sealed, match.num_idle_blocks
+        if request.tokens.sink_window is not None:
+            length = min(length, request.tokens.sink_window.max_storable(geometry, start))
         num_tokens = min(length - start, budget)
         return _Need(
             num_tokens,

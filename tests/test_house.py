@@ -50,7 +50,7 @@ FLOORS = [
     | {f"kernels.triton_{room}" for room in TRITON_ROOMS}
     | {"kernels.xformers_attention"},
     {"backend", "blocks", "checks", "events", "jit", "memory"},
-    {"sink_window"},
+    {"sink_window", "rotary"},
     {"formats", "sampling", "token_chain", "growth", "block_tables", "prefix_cache"},
     {"block_pool", "step_plan", "swap"},
     {"block_manager"},
