@@ -2,8 +2,8 @@
 
     python bench/bench_streaming.py --books a.txt b.txt --json bench/results/streaming.json
 
-The books are one text, teacher-forced token by token of the definition (a step computes several;
-each sees its own window). Beside streams with sinks: dense attention within the trained length,
+The books are one text, teacher-forced: a step computes several tokens, of which each sees exactly
+its own sinks and window. Beside streams with sinks: dense attention within the trained length,
 windows without sinks, and windows that are computed anew (`recomputed`, the costly ideal). Then
 one stream generates, one token a step, and each step is timed. `--picture` draws both from the
 JSON, also of an earlier run (`--from`).
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from report import Row, add_arguments, write_report
 from train_demo_model import read_book
+from train_sink_adapter import apply_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from paged_kv.cache import PagedKVCache, cache_geometry
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=100_000, help="tokens to generate, 0: none")
     parser.add_argument("--picture", type=Path, help="draw the results; needs matplotlib")
     parser.add_argument("--from", dest="source", type=Path, help="only draw this JSON")
+    parser.add_argument("--adapter", type=Path, help="changes from train_sink_adapter.py")
     add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.source:
@@ -218,6 +220,8 @@ def main() -> None:
         arguments.tokens, arguments.generate = 4000, 400
     rows: list[Row] = []
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32")
+    if arguments.adapter:
+        apply_adapter(model, arguments.adapter)
     if arguments.books:
         rows += text_rows(model, arguments)
     if arguments.generate:
@@ -250,9 +254,10 @@ def text_rows(model: PreTrainedModel, arguments: argparse.Namespace) -> list[Row
         )
         paged.close()
         rows += quality_rows(name, losses, reference)
-        beyond = losses[8 * length :]
-        if len(beyond):
-            rows += quality_rows(f"{name}, beyond {8 * length}", beyond, reference)[:1]
+        beyond = slice(8 * length, len(within))  # the same text, which is not equally hard
+        if len(within) > beyond.start:
+            same_text = f"{reference[0]}, the same text", math.exp(within[beyond].mean())
+            rows += quality_rows(f"{name}, beyond {8 * length}", losses[beyond], same_text)[:1]
         for start in range(0, len(held), BIN_TOKENS // arguments.tokens_per_step):
             most = float(held[start : start + BIN_TOKENS // arguments.tokens_per_step].max()) / 1024
             position = start * arguments.tokens_per_step

@@ -66,6 +66,7 @@ def attend(
         return output.to(query.dtype)
     work = plan.items(num_kv_heads, num_query_heads // num_kv_heads)
     rows, keys, values = (as_rows(tensor, torch.float32) for tensor in (query, key, value))
+    sink_rows = None if sink_query is None else as_rows(sink_query, torch.float32)
     channel_major = channel_major_keys(keys) if plan.has_chunks else keys
     # With a softcap, scores are bounded in units of the softcap and then turned into powers of 2.
     factor = scale * LOG2_E if softcap is None else scale / softcap
@@ -76,6 +77,7 @@ def attend(
         buffer,
         FIRST_CALL_BYTE,
         *row_addresses(rows),
+        *((0, 0, 0) if sink_rows is None else row_addresses(sink_rows)),
         *row_addresses(keys),
         channel_major.data_ptr(),
         channel_major.shape[-1],

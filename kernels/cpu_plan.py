@@ -169,4 +169,6 @@ def step_fields(step: StepIndices, items: Longs, group_size: int) -> list[int]:
         step.open_block_size,
         step.num_head_tokens,
         group_size,
+        0 if step.num_sink_tokens is None else step.num_sink_tokens.data_ptr(),
+        0 if step.window_sizes is None else step.window_sizes.data_ptr(),
     ]

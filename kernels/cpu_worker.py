@@ -38,6 +38,7 @@ from .cpu_native import (
 MAX_ITEM_ROWS = 32  # query rows of one work item
 NEW_TOKEN_ROWS = 32  # new tokens whose scores are computed at once
 NUM_VARIANTS = 4  # microkernels for 1, 2, 4 and 8 query rows
+NO_LIMIT = 1 << 62  # tokens
 
 
 class Field(IntEnum):
@@ -57,6 +58,8 @@ class Field(IntEnum):
     OPEN_BLOCK_SIZE = auto()
     NUM_HEAD_TOKENS = auto()
     GROUP_SIZE = auto()  # query heads of a kv head
+    NUM_SINK_TOKENS = auto()  # [N] of streams; 0 in a step without any
+    WINDOW_SIZES = auto()
     COUNTERS = auto()  # next item, next thread, then one for each split row
     PARTIALS = auto()
     STORED_STARTS = auto()  # [N + 1] where a sequence's stored tokens begin among all of them
@@ -96,6 +99,9 @@ class Field(IntEnum):
     QUERY = auto()
     QUERY_TOKEN_STRIDE = auto()
     QUERY_HEAD_STRIDE = auto()
+    SINK_QUERY = auto()  # 0: as other tokens; strides follow as those of queries do
+    SINK_QUERY_TOKEN_STRIDE = auto()
+    SINK_QUERY_HEAD_STRIDE = auto()
     KEY = auto()
     KEY_TOKEN_STRIDE = auto()
     KEY_HEAD_STRIDE = auto()
@@ -190,24 +196,29 @@ def state_of_tile(scratch: int, tile: int) -> tuple[int, int, int, int]:
 
 
 @native
-def load_queries(p: int, item: int, scratch: int) -> None:
-    """Scale the item's queries into scratch and start with no context at all."""
+def load_queries(p: int, item: int, scratch: int, source: int) -> None:
+    """Scale the item's queries into scratch; `source` is the address of the fields of a query."""
     dim, group_size = load_long(p, Field.KEY_DIM), load_long(p, Field.GROUP_SIZE)
     first_token = load_long(load_long(p, Field.QUERY_START_LOC), load_long(item, Item.SEQUENCE))
     first_head = load_long(item, Item.KV_HEAD) * group_size
     first_row, num_rows = load_long(item, Item.FIRST_ROW), load_long(item, Item.NUM_ROWS)
-    query, numbers = load_long(p, Field.QUERY), load_long(p, Field.NUMBERS)
-    affine = load_long(p, Field.AFFINE)
-    value_dim = load_long(p, Field.VALUE_DIM)
-    queries, outputs, maxima, sums = state_of_tile(scratch, 0)
+    affine, numbers = load_long(p, Field.AFFINE), load_long(p, Field.NUMBERS)
+    query, token_stride = load_long(source, 0), load_long(source, 1)
+    head_stride = load_long(source, 2)
+    queries, _, _, _ = state_of_tile(scratch, 0)
     for row in range(num_rows):
         token, head = divmod(first_row + row, group_size)
-        source = (
-            query
-            + (first_token + token) * load_long(p, Field.QUERY_TOKEN_STRIDE)
-            + (first_head + head) * load_long(p, Field.QUERY_HEAD_STRIDE)
-        )
-        call(affine, (source, queries + row * ROW_STRIDE * 4, dim, numbers))
+        address = query + (first_token + token) * token_stride + (first_head + head) * head_stride
+        call(affine, (address, queries + row * ROW_STRIDE * 4, dim, numbers))
+
+
+@native
+def start_rows(p: int, item: int, scratch: int) -> None:
+    """Start with no context at all."""
+    dim, value_dim = load_long(p, Field.KEY_DIM), load_long(p, Field.VALUE_DIM)
+    num_rows = load_long(item, Item.NUM_ROWS)
+    queries, outputs, maxima, sums = state_of_tile(scratch, 0)
+    for row in range(num_rows):
         store_float(maxima, row, np.float32(MASKED))
         for channel in range(-(-value_dim // 16) * 16):
             store_float(outputs, row * ROW_STRIDE + channel, np.float32(0))
@@ -246,19 +257,37 @@ def start_with_new_token(p: int, item: int, scratch: int) -> None:
 
 
 @native
+def num_sinks_of(p: int, item: int) -> int:
+    """Tokens that the item's sequence sees whatever its window, if it is a stream."""
+    sinks = load_long(p, Field.NUM_SINK_TOKENS)
+    return load_long(sinks, load_long(item, Item.SEQUENCE)) if sinks else 0
+
+
+@native
 def set_ranges(p: int, item: int, scratch: int, tile: int, position: int, num_tokens: int) -> bool:
-    """Which of the tokens from `position` on each row of a tile sees; False if none sees any."""
+    """Which of the tokens from `position` on each row of a tile sees; False if none sees any.
+
+    All of them are sinks or none is, so that what a row sees has no gap; see `ScoreRules.visible`.
+    """
     group_size = load_long(p, Field.GROUP_SIZE)
     context_len = load_long(load_long(p, Field.CONTEXT_LENS), load_long(item, Item.SEQUENCE))
     window, chunk = load_long(p, Field.SLIDING_WINDOW), load_long(p, Field.ATTENTION_CHUNK)
     first_row = load_long(item, Item.FIRST_ROW) + tile * MAX_ROWS
     ranges = scratch + 4 * RANGES
+    stream_window, farthest = NO_LIMIT, NO_LIMIT
+    windows = load_long(p, Field.WINDOW_SIZES)
+    if windows:
+        num_sinks = num_sinks_of(p, item)
+        stream_window = load_long(windows, load_long(item, Item.SEQUENCE))
+        if position < num_sinks:
+            farthest = num_sinks + stream_window - 1  # where queries seem to be, seen from a sink
+            stream_window = NO_LIMIT
     is_any_visible = False
     for row in range(rows_of_tile(item, tile)):
         query_position = context_len + (first_row + row) // group_size
-        first = 0
+        first = query_position - stream_window + 1
         if window:
-            first = query_position - window + 1
+            first = max(first, min(query_position, farthest) - window + 1)
         if chunk:
             first = max(first, query_position // chunk * chunk)
         first = max(first - position, 0)
@@ -454,6 +483,20 @@ def attend_new(p: int, item: int, scratch: int, start: int, num_tokens: int) -> 
 
 
 @native
+def attend_sinks(p: int, item: int, scratch: int, end: int) -> None:
+    """Attend to the item's sinks before `end`: tiles of their own, a query of their own.
+
+    They are in open blocks at the very start of the table.
+    """
+    if load_long(p, Field.SINK_QUERY):
+        load_queries(p, item, scratch, p + 8 * Field.SINK_QUERY)
+    for position in range(load_long(item, Item.START), end, TILE_TOKENS):
+        attend_open(p, item, scratch, position, position, min(end - position, TILE_TOKENS))
+    if load_long(p, Field.SINK_QUERY):
+        load_queries(p, item, scratch, p + 8 * Field.QUERY)
+
+
+@native
 def attend_context(p: int, item: int, scratch: int) -> None:
     """Attend to the item's part of head, body and tail."""
     sequence = load_long(item, Item.SEQUENCE)
@@ -463,6 +506,10 @@ def attend_context(p: int, item: int, scratch: int) -> None:
     head_end = min(load_long(p, Field.NUM_HEAD_TOKENS), context_len)
     block_size = load_long(p, Field.BLOCK_SIZE)
     body_end = head_end + num_sealed * block_size
+    sinks_end = min(end, num_sinks_of(p, item))
+    if start < sinks_end:
+        attend_sinks(p, item, scratch, sinks_end)
+        start = sinks_end
     for position in range(start, min(end, head_end), TILE_TOKENS):
         attend_open(p, item, scratch, position, position, min(head_end - position, TILE_TOKENS))
     if num_sealed:
@@ -594,14 +641,18 @@ def run_item(p: int, item: int, scratch: int) -> None:
     num_new = load_long(starts, sequence + 1) - load_long(starts, sequence)
     context_len = load_long(load_long(p, Field.CONTEXT_LENS), sequence)
     is_last_part = load_long(item, Item.END) == context_len
-    load_queries(p, item, scratch)
+    load_queries(p, item, scratch, p + 8 * Field.QUERY)
+    start_rows(p, item, scratch)
     if is_last_part and num_new == 1:
         start_with_new_token(p, item, scratch)
     attend_context(p, item, scratch)
     if is_last_part and num_new > 1:
         last_row = load_long(item, Item.FIRST_ROW) + load_long(item, Item.NUM_ROWS) - 1
         num_seen = last_row // load_long(p, Field.GROUP_SIZE) + 1
-        for start in range(0, num_seen, TILE_TOKENS):
+        num_sinks = min(max(num_sinks_of(p, item) - context_len, 0), num_seen)
+        for start in range(0, num_sinks, TILE_TOKENS):
+            attend_new(p, item, scratch, start, min(num_sinks - start, TILE_TOKENS))
+        for start in range(num_sinks, num_seen, TILE_TOKENS):
             attend_new(p, item, scratch, start, min(num_seen - start, TILE_TOKENS))
     if is_last_part and load_long(item, Item.FIRST_ROW) == 0 and load_long(p, Field.APPENDS):
         append_tokens(p, item)

@@ -14,6 +14,7 @@ from .errors import InvalidRequestError, PagedKVError
 from .formats import FORMATS
 from .memory import format_memory, parse_memory
 from .sampling import SamplingParams
+from .sink_window import SinkWindow
 
 if TYPE_CHECKING:
     from .llm import LLM, RequestOutput
@@ -30,7 +31,7 @@ SAMPLING_OPTIONS: Final = {
     "best_of": (int, "sample so many and keep the n likeliest"),
 }
 REQUEST_FIELDS: Final = frozenset(
-    {field.name for field in fields(SamplingParams)} - {"logits_processors"}
+    {field.name for field in fields(SamplingParams)} - {"logits_processors", "sink_window"}
 )
 CONTEXT_LENGTHS: Final = (1024, 4096, 32768)
 
@@ -102,6 +103,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-caching", action="store_true", help="share no blocks between prompts"
     )
     memory.add_argument("--swap-space", metavar="SIZE", help="host memory for preempted sequences")
+    memory.add_argument(
+        "--window", type=int, metavar="TOKENS", help="stream: keep only so many newest tokens"
+    )
+    memory.add_argument(
+        "--sinks", type=int, metavar="TOKENS", help="and so many first ones (4), with --window"
+    )
     memory.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     memory.add_argument("--device", help="cpu or cuda (default: where the model loads)")
     memory.add_argument("--threads", type=int, help="CPU threads (torch's default)")
@@ -229,9 +236,19 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
         prefix_caching=not arguments.no_prefix_caching,
         swap_space=arguments.swap_space or 0,
         num_threads=arguments.threads,
+        sink_window=sink_window(arguments),
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         device=arguments.device,
     )
+
+
+def sink_window(arguments: argparse.Namespace) -> SinkWindow | None:
+    if arguments.window is None:
+        if arguments.sinks is not None:
+            raise InvalidRequestError(f"--sinks {arguments.sinks} needs --window")
+        return None
+    sinks = SinkWindow.num_sink_tokens if arguments.sinks is None else arguments.sinks
+    return SinkWindow(sinks, arguments.window)
 
 
 def quiet_loading() -> None:

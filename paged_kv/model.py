@@ -255,7 +255,7 @@ class PagedModel:
             self._call(torch.ones_like(positions), positions, positions[:1])
         candidates = [
             buffer
-            for buffer_name, buffer in self.model.named_buffers()
+            for buffer_name, buffer in self.model.named_buffers(remove_duplicate=False)
             if buffer_name.endswith("inv_freq") and "original" not in buffer_name
         ]
         rotations = {}

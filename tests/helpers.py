@@ -103,6 +103,7 @@ class Fleet:
             max_model_len=max_model_len,
         )
         self.streams: dict[int, Stream] = {}
+        self.offsets: dict[int, int] = {}  # positions that a stream's tokens are told to be on
 
     def add(self, stream: Stream, sink_window: SinkWindow | None = None) -> int:
         slot = self.manager.add_sequence(self.manager.chain_tokens((), sink_window=sink_window))
@@ -134,6 +135,7 @@ class Fleet:
         step = self.cache.begin(plan)
         outputs: dict[int, list[Tensor]] = {int(slot): [] for slot in plan.slots}
         starts = plan.positions[plan.query_start_loc[:-1]]
+        starts = starts - [self.offsets.get(int(slot), 0) for slot in plan.slots]
         for layer in range(len(self.cache.layers)):
             query, key, value, sink_query = (
                 torch.cat([tokens(self.streams[int(slot)])[layer][start : start + count]

@@ -154,3 +154,15 @@ def test_demo_prints_a_row_for_every_format(capsys: pytest.CaptureFixture[str]) 
     assert code == 0
     for name in ("native", "int8", "int4", "int2"):
         assert name in out
+
+
+def test_a_window_makes_streams(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond the length that the model is given, with and without a number of sinks."""
+    options = ["--max-model-len", "64", "--max-tokens", "200", "--ignore-eos", "--kv-format"]
+    for window in (["--window", "48"], ["--sinks", "4", "--window", "48"]):
+        assert main(["generate", "It was", *options, "native", *window]) == 0
+        assert len(capsys.readouterr().out) > 300
+    assert main(["generate", "It was", "--sinks", "4"]) == 2
+    assert "--sinks 4 needs --window" in capsys.readouterr().err
+    assert main(["generate", "It was", "--window", "3"]) == 2
+    assert "window_size must be at least a block of 128 tokens, got 3" in capsys.readouterr().err

@@ -6,6 +6,10 @@ as soon as a stream lets go of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,13 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paged_kv.attention import paged_attention
+from paged_kv.backend import choose_backend
 from paged_kv.errors import ConfigError
 from paged_kv.formats import INT2, INT4, INT8, NATIVE
+from paged_kv.kernels import cpu_plan
+from paged_kv.kernels.cpu_microkernels import TILE_TOKENS
+from paged_kv.kernels.cpu_plan import WorkItems, plan_items
+from paged_kv.kernels.cpu_worker import Item
 from paged_kv.sink_window import SinkWindow
-from tests.attention_oracle import layer_of, relative_error
+from tests import helpers
+from tests.attention_oracle import layer_of, relative_error, tolerance
 from tests.helpers import Fleet, Stream, dequantized_block, make_stream
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "cpu")
 ON_EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 FORMATS = pytest.mark.parametrize(
     "kv_format", [NATIVE, INT8, INT4, INT2], ids=lambda kv_format: kv_format.name
@@ -204,6 +214,114 @@ def test_a_layer_with_a_window_of_its_own_keeps_it(backend):
                 )  # fmt: skip
             (output,) = fleet.step({slot: count}, sliding_window=own_window)[slot]
             assert relative_error(output, np.stack(expected)) <= 1e-5, (own_window, count)
+
+
+# -- the CPU's own kernels ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Two threads; short contexts are cut too. Into how many parts the longest of each step is."""
+    numbers: list[int] = []
+
+    def plan(*args: Any) -> WorkItems:
+        work = plan_items(*args)
+        numbers.append(int(work.arrays[0][:, Item.NUM_PARTS].max()))
+        return work
+
+    monkeypatch.setattr(cpu_plan, "MIN_SPLIT_TOKENS", TILE_TOKENS)
+    monkeypatch.setattr(cpu_plan, "MIN_THREAD_TOKENS", 1)
+    monkeypatch.setattr(cpu_plan, "plan_items", plan)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield numbers
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 16, 208, 300])
+@FORMATS
+def test_streams_in_parts_on_two_threads(kv_format, num_sinks, parts):
+    """Sinks that end within a part, fill several, or are but a piece of a long head."""
+    if not kv_format.is_native:
+        kv_format = kv_format.with_options(num_sink_tokens=300)
+    fleet = Fleet([layer_of(kv_format)], num_blocks=400, backend="cpu")
+    windows = {}
+    for seed, wanted in enumerate([SinkWindow(num_sinks, 900), None]):
+        slot, windows[slot] = add_stream(fleet, wanted, 1600, seed)
+    stream, other = windows
+    for counts in ((40, 1), (200, 3), (200, 700), *[(200, 1)] * 5):
+        fleet.step({stream: counts[0], other: counts[1]})
+    for count in (1, 1, 3, 12, 40, 1):
+        check_step(fleet, {stream: count, other: 1}, windows, LIMITS[kv_format.name])
+        assert (parts[-1] > 3) == (count < 16)  # more have several tiles of rows, and no parts
+    assert fleet.manager.num_evicted_tokens[stream] > 0
+
+
+RULES = {
+    "plain": {},
+    "softcap": {"softcap": 1.5},
+    "sink logits": {"sink_logits": torch.tensor([-1.0, 0.5, 3.0, 20.0])},
+    "both": {"softcap": 1.5, "sink_logits": torch.tensor([0.5, 1.0, 3.0, -2.0])},
+    "window": {"softcap": 1.5, "sliding_window": 100},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@FORMATS
+def test_rules_of_a_layer_go_with_streams_as_in_the_reference(kv_format, rules, dtype, monkeypatch):
+    """From the first sinks on, which come in two steps; second queries in another layout."""
+    attention = helpers.paged_attention
+    if not kv_format.is_native:
+        kv_format = kv_format.with_options(num_sink_tokens=40)
+
+    def attention_heads_first(*args: Any, sink_query: Tensor | None = None, **rules: Any) -> Tensor:
+        if sink_query is not None:
+            sink_query = sink_query.transpose(0, 1).contiguous().transpose(0, 1)
+        return attention(*args, sink_query=sink_query, **rules)
+
+    monkeypatch.setattr(helpers, "paged_attention", attention_heads_first)
+    fleets = [Fleet([layer_of(kv_format)], dtype=dtype, backend=name) for name in ("torch", "cpu")]
+    for fleet in fleets:
+        for seed, wanted in enumerate([SinkWindow(30, 128), None, SinkWindow(16, 150)]):
+            slot, _ = add_stream(fleet, wanted, 700, seed)
+    counts = [(5, 1, 16), (100, 40, 1), (30, 1, 60), (130, 300, 130), (1, 1, 1), (100, 1, 130)]
+    limit = 2 * tolerance(dtype) if dtype != torch.float32 else LIMITS[kv_format.name]
+    for chunk in (*counts, (1, 1, 1), (4, 9, 3), (40, 1, 33)):
+        outputs = [fleet.step(dict(zip(fleet.streams, chunk, strict=True)), **rules)
+                   for fleet in fleets]  # fmt: skip
+        for slot in outputs[0]:
+            expected, found = (output[slot][0].double() for output in outputs)
+            assert relative_error(found, expected.numpy()) <= limit
+    evicted = fleets[1].manager.num_evicted_tokens[list(fleets[1].streams)] > 0
+    assert evicted.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("own_window", [None, 25])
+@pytest.mark.parametrize("num_stored", [0, 5, 90])
+def test_new_sinks_are_sinks_beyond_the_window_too(num_stored, own_window):
+    """More at once than the manager would let a stream have; kernels know only the definition."""
+    fleet = Fleet([layer_of(NATIVE)], backend="cpu")
+    slot, _ = add_stream(fleet, None, 400, 1)
+    if num_stored:
+        fleet.step({slot: num_stored})
+    count, records = 260, fleet.cache.records[0]
+    step = replace(
+        fleet.cache.begin(fleet.plan({slot: count})).indices,
+        num_sink_tokens=torch.tensor([144]),
+        window_sizes=torch.tensor([20]),
+    )
+    stream = fleet.streams[slot]
+    new = [tokens[0][num_stored : num_stored + count]
+           for tokens in (stream.queries, stream.keys, stream.values)]  # fmt: skip
+    expected, found = (
+        backend.attend(*new, records, backend.plan(step), scale=0.2, sliding_window=own_window)
+        for backend in (choose_backend(torch.device("cpu"), name) for name in ("torch", "cpu"))
+    )
+    assert relative_error(found, expected.double().numpy()) <= 1e-5
+
+
+# -- what must not go unnoticed -----------------------------------------------------------------
 
 
 def test_no_second_query_is_seen():
