@@ -114,6 +114,7 @@ def record_launches(
     query_lens: Sequence[int] = (1,),
     dtype: torch.dtype = torch.bfloat16,
     arch: int = 90,
+    has_streams: bool = False,
     **rules: Any,
 ) -> list[Launch]:
     """One layer's attention and storing, with one block to be sealed, on a GPU of `arch`."""
@@ -147,6 +148,8 @@ def record_launches(
         block_size=geometry.block_size,
         open_block_size=geometry.open_block_size,
         num_head_tokens=geometry.num_head_tokens,
+        num_sink_tokens=longs(count) if has_streams else None,
+        window_sizes=longs(count) if has_streams else None,
     )
     heads = (num_kv_heads * group_size, num_kv_heads, num_kv_heads)
     dims = (head_dim, head_dim, value_dim)

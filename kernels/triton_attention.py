@@ -52,12 +52,13 @@ class Call:
     sliding_window: int  # 0: none
     attention_chunk: int
     sink_logits: Tensor | None
+    sink_query: Tensor  # [T, Hq, key_dim]; the query where there is no other
     attend_to_new: Attender | None
 
     @cached_property
     def new_part(self) -> NewPart | None:
         """Where other kernels attend to new tokens, and know these rules."""
-        if self.attend_to_new is None or any(self.rule_kinds.values()):
+        if self.attend_to_new is None or self.has_rules:
             return None
         query_lens = self.plan.step.query_lens
         part = self.attend_to_new(self.query, self.key, self.value, query_lens, self.scale)
@@ -93,10 +94,16 @@ class Call:
 
     @cached_property
     def rule_kinds(self) -> dict[str, bool]:
+        has_streams = self.plan.step.window_sizes is not None
         return {
             "HAS_SOFTCAP": self.softcap > 0,
-            "HIDES_CONTEXT": self.sliding_window + self.attention_chunk > 0,
+            "HIDES_CONTEXT": has_streams or self.sliding_window + self.attention_chunk > 0,
+            "HAS_STREAMS": has_streams,
         }
+
+    @property
+    def has_rules(self) -> bool:
+        return any(self.rule_kinds.values())
 
 
 def attend(
@@ -120,7 +127,10 @@ def attend(
     With `appends`, those new tokens that the step stores in open blocks are written there. With
     `attend_to_new`, sequences of many new tokens attend to these by it, where it can.
     """
-    query, key, value = (as_rows(tensor, tensor.dtype) for tensor in (query, key, value))
+    sink_query = query if sink_query is None else sink_query
+    query, key, value, sink_query = (
+        as_rows(tensor, tensor.dtype) for tensor in (query, key, value, sink_query)
+    )
     call = Call(
         query,
         key,
@@ -132,6 +142,7 @@ def attend(
         sliding_window=sliding_window or 0,
         attention_chunk=attention_chunk or 0,
         sink_logits=sink_logits,
+        sink_query=sink_query,
         attend_to_new=attend_to_new,
     )
     output = query.new_empty(*query.shape[:2], value.shape[2])
@@ -158,14 +169,15 @@ def attend_group(call: Call, group: RowGroup, output: Tensor, appends: bool) -> 
 def launch_for(call: Call, group: RowGroup, bits: int) -> Launch:
     """The one place where a group's rows choose between the tables."""
     if group.is_chunk:
-        return chunk_launch(bits, call.columns, call.query.device)
+        has_streams = call.rule_kinds["HAS_STREAMS"]
+        return chunk_launch(bits, call.columns, call.query.device, has_streams=has_streams)
     if bits == 0:
         return attention_launch(bits, group.tile_rows, call.columns)
     return attention_launch(
         bits,
         group.tile_rows,
         call.columns,
-        has_rules=any(call.rule_kinds.values()),
+        has_rules=call.has_rules,
         has_groups=call.has_groups,
     )
 
@@ -198,6 +210,7 @@ def run_sealed(
         step.num_sealed,
         step.sealed_table,
         step.sealed_table.stride(0),
+        step.window_sizes,
         *partials,
         *call.rules,
         KEY_STRIDES=sealed.key_codes.stride()[2:],
@@ -233,6 +246,8 @@ def run_open(
     attend_open[len(group.tiles), call.key.shape[1], num_splits](
         call.query,
         *call.query.stride()[:2],
+        call.sink_query,
+        *call.sink_query.stride()[:2],
         call.key,
         *call.key.stride()[:2],
         call.value,
@@ -244,6 +259,8 @@ def run_open(
         step.num_sealed,
         step.open_table,
         step.open_table.stride(0),
+        step.num_sink_tokens,
+        step.window_sizes,
         *partials,
         *call.rules,
         KEY_STRIDES=records.open_keys.stride()[2:],

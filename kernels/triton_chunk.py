@@ -22,12 +22,11 @@ from .triton_codes import (
     fast_exp2,
     fast_inverse,
     fast_log2,
-    first_visible,
     load_padded,
     rounded_to,
     signed_codes,
 )
-from .triton_rows import load_queries, read_tile, store_part
+from .triton_rows import first_seen, load_queries, read_tile, store_part
 from .triton_sealed import LEAST_SCALE, blocks_of_split
 
 
@@ -48,6 +47,7 @@ def attend_chunk(
     num_sealed,
     sealed_table,
     table_width,
+    windows,
     partial_outputs,
     partial_sums,
     scale,
@@ -74,6 +74,7 @@ def attend_chunk(
     MIN_SPLIT_BLOCKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HIDES_CONTEXT: tl.constexpr,
+    HAS_STREAMS: tl.constexpr,
 ):
     """One tile of query rows, one kv head, one split of the body: grid (tiles, heads, splits).
 
@@ -85,7 +86,10 @@ def attend_chunk(
     )
     rows = first_row + tl.arange(0, ROWS)
     part = (tile.to(tl.int64) * NUM_HEADS + head) * NUM_PARTS + NUM_PARTS - NUM_SPLITS + split
-    first = first_visible(context_len + rows // GROUP_SIZE, sliding_window, attention_chunk)
+    first = first_seen(
+        context_len + rows // GROUP_SIZE, sequence, windows, sliding_window, attention_chunk,
+        HAS_STREAMS,
+    )  # fmt: skip
     start_block, end_block = blocks_of_split(
         tl.load(num_sealed + sequence).to(tl.int32), split, first, BLOCK_SIZE, NUM_HEAD_TOKENS,
         NUM_SPLITS, MIN_SPLIT_BLOCKS, HIDES_CONTEXT,

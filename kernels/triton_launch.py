@@ -101,9 +101,13 @@ def attention_launch(
     return launch
 
 
-def chunk_launch(bits: int, columns: int, device: torch.device) -> Launch:
+def chunk_launch(
+    bits: int, columns: int, device: torch.device, *, has_streams: bool = False
+) -> Launch:
     """For many query rows."""
     if is_hopper(device):
+        if bits == 0 and columns > WIDE and has_streams:  # two loops, one of them over sinks
+            return Launch(16, 4, 1)
         return (HOPPER_CHUNKS if columns <= WIDE else HOPPER_WIDE_CHUNKS)[bits]
     return (AMPERE_CHUNKS if columns <= WIDE else AMPERE_WIDE_CHUNKS)[bits]
 

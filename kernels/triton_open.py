@@ -1,7 +1,8 @@
 """Triton: attention of query rows to open blocks and to each other's tokens, in full precision.
 
 The head and the tail of a quantized sequence, or all of a native one. Keys and values are the left
-operands of both products, or queries are, as in `triton_sealed`.
+operands of both products, or queries are, as in `triton_sealed`. Sinks of streams lie here; they
+come first, scored by a query of their own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .triton_codes import (
     rounded_to,
     zeros,
 )
-from .triton_rows import load_queries, read_tile, store_part
+from .triton_rows import first_seen, load_queries, read_tile, store_part
 
 
 @triton.jit
@@ -31,6 +32,9 @@ def attend_open(
     query,
     query_token_stride,
     query_head_stride,
+    sink_query,
+    sink_query_token_stride,
+    sink_query_head_stride,
     key,
     key_token_stride,
     key_head_stride,
@@ -44,6 +48,8 @@ def attend_open(
     num_sealed,
     open_table,
     table_width,
+    sink_counts,
+    windows,
     partial_outputs,
     partial_sums,
     scale,
@@ -69,6 +75,7 @@ def attend_open(
     MIN_SPLIT_TILES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HIDES_CONTEXT: tl.constexpr,
+    HAS_STREAMS: tl.constexpr,
     ATTENDS_NEW: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
@@ -91,14 +98,27 @@ def attend_open(
     part = (tile.to(tl.int64) * NUM_HEADS + head) * NUM_PARTS + split
 
     first = tl.zeros([ROWS], tl.int32)
+    first_sink = tl.zeros([ROWS], tl.int32)
     least = 0
+    num_sinks = 0
     if HIDES_CONTEXT:
-        first = first_visible(context_len + row_tokens, sliding_window, attention_chunk)
+        positions = context_len + row_tokens
+        first = first_seen(
+            positions, sequence, windows, sliding_window, attention_chunk, HAS_STREAMS
+        )
         least = tl.min(first, 0)
     num_tiles = tl.cdiv(num_entries, TILE)
     first_tile = 0
     if not HAS_BODY:
         first_tile = tl.minimum(least // TILE, num_tiles)
+    if HAS_STREAMS:
+        # Sinks are as near as in a sequence of just sinks and window.
+        num_sinks = tl.load(sink_counts + sequence).to(tl.int32)
+        window = tl.load(windows + sequence).to(tl.int32)
+        nearest = tl.minimum(positions, num_sinks + window - 1)
+        first_sink = first_visible(nearest, sliding_window, attention_chunk)
+        first_tile = tl.maximum(first_tile, num_sinks // TILE)
+        least = tl.where(context_len < num_sinks, 0, least)
     share = tl.maximum(tl.cdiv(num_tiles - first_tile, NUM_SPLITS), MIN_SPLIT_TILES)
     start = tl.minimum(first_tile + split * share, num_tiles)
     end = tl.minimum(start + share, num_tiles)
@@ -106,17 +126,12 @@ def attend_open(
     channel = tl.arange(0, KEY_COLUMNS)
     value_channel = tl.arange(0, VALUE_COLUMNS)
     entry_of_tile = tl.arange(0, TILE)
-    queries = load_queries(
-        query, token, query_token_stride, query_head_stride, head, rows, num_new * GROUP_SIZE,
-        channel, GROUP_SIZE, KEY_DIM, query.dtype.element_ty, TRANSPOSED,
-    )  # fmt: skip
     reference = tl.full([ROWS], NO_REFERENCE, tl.float32)
     totals = zeros(TILE, ROWS, TRANSPOSED)
     output = zeros(VALUE_COLUMNS, ROWS, TRANSPOSED)
     factor = scale if HAS_SOFTCAP else scale * LOG2_E
 
     IS_KEY_PADDED: tl.constexpr = KEY_DIM != KEY_COLUMNS
-    HAS_LARGE_BLOCKS: tl.constexpr = OPEN_BLOCK_SIZE > TILE
     row = entry_of_tile % OPEN_BLOCK_SIZE  # in its block
     key_offsets = as_column(row * KEY_STRIDES[0], TRANSPOSED)
     key_offsets += as_row(channel * KEY_STRIDES[1], TRANSPOSED)
@@ -127,21 +142,44 @@ def attend_open(
 
     table = open_table + sequence * table_width
     last_block = tl.cdiv(num_entries, OPEN_BLOCK_SIZE) - 1  # -1: there is none, perhaps no table
+    if HAS_STREAMS:
+        if split == 0:
+            sink_queries = load_queries(
+                sink_query, token, sink_query_token_stride, sink_query_head_stride, head, rows,
+                num_new * GROUP_SIZE, channel, GROUP_SIZE, KEY_DIM, query.dtype.element_ty,
+                TRANSPOSED,
+            )  # fmt: skip
+            for index in range(tl.minimum(tl.cdiv(num_sinks, TILE), num_tiles)):
+                blocks = blocks_of_tile(table, index, last_block, TILE, OPEN_BLOCK_SIZE)
+                first_key, first_value = rows_of_tile(
+                    open_blocks, blocks, index, entry_of_tile, head, NUM_HEADS, RECORD_SIZE,
+                    VALUES, VALUE_DIM, KEY_STRIDES, TILE, OPEN_BLOCK_SIZE,
+                )  # fmt: skip
+                entries = index * TILE + entry_of_tile
+                exists = entries < num_entries
+                at_keys = as_column(first_key, TRANSPOSED) + key_offsets
+                at_values = as_row(first_value, TRANSPOSED) + value_offsets
+                keys = load_padded(at_keys, key_exists, IS_KEY_PADDED)
+                values = tl.load(at_values, mask=as_row(exists, TRANSPOSED) & value_exists, other=0)
+                is_visible = as_column(exists & (entries < num_sinks), TRANSPOSED) & (
+                    as_column(entries, TRANSPOSED) >= as_row(first_sink, TRANSPOSED)
+                )
+                output, reference, totals = attend_tile(
+                    keys, values, sink_queries, is_visible, output, reference, totals, factor,
+                    softcap, HAS_SOFTCAP, TRANSPOSED,
+                )  # fmt: skip
+    queries = load_queries(
+        query, token, query_token_stride, query_head_stride, head, rows, num_new * GROUP_SIZE,
+        channel, GROUP_SIZE, KEY_DIM, query.dtype.element_ty, TRANSPOSED,
+    )  # fmt: skip
     # The next blocks are looked up one turn ahead: what waits for another load is not pipelined.
     following = blocks_of_tile(table, start, last_block, TILE, OPEN_BLOCK_SIZE)
     for index in range(start, end):
-        block = tl.zeros([TILE], tl.int64) + following[0]
-        for later in tl.static_range(1, TILE // OPEN_BLOCK_SIZE):
-            block = tl.where(entry_of_tile < later * OPEN_BLOCK_SIZE, block, following[later])
+        first_key, first_value = rows_of_tile(
+            open_blocks, following, index, entry_of_tile, head, NUM_HEADS, RECORD_SIZE, VALUES,
+            VALUE_DIM, KEY_STRIDES, TILE, OPEN_BLOCK_SIZE,
+        )  # fmt: skip
         following = blocks_of_tile(table, index + 1, last_block, TILE, OPEN_BLOCK_SIZE)
-        records = open_blocks + (block * NUM_HEADS + head) * RECORD_SIZE
-        if HAS_LARGE_BLOCKS:
-            first_of_block = index * TILE % OPEN_BLOCK_SIZE
-            first_key = records + first_of_block * KEY_STRIDES[0]
-            first_value = records + VALUES + first_of_block * VALUE_DIM
-        else:
-            first_key = records
-            first_value = records + VALUES
         at_keys = as_column(first_key, TRANSPOSED) + key_offsets
         at_values = as_row(first_value, TRANSPOSED) + value_offsets
         entries = index * TILE + entry_of_tile
@@ -152,6 +190,8 @@ def attend_open(
         if HIDES_CONTEXT:
             position = tl.where(entries < NUM_HEAD_TOKENS, entries, entries + num_body_tokens)
             is_visible = is_visible & (as_column(position, TRANSPOSED) >= as_row(first, TRANSPOSED))
+        if HAS_STREAMS:
+            is_visible = is_visible & as_column(entries >= num_sinks, TRANSPOSED)
         output, reference, totals = attend_tile(
             keys, values, queries, is_visible, output, reference, totals, factor,
             softcap, HAS_SOFTCAP, TRANSPOSED,
@@ -175,9 +215,11 @@ def attend_open(
                 as_column(tokens, TRANSPOSED) <= as_row(row_tokens, TRANSPOSED)
             )
             if HIDES_CONTEXT:
-                is_visible = is_visible & (
-                    as_column(context_len + tokens, TRANSPOSED) >= as_row(first, TRANSPOSED)
-                )
+                position = as_column(context_len + tokens, TRANSPOSED)
+                seen = as_row(first, TRANSPOSED)
+                if HAS_STREAMS:
+                    seen = tl.where(position < num_sinks, as_row(first_sink, TRANSPOSED), seen)
+                is_visible = is_visible & (position >= seen)
             output, reference, totals = attend_tile(
                 keys, values, queries, is_visible, output, reference, totals, factor,
                 softcap, HAS_SOFTCAP, TRANSPOSED,
@@ -197,6 +239,35 @@ def blocks_of_tile(table, tile, last_block, TILE: tl.constexpr, OPEN_BLOCK_SIZE:
         index = tl.minimum(index, last_block)
         blocks = blocks + (tl.load(table + index, mask=index >= 0, other=0),)
     return blocks
+
+
+@triton.jit
+def rows_of_tile(
+    open_blocks,
+    blocks,
+    tile,
+    entry_of_tile,
+    head,
+    NUM_HEADS: tl.constexpr,
+    RECORD_SIZE: tl.constexpr,
+    VALUES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_STRIDES: tl.constexpr,
+    TILE: tl.constexpr,
+    OPEN_BLOCK_SIZE: tl.constexpr,
+):
+    """[TILE] where the keys and the values of a tile's blocks start, for each of its entries."""
+    block = tl.zeros([TILE], tl.int64) + blocks[0]
+    for later in tl.static_range(1, TILE // OPEN_BLOCK_SIZE):
+        block = tl.where(entry_of_tile < later * OPEN_BLOCK_SIZE, block, blocks[later])
+    records = open_blocks + (block * NUM_HEADS + head) * RECORD_SIZE
+    first_key = records
+    first_value = records + VALUES
+    if OPEN_BLOCK_SIZE > TILE:
+        first_of_block = tile * TILE % OPEN_BLOCK_SIZE
+        first_key = records + first_of_block * KEY_STRIDES[0]
+        first_value = records + VALUES + first_of_block * VALUE_DIM
+    return first_key, first_value
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_codes import LOG2_E, NO_REFERENCE, as_column, as_row, rounded_to
+from .triton_codes import LOG2_E, NO_REFERENCE, as_column, as_row, first_visible, rounded_to
 
 
 @triton.jit
@@ -23,6 +23,18 @@ def read_tile(tile, tiles, query_start_loc, context_lens):
     num_new = (tl.load(query_start_loc + sequence + 1) - token).to(tl.int32)
     context_len = tl.load(context_lens + sequence).to(tl.int32)
     return sequence, token, num_new, context_len, first_row
+
+
+@triton.jit
+def first_seen(
+    positions, sequence, windows, sliding_window, attention_chunk, HAS_STREAMS: tl.constexpr
+):
+    """The first position that queries at `positions` see, sinks of a stream aside."""
+    first = first_visible(positions, sliding_window, attention_chunk)
+    if HAS_STREAMS:
+        window = tl.load(windows + sequence).to(tl.int32)
+        first = tl.maximum(first, positions - window + 1)
+    return first
 
 
 @triton.jit
