@@ -5,7 +5,8 @@
 The books are one text, teacher-forced: a step computes several tokens, of which each sees exactly
 its own sinks and window. Beside streams with sinks: dense attention within the trained length,
 windows without sinks, and windows that are computed anew (`recomputed`, the costly ideal). Then
-one stream generates, one token a step, and each step is timed. `--picture` draws both from the
+one stream generates, one token a step, and each step is timed (also in CPU time, which other
+programs on the machine disturb less). `--picture` draws both from the
 JSON, also of an earlier run (`--from`).
 """
 
@@ -147,28 +148,35 @@ def quality_rows(name: str, losses: Losses, reference: tuple[str, float]) -> lis
 def generation_rows(model: PreTrainedModel, window: SinkWindow, num_tokens: int) -> list[Row]:
     """One stream that generates `num_tokens`, one a step: milliseconds and memory in tenths."""
     rows = []
-    for name in ("native", "int8", "int2"):
+    for name in ("native", "int8"):
         with LLM(model, kv_format=name, sink_window=window, max_num_seqs=1) as llm:
             params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, temperature=1.0, seed=0)
-            seconds, held, before = [], [], time.perf_counter()
+            clocks, held = [(time.perf_counter(), time.process_time())], []
             for _ in llm.stream([[0]], params):
-                now = time.perf_counter()
-                seconds.append(now - before)
-                before = now
-                held.append(llm.memory_stats().allocated if len(seconds) % 97 == 0 else 0)
-            tenths = np.array_split(1000 * np.array(seconds), 10)
-            memory = [int(part.max()) for part in np.array_split(np.array(held), 10)]
-            medians = [float(np.median(part)) for part in tenths]
-            for place, (median, most) in enumerate(zip(medians, memory, strict=True)):
-                case = f"generate {num_tokens}, {name}, tenth {place + 1}"
-                rows.append(
-                    Row(
-                        case=case, metric="time a token", value=median, unit="ms",
-                        baseline="second tenth", baseline_value=medians[1],
-                        ratio=medians[1] / median,
-                    )
-                )  # fmt: skip
-                rows.append(Row(case=case, metric="KV memory, most", value=most, unit="bytes"))
+                clocks.append((time.perf_counter(), time.process_time()))
+                held.append(llm.memory_stats().allocated if len(clocks) % 7 == 0 else 0)
+        case = f"generate {num_tokens}, {name}, tenth"
+        spent = 1000 * np.diff(np.array(clocks), axis=0)
+        for metric, times in zip(("time a token", "CPU time a token"), spent.T, strict=True):
+            medians = [float(np.median(part)) for part in np.array_split(times, 10)]
+            rows += [
+                Row(
+                    case=f"{case} {place + 1}", metric=metric, value=median, unit="ms",
+                    baseline="second tenth", baseline_value=medians[1],
+                    ratio=medians[1] / median,
+                )
+                for place, median in enumerate(medians)
+            ]  # fmt: skip
+        rows += [
+            Row(
+                case=f"{case} {place + 1}",
+                metric="KV memory, most",
+                value=int(part.max()),
+                unit="B",
+            )
+            for place, part in enumerate(np.array_split(np.array(held), 10))
+        ]
+        print(f"{case}s: {[row.value for row in rows[-30:-20]]} ms", flush=True)
     return rows
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .records import LayerRecords, SealedViews, as_rows
 from .triton_chunk import attend_chunk
-from .triton_launch import Launch, attention_launch, chunk_launch, tile_rows
+from .triton_launch import Launch, chunk_launch, open_launch, sealed_launch, tile_rows
 from .triton_open import attend_open
 from .triton_plan import RowGroup, TritonPlan
 from .triton_rows import merge_parts
@@ -168,12 +168,12 @@ def attend_group(call: Call, group: RowGroup, output: Tensor, appends: bool) -> 
 
 def launch_for(call: Call, group: RowGroup, bits: int) -> Launch:
     """The one place where a group's rows choose between the tables."""
+    has_streams = call.rule_kinds["HAS_STREAMS"]
     if group.is_chunk:
-        has_streams = call.rule_kinds["HAS_STREAMS"]
         return chunk_launch(bits, call.columns, call.query.device, has_streams=has_streams)
     if bits == 0:
-        return attention_launch(bits, group.tile_rows, call.columns)
-    return attention_launch(
+        return open_launch(group.tile_rows, call.columns, has_streams=has_streams)
+    return sealed_launch(
         bits,
         group.tile_rows,
         call.columns,

@@ -84,10 +84,18 @@ def tile_rows(columns: int, device: torch.device, *, has_groups: bool = False) -
     return TileRows((8,), 64 if is_hopper(device) else 32)
 
 
-def attention_launch(
+def open_launch(rows: int, columns: int, *, has_streams: bool = False) -> Launch:
+    """For few query rows, open blocks and new tokens."""
+    if columns <= WIDE:
+        return NARROW_LAUNCHES[0, rows]
+    launch = WIDE_LAUNCHES[0, rows]
+    return launch._replace(num_stages=2) if has_streams else launch
+
+
+def sealed_launch(
     bits: int, rows: int, columns: int, *, has_rules: bool = False, has_groups: bool = False
 ) -> Launch:
-    """For few query rows and codes of so many bits (0: open blocks and new tokens).
+    """For few query rows and codes of so many bits.
 
     Masks or a softcap, and several key groups in a block, take registers that few bits do not have.
     """
@@ -106,8 +114,8 @@ def chunk_launch(
 ) -> Launch:
     """For many query rows."""
     if is_hopper(device):
-        if bits == 0 and columns > WIDE and has_streams:  # two loops, one of them over sinks
-            return Launch(16, 4, 1)
+        if bits == 0 and has_streams:  # a loop more, over sinks
+            return Launch(32, 4, 2) if columns <= WIDE else Launch(16, 4, 1)
         return (HOPPER_CHUNKS if columns <= WIDE else HOPPER_WIDE_CHUNKS)[bits]
     return (AMPERE_CHUNKS if columns <= WIDE else AMPERE_WIDE_CHUNKS)[bits]
 

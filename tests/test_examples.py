@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-FORBIDDEN = {"embed": ("transformers", "rich"), "blocks_only": ("torch", "transformers")}
+FORBIDDEN = {
+    "embed": ("transformers", "rich"),
+    "blocks_only": ("torch", "transformers"),
+    "endless_chat": (),
+}
 
 
-def run(name: str, *, check: str = "") -> str:
+def run(name: str, *arguments: str, check: str = "") -> str:
     """Output of an example; `check` runs after it in the same interpreter."""
-    script = f"import runpy, sys; runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')\n"
+    script = f"import runpy, sys; sys.argv[1:] = {arguments!r}\n"
+    script += f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')\n"
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", script + check],
         capture_output=True,
@@ -28,7 +33,10 @@ def run(name: str, *, check: str = "") -> str:
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
 def test_example_runs_and_imports_only_what_it_says(name: str) -> None:
     names = FORBIDDEN[name]
-    run(f"{name}.py", check=f"assert not set(sys.modules) & {set(names)!r}, sys.modules")
+    arguments = ("2",) if name == "endless_chat" else ()
+    run(
+        f"{name}.py", *arguments, check=f"assert not set(sys.modules) & {set(names)!r}, sys.modules"
+    )
 
 
 def test_every_example_is_tested() -> None:
@@ -46,3 +54,13 @@ def test_the_manager_alone_prints_what_it_promises() -> None:
     output = run("blocks_only.py").splitlines()
     assert output[2] == "computed already: 448 tokens"
     assert output[-1] == "free again: 64 of 64"
+
+
+def test_the_chat_outlives_the_models_length_in_constant_memory() -> None:
+    *turns, last = run("endless_chat.py", "20").splitlines()
+    lengths = [int(turn.split()[0].strip("[")) for turn in turns]
+    assert lengths[-1] > 1200
+    held = [int(turn.split()[2]) for turn in turns]
+    assert max(held[10:]) <= max(held[:10]) + 1
+    assert last.startswith("at most ")
+    assert int(last.split()[2]) <= 14

@@ -12,7 +12,7 @@ from paged_kv.kernels.triton_launch import (
     NARROW_LAUNCHES,
     WIDE_LAUNCHES,
     Launch,
-    attention_launch,
+    sealed_launch,
 )
 
 IS_INTERPRETED = triton.knobs.runtime.interpret
@@ -50,7 +50,7 @@ def test_no_tile_is_larger_than_a_block():
 def test_a_launch_is_forced_for_a_while():
     before, forced = INT2.present, Launch(16, 8, 4)
     with INT2.launching(forced):
-        assert attention_launch(2, 8, 128) == forced
+        assert sealed_launch(2, 8, 128) == forced
     assert INT2.present == before
 
 
