@@ -124,7 +124,10 @@ def window_losses(model: PreTrainedModel, window: torch.Tensor, num_last: int) -
     return result
 
 
-def quality_rows(name: str, losses: Losses, reference: tuple[str, float]) -> list[Row]:
+def quality_rows(
+    name: str, losses: Losses, reference: tuple[str, float], first: int = 0
+) -> list[Row]:
+    """Perplexity of all tokens, and the mean loss of stretches of them, `first` being the first."""
     perplexity = math.exp(losses.mean())
     rows = [
         Row(
@@ -138,10 +141,8 @@ def quality_rows(name: str, losses: Losses, reference: tuple[str, float]) -> lis
         )
     ]
     for start in range(0, len(losses), BIN_TOKENS):
-        mean = float(losses[start : start + BIN_TOKENS].mean())
-        rows.append(
-            Row(case=f"{name}, at {start}", metric="log-perplexity", value=mean, unit="nat")
-        )
+        case, mean = f"{name}, at {first + start}", losses[start : start + BIN_TOKENS].mean()
+        rows.append(Row(case=case, metric="log-perplexity", value=float(mean), unit="nat"))
     return rows
 
 
@@ -187,6 +188,7 @@ def draw(report: dict[str, object], picture: Path) -> None:
     figure, axes = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
     rows = report["rows"]
     assert isinstance(rows, list)
+    colors: dict[str, str] = {}
     for axis, metric in zip(axes, ("log-perplexity", "KV memory"), strict=True):
         names = dict.fromkeys(
             r["case"].rsplit(", at ", 1)[0] for r in rows if r["metric"] == metric
@@ -197,14 +199,14 @@ def draw(report: dict[str, object], picture: Path) -> None:
                 for r in rows
                 if r["metric"] == metric and r["case"].rsplit(", at ", 1)[0] == name
             ]
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+            color = colors.setdefault(name, f"C{len(colors)}")
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2, color=color)
     axes[0].set_ylabel("log-perplexity (nat)")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.22))
     axes[1].set_ylabel("K/V held (KiB)")
     axes[1].set_ylim(bottom=0)
     axes[1].set_xlabel("position in the stream (tokens)")
-    figure.suptitle(f"{report['benchmark']} at {report['commit']}")
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture, dpi=90)
 
 
 def main() -> None:
@@ -251,7 +253,7 @@ def text_rows(model: PreTrainedModel, arguments: argparse.Namespace) -> list[Row
     reference = f"dense within {length}", math.exp(within.mean())
     rows = quality_rows(reference[0], within, reference)
     anew = recomputed(model, ids[: min(len(ids), 20_000)], length, bos)
-    rows += quality_rows(f"window recomputed, first {len(anew)}", anew, reference)
+    rows += quality_rows("window recomputed, first part", anew, reference, first=length)
     token_ids = np.insert(ids, 0, bos)
     for name, (format_name, has_sinks) in STREAMS.items():
         sinks = arguments.sinks if has_sinks else 0
