@@ -16,6 +16,7 @@ Prompt: TypeAlias = str | Sequence[int] | ChatMessages
 PROMPT_CONTEXT_TOKENS: Final = 8
 # More tokens than a character has bytes: what is still broken then stays broken.
 MAX_INCOMPLETE_TOKENS: Final = 8
+MAX_KEPT_CHARACTERS: Final = 1 << 16  # of text that was taken
 REPLACEMENT: Final = "\ufffd"
 
 
@@ -69,7 +70,7 @@ class Detokenizer:
         self._stop_strings = stop_strings
         self._held_back = max((len(stop) - 1 for stop in stop_strings), default=0)
         self._num_emitted = 0
-        self.text = ""
+        self.text = ""  # of a long one only the end: a stream may go on for ever
 
     def append(self, token_id: int, may_stop: bool) -> bool:
         """Add a token; True when a stop string came with it. The text then ends before it."""
@@ -118,4 +119,8 @@ class Detokenizer:
         """Text not yet taken, less what may turn out to be the start of a stop string."""
         end = len(self.text) if is_final else max(len(self.text) - self._held_back, 0)
         start, self._num_emitted = self._num_emitted, max(end, self._num_emitted)
-        return self.text[start : self._num_emitted]
+        new_text = self.text[start : self._num_emitted]
+        num_done = self._num_emitted - self._held_back
+        if num_done > MAX_KEPT_CHARACTERS:
+            self.text, self._num_emitted = self.text[num_done:], self._held_back
+        return new_text

@@ -268,7 +268,7 @@ def run_machine(geometry: BlockGeometry) -> None:
     machine = type("Machine", (StreamMachine,), {"geometry": geometry})
     run_state_machine_as_test(
         machine,
-        settings=settings(max_examples=15, stateful_step_count=30, deadline=None, derandomize=True),
+        settings=settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True),
     )
 
 

@@ -299,6 +299,13 @@ def test_windows_that_do_not_fit_are_refused_before_anything_is_taken(kv_format,
             open_llm(zoo.model("llama"), kv_format=kv_format, sink_window=window)
 
 
+def test_the_engines_own_window_makes_room_for_its_sinks():
+    """Formats that seal keep sinks in their head, which becomes as large."""
+    with open_llm(zoo.model("llama"), kv_format="int8", sink_window=SinkWindow(100, 130)) as llm:
+        assert llm.engine.manager.geometry.num_head_tokens >= 100
+        tokens_of(llm, [zoo.prompts((50,))[0]], params(400))
+
+
 def test_a_window_must_be_a_window():
     with pytest.raises(ConfigError, match="sink_window must be"):
         SamplingParams(sink_window=(4, 100))  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from paged_kv import text
 from paged_kv.errors import InvalidRequestError, PagedKVError
 from paged_kv.text import Detokenizer, encode_prompt
 
@@ -111,7 +112,7 @@ def stream_text(
         pieces.append(detokenizer.take_new_text(is_final))
         if has_stopped:
             break
-    assert "".join(pieces) == detokenizer.text
+    assert "".join(pieces).endswith(detokenizer.text)  # of a long text only the end is kept
     return pieces, has_stopped
 
 
@@ -310,6 +311,25 @@ def test_holding_back_loses_no_text_when_no_stop_string_comes(stop, text):
     pieces, has_stopped = stream_text(tokenizer, [*b"p"], output, stop)
     assert not has_stopped
     assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5])
+def test_a_long_text_is_forgotten_but_for_what_a_stop_string_may_begin_with(limit, monkeypatch):
+    monkeypatch.setattr(text, "MAX_KEPT_CHARACTERS", limit)
+    tokenizer = byte_tokenizer()
+    written = "the cat sat on the mat, the cat sat on the stool"
+    for stop in ([], ["stool"], ["st", "stool"], ["cat sat on the s", "zzz"], ["the dog"]):
+        expected, stopped = written, any(word in written for word in stop)
+        if stopped:
+            expected = written[: min(written.find(word) for word in stop if word in written)]
+        output = ids_of(tokenizer, written)
+        pieces, has_stopped = stream_text(tokenizer, [*b"p"], output, stop)
+        assert ("".join(pieces), has_stopped) == (expected, stopped)
+    detokenizer = Detokenizer(tokenizer, [*b"p"], ["stool"])
+    for token_id in output * 50:
+        detokenizer.append(token_id, may_stop=False)
+        detokenizer.take_new_text(is_final=False)
+        assert len(detokenizer.text) <= limit + 10
 
 
 def test_only_what_may_become_a_stop_string_is_held_back():

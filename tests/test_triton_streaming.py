@@ -47,6 +47,17 @@ def test_streams_see_exactly_sinks_and_window(kv_format, sinks, splits, request)
     assert (fleet.manager.num_evicted_tokens[slots] > 0).tolist() == [True, False, True]
 
 
+@BASE_FORMATS
+def test_sinks_inside_the_window_count_once(kv_format):
+    """A young stream, which has not evicted anything."""
+    fleet = Fleet([layer_of(kv_format, heads=1)], max_model_len=1200)
+    slot, sinks = add_stream(fleet, SinkWindow(4, 140), 400, 1)
+    on_triton(fleet)
+    for count in (60, 1, 3, 40):
+        check_step(fleet, {slot: count}, {slot: sinks}, limit_of(kv_format, torch.float32))
+    assert fleet.manager.num_evicted_tokens[slot] == 0
+
+
 def test_many_sinks_take_several_tiles(many_splits):
     """More than a tile of them, in native blocks, and a first step that stores some of them."""
     fleet = Fleet([layer_of(NATIVE, heads=1)], max_model_len=1200)
