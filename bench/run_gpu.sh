@@ -20,7 +20,7 @@ part() { # name, seconds, command ...
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 part tests 240 python3 -m pytest -q -n 8 -W default -p no:cacheprovider tests/test_triton_kernels.py \
-    tests/test_xformers_attention.py
+    tests/test_xformers_attention.py tests/test_triton_streaming.py
 part sweep 300 python3 bench/bench_gpu_attention.py --json "$results/attention_gpu.json"
 part throughput 300 python3 bench/bench_throughput.py --device cuda --json "$results/throughput_gpu.json"
 part tune 420 python3 bench/tune.py --json "$results/tune.json"
