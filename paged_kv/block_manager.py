@@ -77,6 +77,9 @@ class _Streams(NamedTuple):
     window_sizes: IntArray | None
 
 
+NO_STREAMS: Final = _Streams(None, None, None)
+
+
 class BlockManager:
     """Block tables of up to `max_num_seqs` sequences over one pool of `num_blocks` blocks.
 
@@ -580,11 +583,11 @@ class BlockManager:
             self._check_drafts(num_draft_tokens, num_new_tokens)
             certain = after - num_draft_tokens
         streams = self._streams_of(slots, before, after)
-        evicted = 0 if streams.num_evicted_tokens is None else streams.num_evicted_tokens
-        if np.count_nonzero(certain + evicted > self._limits[slots]) or (
-            num_draft_tokens is not None
-        ):
-            self._check_lengths(slots, after + evicted, certain + evicted)
+        end, certain_end = after, certain  # in the sequence, evicted tokens included
+        if streams.num_evicted_tokens is not None:
+            end, certain_end = (n + streams.num_evicted_tokens for n in (after, certain))
+        if np.count_nonzero(certain_end > self._limits[slots]) or num_draft_tokens is not None:
+            self._check_lengths(slots, end, certain_end)
         rows = (after > self._capacity[slots]).nonzero()[0]
         changed, certain, after = slots[rows], certain[rows], after[rows]
         counts = new_counts(len(rows))
@@ -616,7 +619,9 @@ class BlockManager:
             num_scheduled_tokens=num_new_tokens,
             num_draft_tokens=num_draft_tokens,
             context_lens=before,
-            **streams._asdict(),
+            num_evicted_tokens=streams.num_evicted_tokens,
+            num_sink_tokens=streams.num_sink_tokens,
+            window_sizes=streams.window_sizes,
             changed_rows=rows,
             block_counts=counts,
             new_block_ids=new_ids,
@@ -651,7 +656,7 @@ class BlockManager:
     def _streams_of(self, slots: IntArray, before: IntArray, after: IntArray) -> _Streams:
         """Of a step; raises `InvalidStepError` for one that a stream has no room for."""
         if not self._num_streams or not np.count_nonzero(self.window_sizes[slots]):
-            return _Streams(None, None, None)
+            return NO_STREAMS
         excess = after - self._num_storable(slots)
         if np.count_nonzero(excess > 0):
             row = int(excess.argmax())

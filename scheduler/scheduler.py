@@ -314,8 +314,9 @@ class Scheduler:
         )
 
     def _describe(self, plan: StepPlan, preempted: list[Request]) -> ScheduledStep:
-        slots = plan.slots
-        ends = plan.positions[plan.query_start_loc[1:] - 1] + 1
+        slots, ends = plan.slots, plan.context_lens + plan.num_scheduled_tokens
+        if plan.num_evicted_tokens is not None:
+            ends = ends + plan.num_evicted_tokens
         sampled = (ends == self.manager.num_tokens[slots]).nonzero()[0]
         do_all_sample = len(sampled) == len(slots)
         # The same array where all sample: the manager knows that its slots are distinct.
