@@ -212,9 +212,8 @@ class BlockManager:
         a `sink_window` the sequence is a stream; raises `ConfigError` for one that cannot be kept.
         """
         tokens = as_token_ids(token_ids)
-        if sink_window is None:
-            self._check_length(len(tokens))
-        else:
+        self._check_length(tokens, sink_window)
+        if sink_window is not None:
             sink_window = self.fitted_window(sink_window)
         root = root_hash(self._fingerprint, extra_keys) if extra_keys else self._root
         chain = TokenChain(tokens, root, sink_window)
@@ -256,8 +255,7 @@ class BlockManager:
         """
         if not isinstance(tokens, TokenChain):
             tokens = self.chain_tokens(() if tokens is None else tokens)
-        if tokens.sink_window is None:
-            self._check_length(len(tokens.token_ids))
+        self._check_length(tokens.token_ids, tokens.sink_window)
         slot = self._take_slot()
         self._write_tokens(slot, tokens)
         if self.prefix_cache is not None:
@@ -265,10 +263,11 @@ class BlockManager:
         self._capacity[slot] = self.num_computed_tokens[slot]
         return slot
 
-    def _check_length(self, num_tokens: int) -> None:
-        if num_tokens > self.max_model_len:
+    def _check_length(self, token_ids: TokenIds, sink_window: SinkWindow | None) -> None:
+        """A stream may have any length."""
+        if sink_window is None and len(token_ids) > self.max_model_len:
             raise InvalidStepError(
-                f"a sequence of {num_tokens} tokens exceeds max_model_len {self.max_model_len}"
+                f"a sequence of {len(token_ids)} tokens exceeds max_model_len {self.max_model_len}"
             )
 
     def _take_slot(self) -> int:
@@ -470,9 +469,7 @@ class BlockManager:
         chain = self._chains[slot]
         if chain is not None:
             assert self.prefix_cache is not None
-            published, expected = self._num_published.item(slot), self._num_expected.item(slot)
-            if expected > published:
-                self.prefix_cache.no_longer_expect(chain.hashes[published:expected])
+            self._no_longer_expect(slot, chain, self.prefix_cache)
             self._chains[slot] = None
         if self._sink_windows[slot] is not None:
             self._sink_windows[slot] = None
@@ -744,11 +741,15 @@ class BlockManager:
         """Nothing past a gap is ever found: what others wait for will not come."""
         chain = self._chains[slot]
         assert chain is not None
+        self._no_longer_expect(slot, chain, cache)
+        self._num_expected[slot] = 0
+        self._link_limits[slot] = self._num_published[slot]
+
+    def _no_longer_expect(self, slot: int, chain: TokenChain, cache: PrefixCache) -> None:
+        """Nobody has to wait for the links that a sequence was to publish."""
         published, expected = self._num_published.item(slot), self._num_expected.item(slot)
         if expected > published:
             cache.no_longer_expect(chain.hashes[published:expected])
-        self._num_expected[slot] = 0
-        self._link_limits[slot] = published
 
     def _publish(self, slots: IntArray, cache: PrefixCache) -> None:
         """Make the blocks of links that are complete by now findable."""
@@ -945,8 +946,7 @@ class BlockManager:
         blocks; the next commit makes them findable, or `publish_sequence` does so at once.
         """
         self._require_no_step()
-        if tokens.sink_window is None:
-            self._check_length(len(tokens.token_ids))
+        self._check_length(tokens.token_ids, tokens.sink_window)
         num_blocks = self.geometry.count_blocks(num_computed_tokens, num_sealed)
         if num_blocks > self.pool.num_free:
             raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")

@@ -253,8 +253,8 @@ class PagedModel:
         probe = Probe()
         with torch.inference_mode(), running(probe):
             self._call(torch.ones_like(positions), positions, positions[:1])
-        candidates = [
-            buffer
+        candidates = [  # one tensor for all layers that turn alike: they share their phases
+            buffer.double()
             for buffer_name, buffer in self.model.named_buffers(remove_duplicate=False)
             if buffer_name.endswith("inv_freq") and "original" not in buffer_name
         ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import torch
@@ -65,8 +66,8 @@ def find_rotation(
 ) -> Rotation | None:
     """What turns the first of `tokens` [P, H, D] into the others, which are at `positions` [P].
 
-    `candidates` are the frequencies [F] that the model may use. None where nothing fits: then its
-    tokens know their positions in another way.
+    `candidates` are the frequencies [F] that the model may use, in float64. None where nothing
+    fits: then its tokens know their positions in another way.
     """
     first, dim = tokens[:1].double(), tokens.shape[-1]
     limit = TOLERANCE.get(tokens.dtype, HALF_TOLERANCE) * first.norm() * len(tokens) ** 0.5
@@ -77,7 +78,7 @@ def find_rotation(
             continue
         for first_channel in {0, dim - num_turned}:
             found += [
-                Rotation(frequencies.double(), first_channel, is_interleaved)
+                Rotation(frequencies, first_channel, is_interleaved)
                 for is_interleaved in (False, True)
             ]
     shifts = positions - positions[0]
@@ -103,7 +104,7 @@ class StepTurns:
         """[T] what the model is told."""
         return self.positions - self.turns
 
-    @property
+    @cached_property
     def turns(self) -> Tensor:
         """[T] positions by which tokens are moved after the model's own embedding."""
         whole = self.positions // MODEL_PERIOD * MODEL_PERIOD

@@ -105,6 +105,21 @@ def test_rotations_of_models_are_found(name):
         model.close()
 
 
+def test_layers_that_turn_alike_share_their_phases():
+    """Made once a step, not once a layer."""
+    model = PagedModel(zoo.model("llama"))
+    try:
+        rotations = model.rotations
+    finally:
+        model.close()
+    assert len(rotations) > 1
+    positions = torch.tensor([3000])
+    turns = StepTurns(positions, torch.tensor([True]), positions, rotations, {})
+    for layer in rotations:
+        turns.apply(layer, torch.randn(1, 4, 16), torch.randn(1, 2, 16))
+    assert len(turns.known_phases) == 2  # of the model's positions, and of sinks
+
+
 def test_layers_without_positions_are_found():
     """Cohere2: only layers with a window know positions, in neighbouring channels."""
     model = PagedModel(zoo.model("cohere2"))

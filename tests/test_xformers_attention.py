@@ -21,6 +21,7 @@ from tests.test_triton_kernels import DEVICE, SINKS, check_step, ragged_fleet
 
 fmha = pytest.importorskip("xformers.ops.fmha")
 
+# Behind the line that skips all of this where xformers is missing.
 from paged_kv.kernels import xformers_attention  # noqa: E402
 
 poison = test_triton_kernels.poison
