@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 # at in a second run.
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 -q
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/test_machine_code.py tests/test_triton_machine_code.py tests/test_tune.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

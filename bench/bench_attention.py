@@ -49,13 +49,13 @@ from report import Row, add_arguments, write_report
 from torch import Tensor
 from torch.nn import functional
 
-from paged_kv.blocks import BlockGeometry, IntArray
-from paged_kv.cache import LayerSpec, PagedKVCache, Step, cache_geometry
-from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat
-from paged_kv.kernels import attention as reference
-from paged_kv.kernels.cpu_native import address_of, fetch_add, load_long, store_long
-from paged_kv.kernels.cpu_threads import run_worker
-from paged_kv.kernels.quantize import dequantize_keys, dequantize_values
+from paged_kv.blocks.geometry import BlockGeometry, IntArray
+from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
+from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, Step, cache_geometry
+from paged_kv.kernels.cpu.native_code import address_of, fetch_add, load_long, store_long
+from paged_kv.kernels.cpu.threads import run_worker
+from paged_kv.kernels.eager import attention as reference
+from paged_kv.kernels.eager.quantize import dequantize_keys, dequantize_values
 
 FORMATS: dict[str, tuple[KVFormat, torch.dtype]] = {
     "native fp32": (NATIVE, torch.float32),

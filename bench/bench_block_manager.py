@@ -2,7 +2,7 @@
 
     python bench/bench_block_manager.py --json bench/results/block_manager.json
 
-vLLM 0.33.0 takes part when its python files are importable (bench/peer_vllm.py says how), else it
+vLLM 0.33.0 takes part when its python files are importable (bench/vllm_manager.py says how), else it
 is left out and the report says so. Both sides serve the same lengths; every request decodes one
 token a step. Ours runs int8's geometry (blocks of 128 tokens, open blocks of 64) with prefix
 caching; int2 and native beside it. vLLM runs blocks of 16 tokens with prefix caching, its defaults.
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import peer_vllm
+from peers import vllm_manager
 from report import Row, add_arguments, write_report
 
 from paged_kv import BlockGeometry, BlockManager, Request, Scheduler
@@ -109,7 +109,7 @@ class Timer:
             metric=metric,
             value=value,
             unit="us",
-            baseline=f"vLLM {peer_vllm.version()}",
+            baseline=f"vLLM {vllm_manager.version()}",
             baseline_value=baseline,
             ratio=baseline / value,
         )
@@ -149,7 +149,7 @@ def peer_shape(lens: list[int], *, enable_caching: bool = True) -> dict[str, Any
 def decode_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
     """One token for every running sequence: the manager alone."""
     lens = lengths(num_seqs)
-    peer = peer_vllm.ManagerPeer(num_seqs, lens, **peer_shape(lens)) if has_peer else None
+    peer = vllm_manager.ManagerPeer(num_seqs, lens, **peer_shape(lens)) if has_peer else None
     rng = np.random.default_rng(2)
     managers = {}
     slots = rng.permutation(num_seqs)
@@ -212,7 +212,7 @@ def scheduler_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
     peer = None
     if has_peer:
         budget = max(num_seqs, 8192)
-        peer = peer_vllm.SchedulerPeer(num_seqs, lens, token_budget=budget, **peer_shape(lens))
+        peer = vllm_manager.SchedulerPeer(num_seqs, lens, token_budget=budget, **peer_shape(lens))
     rng = np.random.default_rng(3)
     scheduler = Scheduler(new_manager("int8", num_seqs, lens), token_budget=sum(lens))
     requests = [
@@ -287,7 +287,7 @@ def admission_rows(num_rounds: int, has_peer: bool) -> list[Row]:
         peer = None
         if has_peer:
             shape = peer_shape([PROMPT] * 2 * ADMITTED, enable_caching=caching)
-            peer = peer_vllm.ManagerPeer(0, [], **shape)
+            peer = vllm_manager.ManagerPeer(0, [], **shape)
         manager = new_manager("int8", ADMITTED, lens, prefix_caching=caching)
         rng = np.random.default_rng(4)
         timer = Timer()
@@ -392,9 +392,9 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--no-peer", action="store_true", help="leave vLLM out")
     arguments = parser.parse_args()
-    has_peer = not arguments.no_peer and peer_vllm.is_available()
+    has_peer = not arguments.no_peer and vllm_manager.is_available()
     if not has_peer:
-        print(f"without vLLM: {peer_vllm.why_not() or 'left out as asked'}")
+        print(f"without vLLM: {vllm_manager.why_not() or 'left out as asked'}")
     sizes = (256, 1024) if arguments.quick else (256, 1024, 4096, 16384)
     rows = admission_rows(2 if arguments.quick else 8, has_peer)
     for num_seqs in sizes:

@@ -25,14 +25,15 @@ from statistics import median
 from traceback import format_exception_only
 
 import torch
-from gpu_peers import CONTIGUOUS, PEERS, Contents, Peer, relative_error
+from peers.gpu_attention import CONTIGUOUS, PEERS, Contents, Peer, relative_error
 from report import Row, add_arguments, write_report
 from torch import Tensor
 
-from paged_kv.backend import Backend, choose_backend
-from paged_kv.cache import LayerSpec, PagedKVCache, cache_geometry
-from paged_kv.formats import FORMATS
-from paged_kv.kernels.records import LayerRecords, StepIndices
+from paged_kv.cache.backend import Backend, choose_backend
+from paged_kv.cache.formats import FORMATS
+from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, cache_geometry
+from paged_kv.kernels.block_views import LayerRecords
+from paged_kv.kernels.step_inputs import StepIndices
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_HEADS, HEAD_DIM = 8, 128

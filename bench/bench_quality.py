@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 from report import Row, add_arguments, write_report
-from train_demo_model import read_book
+from training.train_demo_model import read_book
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from paged_kv.blocks import IntArray
-from paged_kv.demo import MODEL_FOLDER
-from paged_kv.evaluate import Quality, compare_formats
-from paged_kv.formats import INT2, INT4, INT8, NATIVE, KVFormat
-from paged_kv.model import PagedModel
+from paged_kv.blocks.geometry import IntArray
+from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
+from paged_kv.engine.evaluate import Quality, compare_formats
+from paged_kv.entrypoints.demo import MODEL_FOLDER
+from paged_kv.models.huggingface import PagedModel
 
 WINDOW = 1024
 CASES: dict[str, KVFormat] = {

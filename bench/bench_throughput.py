@@ -68,10 +68,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils.import_utils import is_optimum_quanto_available
 
-import paged_kv.engine
-import paged_kv.model
+import paged_kv.engine.engine
+import paged_kv.models.huggingface
 from paged_kv import LLM, SamplingParams
-from paged_kv.formats import FORMATS
+from paged_kv.cache.formats import FORMATS
 
 THREAD_COUNTS: tuple[int, ...] = (1, 2)
 NUM_REQUESTS, NUM_QUICK_REQUESTS = 32, 8
@@ -475,13 +475,13 @@ def profile_rows(label: str, llm: LLM, tasks: Tasks) -> list[Row]:
     engine, timer = llm.engine, PartTimer()
     places = [
         (torch.nn.functional, "linear", "model: GEMMs"),
-        (paged_kv.model, "paged_attention", "attention and storing K/V"),
+        (paged_kv.models.huggingface, "paged_attention", "attention and storing K/V"),
         (engine.model, "forward", "model: all else"),
         (engine.scheduler, "schedule", "scheduler and bookkeeping"),
         (engine.scheduler, "update", "scheduler and bookkeeping"),
         (engine.cache, "begin", "index arrays of the step"),
         (engine, "_prepare_logits", "sampling"),
-        (paged_kv.engine, "sample", "sampling"),
+        (paged_kv.engine.engine, "sample", "sampling"),
     ]
     steps_before = engine.num_steps
     with ExitStack() as stack:

@@ -7,7 +7,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=$(mkdir -p "${1:-bench/results/gpu}" && cd "${1:-bench/results/gpu}" && pwd)
-export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/bench" PYTHONUNBUFFERED=1
 
 part() { # name, seconds, command ...
     local name=$1 seconds=$2 start=$SECONDS
@@ -19,15 +19,15 @@ part() { # name, seconds, command ...
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-part tests 240 python3 -m pytest -q -n 8 -W default -p no:cacheprovider tests/test_triton_kernels.py \
-    tests/test_xformers_attention.py tests/test_triton_streaming.py
+part tests 240 python3 -m pytest -q -n 8 -W default -p no:cacheprovider tests/kernels/test_triton_kernels.py \
+    tests/kernels/test_xformers_attention.py tests/kernels/test_triton_windowed.py
 part sweep 300 python3 bench/bench_gpu_attention.py --json "$results/attention_gpu.json"
 part throughput 300 python3 bench/bench_throughput.py --device cuda --json "$results/throughput_gpu.json"
-part tune 420 python3 bench/tune.py --json "$results/tune.json"
+part tune 420 python3 bench/tools/tune.py --json "$results/tune.json"
 if command -v compute-sanitizer >/dev/null; then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck; do
         part "$tool" 240 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -m pytest -q \
-            -W default -p no:cacheprovider tests/test_triton_kernels.py -k "head_dim and 128"
+            -W default -p no:cacheprovider tests/kernels/test_triton_kernels.py -k "head_dim and 128"
     done
 fi

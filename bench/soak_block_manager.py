@@ -21,7 +21,7 @@ from pathlib import Path
 from report import ROOT, Row, write_report
 
 sys.path.insert(0, str(ROOT))
-from tests.manager_driver import GEOMETRIES, RandomDriver
+from tests.support.manager_driver import GEOMETRIES, RandomDriver
 
 TURN = 1000  # steps
 EPISODE = 500  # operations on one manager

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paged_kv import INT8, PagedKVCache, SinkWindow
-from paged_kv.demo import MODEL_FOLDER
-from paged_kv.model import PagedModel
+from paged_kv.entrypoints.demo import MODEL_FOLDER
+from paged_kv.models.huggingface import PagedModel
 
 LINES = (
     "And pray, how do you find the country?",

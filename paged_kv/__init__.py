@@ -25,78 +25,78 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .attention import paged_attention as paged_attention
-    from .beam_search import BeamSearchParams as BeamSearchParams
-    from .block_manager import BlockManager as BlockManager
-    from .blocks import BlockGeometry as BlockGeometry
-    from .cache import LayerSpec as LayerSpec
-    from .cache import MemoryStats as MemoryStats
-    from .cache import PagedKVCache as PagedKVCache
-    from .cache import cache_geometry as cache_geometry
-    from .cache import num_blocks_for as num_blocks_for
-    from .events import BlockRemoved as BlockRemoved
-    from .events import BlockStored as BlockStored
-    from .events import CacheCleared as CacheCleared
-    from .formats import FORMATS as FORMATS
-    from .formats import INT2 as INT2
-    from .formats import INT4 as INT4
-    from .formats import INT8 as INT8
-    from .formats import NATIVE as NATIVE
-    from .formats import KVFormat as KVFormat
-    from .llm import LLM as LLM
-    from .llm import Completion as Completion
-    from .llm import RequestOutput as RequestOutput
-    from .llm import StreamEvent as StreamEvent
-    from .sampling import SamplingParams as SamplingParams
+    from .blocks.block_manager import BlockManager as BlockManager
+    from .blocks.events import BlockRemoved as BlockRemoved
+    from .blocks.events import BlockStored as BlockStored
+    from .blocks.events import CacheCleared as CacheCleared
+    from .blocks.geometry import BlockGeometry as BlockGeometry
+    from .blocks.host_blocks import SwappedSequence as SwappedSequence
+    from .blocks.sink_window import SinkWindow as SinkWindow
+    from .blocks.step_plan import StepPlan as StepPlan
+    from .blocks.token_chain import TokenChain as TokenChain
+    from .cache.attention import paged_attention as paged_attention
+    from .cache.formats import FORMATS as FORMATS
+    from .cache.formats import INT2 as INT2
+    from .cache.formats import INT4 as INT4
+    from .cache.formats import INT8 as INT8
+    from .cache.formats import NATIVE as NATIVE
+    from .cache.formats import KVFormat as KVFormat
+    from .cache.kv_cache import LayerSpec as LayerSpec
+    from .cache.kv_cache import MemoryStats as MemoryStats
+    from .cache.kv_cache import PagedKVCache as PagedKVCache
+    from .cache.kv_cache import cache_geometry as cache_geometry
+    from .cache.kv_cache import num_blocks_for as num_blocks_for
+    from .cache.transfer import export_sequence as export_sequence
+    from .cache.transfer import import_sequence as import_sequence
+    from .engine.beam_search import BeamSearchParams as BeamSearchParams
+    from .engine.sampling_params import SamplingParams as SamplingParams
+    from .entrypoints.llm import LLM as LLM
+    from .entrypoints.llm import Completion as Completion
+    from .entrypoints.llm import RequestOutput as RequestOutput
+    from .entrypoints.llm import StreamEvent as StreamEvent
     from .scheduler.request import Request as Request
     from .scheduler.scheduler import BlockCopy as BlockCopy
     from .scheduler.scheduler import Fork as Fork
     from .scheduler.scheduler import ScheduledStep as ScheduledStep
     from .scheduler.scheduler import Scheduler as Scheduler
     from .scheduler.scheduler import SchedulerStatistics as SchedulerStatistics
-    from .sink_window import SinkWindow as SinkWindow
-    from .step_plan import StepPlan as StepPlan
-    from .swap import SwappedSequence as SwappedSequence
-    from .token_chain import TokenChain as TokenChain
-    from .transfer import export_sequence as export_sequence
-    from .transfer import import_sequence as import_sequence
 
 _HOME = {
-    "FORMATS": "formats",
-    "INT2": "formats",
-    "INT4": "formats",
-    "INT8": "formats",
-    "LLM": "llm",
-    "NATIVE": "formats",
-    "BeamSearchParams": "beam_search",
+    "FORMATS": "cache.formats",
+    "INT2": "cache.formats",
+    "INT4": "cache.formats",
+    "INT8": "cache.formats",
+    "LLM": "entrypoints.llm",
+    "NATIVE": "cache.formats",
+    "BeamSearchParams": "engine.beam_search",
     "BlockCopy": "scheduler.scheduler",
-    "BlockGeometry": "blocks",
-    "BlockManager": "block_manager",
-    "BlockRemoved": "events",
-    "BlockStored": "events",
-    "CacheCleared": "events",
-    "Completion": "llm",
+    "BlockGeometry": "blocks.geometry",
+    "BlockManager": "blocks.block_manager",
+    "BlockRemoved": "blocks.events",
+    "BlockStored": "blocks.events",
+    "CacheCleared": "blocks.events",
+    "Completion": "entrypoints.llm",
     "Fork": "scheduler.scheduler",
-    "KVFormat": "formats",
-    "LayerSpec": "cache",
-    "MemoryStats": "cache",
-    "PagedKVCache": "cache",
+    "KVFormat": "cache.formats",
+    "LayerSpec": "cache.kv_cache",
+    "MemoryStats": "cache.kv_cache",
+    "PagedKVCache": "cache.kv_cache",
     "Request": "scheduler.request",
-    "RequestOutput": "llm",
-    "SamplingParams": "sampling",
+    "RequestOutput": "entrypoints.llm",
+    "SamplingParams": "engine.sampling_params",
     "ScheduledStep": "scheduler.scheduler",
     "Scheduler": "scheduler.scheduler",
     "SchedulerStatistics": "scheduler.scheduler",
-    "SinkWindow": "sink_window",
-    "StepPlan": "step_plan",
-    "StreamEvent": "llm",
-    "SwappedSequence": "swap",
-    "TokenChain": "token_chain",
-    "cache_geometry": "cache",
-    "export_sequence": "transfer",
-    "import_sequence": "transfer",
-    "num_blocks_for": "cache",
-    "paged_attention": "attention",
+    "SinkWindow": "blocks.sink_window",
+    "StepPlan": "blocks.step_plan",
+    "StreamEvent": "entrypoints.llm",
+    "SwappedSequence": "blocks.host_blocks",
+    "TokenChain": "blocks.token_chain",
+    "cache_geometry": "cache.kv_cache",
+    "export_sequence": "cache.transfer",
+    "import_sequence": "cache.transfer",
+    "num_blocks_for": "cache.kv_cache",
+    "paged_attention": "cache.attention",
 }
 _EXTRA_PACKAGES = ("transformers", "tokenizers", "safetensors", "rich")
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from paged_kv.block_manager import BlockManager
-from paged_kv.checks import is_integer
+from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.host_blocks import SwappedSequence
+from paged_kv.blocks.sink_window import SinkWindow
+from paged_kv.blocks.token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids
 from paged_kv.errors import InvalidRequestError
-from paged_kv.sink_window import SinkWindow
-from paged_kv.swap import SwappedSequence
-from paged_kv.token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids
+from paged_kv.validation import is_integer
 
 
 class RequestStatus(Enum):

@@ -14,8 +14,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from paged_kv.block_manager import BlockManager
-from paged_kv.blocks import BlockIds, IntArray
+from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.geometry import BlockIds, IntArray
+from paged_kv.blocks.sink_window import SinkWindow
+from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.errors import (
     ConfigError,
     InvalidRequestError,
@@ -23,8 +25,6 @@ from paged_kv.errors import (
     OutOfBlocksError,
     PromptTooLongError,
 )
-from paged_kv.sink_window import SinkWindow
-from paged_kv.step_plan import StepPlan
 
 from .request import Request, RequestStatus
 from .waiting_queue import WaitingQueue

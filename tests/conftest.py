@@ -10,11 +10,12 @@ import pytest
 import torch
 
 NEEDED_PACKAGE = {
-    "test_cpu_kernels.py": "numba",
-    "test_machine_code.py": "triton",
-    "test_triton_kernels.py": "triton",
-    "test_triton_machine_code.py": "triton",
-    "test_tune.py": "triton",
+    "kernels/test_cpu_kernels.py": "numba",
+    "kernels/test_machine_code.py": "triton",
+    "kernels/test_triton_kernels.py": "triton",
+    "kernels/test_triton_machine_code.py": "triton",
+    "kernels/test_triton_windowed.py": "triton",
+    "kernels/test_tune.py": "triton",
 }
 collect_ignore = [name for name, package in NEEDED_PACKAGE.items() if not find_spec(package)]
 if not torch.cuda.is_available():

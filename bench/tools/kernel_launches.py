@@ -1,0 +1,192 @@
+"""What our host code would launch on a GPU, recorded on tensors without memory, and compiled.
+
+So that tests and the tuner look at the very kernels that a GPU would run, where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from tools.machine_code import MachineCode, compile_kernel, disassemble, instructions_per_byte
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from paged_kv.cache.backend import choose_backend
+from paged_kv.cache.formats import KVFormat
+from paged_kv.cache.kv_cache import LayerSpec, cache_geometry, layer_records
+from paged_kv.kernels.step_inputs import StepIndices
+from paged_kv.kernels.triton import attention as triton_attention
+from paged_kv.kernels.triton import launch as triton_launch
+from paged_kv.kernels.triton import store as triton_store
+from paged_kv.kernels.triton.plan import TritonPlan
+
+META = torch.device("meta")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+KERNELS = (
+    (triton_attention, "attend_sealed"),
+    (triton_attention, "attend_chunk"),
+    (triton_attention, "attend_open"),
+    (triton_attention, "merge_parts"),
+    (triton_store, "seal_blocks_kernel"),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel: `arguments` by name, constants among them."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+    def compile(self, arch: int, **options: Any) -> CompiledKernel:
+        """As Triton's launcher would: integers of 1 and multiples of 16 are known to the code."""
+        is_constant = {parameter.name: parameter.is_constexpr for parameter in self.kernel.params}
+        signature, constants, divisible = {}, {}, []
+        for name, value in self.arguments.items():
+            if is_constant[name] or value is None or (isinstance(value, int) and value == 1):
+                constants[name] = value
+                continue
+            signature[name] = type_of(value)
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                divisible.append(name)
+        chosen = {"num_warps": 4, "num_stages": 3} | self.options | options
+        return compile_kernel(
+            self.kernel, signature, constants, arch=arch, divisible=divisible, **chosen
+        )
+
+    def machine_code(self, arch: int, **options: Any) -> MachineCode:
+        return disassemble(self.compile(arch, **options))
+
+
+def type_of(value: Any) -> str:
+    """Triton's name for the type of an argument."""
+    if isinstance(value, Tensor):
+        names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8"}
+        name = str(value.dtype).removeprefix("torch.")
+        return "*" + names.get(name, name.replace("int", "i"))
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+class Recorder:
+    """Stands in for a kernel: `recorder[grid](...)` only notes what it was called with."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel = kernel
+        self.launches = launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*values: Any, **named: Any) -> None:
+            options = {name: named.pop(name) for name in OPTIONS if name in named}
+            positional = dict(zip(self.kernel.arg_names, values, strict=False))
+            self.launches.append(Launch(self.kernel, grid, positional | named, options))
+
+        return launch
+
+
+@contextmanager
+def recorded_kernels(arch: int = 90) -> Iterator[list[Launch]]:
+    """Kernels only note their launches, as on a GPU of `arch`, in the list that this gives."""
+    launches: list[Launch] = []
+    with ExitStack() as stack:
+        for module, name in KERNELS:
+            recorder = Recorder(getattr(module, name), launches)
+            stack.enter_context(patch.object(module, name, recorder))
+        stack.enter_context(patch.object(triton_launch, "is_hopper", lambda device: arch >= 90))
+        yield launches
+
+
+def record_launches(
+    kv_format: KVFormat,
+    *,
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    num_kv_heads: int = 8,
+    group_size: int = 4,
+    query_lens: Sequence[int] = (1,),
+    dtype: torch.dtype = torch.bfloat16,
+    arch: int = 90,
+    has_streams: bool = False,
+    **rules: Any,
+) -> list[Launch]:
+    """One layer's attention and storing, with one block to be sealed, on a GPU of `arch`."""
+    value_dim = head_dim if value_dim is None else value_dim
+    layer = LayerSpec(
+        kv_format=kv_format, num_kv_heads=num_kv_heads, key_dim=head_dim, value_dim=value_dim
+    )
+    geometry = cache_geometry([layer], dtype)
+    layout = layer.record_layout(dtype)
+    arena = torch.empty(16, num_kv_heads, layout.record_bytes, dtype=torch.uint8, device=META)
+    records = layer_records(arena, layout, dtype, geometry.open_block_size)
+
+    def longs(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=META)
+
+    count, num_tokens = len(query_lens), sum(query_lens)
+    num_seals = 0 if kv_format.is_native else 1
+    step = StepIndices(
+        query_lens=tuple(query_lens),
+        context_lens_host=(1024,) * count,
+        context_lens=longs(count),
+        query_start_loc=longs(count + 1),
+        positions=longs(num_tokens),
+        open_table=longs(count, 32),
+        sealed_table=longs(count, 32),
+        num_sealed=longs(count),
+        stored_tokens=longs(num_tokens),
+        stored_slots=longs(num_tokens),
+        seal_block_ids=longs(num_seals),
+        seal_sources=longs(num_seals, geometry.block_size),
+        block_size=geometry.block_size,
+        open_block_size=geometry.open_block_size,
+        num_head_tokens=geometry.num_head_tokens,
+        num_sink_tokens=longs(count) if has_streams else None,
+        window_sizes=longs(count) if has_streams else None,
+    )
+    heads = (num_kv_heads * group_size, num_kv_heads, num_kv_heads)
+    dims = (head_dim, head_dim, value_dim)
+    query, key, value = (
+        torch.empty(num_tokens, *shape, dtype=dtype, device=META)
+        for shape in zip(heads, dims, strict=True)
+    )
+    rules = {"scale": head_dim**-0.5} | rules
+    backend = choose_backend(torch.device("cuda"))
+    with recorded_kernels(arch) as launches:
+        backend.attend_and_store(query, key, value, records, step, TritonPlan(step), **rules)
+    return launches
+
+
+def bytes_of_tile(launch: Launch) -> int:
+    """K/V bytes that one turn of an attention kernel's loop reads, metadata included."""
+    constants = launch.arguments
+    if launch.name == "attend_chunk":
+        return int(constants["RECORD_BYTES"] * constants["TILE"] // constants["BLOCK_SIZE"])
+    if launch.name == "attend_sealed":
+        rows_of_codes = constants["BLOCK_SIZE"] * constants["BITS"] // 8
+        return int(constants["RECORD_BYTES"] * constants["TILE"] // rows_of_codes)
+    itemsize = constants["open_blocks"].element_size()
+    return int(constants["TILE"] * (constants["KEY_DIM"] + constants["VALUE_DIM"]) * itemsize)
+
+
+def context_loop_density(launch: Launch, code: MachineCode) -> float:
+    """Warp-instructions for each K/V byte in the loop over context.
+
+    It comes before the loop over new tokens, which `attend_open` also has.
+    """
+    loops = [loop for loop in code.loops if loop.num_mma]
+    first = min(loops, key=lambda loop: (loop.start, -loop.end))
+    innermost = min(
+        (loop for loop in loops if loop.positions <= first.positions),
+        key=lambda loop: loop.num_instructions,
+    )
+    return instructions_per_byte(innermost, launch.options["num_warps"], bytes_of_tile(launch))

@@ -1,0 +1,158 @@
+"""Functions for native workers: memory at addresses, atomic counters, calls, and how to compile.
+
+Knows numba, and where the rows of a tensor are. A worker is one function that every thread runs,
+with the address of its parameters.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as numba_intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .vectors import CACHE_LINE, FLOAT, LONG
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_local = threading.local()
+
+
+class Scratch(NamedTuple):
+    """Memory that the threads of a worker write to; who keeps the address keeps the memory."""
+
+    address: int
+    memory: NDArray[np.uint8]
+
+
+def thread_scratch(name: str, num_threads: int, num_bytes: int) -> Scratch:
+    """Scratch of `num_bytes` for each thread of a worker; whoever starts one has its own."""
+    kept: dict[str, Scratch] = _local.__dict__
+    if name not in kept or kept[name].memory.size < num_threads * num_bytes + CACHE_LINE:
+        memory = np.empty(num_threads * num_bytes + CACHE_LINE, dtype=np.uint8)
+        kept[name] = Scratch(-(-int(memory.ctypes.data) // CACHE_LINE) * CACHE_LINE, memory)
+    return kept[name]
+
+
+def row_addresses(tensor: Tensor) -> tuple[int, int, int]:
+    """Of [T, heads, D]: address, bytes from token to token and from head to head."""
+    size = tensor.element_size()
+    token_stride, head_stride, _ = tensor.stride()
+    return tensor.data_ptr(), size * token_stride, size * head_stride
+
+
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """Instructions written by hand; callers leave out the first argument, the typing context."""
+    return numba_intrinsic(function)
+
+
+def native(function: Function) -> Function:
+    """Compile a function into the worker that calls it.
+
+    Python never calls it, and to compile without wrappers takes less time.
+    """
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast(Function, numba.njit(error_model="numpy", **options)(function))
+
+
+def worker(function: Callable[[Any], None]) -> Any:
+    """Compile a function of one pointer for native callers; kept on disk where that can be."""
+    signature = types.void(types.voidptr)
+    try:
+        return numba.cfunc(signature, cache=True)(function)
+    except RuntimeError:  # no folder can be written
+        return numba.cfunc(signature)(function)
+
+
+@cache
+def source_hash() -> int:
+    """Of all sources that workers are compiled from, for the key of a worker on disk.
+
+    Numba looks only at the file of the worker itself, and keys by what its closure holds.
+    """
+    digest = sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:7], "little") | 1
+
+
+@intrinsic
+def call(typing_context: Any, address: Any, arguments: Any) -> Any:
+    """Call native code at an address with a tuple of 64-bit integers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        unpacked = cgutils.unpack_tuple(builder, values[1])  # type: ignore[no-untyped-call]
+        longs = [
+            context.cast(builder, value, kind, types.int64)
+            for value, kind in zip(unpacked, signature.args[1].types, strict=True)
+        ]
+        function = ir.FunctionType(ir.VoidType(), [LONG] * len(longs))
+        builder.call(builder.inttoptr(values[0], function.as_pointer()), longs)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), codegen
+
+
+def loader(element: Any, kind: Any) -> Any:
+    """A function (address, index) that reads one element."""
+
+    @intrinsic
+    def load(typing_context: Any, address: Any, index: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            pointer = builder.inttoptr(values[0], kind.as_pointer())
+            return builder.load(builder.gep(pointer, [values[1]]))
+
+        return element(types.int64, types.int64), codegen
+
+    return load
+
+
+def storer(element: Any, kind: Any) -> Any:
+    """A function (address, index, value) that writes one element."""
+
+    @intrinsic
+    def store(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            pointer = builder.inttoptr(values[0], kind.as_pointer())
+            builder.store(values[2], builder.gep(pointer, [values[1]]))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, element), codegen
+
+    return store
+
+
+load_long: Callable[[int, int], int] = loader(types.int64, LONG)
+load_float: Callable[[int, int], np.float32] = loader(types.float32, FLOAT)
+store_long: Callable[[int, int, int], None] = storer(types.int64, LONG)
+store_float: Callable[[int, int, np.float32], None] = storer(types.float32, FLOAT)
+
+
+@intrinsic
+def fetch_add(typing_context: Any, address: Any) -> Any:
+    """Count up, and return the count before; what was written before is then seen by others."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], LONG.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(LONG, 1), "seq_cst")
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def address_of(typing_context: Any, pointer: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.ptrtoint(values[0], LONG)
+
+    return types.int64(types.voidptr), codegen

@@ -1,0 +1,293 @@
+"""Copy tokens and quantize a block on a CPU, as machine code.
+
+Knows addresses and element kinds. The codes are those of the torch reference in `quantize`, bit by
+bit: the same float32 operations in the same order, halves rounded to even.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+from llvmlite import ir
+
+from ..eager.quantize import FP16_MAX, INT8_LIMIT, INT8_OFFSET
+from .microkernels import ELEMENT_TYPES, MAX_DIM, NUM_PLANES, decode
+from .vectors import (
+    BYTE,
+    FLOAT,
+    HALF,
+    INT,
+    SHORT,
+    Emitter,
+    MachineCode,
+    host_width,
+)
+
+MAX_BLOCK_SIZE: Final = 128
+KEY_ROW_BYTES: Final = (MAX_BLOCK_SIZE + 16) * 4  # of a channel's tokens in scratch
+VALUE_ROW_BYTES: Final = (MAX_DIM + 16) * 4  # of a token's channels in scratch
+COPY_UNROLL: Final = 8  # dims are multiples of 8
+NAN_BITS: Final = 0x7FC00000  # of a float32
+
+
+@cache
+def copy_kernel(source_kind: str, target_kind: str) -> MachineCode:
+    """Copy elements at strides: of one kind, to float32, or from float32, rounded to even.
+
+    Arguments: source, source stride, target, target stride, count (a multiple of 8).
+    """
+    emitter = Emitter("copy", 5)
+    source, source_stride, target, target_stride, count = emitter.arguments
+    builder = emitter.builder
+    with emitter.loop(emitter.long(0), count, COPY_UNROLL) as first:
+        start = builder.add(source, builder.mul(first, source_stride))
+        end = builder.add(target, builder.mul(first, target_stride))
+        for _ in range(COPY_UNROLL):
+            element = emitter.load(start, ELEMENT_TYPES[source_kind], 1)
+            if source_kind != target_kind:
+                [element] = decode(emitter, element, source_kind)
+                element = encode(emitter, element, target_kind)
+            emitter.store(element, end)
+            start, end = builder.add(start, source_stride), builder.add(end, target_stride)
+    return MachineCode("copy", emitter.finish())
+
+
+def encode(emitter: Emitter, floats: Any, kind: str) -> Any:
+    """A float32 vector as elements of open blocks, rounded to even; the inverse of `decode`."""
+    builder, lanes = emitter.builder, floats.type.count
+    if kind == "float32":
+        return floats
+    if kind == "float16":
+        return builder.fptrunc(floats, ir.VectorType(HALF, lanes))
+    ints = ir.VectorType(INT, lanes)
+    bits = builder.bitcast(floats, ints)
+    is_odd = builder.and_(
+        builder.lshr(bits, emitter.integers(16, INT, lanes)), emitter.integers(1, INT, lanes)
+    )
+    rounded = builder.add(bits, builder.add(is_odd, emitter.integers(0x7FFF, INT, lanes)))
+    is_number = builder.fcmp_ordered("ord", floats, floats)
+    rounded = builder.select(is_number, rounded, emitter.integers(NAN_BITS, INT, lanes))
+    high = builder.lshr(rounded, emitter.integers(16, INT, lanes))
+    return builder.trunc(high, ir.VectorType(SHORT, lanes))
+
+
+def clamp(emitter: Emitter, vector: Any, low: float, high: float) -> Any:
+    lanes = vector.type.count
+    vector = emitter.strict_maximum(vector, emitter.constant(low, lanes))
+    return emitter.strict_minimum(vector, emitter.constant(high, lanes))
+
+
+def to_half(emitter: Emitter, vector: Any) -> tuple[Any, Any]:
+    """float32 rounded to half, saturating: the halves, and these as float32 again."""
+    lanes = vector.type.count
+    saturated = clamp(emitter, vector, -FP16_MAX, FP16_MAX)
+    halves = emitter.builder.fptrunc(saturated, ir.VectorType(HALF, lanes))
+    return halves, emitter.half_to_float(halves)
+
+
+def to_codes(emitter: Emitter, vector: Any, scale: Any, low: int, high: int) -> Any:
+    """Rounded quotients as integers within [low, high]; 0 where the scale is 0 or no number."""
+    builder, lanes = emitter.builder, vector.type.count
+    zero = emitter.constant(0.0, lanes)
+    quotient = builder.fdiv(vector, scale)
+    is_number = builder.fcmp_ordered("!=", scale, zero)
+    quotient = builder.select(is_number, quotient, zero)
+    is_number = builder.fcmp_ordered("ord", quotient, quotient)
+    quotient = builder.select(is_number, quotient, zero)
+    rounded = clamp(emitter, emitter.round_to_even(quotient), float(low), float(high))
+    return builder.fptosi(rounded, ir.VectorType(INT, lanes))
+
+
+def store_bytes(emitter: Emitter, codes: Any, address: Any) -> None:
+    emitter.store(emitter.builder.trunc(codes, ir.VectorType(BYTE, codes.type.count)), address)
+
+
+def range_to_metadata(
+    emitter: Emitter, low: Any, high: Any, clip: Any, bits: int
+) -> tuple[Any, Any, Any, Any]:
+    """Scale and zero point of an asymmetric range: halves, and the same as float32."""
+    builder, lanes = emitter.builder, low.type.count
+    two, top = emitter.constant(2.0, lanes), emitter.constant(float((1 << bits) - 1), lanes)
+    middle = builder.fdiv(builder.fadd(low, high), two)
+    half_range = builder.fmul(builder.fdiv(builder.fsub(high, low), two), clip)
+    scale_half, scale = to_half(emitter, builder.fdiv(builder.fmul(two, half_range), top))
+    zero_half, zero = to_half(emitter, builder.fsub(middle, half_range))
+    return scale_half, zero_half, scale, zero
+
+
+def asymmetric_codes(emitter: Emitter, vector: Any, scale: Any, zero: Any, bits: int) -> Any:
+    shifted = emitter.builder.fsub(vector, zero)
+    return to_codes(emitter, shifted, scale, 0, (1 << bits) - 1)
+
+
+@cache
+def symmetric_key_kernel() -> MachineCode:
+    """8-bit keys, one scale for each token; tokens in the lanes.
+
+    Arguments: keys [key_dim][KEY_ROW_BYTES], key_dim, tokens, codes [key_dim][tokens], scale
+    (half [tokens]).
+    """
+    lanes = host_width()
+    emitter = Emitter("symmetric_keys", 5)
+    keys, key_dim, num_tokens, codes, scale_address = emitter.arguments
+    builder = emitter.builder
+    with emitter.loop(emitter.long(0), num_tokens, lanes) as token:
+        column = emitter.offset(keys, emitter.times(token, 4))
+        top = emitter.variable(emitter.constant(0.0, lanes))
+        with emitter.loop(emitter.long(0), key_dim, 1) as channel:
+            place = emitter.offset(column, emitter.times(channel, KEY_ROW_BYTES))
+            absolute = emitter.absolute(emitter.load(place, FLOAT, lanes))
+            builder.store(emitter.strict_maximum(absolute, builder.load(top)), top)
+        limit = emitter.constant(float(INT8_LIMIT), lanes)
+        halves, scale = to_half(emitter, builder.fdiv(builder.load(top), limit))
+        emitter.store(halves, emitter.offset(scale_address, emitter.times(token, 2)))
+        with emitter.loop(emitter.long(0), key_dim, 1) as channel:
+            place = emitter.offset(column, emitter.times(channel, KEY_ROW_BYTES))
+            code = to_codes(
+                emitter, emitter.load(place, FLOAT, lanes), scale, -INT8_LIMIT, INT8_LIMIT
+            )
+            code = builder.add(code, emitter.integers(INT8_OFFSET, INT, lanes))
+            line = emitter.offset(codes, builder.mul(channel, num_tokens), token)
+            store_bytes(emitter, code, line)
+    return MachineCode("symmetric_keys", emitter.finish())
+
+
+@cache
+def symmetric_value_kernel() -> MachineCode:
+    """8-bit values, one scale for each token; channels in the lanes.
+
+    Arguments: values [tokens][VALUE_ROW_BYTES], value_dim, tokens, codes [tokens][value_dim],
+    scale (half [tokens]).
+    """
+    lanes = min(host_width(), 8)
+    emitter = Emitter("symmetric_values", 5)
+    values, value_dim, num_tokens, codes, scale_address = emitter.arguments
+    builder = emitter.builder
+    with emitter.loop(emitter.long(0), num_tokens, 1) as token:
+        row = emitter.offset(values, emitter.times(token, VALUE_ROW_BYTES))
+        top = emitter.variable(emitter.constant(0.0, lanes))
+        with emitter.loop(emitter.long(0), value_dim, lanes) as channel:
+            place = emitter.offset(row, emitter.times(channel, 4))
+            absolute = emitter.absolute(emitter.load(place, FLOAT, lanes))
+            builder.store(emitter.strict_maximum(absolute, builder.load(top)), top)
+        highest = emitter.splat(emitter.reduce(builder.load(top), emitter.strict_maximum), lanes)
+        limit = emitter.constant(float(INT8_LIMIT), lanes)
+        halves, scale = to_half(emitter, builder.fdiv(highest, limit))
+        first = builder.extract_element(halves, ir.Constant(INT, 0))
+        emitter.store(first, emitter.offset(scale_address, emitter.times(token, 2)))
+        with emitter.loop(emitter.long(0), value_dim, lanes) as channel:
+            place = emitter.offset(row, emitter.times(channel, 4))
+            code = to_codes(
+                emitter, emitter.load(place, FLOAT, lanes), scale, -INT8_LIMIT, INT8_LIMIT
+            )
+            code = builder.add(code, emitter.integers(INT8_OFFSET, INT, lanes))
+            store_bytes(
+                emitter, code, emitter.offset(codes, builder.mul(token, value_dim), channel)
+            )
+    return MachineCode("symmetric_values", emitter.finish())
+
+
+def lowest_and_highest(emitter: Emitter, start: Any, count: Any, lanes: int) -> tuple[Any, Any]:
+    """Of `count` floats, in all lanes."""
+    builder = emitter.builder
+    first = emitter.load(start, FLOAT, lanes)
+    low, high = emitter.variable(first), emitter.variable(first)
+    with emitter.loop(emitter.long(lanes), count, lanes) as index:
+        vector = emitter.load(emitter.offset(start, emitter.times(index, 4)), FLOAT, lanes)
+        builder.store(emitter.strict_minimum(vector, builder.load(low)), low)
+        builder.store(emitter.strict_maximum(vector, builder.load(high)), high)
+
+    return (
+        emitter.splat(emitter.reduce(builder.load(low), emitter.strict_minimum), lanes),
+        emitter.splat(emitter.reduce(builder.load(high), emitter.strict_maximum), lanes),
+    )
+
+
+@cache
+def asymmetric_key_kernel(bits: int) -> MachineCode:
+    """Keys per channel in groups of tokens; tokens in the lanes, planes of tokens packed.
+
+    Arguments: keys [key_dim][KEY_ROW_BYTES], key_dim, tokens, tokens of a group, codes
+    [key_dim][code rows], scale and zero point (half [groups][key_dim]), address of the clip ratio,
+    scratch for codes (int32 [tokens]).
+    """
+    lanes, num_planes = host_width(), NUM_PLANES[f"int{bits}"]
+    emitter = Emitter("asymmetric_keys", 9)
+    keys, key_dim, num_tokens, group_size, codes, scale_at, zero_at, clip_at, scratch = (
+        emitter.arguments
+    )
+    builder = emitter.builder
+    clip = emitter.splat(emitter.load(clip_at, FLOAT), lanes)
+    num_rows = builder.udiv(num_tokens, emitter.long(num_planes))
+    with emitter.loop(emitter.long(0), key_dim, 1) as channel:
+        row = emitter.offset(keys, emitter.times(channel, KEY_ROW_BYTES))
+        metadata = emitter.variable(emitter.times(channel, 2))
+        with emitter.loop_by(emitter.long(0), num_tokens, group_size) as first:
+            start = emitter.offset(row, emitter.times(first, 4))
+            low, high = lowest_and_highest(emitter, start, group_size, lanes)
+            scale_half, zero_half, scale, zero = range_to_metadata(emitter, low, high, clip, bits)
+            place = builder.load(metadata)
+            for halves, address in ((scale_half, scale_at), (zero_half, zero_at)):
+                half = builder.extract_element(halves, ir.Constant(INT, 0))
+                emitter.store(half, builder.add(address, place))
+            builder.store(builder.add(place, emitter.times(key_dim, 2)), metadata)
+            with emitter.loop(emitter.long(0), group_size, lanes) as token:
+                at = emitter.times(token, 4)
+                vector = emitter.load(builder.add(start, at), FLOAT, lanes)
+                code = asymmetric_codes(emitter, vector, scale, zero, bits)
+                emitter.store(code, emitter.offset(scratch, emitter.times(first, 4), at))
+        with emitter.loop(emitter.long(0), num_rows, lanes) as token_row:
+            packed = None
+            for plane in range(num_planes):
+                token = builder.add(token_row, emitter.times(num_rows, plane))
+                code = emitter.load(emitter.offset(scratch, emitter.times(token, 4)), INT, lanes)
+                packed = pack_plane(emitter, packed, code, plane * bits)
+            line = emitter.offset(codes, builder.mul(channel, num_rows), token_row)
+            store_bytes(emitter, packed, line)
+    return MachineCode("asymmetric_keys", emitter.finish())
+
+
+def pack_plane(emitter: Emitter, packed: Any, codes: Any, shift: int) -> Any:
+    """`packed`, which is None at first, with codes at their bits."""
+    if packed is None:
+        return codes
+    builder = emitter.builder
+    shifted = builder.shl(codes, emitter.integers(shift, INT, codes.type.count))
+    return builder.or_(packed, shifted)
+
+
+@cache
+def asymmetric_value_kernel(bits: int) -> MachineCode:
+    """Values per token; channels in the lanes, tokens of all planes packed together.
+
+    Arguments: values [tokens][VALUE_ROW_BYTES], value_dim, tokens, codes [code rows][value_dim],
+    scale and zero point (half [tokens]), address of the clip ratio.
+    """
+    lanes, num_planes = min(host_width(), 8), NUM_PLANES[f"int{bits}"]
+    emitter = Emitter("asymmetric_values", 7)
+    values, value_dim, num_tokens, codes, scale_at, zero_at, clip_at = emitter.arguments
+    builder = emitter.builder
+    clip = emitter.splat(emitter.load(clip_at, FLOAT), lanes)
+    num_rows = builder.udiv(num_tokens, emitter.long(num_planes))
+    with emitter.loop(emitter.long(0), num_rows, 1) as token_row:
+        planes = []
+        for plane in range(num_planes):
+            token = builder.add(token_row, emitter.times(num_rows, plane))
+            row = emitter.offset(values, emitter.times(token, VALUE_ROW_BYTES))
+            low, high = lowest_and_highest(emitter, row, value_dim, lanes)
+            scale_half, zero_half, scale, zero = range_to_metadata(emitter, low, high, clip, bits)
+            for halves, address in ((scale_half, scale_at), (zero_half, zero_at)):
+                half = builder.extract_element(halves, ir.Constant(INT, 0))
+                emitter.store(half, emitter.offset(address, emitter.times(token, 2)))
+            planes.append((row, scale, zero))
+        with emitter.loop(emitter.long(0), value_dim, lanes) as channel:
+            packed = None
+            for plane, (row, scale, zero) in enumerate(planes):
+                place = emitter.offset(row, emitter.times(channel, 4))
+                vector = emitter.load(place, FLOAT, lanes)
+                code = asymmetric_codes(emitter, vector, scale, zero, bits)
+                packed = pack_plane(emitter, packed, code, plane * bits)
+            line = emitter.offset(codes, builder.mul(token_row, value_dim), channel)
+            store_bytes(emitter, packed, line)
+    return MachineCode("asymmetric_values", emitter.finish())

@@ -1,0 +1,39 @@
+"""Compile what a CPU cache needs before the first step, and say so where it takes a while."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from hashlib import sha256
+
+import llvmlite
+import numba
+
+from ..block_views import LayerRecords
+from .attention import layer_fields as attention_fields
+from .native_attention import attention_worker
+from .native_code import source_hash
+from .store import layer_fields as store_fields
+from .store import store_worker
+from .vectors import cache_folder, host_features, host_name
+
+logger = logging.getLogger("paged_kv")
+
+
+def warm_up(layers: Sequence[LayerRecords]) -> None:
+    """Compile the workers, and the microkernels of these layers, or read them from the disk."""
+    parts = (source_hash(), numba.__version__, llvmlite.__version__, host_name(), host_features())
+    stamp = cache_folder() / f"compiled-{sha256(repr(parts).encode()).hexdigest()}"
+    is_first = not stamp.exists()
+    if is_first:
+        logger.warning("compiling the CPU kernels, once on this machine: about 5 seconds")
+    attention_worker()
+    store_worker()
+    for records in layers:
+        attention_fields(records, has_softcap=False)
+        store_fields(records)
+    if is_first:
+        try:
+            stamp.touch()
+        except OSError:
+            return  # a folder that cannot be written: told and compiled again at the next start

@@ -1,0 +1,150 @@
+"""The shape of a sequence: how many of its tokens lie in which blocks. Knows counts, never ids.
+
+A sequence is head | body | tail: the head's tokens stay in open blocks for life, the body is
+sealed blocks in order, the tail is the newest tokens in open blocks. A *link* is a stretch of
+tokens whose block never changes once they are complete, and which sequences can therefore share:
+each head block, each body block, and in the native format every full block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
+
+IntArray = NDArray[np.int64]
+BlockIds = NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockGeometry:
+    """How many tokens go where; all sizes in tokens.
+
+    Where `block_size == open_block_size` (the native format) blocks never seal, and a sequence is
+    its tail alone.
+    """
+
+    block_size: int
+    open_block_size: int
+    num_head_tokens: int
+    min_tail_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.open_block_size < 1 or self.block_size % self.open_block_size:
+            raise ConfigError(
+                f"block_size ({self.block_size}) must be a multiple of open_block_size "
+                f"({self.open_block_size})"
+            )
+        if self.num_head_tokens < 0 or self.num_head_tokens % self.open_block_size:
+            raise ConfigError(
+                "num_head_tokens must be whole open blocks of "
+                f"{self.open_block_size} tokens, got {self.num_head_tokens}"
+            )
+        if self.min_tail_tokens < 0:
+            raise ConfigError(f"min_tail_tokens must not be negative, got {self.min_tail_tokens}")
+
+    @cached_property
+    def seals(self) -> bool:
+        return self.block_size > self.open_block_size
+
+    @cached_property
+    def num_head_blocks(self) -> int:
+        return self.num_head_tokens // self.open_block_size
+
+    @cached_property
+    def open_blocks_per_block(self) -> int:
+        """Open blocks that hold as many tokens as one sealed block."""
+        return self.block_size // self.open_block_size
+
+    def num_sealed_blocks(self, num_tokens: IntArray) -> IntArray:
+        """Blocks sealed once `num_tokens` are stored: the tail keeps at least `min_tail_tokens`."""
+        if not self.seals:
+            return np.zeros_like(num_tokens)
+        sealable = num_tokens - self.num_head_tokens - self.min_tail_tokens
+        return np.maximum(sealable // self.block_size, 0)
+
+    def open_table_width(self, max_tokens: int) -> int:
+        """Columns that the open blocks of one sequence of up to `max_tokens` need."""
+        if not self.seals:
+            return -(-max_tokens // self.open_block_size)
+        # A step appends its new blocks behind a tail that is shortened when the step is committed;
+        # drafts, at most `block_size` of them, lengthen a tail beyond where it would be sealed.
+        longest_tail = self.block_size + self.min_tail_tokens
+        width = 2 * -(-longest_tail // self.open_block_size) + 2 * self.open_blocks_per_block
+        return min(self.num_head_blocks + width, -(-max_tokens // self.open_block_size))
+
+    def sealed_table_width(self, max_tokens: int) -> int:
+        return int(self.num_sealed_blocks(np.array([max_tokens]))[0])
+
+    def num_links(self, num_tokens: int) -> int:
+        """Complete links among the first `num_tokens` tokens."""
+        if not self.seals or num_tokens < self.num_head_tokens:
+            return num_tokens // self.open_block_size
+        return self.num_head_blocks + (num_tokens - self.num_head_tokens) // self.block_size
+
+    def num_shareable_links(self, num_tokens: int) -> int:
+        """Links that a new sequence of `num_tokens` may take over from others.
+
+        At least one token is left to compute, for its logits, and no more blocks are sealed than
+        the sequence would have sealed itself.
+        """
+        links = self.num_links(max(num_tokens - 1, 0))
+        if not self.seals:
+            return links
+        sealable = num_tokens - self.num_head_tokens - self.min_tail_tokens
+        return min(links, self.num_head_blocks + max(sealable // self.block_size, 0))
+
+    def link_size(self, link: int) -> int:
+        """Tokens in a link, given by its index."""
+        is_open = not self.seals or link < self.num_head_blocks
+        return self.open_block_size if is_open else self.block_size
+
+    def link_end(self, num_links: int) -> int:
+        """Tokens in the first `num_links` links."""
+        if not self.seals or num_links <= self.num_head_blocks:
+            return num_links * self.open_block_size
+        return self.num_head_tokens + (num_links - self.num_head_blocks) * self.block_size
+
+    def blocks_held(self, num_tokens: int) -> int:
+        """Blocks of a sequence that stores `num_tokens`."""
+        num_sealed = int(self.num_sealed_blocks(np.array([num_tokens]))[0])
+        return self.count_blocks(num_tokens, num_sealed)
+
+    def count_blocks(self, num_tokens: int, num_sealed: int) -> int:
+        """Blocks of a sequence that stores `num_tokens`, of which exactly so many are sealed."""
+        open_end = -(-num_tokens // self.open_block_size)
+        return open_end - num_sealed * (self.open_blocks_per_block - 1)
+
+    def blocks_to_grow(self, num_tokens: int, num_sealed: int, new_num_tokens: int) -> int:
+        """Blocks that one step takes to lengthen a sequence that shares none of its open blocks.
+
+        Those that it then gives back, because their tokens were sealed, are not deducted.
+        """
+        per_block = self.open_blocks_per_block
+        num_open = -(-num_tokens // self.open_block_size) - num_sealed * per_block
+        new_sealed = int(self.num_sealed_blocks(np.array([new_num_tokens]))[0]) - num_sealed
+        new_sealed = max(new_sealed, 0)
+        leaving = min(new_sealed * per_block, max(num_open - self.num_head_blocks, 0))
+        open_end = -(-new_num_tokens // self.open_block_size)
+        new_open = open_end - (num_sealed + new_sealed) * per_block - num_open + leaving
+        return new_sealed + new_open
+
+    def max_blocks(self, num_tokens: int, num_before: int = 0) -> int:
+        """The most blocks that a sequence holds at once as it grows to `num_tokens`, one a step.
+
+        It begins with `num_before` tokens; what it held until then does not count.
+        A step that seals holds the new block and the open blocks it replaces together. Larger
+        steps may need more at once; single-token steps are what always makes progress.
+        """
+        after = np.arange(max(num_tokens - 2 * self.block_size, num_before), num_tokens) + 1
+        sealed_before = self.num_sealed_blocks(after - 1)
+        newly_sealed = self.num_sealed_blocks(after) - sealed_before
+        # With no minimal tail the token that completes a block is sealed without being stored.
+        stored = after - newly_sealed * (self.min_tail_tokens == 0)
+        open_end = -(-stored // self.open_block_size)
+        open_before_seal = open_end - sealed_before * self.open_blocks_per_block
+        return int((sealed_before + newly_sealed + open_before_seal).max(initial=0))

@@ -1,0 +1,112 @@
+"""Chained hashes of a sequence's tokens: what prefix sharing trusts. Knows tokens, never blocks.
+
+The hash of a link covers its tokens, the hash of the link before it, and through the first one the
+*root*: the fingerprint of everything that decides what K/V the tokens become (model, format and
+its parameters) and the sequence's own extra keys (adapter, media, salt). SHA-256, so that nobody
+can make two prefixes that meet in one hash.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InvalidRequestError
+from .geometry import BlockGeometry
+from .sink_window import SinkWindow
+
+TokenIds = NDArray[np.int32]
+ExtraKey = bytes | str | int
+NO_LIMIT: Final = 1 << 40  # links
+
+
+def as_token_ids(values: ArrayLike) -> TokenIds:
+    """A flat sequence of 32-bit integers as an array; raises `InvalidRequestError` otherwise."""
+    try:
+        if isinstance(values, list):  # twice as fast as numpy's own conversion, and as strict
+            return np.frombuffer(array("i", values), dtype=np.int32)
+        token_ids = np.asarray(values)
+        is_integer = not token_ids.size or token_ids.dtype.kind in "iu"
+        if token_ids.ndim == 1 and is_integer and fits_int32(token_ids):
+            return token_ids.astype(np.int32)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InvalidRequestError(f"token ids must be a flat list of 32-bit integers, got {values!r}")
+
+
+def fits_int32(values: NDArray[np.integer]) -> bool:
+    limits = np.iinfo(np.int32)
+    return not values.size or (values.min() >= limits.min and values.max() <= limits.max)
+
+
+def root_hash(fingerprint: bytes, extra_keys: Sequence[ExtraKey] = ()) -> bytes:
+    """What a chain starts from. Types and lengths are hashed too: keys cannot run together."""
+    digest = sha256(b"paged_kv prefix 1")
+    for key in (fingerprint, *extra_keys):
+        if type(key) not in (bytes, str, int):  # whatever else may look the same and not be it
+            raise InvalidRequestError(f"an extra key must be bytes, str or int, got {key!r}")
+        data = key if isinstance(key, bytes) else str(key).encode(errors="surrogatepass")
+        digest.update(f"{type(key).__name__}:{len(data)}:".encode() + data)
+    return digest.digest()
+
+
+def link_hash(parent: bytes, token_bytes: bytes) -> bytes:
+    """Hash of a link whose token ids are `token_bytes`, 4 bytes each in little-endian order."""
+    return sha256(parent + token_bytes).digest()
+
+
+class TokenChain:
+    """The tokens of a sequence, and the hash of each complete link as far as it was needed.
+
+    With a `sink_window` they are a stream's, which shares only what comes before any eviction: K/V
+    of later tokens depend on what they did not see.
+    """
+
+    __slots__ = ("hashes", "root", "sink_window", "token_ids")
+
+    def __init__(
+        self, token_ids: TokenIds, root: bytes, sink_window: SinkWindow | None = None
+    ) -> None:
+        self.token_ids = token_ids
+        self.root = root
+        self.sink_window = sink_window
+        self.hashes: list[bytes] = []
+
+    def with_tokens(self, token_ids: TokenIds) -> TokenChain:
+        """The same hashes over an array that begins with the same tokens."""
+        chain = TokenChain(token_ids, self.root, self.sink_window)
+        chain.hashes = self.hashes.copy()
+        return chain
+
+    def num_shareable_links(self, geometry: BlockGeometry) -> int:
+        """Links that a new sequence of these tokens may take over from others."""
+        num_tokens = len(self.token_ids)
+        return min(geometry.num_shareable_links(num_tokens), self.link_limit(geometry))
+
+    def link_limit(self, geometry: BlockGeometry) -> int:
+        """Links of the sequence, however long it gets, that may be shared."""
+        if self.sink_window is None:
+            return NO_LIMIT
+        return geometry.num_links(self.sink_window.num_visible_tokens)
+
+    def hash_links(self, geometry: BlockGeometry, num_links: int) -> None:
+        """Extend the hashes to the first `num_links` links of `token_ids`."""
+        hashes, known = self.hashes, len(self.hashes)
+        if known >= num_links:
+            return
+        start, parent = geometry.link_end(known), hashes[-1] if hashes else self.root
+        if known + 1 == num_links:  # what decoding completes
+            end = start + geometry.link_size(known)
+            hashes.append(link_hash(parent, self.token_ids[start:end].tobytes()))
+            return
+        data, position = self.token_ids[start : geometry.link_end(num_links)].tobytes(), 0
+        for link in range(known, num_links):
+            size = 4 * geometry.link_size(link)
+            parent = link_hash(parent, data[position : position + size])
+            position += size
+            hashes.append(parent)

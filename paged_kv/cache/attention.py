@@ -1,0 +1,116 @@
+"""Attention over paged context, as a model's layer calls it. Knows one layer's tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from .kv_cache import LayerSpec, PagedKVCache, Step
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedKVCache,
+    layer: int,
+    step: Step,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    attention_chunk: int | None = None,
+    sink_logits: Tensor | None = None,
+    sink_query: Tensor | None = None,
+) -> Tensor:
+    """Attend from a step's new tokens to all earlier ones, then store their K/V.
+
+    `query` [T, num_q_heads, key_dim], `key` [T, num_kv_heads, key_dim] and `value`
+    [T, num_kv_heads, value_dim] are the flattened new tokens of every sequence of the step, in
+    the order of the plan. Returns [T, num_q_heads, value_dim]. `scale` defaults to
+    key_dim ** -0.5; for the masks see `kernels.attention.attend`. Call it once for each layer.
+
+    In a step with streams that have evicted (`Step.head_shifts` is not None), `sink_query` is the
+    query with positions that many tokens smaller (RoPE: rotated back by as many): it scores sinks.
+    """
+    check_shapes(query, key, value, cache.layers[layer], len(step.indices.positions))
+    check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
+    check_sink_query(query, sink_query, step, attention_chunk)
+    return cache.backend.attend_and_store(
+        query,
+        key,
+        value,
+        cache.records[layer],
+        step.indices,
+        step.plan,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        attention_chunk=attention_chunk,
+        sink_logits=sink_logits,
+        sink_query=sink_query,
+    )
+
+
+def check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, layer: LayerSpec, num_tokens: int
+) -> None:
+    """Raise `ConfigError` unless the tensors are one layer's new tokens, in one precision."""
+    expected_key = (num_tokens, layer.num_kv_heads, layer.key_dim)
+    expected_value = (num_tokens, layer.num_kv_heads, layer.value_dim)
+    if key.shape != expected_key:
+        raise ConfigError(f"key must have shape {expected_key}, got {tuple(key.shape)}")
+    if value.shape != expected_value:
+        raise ConfigError(f"value must have shape {expected_value}, got {tuple(value.shape)}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ConfigError(
+            "query, key and value must have the same dtype, got "
+            f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    fits = (
+        query.ndim == 3
+        and query.shape[0] == num_tokens
+        and query.shape[1] > 0
+        and query.shape[1] % layer.num_kv_heads == 0
+        and query.shape[2] == layer.key_dim
+    )
+    if not fits:
+        raise ConfigError(
+            f"query must have shape ({num_tokens}, a multiple of {layer.num_kv_heads}, "
+            f"{layer.key_dim}), got {tuple(query.shape)}"
+        )
+
+
+def check_rules(
+    num_query_heads: int,
+    softcap: float | None,
+    sliding_window: int | None,
+    attention_chunk: int | None,
+    sink_logits: Tensor | None,
+) -> None:
+    """Raise `ConfigError` for masks that leave a token without itself, sinks without a head ..."""
+    for name, size in (("sliding_window", sliding_window), ("attention_chunk", attention_chunk)):
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} must be at least 1, got {size}")
+    if softcap is not None and not softcap > 0:
+        raise ConfigError(f"softcap must be positive, got {softcap}")
+    if sink_logits is not None and sink_logits.shape != (num_query_heads,):
+        raise ConfigError(
+            f"sink_logits must have shape ({num_query_heads},), got {tuple(sink_logits.shape)}"
+        )
+
+
+def check_sink_query(
+    query: Tensor, sink_query: Tensor | None, step: Step, attention_chunk: int | None
+) -> None:
+    """Raise `ConfigError` for streams whose sinks would be seen where they are not."""
+    if step.indices.window_sizes is not None and attention_chunk is not None:
+        raise ConfigError(f"streams and attention_chunk={attention_chunk} do not go together")
+    if sink_query is None:
+        if step.head_shifts is not None:
+            raise ConfigError("streams of this step have evicted tokens: sink_query is missing")
+    elif sink_query.shape != query.shape or sink_query.dtype != query.dtype:
+        raise ConfigError(
+            f"sink_query must be {query.dtype} of shape {tuple(query.shape)}, got "
+            f"{sink_query.dtype} of shape {tuple(sink_query.shape)}"
+        )

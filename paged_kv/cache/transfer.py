@@ -1,0 +1,372 @@
+"""A sequence as bytes, to go on with it elsewhere: for disaggregated prefill and tiers on disk.
+
+Knows the wire format, nothing of files or networks. Integers are little-endian:
+
+    frame     magic, version (u32), bytes of the header (u32), bytes of everything (u64)
+    header    JSON: what both sides must agree on, then what the sequence is
+    tokens    the known token ids, 4 bytes each
+    records   layer by layer [blocks, kv heads, record_bytes], blocks in the order of their tokens
+    checksum  SHA-256 of everything before it
+
+Records travel in the inner order of the device that they come from, which the header names; the
+side that imports them brings them into its own.
+
+The checksum is integrity, not authenticity: whoever can write the data can write the checksum, and
+no check tells K/V that a model computed from K/V that somebody made up. Take data only from where
+you would take the answers from. Records travel whole: what a sequence has not filled of its open
+blocks is whatever lay there before, possibly another sequence's tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from reprlib import repr as short_repr
+from struct import Struct
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..blocks.block_manager import BlockManager
+from ..blocks.geometry import BlockGeometry, BlockIds
+from ..blocks.token_chain import ExtraKey, TokenChain
+from ..errors import TransferError
+from .formats import RecordLayout
+from .kv_cache import LayerSpec, PagedKVCache
+
+MAGIC: Final = b"paged_kv"
+VERSION: Final = 2
+FRAME: Final = Struct("<8sIIQ")
+DIGEST_BYTES: Final = 32
+TOKEN_DTYPE: Final = np.dtype("<i4")
+# How records lie: on a CPU keys are channel-major, sealed and open; on a GPU sealed values.
+CHANNEL_MAJOR_KEYS: Final = "channel-major keys"
+CHANNEL_MAJOR_VALUES: Final = "channel-major values"
+
+JsonObject = dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceData:
+    """What an export says of its sequence, beside the bytes of its blocks."""
+
+    tokens: TokenChain
+    num_computed_tokens: int
+    num_sealed: int
+    record_order: str
+
+
+def export_sequence(
+    cache: PagedKVCache, manager: BlockManager, slot: int, *, model_fingerprint: bytes = b""
+) -> bytes:
+    """Everything that `import_sequence` needs to go on with a sequence, which stays as it is.
+
+    `manager` hands out the blocks of `cache`; `model_fingerprint` is what it was made with. Raises
+    `InvalidStepError` while a step is outstanding, or for a slot without a sequence.
+    """
+    manager.require_at_rest(slot)
+    tokens = manager.chain_of(slot)
+    if tokens.sink_window is not None:
+        raise TransferError(f"slot {slot} is a stream, which cannot be exported")
+    sequence = SequenceData(
+        tokens=tokens,
+        num_computed_tokens=int(manager.num_computed_tokens[slot]),
+        num_sealed=int(manager.num_sealed[slot]),
+        record_order=record_order_of(cache),
+    )
+    fields = shared_fields(cache, model_fingerprint) | sequence_fields(cache, sequence)
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    ids = on_device(cache, manager.block_ids(slot))
+    parts = [memoryview(header), tokens.token_ids.astype(TOKEN_DTYPE).data]
+    parts += [as_words(arena).index_select(0, ids).cpu().numpy().data for arena in cache.arenas]
+    num_bytes = FRAME.size + sum(part.nbytes for part in parts) + DIGEST_BYTES
+    parts.insert(0, memoryview(FRAME.pack(MAGIC, VERSION, len(header), num_bytes)))
+    checksum = sha256()
+    for part in parts:
+        checksum.update(part)
+    return b"".join([*parts, checksum.digest()])
+
+
+def import_sequence(
+    cache: PagedKVCache,
+    manager: BlockManager,
+    data: bytes | bytearray | memoryview,
+    *,
+    model_fingerprint: bytes = b"",
+    extra_keys: Sequence[ExtraKey] = (),
+) -> int:
+    """A slot for an exported sequence, in blocks of its own.
+
+    With prefix caching its complete links can be hit at once. Their hashes are computed here, from
+    the tokens and the `extra_keys` that the caller names as for `BlockManager.chain_tokens`; data
+    that say otherwise are refused, so that nobody plants blocks under another prefix's hash.
+
+    Raises `TransferError` for data that are corrupt or do not fit, `OutOfBlocksError` where slots
+    or blocks lack, `InvalidStepError` while a step is outstanding; nothing has changed then.
+    """
+    sequence, records = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
+    slot, block_ids = manager.place_sequence(
+        sequence.tokens, sequence.num_computed_tokens, sequence.num_sealed
+    )
+    try:
+        write_records(cache, sequence, records, block_ids)
+    except BaseException:
+        manager.remove_sequence(slot)
+        raise
+    manager.publish_sequence(slot)
+    return slot
+
+
+def on_device(cache: PagedKVCache, block_ids: BlockIds) -> Tensor:
+    return torch.from_numpy(block_ids.astype(np.int64)).to(cache.device)
+
+
+def as_words(records: Tensor) -> Tensor:
+    """Records in pieces of 8 bytes, which torch copies several times as fast as single ones."""
+    return records.view(torch.int64)
+
+
+# -- the header ---------------------------------------------------------------------------------
+
+
+def shared_fields(cache: PagedKVCache, model_fingerprint: bytes) -> JsonObject:
+    """What both sides must agree on."""
+    return {
+        "layers": [asdict(layer) for layer in cache.layers],
+        "dtype": str(cache.dtype).removeprefix("torch."),
+        "geometry": asdict(cache.geometry),
+        "byte_order": sys.byteorder,
+        "fingerprint": cache.fingerprint(model_fingerprint).hex(),
+    }
+
+
+def sequence_fields(cache: PagedKVCache, sequence: SequenceData) -> JsonObject:
+    """What the sequence is, with the hashes of all its complete links."""
+    tokens = sequence.tokens.with_tokens(sequence.tokens.token_ids)
+    tokens.hash_links(cache.geometry, cache.geometry.num_links(len(tokens.token_ids)))
+    num_blocks = cache.geometry.count_blocks(sequence.num_computed_tokens, sequence.num_sealed)
+    token_bytes, *layer_bytes = section_sizes(cache, len(tokens.token_ids), num_blocks)
+    return {
+        "num_computed_tokens": sequence.num_computed_tokens,
+        "num_known_tokens": len(tokens.token_ids),
+        "num_sealed": sequence.num_sealed,
+        "root": tokens.root.hex(),
+        "link_hashes": [link_hash.hex() for link_hash in tokens.hashes],
+        "record_order": sequence.record_order,
+        "token_bytes": token_bytes,
+        "layer_bytes": layer_bytes,
+    }
+
+
+def record_order_of(cache: PagedKVCache) -> str:
+    """How records lie in this cache; open keys and sealed codes never differ in it."""
+    open_keys = cache.records[0].open_keys
+    return CHANNEL_MAJOR_KEYS if open_keys.stride(-2) == 1 else CHANNEL_MAJOR_VALUES
+
+
+# -- reading what nobody has checked ------------------------------------------------------------
+
+
+def read_sequence(
+    cache: PagedKVCache,
+    manager: BlockManager,
+    data: bytes | bytearray | memoryview,
+    model_fingerprint: bytes,
+    extra_keys: Sequence[ExtraKey],
+) -> tuple[SequenceData, list[memoryview]]:
+    """The sequence and each layer's records; raises `TransferError` unless they fit here."""
+    header, body = open_frame(memoryview(data).cast("B"))
+    shared = shared_fields(cache, model_fingerprint)
+    require_equal("header", {name: header.get(name) for name in shared}, shared)
+    num_computed, num_known, num_sealed = read_counts(header, manager)
+    num_blocks = cache.geometry.count_blocks(num_computed, num_sealed)
+    sections = split(body, section_sizes(cache, num_known, num_blocks))
+    token_ids = np.array(sections[0]).view(TOKEN_DTYPE).astype(np.int32)
+    tokens = manager.chain_tokens(token_ids, extra_keys)
+    if header.get("root") != tokens.root.hex():
+        raise TransferError(
+            f"header.root is {short_repr(header.get('root'))} in the data, {tokens.root.hex()} "
+            "here: the extra keys differ, or what the managers were made for"
+        )
+    sequence = SequenceData(
+        tokens=tokens,
+        num_computed_tokens=num_computed,
+        num_sealed=num_sealed,
+        record_order=read_record_order(header),
+    )
+    require_equal("header", header, shared | sequence_fields(cache, sequence))
+    return sequence, sections[1:]
+
+
+def open_frame(data: memoryview) -> tuple[JsonObject, memoryview]:
+    """The header, and the bytes between it and the checksum."""
+    if len(data) < FRAME.size + DIGEST_BYTES:
+        raise TransferError(f"{len(data)} bytes are too few for an exported sequence")
+    magic, version, header_bytes, num_bytes = FRAME.unpack_from(data)
+    if magic != MAGIC:
+        raise TransferError(
+            f"an exported sequence begins with {MAGIC!r}, these data with {magic!r}"
+        )
+    require_equal("version", version, VERSION)
+    if num_bytes != len(data):
+        raise TransferError(
+            f"there are {len(data)} bytes of data where they say {num_bytes}: truncated or extended"
+        )
+    header_end = FRAME.size + header_bytes
+    if header_end > len(data) - DIGEST_BYTES:
+        raise TransferError(f"a header of {header_bytes} bytes exceeds the {len(data)} of the data")
+    if sha256(data[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
+        raise TransferError("the checksum differs: the data are corrupt")
+    try:
+        header = json.loads(str(data[FRAME.size : header_end], "utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TransferError(f"the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise TransferError(f"the header is not a JSON object but {short_repr(header)}")
+    return header, data[header_end:-DIGEST_BYTES]
+
+
+def require_equal(name: str, theirs: object, ours: object) -> None:
+    """Raise `TransferError` naming the first part in which two JSON values differ."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        if ours.keys() != theirs.keys():
+            names = sorted(ours.keys() ^ theirs.keys())
+            raise TransferError(f"{name} has {short_repr(names)} on one side only")
+        for key, value in ours.items():
+            require_equal(f"{name}.{key}", theirs[key], value)
+    elif isinstance(ours, list) and isinstance(theirs, list):
+        if len(ours) != len(theirs):
+            raise TransferError(f"{name} has length {len(theirs)} in the data, {len(ours)} here")
+        for index, value in enumerate(ours):
+            require_equal(f"{name}[{index}]", theirs[index], value)
+    elif theirs != ours:
+        raise TransferError(f"{name} is {short_repr(theirs)} in the data, {short_repr(ours)} here")
+
+
+def read_counts(header: JsonObject, manager: BlockManager) -> tuple[int, int, int]:
+    """Computed tokens, known tokens and sealed blocks, as a sequence here could have them."""
+    counts: list[int] = []
+    for name in ("num_computed_tokens", "num_known_tokens", "num_sealed"):
+        value = header.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise TransferError(f"header.{name} must be a count, got {short_repr(value)}")
+        counts.append(value)
+    num_computed, num_known, num_sealed = counts
+    longest = max(num_computed, num_known)
+    if longest > manager.max_model_len:
+        raise TransferError(
+            f"the sequence has {short_repr(longest)} tokens; max_model_len is "
+            f"{manager.max_model_len} here"
+        )
+    if manager.prefix_cache is not None and num_known < num_computed:
+        raise TransferError(
+            f"of {num_computed} computed tokens {num_known} are known; prefix caching needs all"
+        )
+    possible = possible_num_sealed(manager.geometry, num_computed, longest)
+    if num_sealed not in possible:
+        raise TransferError(
+            f"header.num_sealed is {short_repr(num_sealed)}; with {num_computed} of {longest} "
+            f"tokens computed it is {possible.start} to {possible.stop - 1}"
+        )
+    return num_computed, num_known, num_sealed
+
+
+def possible_num_sealed(geometry: BlockGeometry, num_computed: int, num_tokens: int) -> range:
+    """How many body blocks a sequence can have, of whose `num_tokens` so many are computed.
+
+    Draft tokens that were kept can leave one block unsealed; shared blocks can be more than the
+    computed tokens alone would have sealed, but not more than all its tokens would.
+    """
+    if not geometry.seals:
+        return range(1)
+    usual, most = geometry.num_sealed_blocks(np.array([num_computed, num_tokens])).tolist()
+    complete = (num_computed - geometry.num_head_tokens) // geometry.block_size
+    return range(max(usual - 1, 0), max(min(most, complete), 0) + 1)
+
+
+def read_record_order(header: JsonObject) -> str:
+    """The order in which the records of the data lie: either one can be read."""
+    order = header.get("record_order")
+    if order not in (CHANNEL_MAJOR_KEYS, CHANNEL_MAJOR_VALUES):
+        raise TransferError(f"header.record_order is {short_repr(order)}, which nobody can read")
+    return order
+
+
+def section_sizes(cache: PagedKVCache, num_known_tokens: int, num_blocks: int) -> list[int]:
+    """Bytes of the token ids, then of each layer's records."""
+    token_bytes = num_known_tokens * TOKEN_DTYPE.itemsize
+    return [token_bytes, *(num_blocks * arena[0].nbytes for arena in cache.arenas)]
+
+
+def split(body: memoryview, sizes: list[int]) -> list[memoryview]:
+    """Consecutive parts of these sizes, which have to be all of `body`."""
+    if sum(sizes) != len(body):
+        raise TransferError(
+            f"the data hold {len(body)} bytes of tokens and records; a sequence as in their header "
+            f"has {sum(sizes)}"
+        )
+    ends = np.cumsum(sizes).tolist()
+    return [body[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+# -- records ------------------------------------------------------------------------------------
+
+
+def write_records(
+    cache: PagedKVCache,
+    sequence: SequenceData,
+    layer_data: Sequence[memoryview],
+    block_ids: BlockIds,
+) -> None:
+    """Copy each layer's records into these blocks, in the order of the device."""
+    ids = on_device(cache, block_ids)
+    is_reordered = sequence.record_order != record_order_of(cache)
+    for layer, arena, data in zip(cache.layers, cache.arenas, layer_data, strict=True):
+        array = np.array(data).reshape(len(block_ids), *arena.shape[1:])
+        records = torch.from_numpy(array).to(cache.device)
+        if is_reordered:
+            reorder_records(cache, layer, records, sequence)
+        as_words(arena)[ids] = as_words(records)
+
+
+def reorder_records(
+    cache: PagedKVCache, layer: LayerSpec, records: Tensor, sequence: SequenceData
+) -> None:
+    """A sequence's records of a layer, in place: from the order they lie in to the other one."""
+    body_start = cache.geometry.num_head_blocks
+    head, body, tail = records.tensor_split((body_start, body_start + sequence.num_sealed))
+    keys_are_channel_major = sequence.record_order == CHANNEL_MAJOR_KEYS
+    open_keys = (cache.geometry.open_block_size, layer.key_dim)
+    for open_records in (head, tail):
+        transpose(open_records, cache.dtype, 0, open_keys, keys_are_channel_major)
+    if sequence.num_sealed:
+        reorder_codes(body, layer.record_layout(cache.dtype), keys_are_channel_major)
+
+
+def reorder_codes(records: Tensor, layout: RecordLayout, keys_are_channel_major: bool) -> None:
+    """Sealed records [..., record_bytes], in place: their codes into the other order."""
+    for section, dim, is_channel_major in (
+        ("key_codes", layout.key_dim, keys_are_channel_major),
+        ("value_codes", layout.value_dim, not keys_are_channel_major),
+    ):
+        shape = (layout.num_code_rows, dim)
+        transpose(records, torch.uint8, layout.offset(section), shape, is_channel_major)
+
+
+def transpose(
+    records: Tensor,
+    dtype: torch.dtype,
+    byte_offset: int,
+    shape: tuple[int, int],
+    is_channel_major: bool,
+) -> None:
+    """A matrix [rows, dim] in every record, in place: from channel-major to row-major, or back."""
+    end = byte_offset + shape[0] * shape[1] * dtype.itemsize
+    elements = records[..., byte_offset:end].view(dtype)
+    matrices = elements.view(*elements.shape[:-1], *(shape[::-1] if is_channel_major else shape))
+    elements.copy_(matrices.transpose(-1, -2).flatten(-2))

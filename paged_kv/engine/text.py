@@ -1,0 +1,126 @@
+"""Text to token ids and back. Knows a tokenizer, never a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeAlias, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InvalidRequestError
+from ..validation import is_integer
+
+ChatMessages: TypeAlias = Sequence[Mapping[str, Any]]
+Prompt: TypeAlias = str | Sequence[int] | ChatMessages
+# What the decoder needs to see of the prompt to know whether the first word needs a space.
+PROMPT_CONTEXT_TOKENS: Final = 8
+# More tokens than a character has bytes: what is still broken then stays broken.
+MAX_INCOMPLETE_TOKENS: Final = 8
+MAX_KEPT_CHARACTERS: Final = 1 << 16  # of text that was taken
+REPLACEMENT: Final = "\ufffd"
+
+
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Token ids of a prompt: text, token ids as they are, or chat messages by their template."""
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
+        raise wrong_type(prompt)
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty")
+    if not isinstance(prompt, str) and all(map(is_integer, prompt)):
+        return [int(cast(int, token_id)) for token_id in prompt]
+    if not isinstance(prompt, str) and not all(isinstance(item, Mapping) for item in prompt):
+        raise wrong_type(prompt)
+    if tokenizer is None:
+        raise InvalidRequestError("without a tokenizer a prompt must be token ids")
+    if isinstance(prompt, str):
+        return list(tokenizer.encode(prompt))
+    if tokenizer.chat_template is None:
+        raise InvalidRequestError("chat messages need a tokenizer with a chat template")
+    try:
+        rendered = tokenizer.apply_chat_template(
+            cast("list[dict[str, str]]", list(prompt)), add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template is a program of the model's: it may raise anything
+        raise InvalidRequestError(f"the chat template refuses the messages: {error}") from error
+    return list(tokenizer.encode(rendered, add_special_tokens=False))
+
+
+def wrong_type(prompt: object) -> InvalidRequestError:
+    return InvalidRequestError(f"a prompt must be text, token ids or chat messages, got {prompt!r}")
+
+
+class Detokenizer:
+    """Turns one sequence's new tokens into text as they come, and finds stop strings in it.
+
+    What a token adds is the text of the newest tokens with it, less their text without it: what
+    comes before a token decides whether its word needs a space, and several tokens may share a
+    character. (`tokenizers.DecodeStream` raises on byte tokens that are not UTF-8.)
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompt_token_ids: Sequence[int],
+        stop_strings: Sequence[str],
+    ) -> None:
+        self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
+        self._context = list(prompt_token_ids[-PROMPT_CONTEXT_TOKENS:])
+        self._context_text = self._decode(self._context)
+        self._undecoded: list[int] = []  # tokens of a character that is not complete
+        self._stop_strings = stop_strings
+        self._held_back = max((len(stop) - 1 for stop in stop_strings), default=0)
+        self._num_emitted = 0
+        self.text = ""  # of a long one only the end: a stream may go on for ever
+
+    def append(self, token_id: int, may_stop: bool) -> bool:
+        """Add a token; True when a stop string came with it. The text then ends before it."""
+        if self._backend is None:
+            return False
+        self._undecoded.append(token_id)
+        decoded = self._decode(self._context + self._undecoded)
+        is_incomplete = decoded.endswith(REPLACEMENT) or len(decoded) <= len(self._context_text)
+        if is_incomplete and len(self._undecoded) < MAX_INCOMPLETE_TOKENS:
+            return False
+        length_before = len(self.text)
+        self._take(decoded)
+        return may_stop and self._cut_at_stop_string(length_before)
+
+    def _cut_at_stop_string(self, length_before: int) -> bool:
+        """End the text before the first stop string that reaches into its new part."""
+        found = [
+            self.text.find(stop, max(length_before - len(stop) + 1, 0))
+            for stop in self._stop_strings
+        ]
+        positions = [position for position in found if position >= 0]
+        if positions:
+            self.text = self.text[: min(positions)]
+        return bool(positions)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        if self._backend is None:
+            return ""
+        return str(self._backend.decode(token_ids, skip_special_tokens=True))
+
+    def _take(self, decoded: str) -> None:
+        """Move the undecoded tokens, whose text with the context is `decoded`, to the context."""
+        if decoded.startswith(self._context_text) or self._context_text.endswith(REPLACEMENT):
+            self.text += decoded[len(self._context_text) :]
+        else:
+            self.text += self._decode(self._undecoded)
+        self._context, self._undecoded = self._undecoded, []
+        self._context_text = self._decode(self._context)
+
+    def finish(self) -> None:
+        """No token follows: an incomplete character becomes a replacement character."""
+        if self._undecoded:
+            self._take(self._decode(self._context + self._undecoded))
+
+    def take_new_text(self, is_final: bool) -> str:
+        """Text not yet taken, less what may turn out to be the start of a stop string."""
+        end = len(self.text) if is_final else max(len(self.text) - self._held_back, 0)
+        start, self._num_emitted = self._num_emitted, max(end, self._num_emitted)
+        new_text = self.text[start : self._num_emitted]
+        num_done = self._num_emitted - self._held_back
+        if num_done > MAX_KEPT_CHARACTERS:
+            self.text, self._num_emitted = self.text[num_done:], self._held_back
+        return new_text

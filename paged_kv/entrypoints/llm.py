@@ -1,0 +1,388 @@
+"""Text in, text out: a model, its quantized cache and the engine behind two methods."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..blocks.sink_window import SinkWindow
+from ..cache.formats import KVFormat
+from ..cache.kv_cache import MemoryStats
+from ..engine.beam_search import BeamSearchParams, Hypothesis, search_beams
+from ..engine.config import EngineConfig
+from ..engine.engine import SequenceUpdate, build_engine
+from ..engine.sampling_params import SamplingParams
+from ..engine.text import ChatMessages, Detokenizer, Prompt, encode_prompt
+from ..errors import (
+    ConfigError,
+    GenerationError,
+    InvalidRequestError,
+    PagedKVError,
+)
+from ..models.huggingface import PagedModel
+from ..models.loading import load_model, load_tokenizer
+from ..scheduler.scheduler import SchedulerStatistics
+from ..validation import is_integer
+from .progress import Progress
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """One continuation. `finish_reason`: "stop", "length" or "error"."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    log_probability: float | None = None  # of all its tokens, with `best_of`; a beam's score
+    error: PagedKVError | None = None
+
+
+@dataclass(kw_only=True)
+class RequestOutput:
+    """A prompt and its `n` continuations."""
+
+    prompt: Prompt
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+
+    @property
+    def text(self) -> str:
+        """The first continuation's text."""
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The first continuation's tokens."""
+        return self.completions[0].token_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamEvent:
+    """A new token of one continuation: of prompt `prompt_index`, sample `sample_index`."""
+
+    prompt_index: int
+    sample_index: int
+    token_id: int | None
+    text: str
+    finish_reason: str | None
+    log_probability: float | None
+    error: PagedKVError | None
+
+
+class LLM:
+    """A Hugging Face causal language model that decodes many requests on quantized KV blocks.
+
+    `model` is a local folder, a hub name or a loaded model, which this object takes over until
+    `close()`. `kv_format` is "native", "int8", "int4", "int2" or a `KVFormat`. The pool is sized by
+    `num_blocks` or by `kv_memory` (bytes, or text such as "2GiB"); without either by what
+    `max_num_seqs` full-length sequences need, at most 1 GiB. A step runs at most `max_num_seqs`
+    sequences and `token_budget` tokens. With `prefix_caching` prompts that begin alike share their
+    blocks, also with earlier ones. Sequences that must make room go to `swap_space` bytes of host
+    memory where that is cheaper than computing them again. On a CPU model and kernels share torch's
+    threads; `num_threads` sets how many there are, for the whole process. With a `sink_window`
+    every request is a stream: it keeps attention sinks and a window of newest tokens, and may go on
+    beyond the model's length, for ever, in constant memory. One thread at a time may use an LLM.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        kv_format: str | KVFormat = "int8",
+        kv_memory: int | str | None = None,
+        num_blocks: int | None = None,
+        max_num_seqs: int = 64,
+        token_budget: int = 1024,
+        max_model_len: int | None = None,
+        prefix_caching: bool = True,
+        swap_space: int | str = 0,
+        num_threads: int | None = None,
+        sink_window: SinkWindow | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        config = EngineConfig(
+            kv_format=kv_format,
+            kv_memory=kv_memory,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            token_budget=token_budget,
+            max_model_len=max_model_len,
+            prefix_caching=prefix_caching,
+            swap_space=swap_space,
+            num_threads=num_threads,
+            sink_window=sink_window,
+        )
+        if not isinstance(model, PreTrainedModel):
+            name = model
+            model = load_model(name, dtype)
+            tokenizer = tokenizer or load_tokenizer(name)
+        elif dtype is not None and model.dtype != dtype:
+            raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
+        if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
+            raise ConfigError(
+                f"{type(tokenizer).__name__} cannot decode token by token; a fast tokenizer can"
+            )
+        self._model = PagedModel(model)
+        try:
+            self.engine = build_engine(self._model, config, tokenizer, device)
+        except BaseException:
+            self._model.close()
+            raise
+        self.tokenizer = tokenizer
+        self._request_numbers = itertools.count()
+        self._mailboxes: dict[str, deque[SequenceUpdate]] = {}
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model its own attention back; this object cannot be used afterwards."""
+        self._model.close()
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.manager.max_model_len
+
+    def memory_stats(self) -> MemoryStats:
+        return self.engine.cache.memory_stats(self.engine.manager)
+
+    def statistics(self) -> SchedulerStatistics:
+        """Requests, blocks, preemptions and the prefix cache's hits: now, and so far."""
+        return self.engine.scheduler.statistics()
+
+    def bytes_per_token(self) -> float:
+        """Bytes of one sealed token over all layers (native: of one token)."""
+        return self.engine.cache.bytes_per_token()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached blocks, as after a change of the model's weights.
+
+        Raises `InvalidStepError` while requests run.
+        """
+        self.engine.manager.reset_prefix_cache()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priorities: Sequence[int] | None = None,
+        show_progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one prompt or many, in order. `params` are one for all or one for each.
+
+        Every prompt is checked before any is queued. If requests fail while they run, the others
+        are served and `GenerationError` carries all outputs. `show_progress` None shows a progress
+        bar on a terminal when the work is long.
+        """
+        batch = as_batch(prompts)
+        per_prompt = as_params(params, len(batch))
+        token_ids = self._check_all(batch, per_prompt, priorities)
+        outputs = [
+            RequestOutput(
+                prompt=prompt,
+                prompt_token_ids=ids,
+                completions=[Completion() for _ in range(p.num_samples)],
+            )
+            for prompt, ids, p in zip(batch, token_ids, per_prompt, strict=True)
+        ]
+        total = sum(p.num_samples for p in per_prompt)
+        with Progress(total, self.engine, show_progress) as progress:
+            for event in self._run(token_ids, per_prompt, priorities):
+                completion = outputs[event.prompt_index].completions[event.sample_index]
+                completion.text += event.text
+                if event.token_id is not None:
+                    completion.token_ids.append(event.token_id)
+                completion.finish_reason = event.finish_reason
+                completion.error = event.error
+                if event.log_probability is not None:
+                    completion.log_probability = (
+                        completion.log_probability or 0.0
+                    ) + event.log_probability
+                progress.update(is_finished=event.finish_reason is not None)
+        errors = [c.error for output in outputs for c in output.completions if c.error]
+        for output, p in zip(outputs, per_prompt, strict=True):
+            if p.best_of is not None and not any(c.error for c in output.completions):
+                output.completions.sort(key=mean_log_probability, reverse=True)
+                del output.completions[p.n :]
+        if errors:
+            raise GenerationError(
+                f"{len(errors)} of {total} requests failed: {errors[0]}", outputs
+            ) from errors[0]
+        return outputs
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priorities: Sequence[int] | None = None,
+    ) -> Iterator[StreamEvent]:
+        """Like `generate`, but yields every token as it comes.
+
+        The prompts are checked by this call and queued when iteration begins; closing the
+        iterator aborts those that are left. A request that fails ends with an event that carries
+        its `error`.
+        """
+        batch = as_batch(prompts)
+        per_prompt = as_params(params, len(batch))
+        if any(p.num_samples > p.n for p in per_prompt):
+            raise ConfigError("best_of compares finished continuations: use generate")
+        token_ids = self._check_all(batch, per_prompt, priorities)
+        return self._run(token_ids, per_prompt, priorities)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | None = None
+    ) -> list[RequestOutput]:
+        """Continue one prompt or many, in order, by beam search: completions are best first.
+
+        Their `log_probability` is the score by which they are ordered. Every prompt is checked
+        before any is computed, and `GenerationError` tells of those that failed, as `generate`
+        does. Raises `InvalidStepError` while requests run.
+        """
+        params = BeamSearchParams() if params is None else params
+        if not isinstance(params, BeamSearchParams):
+            raise ConfigError(f"params must be BeamSearchParams, got {params!r}")
+        batch = as_batch(prompts)
+        token_ids = [encode_prompt(prompt, self.tokenizer) for prompt in batch]
+        found = search_beams(self.engine, token_ids, params)
+        outputs = [
+            RequestOutput(
+                prompt=prompt,
+                prompt_token_ids=ids,
+                completions=[self._complete(ids, hypothesis) for hypothesis in beams.hypotheses]
+                or [Completion(finish_reason="error", error=beams.error)],
+            )
+            for prompt, ids, beams in zip(batch, token_ids, found, strict=True)
+        ]
+        errors = [beams.error for beams in found if beams.error]
+        if errors:
+            raise GenerationError(
+                f"{len(errors)} of {len(batch)} prompts failed: {errors[0]}", outputs
+            ) from errors[0]
+        return outputs
+
+    def _complete(self, prompt_token_ids: list[int], hypothesis: Hypothesis) -> Completion:
+        """A hypothesis with its text, to which a token that ends it adds nothing."""
+        detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, ())
+        is_stop = hypothesis.finish_reason == "stop"
+        for token_id in hypothesis.token_ids[: -1 if is_stop else None]:
+            detokenizer.append(token_id, may_stop=False)
+        detokenizer.finish()
+        return Completion(
+            text=detokenizer.text,
+            token_ids=hypothesis.token_ids,
+            finish_reason=hypothesis.finish_reason,
+            log_probability=hypothesis.score,
+        )
+
+    def check(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[int]:
+        """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot."""
+        token_ids = encode_prompt(prompt, self.tokenizer)
+        self.engine.check_request("", token_ids, params, priority=priority)
+        return token_ids
+
+    def _check_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priorities: Sequence[int] | None,
+    ) -> list[list[int]]:
+        if priorities is not None and len(priorities) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts, but {len(priorities)} priorities")
+        ranks = priorities if priorities is not None else [0] * len(prompts)
+        return [
+            self.check(prompt, p, priority)
+            for prompt, p, priority in zip(prompts, params, ranks, strict=True)
+        ]
+
+    def _run(
+        self,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        priorities: Sequence[int] | None,
+    ) -> Iterator[StreamEvent]:
+        """Queue requests and step the engine until they are over.
+
+        Updates of requests that other iterators wait for go to their mailboxes.
+        """
+        places: dict[str, tuple[int, int]] = {}
+        mailbox: deque[SequenceUpdate] = deque()
+        try:
+            for prompt_index, (token_ids, p) in enumerate(zip(prompts, params, strict=True)):
+                request_ids = [str(next(self._request_numbers)) for _ in range(p.num_samples)]
+                priority = 0 if priorities is None else priorities[prompt_index]
+                self.engine.add_request(request_ids, token_ids, p, priority=priority)
+                for sample_index, request_id in enumerate(request_ids):
+                    places[request_id] = (prompt_index, sample_index)
+                    self._mailboxes[request_id] = mailbox
+            while places:
+                if not mailbox:
+                    updates = self.engine.step()
+                    if not updates and not self.engine.has_unfinished:
+                        raise PagedKVError(f"{len(places)} requests were aborted by somebody else")
+                    for update in updates:
+                        self._mailboxes[update.request_id].append(update)
+                    continue
+                update = mailbox.popleft()
+                prompt_index, sample_index = places[update.request_id]
+                if update.finish_reason is not None:
+                    del places[update.request_id], self._mailboxes[update.request_id]
+                yield StreamEvent(
+                    prompt_index=prompt_index,
+                    sample_index=sample_index,
+                    token_id=update.token_id,
+                    text=update.new_text,
+                    finish_reason=update.finish_reason,
+                    log_probability=update.log_probability,
+                    error=update.error,
+                )
+        finally:
+            self._abort(places)
+
+    def _abort(self, request_ids: dict[str, tuple[int, int]]) -> None:
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+            self._mailboxes.pop(request_id, None)
+
+
+def mean_log_probability(completion: Completion) -> float:
+    return (completion.log_probability or 0.0) / max(len(completion.token_ids), 1)
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list: text, token ids and chat messages are each one prompt."""
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        return [cast(Prompt, prompts)]
+    if not prompts:
+        raise InvalidRequestError("no prompts given")
+    if is_integer(prompts[0]) or isinstance(prompts[0], Mapping):
+        return [cast("Sequence[int] | ChatMessages", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def as_params(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    """Sampling parameters for each of `count` prompts."""
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if isinstance(params, Mapping) or not all(isinstance(p, SamplingParams) for p in params):
+        raise ConfigError(f"params must be SamplingParams, got {params!r}")
+    if len(params) != count:
+        raise ConfigError(f"{count} prompts, but {len(params)} sampling parameters")
+    return list(params)

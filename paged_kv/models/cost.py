@@ -1,0 +1,63 @@
+"""What a model's tokens cost in every KV format, computed from its configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..cache.formats import FORMATS, KVFormat
+from ..cache.kv_cache import LayerSpec, block_bytes, cache_geometry, sequence_bytes
+from ..errors import ModelNotFoundError
+from .huggingface import PagedModel
+from .loading import check_model_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatCost:
+    """Bytes over all layers. `effective` maps a sequence's length to its bytes a token, with head
+    and tail in full precision counted in."""
+
+    kv_format: KVFormat
+    bytes_per_token: float
+    effective: dict[int, float]
+
+    def tokens_in(self, memory_bytes: int) -> int:
+        """Sealed tokens that fit."""
+        return int(memory_bytes / self.bytes_per_token)
+
+
+def probe_layers(name: str | Path) -> tuple[list[LayerSpec], torch.dtype]:
+    """The attention layers of a model and its dtype, without loading its weights."""
+    check_model_path(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            model = cast(Any, AutoModelForCausalLM).from_config(config)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"no causal language model at {str(name)!r}: {error}") from error
+    dtype = config.get_text_config().dtype or torch.float32
+    paged = PagedModel(model.to(dtype))
+    return paged.layers(FORMATS["native"]), dtype
+
+
+def format_costs(
+    layers: Sequence[LayerSpec], dtype: torch.dtype, lengths: Sequence[int]
+) -> list[FormatCost]:
+    """The cost of every format for layers of these shapes."""
+    costs = []
+    for kv_format in FORMATS.values():
+        specs = [replace(layer, kv_format=kv_format) for layer in layers]
+        block_size = cache_geometry(specs, dtype).block_size
+        costs.append(
+            FormatCost(
+                kv_format=kv_format,
+                bytes_per_token=block_bytes(specs, dtype) / block_size,
+                effective={n: sequence_bytes(specs, dtype, n) / n for n in lengths},
+            )
+        )
+    return costs

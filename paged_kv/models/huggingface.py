@@ -1,0 +1,396 @@
+"""Any Hugging Face decoder-only language model on paged blocks, through its own extension points.
+
+Knows transformers, never requests. A step is one flattened ragged batch (1, T): every layer's
+attention call lands in `paged_attention_forward`, which finds the step through a context variable,
+because keyword arguments do not reach the attention of every architecture. No attention mask is
+registered, so transformers builds none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from ..cache.attention import paged_attention
+from ..cache.formats import KVFormat
+from ..cache.kv_cache import LayerSpec, PagedKVCache, Step
+from ..errors import PagedKVError, UnsupportedModelError
+from .rotary import Rotation, StepTurns, find_rotation
+
+# Not containing "flash", "sdpa", "flex_attention" or "/": transformers treats those specially.
+IMPLEMENTATION: Final = "paged_kv"
+# Keyword arguments of attention calls that do not change what is computed here.
+INERT_ARGUMENTS: Final = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+# RoPE whose angles depend on the length of the batch: keys stored earlier would be wrong later.
+BATCH_DEPENDENT_ROPE: Final = frozenset({"dynamic", "longrope"})
+RECURRENT_LAYER_TYPES: Final = ("linear", "mamba", "recurrent", "conv", "rwkv")
+PROBE_LENGTH: Final = 3
+ROTATION_PROBE: Final = (0, 1, 2, 5, 17, 100)  # positions of one token
+
+
+@dataclass
+class Probe:
+    """What each layer stores, written down during one forward pass without a cache."""
+
+    shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    windows: set[int | None] = field(default_factory=set)
+    # Queries and keys [T, H, D]; attention puts out zeros, so all a layer knows is the token.
+    tokens: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ActiveStep:
+    """Where the attention calls of the running forward pass read and write."""
+
+    cache: PagedKVCache
+    step: Step
+    cache_layer: dict[int, int]  # a module's layer_idx -> its place in the cache
+    turns: StepTurns | None = None  # of streams
+
+
+_active: ContextVar[ActiveStep | Probe | None] = ContextVar("paged_kv_active_step", default=None)
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """What transformers calls for each layer: query, key and value are [1, heads, T, dim]."""
+    active = _active.get()
+    if active is None:
+        raise PagedKVError(
+            "this model is attached to a paged_kv LLM; close() that first to call it directly"
+        )
+    check_attention_call(module, query, attention_mask, sliding_window, kwargs)
+    layer_idx = cast(int, module.layer_idx)
+    if isinstance(active, Probe):
+        if layer_idx in active.shapes:
+            raise UnsupportedModelError(f"layer {layer_idx} calls attention more than once")
+        active.shapes[layer_idx] = (key.shape[1], key.shape[3], value.shape[3])
+        active.windows.add(sliding_window)
+        active.tokens[layer_idx] = query[0].transpose(0, 1), key[0].transpose(0, 1)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    queries, keys, sink_queries = query[0].transpose(0, 1), key[0].transpose(0, 1), None
+    if active.turns is not None:
+        queries, keys, sink_queries = active.turns.apply(layer_idx, queries, keys)
+    output = paged_attention(
+        queries,
+        keys,
+        value[0].transpose(0, 1),
+        active.cache,
+        active.cache_layer[layer_idx],
+        active.step,
+        scale=scaling,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        attention_chunk=attention_chunk_of(module),
+        sink_logits=s_aux,
+        sink_query=sink_queries,
+    )
+    return output.unsqueeze(0), None
+
+
+def check_attention_call(
+    module: nn.Module,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+    kwargs: dict[str, object],
+) -> None:
+    """Refuse a call that means more than this library computes."""
+    name = type(module).__name__
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{name} brings its own attention mask")
+    if query.shape[0] != 1:
+        raise UnsupportedModelError(f"{name} reshapes the batch to {query.shape[0]} rows")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedModelError(f"{name} is not causal")
+    unknown = {k for k, v in kwargs.items() if v is not None} - INERT_ARGUMENTS
+    if unknown:
+        raise UnsupportedModelError(
+            f"{name} passes arguments that paged_kv does not know: {', '.join(sorted(unknown))}"
+        )
+    if layer_type_of(module) == "sliding_attention" and sliding_window is None:
+        raise UnsupportedModelError(f"{name} has a sliding window but does not pass it on")
+
+
+def layer_type_of(module: nn.Module) -> str | None:
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+    return layer_types[module.layer_idx] if layer_types else None
+
+
+def attention_chunk_of(module: nn.Module) -> int | None:
+    """Chunked attention is never passed as an argument: it is read from the configuration."""
+    if layer_type_of(module) != "chunked_attention":
+        return None
+    return cast(int, cast(Any, module.config).attention_chunk_size)
+
+
+AttentionInterface.register(IMPLEMENTATION, paged_attention_forward)
+
+
+class PagedModel:
+    """A causal language model attached to paged attention.
+
+    Attaching switches the model's attention implementation and takes it out of training mode;
+    `close()` switches both back. Raises `UnsupportedModelError`, and leaves the model as it was,
+    where paged attention would not compute what the model means.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        refuse_unsupported(model)
+        self.model = model
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        attach(model)
+        # Detaches once: by close(), or when nothing refers to this object any more.
+        self._detach = weakref.finalize(self, detach, model)
+        self._detach.atexit = False
+        try:
+            self.layer_shapes, self.vocab_size = self._probe()
+            self._cache_layer = {layer: place for place, layer in enumerate(self.layer_shapes)}
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def close(self) -> None:
+        """Give the model its own attention implementation back."""
+        self._detach()
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that differ between models: by architecture, and by a sample of every weight."""
+        digest = sha256(type(self.model).__name__.encode())
+        for name, weight in self.model.state_dict().items():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            flat = weight.flatten()
+            samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
+            digest.update(samples.view(torch.uint8).numpy().tobytes())
+        return digest.digest()
+
+    def layers(self, kv_format: KVFormat) -> list[LayerSpec]:
+        """What the cache of this model must hold, in the order of its layers."""
+        return [
+            LayerSpec(kv_format=kv_format, num_kv_heads=heads, key_dim=key, value_dim=value)
+            for heads, key, value in self.layer_shapes.values()
+        ]
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        cache: PagedKVCache,
+        step: Step,
+    ) -> Tensor:
+        """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`."""
+        if not self._detach.alive:
+            raise PagedKVError("this LLM is closed")
+        turns = None
+        if step.is_stream is not None:
+            turns = StepTurns(positions, step.is_stream, step.head_shifts, self.rotations, {})
+            positions = turns.model_positions
+        with running(ActiveStep(cache, step, self._cache_layer, turns)):
+            return self._call(token_ids, positions, logit_rows)
+
+    @cached_property
+    def rotations(self) -> dict[int, Rotation]:
+        """How each layer embeds positions.
+
+        Raises `UnsupportedModelError` where that is not by turning channels, so that a stream's
+        sinks could not be brought near.
+        """
+        name, config = type(self.model).__name__, self.model.config.get_text_config()
+        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+            raise UnsupportedModelError(f"{name} attends in chunks, which a stream cannot shift")
+        limit = getattr(config, "max_position_embeddings", None) or max(ROTATION_PROBE) + 1
+        positions = torch.tensor(
+            [position for position in ROTATION_PROBE if position < limit], device=self.device
+        )
+        probe = Probe()
+        with torch.inference_mode(), running(probe):
+            self._call(torch.ones_like(positions), positions, positions[:1])
+        candidates = [  # one tensor for all layers that turn alike: they share their phases
+            buffer.double()
+            for buffer_name, buffer in self.model.named_buffers(remove_duplicate=False)
+            if buffer_name.endswith("inv_freq") and "original" not in buffer_name
+        ]
+        rotations = {}
+        for layer, (query, key) in probe.tokens.items():
+            found = [find_rotation(tokens, positions, candidates) for tokens in (query, key)]
+            if found[0] is None or found[1] is None:
+                raise UnsupportedModelError(
+                    f"{name} cannot stream: layer {layer} does not embed positions by turning "
+                    "queries and keys (RoPE) at frequencies that it tells"
+                )
+            rotations[layer] = found[1]
+        return rotations
+
+    def _call(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+        arguments = {"logits_to_keep": logit_rows} if self._keeps_logits else {}
+        logits: Tensor = self.model(
+            input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **arguments
+        ).logits
+        return logits[0] if self._keeps_logits else logits[0, logit_rows]
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[dict[int, tuple[int, int, int]], int]:
+        """Run a few tokens: which layers call attention with what shapes, and how many logits."""
+        probe = Probe()
+        tokens = torch.zeros(PROBE_LENGTH, dtype=torch.int64, device=self.device)
+        positions = torch.arange(PROBE_LENGTH, device=self.device)
+        name, config = type(self.model).__name__, self.model.config.get_text_config()
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            raise UnsupportedModelError(f"{name} takes no position_ids")
+        try:
+            with running(probe):
+                logits = self._call(tokens, positions, positions[-1:])
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"{name} fails on a flattened batch without masks: {error}"
+            ) from error
+        if len(probe.shapes) != config.num_hidden_layers:
+            raise UnsupportedModelError(
+                f"{name} calls the attention interface in {len(probe.shapes)} of its "
+                f"{config.num_hidden_layers} layers"
+            )
+        if has_unlisted_window(config) and probe.windows == {None}:
+            raise UnsupportedModelError(
+                f"{name} has a sliding window of {config.sliding_window} but passes none on"
+            )
+        return dict(sorted(probe.shapes.items())), logits.shape[-1]
+
+
+@contextmanager
+def running(active: ActiveStep | Probe) -> Iterator[None]:
+    """Make a step or a probe the one that attention calls find."""
+    token = _active.set(active)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` for what no probe can see."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model")
+    recurrent = [
+        kind
+        for kind in getattr(config, "layer_types", None) or ()
+        if any(word in kind for word in RECURRENT_LAYER_TYPES)
+    ]
+    if getattr(model, "_is_stateful", False) or recurrent:
+        raise UnsupportedModelError(
+            f"{name} has recurrent layers{f' ({recurrent[0]})' if recurrent else ''}; "
+            "their state is not a KV cache"
+        )
+    if getattr(config, "attn_temperature_tuning", False):
+        raise UnsupportedModelError(
+            f"{name} scales queries by their place in the batch (attn_temperature_tuning)"
+        )
+    for rope_type in rope_types(config):
+        if rope_type in BATCH_DEPENDENT_ROPE:
+            raise UnsupportedModelError(
+                f"{name} uses {rope_type} RoPE, whose angles depend on the length of the batch"
+            )
+
+
+def has_unlisted_window(config: object) -> bool:
+    """True where a window is configured but no list of layer types says for which layers."""
+    return (
+        getattr(config, "sliding_window", None) is not None
+        and getattr(config, "use_sliding_window", True) is not False
+        and not getattr(config, "layer_types", None)
+    )
+
+
+def rope_types(config: object) -> set[str]:
+    """Every RoPE type that a configuration names, for all layers or for each kind of layer."""
+    found: set[str] = set()
+    for attribute in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(config, attribute, None) or {}
+        nested = [value for value in parameters.values() if isinstance(value, dict)]
+        for entry in [parameters, *nested]:
+            found.update(str(entry[key]) for key in ("rope_type", "type") if key in entry)
+    return found
+
+
+@dataclass
+class Attachment:
+    """How many PagedModels use a model, and what to go back to after the last one."""
+
+    count: int
+    implementation: str
+    was_training: bool
+
+
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Switch a model to paged attention; counts, so that several LLMs may share a model."""
+    if model not in _attached:
+        before = Attachment(0, model.config._attn_implementation, model.training)
+        model.set_attn_implementation(IMPLEMENTATION)
+        if model.config._attn_implementation != IMPLEMENTATION:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} never calls transformers' attention interface"
+            )
+        model.train(False)
+        _attached[model] = before
+    _attached[model].count += 1
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo one `attach`."""
+    attachment = _attached[model]
+    attachment.count -= 1
+    if attachment.count == 0:
+        del _attached[model]
+        model.set_attn_implementation(attachment.implementation)
+        model.train(attachment.was_training)

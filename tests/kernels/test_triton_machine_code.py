@@ -1,0 +1,126 @@
+"""What the compiler makes of our Triton kernels, without a GPU: spills, memory, instructions.
+
+Every launch is recorded from the host's own code, so these are the very kernels that a GPU runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import triton
+from tools.kernel_launches import Launch, context_loop_density, record_launches
+from tools.machine_code import SHARED_MEMORY_LIMIT, MachineCode
+
+from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="kernels are interpreted")
+BOTH_ARCHITECTURES = pytest.mark.parametrize("arch", SHARED_MEMORY_LIMIT)
+FORMATS = {
+    "native": NATIVE,
+    "int8": INT8,
+    "int4": INT4,
+    "int2": INT2,
+    "int4-g32": INT4.with_options(key_group_size=32),
+    "int2-g32": INT2.with_options(key_group_size=32),
+}
+FEW, MORE, MANY = (4, 1), (8, 2), (8, 64)  # query heads of a kv head, new tokens
+# Warp-instructions for each K/V byte in the loop over context, 8 query rows, sm_90, D = 128.
+BUDGETS = {"native": 0.03, "int8": 0.07, "int4": 0.14, "int2": 0.18}
+
+
+def launches_of(kv_format: KVFormat, rows: tuple[int, int], **options: Any) -> list[Launch]:
+    group_size, num_new = rows
+    return record_launches(kv_format, group_size=group_size, query_lens=(num_new,), **options)
+
+
+def check_fits(launch: Launch, arch: int) -> MachineCode:
+    code = launch.machine_code(arch)
+    told = launch.name, launch.arguments.get("ROWS"), launch.options, arch, code.registers
+    assert not code.local_bytes, told
+    assert not code.num_spill_instructions, told
+    assert code.fits_shared_memory, (*told, code.shared_bytes)
+    return code
+
+
+@BOTH_ARCHITECTURES
+@pytest.mark.parametrize("rows", [FEW, MORE, MANY], ids=["few rows", "more rows", "many rows"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", FORMATS)
+def test_attention_spills_nothing_and_fits(name, head_dim, rows, arch):
+    kernels = launches_of(FORMATS[name], rows, head_dim=head_dim, arch=arch)
+    for launch in kernels:
+        if launch.name.startswith(("attend", "merge")):
+            check_fits(launch, arch)
+
+
+ALL_RULES = {"sliding_window": 4096, "softcap": 50.0}
+
+
+@BOTH_ARCHITECTURES
+@pytest.mark.parametrize("rows", [FEW, MORE, MANY], ids=["few rows", "more rows", "many rows"])
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("name", FORMATS)
+def test_all_rules_at_once_spill_nothing(name, head_dim, rows, arch):
+    for launch in launches_of(FORMATS[name], rows, head_dim=head_dim, arch=arch, **ALL_RULES):
+        if launch.name.startswith("attend"):
+            check_fits(launch, arch)
+
+
+@BOTH_ARCHITECTURES
+@pytest.mark.parametrize("rows", [FEW, MANY], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("name", ["native", "int8", "int4", "int2"])
+def test_streams_spill_nothing(name, head_dim, rows, arch):
+    for launch in launches_of(FORMATS[name], rows, head_dim=head_dim, arch=arch, has_streams=True):
+        if launch.name.startswith("attend"):
+            check_fits(launch, arch)
+
+
+@BOTH_ARCHITECTURES
+@pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("name", ["native", "int8", "int4", "int2", "int2-g32"])
+def test_one_rule_spills_nothing(name, head_dim, rule, arch):
+    rules = {rule: ALL_RULES[rule]}
+    for launch in launches_of(FORMATS[name], FEW, head_dim=head_dim, arch=arch, **rules):
+        if launch.name.startswith("attend"):
+            check_fits(launch, arch)
+
+
+@BOTH_ARCHITECTURES
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "native"])
+def test_sealing_spills_next_to_nothing(name, head_dim, arch):
+    """Exact division is a call, around which some registers are saved."""
+    (launch,) = (
+        launch
+        for launch in launches_of(FORMATS[name], FEW, head_dim=head_dim)
+        if launch.name == "seal_blocks"
+    )
+    code = launch.machine_code(arch)
+    assert code.local_bytes <= 128
+    assert code.fits_shared_memory
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_loops_over_context_keep_to_their_budget(name):
+    """And read through asynchronous copies: every load of codes or of open blocks is an LDGSTS."""
+    kernel = "attend_open" if name == "native" else "attend_sealed"
+    (launch,) = (each for each in launches_of(FORMATS[name], FEW) if each.name == kernel)
+    code = launch.machine_code(90)
+    assert context_loop_density(launch, code) <= BUDGETS[name]
+    assert all(loop.opcodes["LDGSTS"] for loop in code.loops if loop.num_mma)
+
+
+def test_a_budget_can_be_missed():
+    """The same loop with four times the warps issues more instructions for the same bytes."""
+    (launch,) = (each for each in launches_of(INT2, FEW) if each.name == "attend_sealed")
+    code = launch.machine_code(90, num_warps=4)
+    launch.options["num_warps"] = 4
+    assert context_loop_density(launch, code) > BUDGETS["int2"]
+
+
+def test_a_spill_is_seen():
+    (launch,) = (each for each in launches_of(INT2, FEW) if each.name == "attend_sealed")
+    assert launch.machine_code(90, max_registers=128).num_spill_instructions

@@ -1,0 +1,550 @@
+"""Hugging Face models on paged blocks: the same tokens as their own `generate`, or a refusal.
+
+Everything runs on tiny random models (see zoo.py). Controls break one detail of the attention at a
+time and demand other tokens: they show that the equalities here would notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+import paged_kv.engine.engine
+import paged_kv.models.huggingface
+from paged_kv import LLM, SamplingParams
+from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.step_plan import StepPlan
+from paged_kv.errors import PagedKVError, UnsupportedModelError
+from paged_kv.models.huggingface import IMPLEMENTATION, PagedModel
+from paged_kv.scheduler.request import Request
+from paged_kv.scheduler.scheduler import Scheduler
+from tests.support import zoo
+
+NAN_BYTE = 0xFF
+POOL = 80  # native blocks: room for every sequence of a test at once
+SMALL_POOL = 20  # the prompts alone need 37 blocks of 16 tokens, the longest sequence 11
+SETTINGS: dict[str, dict[str, int]] = {
+    "one-go": {"token_budget": 1024, "num_blocks": POOL},
+    "chunked": {"token_budget": 40, "num_blocks": POOL},
+    "preempted": {"token_budget": 1024, "num_blocks": SMALL_POOL},
+}
+FORMATS = ("native", "int8", "int4", "int2")
+QUANTIZED_FORMATS = FORMATS[1:]
+
+
+@pytest.fixture
+def preempted(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Requests in the order in which schedulers preempt them."""
+    requests: list[Request] = []
+    preempt = Scheduler._preempt
+
+    def record(scheduler: Scheduler, request: Request) -> None:
+        requests.append(request)
+        preempt(scheduler, request)
+
+    monkeypatch.setattr(Scheduler, "_preempt", record)
+    return requests
+
+
+def open_llm(model: PreTrainedModel, **settings: Any) -> LLM:
+    """An LLM whose blocks are full of NaN: reading what was never written shows."""
+    llm = LLM(model, **{"kv_format": "native", "max_num_seqs": 8, "num_blocks": POOL, **settings})
+    for arena in llm.engine.cache.arenas:
+        arena.fill_(NAN_BYTE)
+    return llm
+
+
+def greedy(
+    llm: LLM, prompts: Sequence[list[int]], num_new_tokens: int = zoo.NUM_NEW_TOKENS
+) -> list[list[int]]:
+    """Greedy tokens for each prompt, all at once; afterwards every block is free again."""
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=num_new_tokens), show_progress=False)
+    llm.engine.scheduler.check_integrity()
+    assert llm.engine.manager.num_free_blocks == llm.engine.manager.num_blocks
+    return [output.token_ids for output in outputs]
+
+
+def paged_tokens(name: str, **settings: Any) -> list[list[int]]:
+    """What a model of the zoo generates on native paged blocks."""
+    with open_llm(zoo.model(name), **settings) as llm:
+        return greedy(llm, zoo.prompts())
+
+
+# -- the same tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_tokens_equal_those_of_the_model_alone(
+    name: str, setting: str, preempted: list[Request]
+) -> None:
+    with open_llm(zoo.model(name), **SETTINGS[setting]) as llm:
+        tokens = greedy(llm, zoo.prompts())
+        num_steps = llm.engine.num_steps
+    assert tokens == zoo.expected_tokens(name)
+    assert bool(preempted) == (setting == "preempted")
+    if setting == "one-go":
+        assert num_steps == zoo.NUM_NEW_TOKENS  # one step for all prompts
+    if setting == "chunked":
+        assert num_steps > sum(zoo.PROMPT_LENGTHS) // SETTINGS["chunked"]["token_budget"]
+
+
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_expected_tokens_are_diverse(name: str) -> None:
+    sequences = zoo.expected_tokens(name)
+    assert all(len(tokens) == zoo.NUM_NEW_TOKENS for tokens in sequences)
+    assert min(len(set(tokens)) for tokens in sequences) >= 3
+    assert len({token for tokens in sequences for token in tokens}) >= 40
+    assert len({tuple(tokens) for tokens in sequences}) == len(sequences)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gpt2", "gpt-oss"])
+def test_every_step_sees_the_logits_of_a_full_forward_pass(
+    name: str, monkeypatch: pytest.MonkeyPatch, preempted: list[Request]
+) -> None:
+    prompts = zoo.prompts()
+    params = [SamplingParams(max_tokens=zoo.NUM_NEW_TOKENS) for _ in prompts]
+    seen: list[list[Tensor]] = [[] for _ in prompts]
+    prompt_of = {id(p): index for index, p in enumerate(params)}
+    sample = paged_kv.engine.engine.sample
+
+    def record(logits: Tensor, params: Sequence[SamplingParams], *rest: Any) -> Any:
+        for row, p in zip(logits, params, strict=True):
+            seen[prompt_of[id(p)]].append(row.clone())
+        return sample(logits, params, *rest)
+
+    monkeypatch.setattr(paged_kv.engine.engine, "sample", record)
+    model = zoo.model(name)
+    with open_llm(model, token_budget=40, num_blocks=SMALL_POOL) as llm:
+        outputs = [output.token_ids for output in llm.generate(prompts, params)]
+    assert preempted
+    for prompt, output, rows in zip(prompts, outputs, seen, strict=True):
+        expected = zoo.logits_alone(model, prompt, output)
+        # Both are float32: of GPT-OSS, whose logits reach 6.5, transformers' own are up to 6e-5
+        # from those in float64, and ours 7e-5.
+        torch.testing.assert_close(torch.stack(rows), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("num_kv_heads", [pytest.param(4, id="mha"), 2, pytest.param(1, id="mqa")])
+@pytest.mark.parametrize("head_dim", [8, 40, 256])
+def test_head_dims_and_groups(head_dim: int, num_kv_heads: int) -> None:
+    model = zoo.build("LlamaForCausalLM", head_dim=head_dim, num_key_value_heads=num_kv_heads)
+    with open_llm(model, token_budget=40, num_blocks=SMALL_POOL) as llm:
+        tokens = greedy(llm, zoo.prompts())
+    assert tokens == zoo.generate_alone(model, zoo.prompts())
+
+
+@pytest.mark.parametrize("kv_format", QUANTIZED_FORMATS)
+@pytest.mark.parametrize("num_kv_heads", [pytest.param(4, id="mha"), 2, pytest.param(1, id="mqa")])
+@pytest.mark.parametrize("head_dim", [8, 40, 256])
+def test_quantized_formats_run(head_dim: int, num_kv_heads: int, kv_format: str) -> None:
+    model = zoo.build("LlamaForCausalLM", head_dim=head_dim, num_key_value_heads=num_kv_heads)
+    check_quantized(model, kv_format)
+
+
+@pytest.mark.parametrize("kv_format", QUANTIZED_FORMATS)
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "deepseek-v3", "llama4", "gpt-oss"])
+def test_quantized_formats_run_on_other_architectures(name: str, kv_format: str) -> None:
+    check_quantized(zoo.model(name), kv_format)
+
+
+def check_quantized(model: PreTrainedModel, kv_format: str) -> None:
+    """Sealed blocks are in use, no logits are NaN (`generate` would raise), and runs agree."""
+    prompts = zoo.prompts((230, 3, 40))
+    runs = []
+    for _ in range(2):
+        with open_llm(model, kv_format=kv_format, token_budget=64) as llm:
+            tokens: list[list[int]] = [[] for _ in prompts]
+            most_sealed = 0
+            for event in llm.stream(prompts, SamplingParams(max_tokens=12)):
+                assert event.error is None
+                assert event.token_id is not None
+                tokens[event.prompt_index].append(event.token_id)
+                most_sealed = max(most_sealed, int(llm.engine.manager.num_sealed.sum()))
+        assert most_sealed > 0
+        runs.append(tokens)
+    assert runs[0] == runs[1]
+    assert [len(tokens) for tokens in runs[0]] == [12] * len(prompts)
+    assert all(0 <= token < zoo.VOCAB_SIZE for tokens in runs[0] for token in tokens)
+
+
+# -- controls: what is broken must show ---------------------------------------------------------
+
+
+def alter(monkeypatch: pytest.MonkeyPatch, argument: str, change: Callable[[Any], Any]) -> None:
+    """Change one keyword argument of every layer's attention."""
+    attention = paged_kv.models.huggingface.paged_attention
+
+    def altered(*args: Any, **kwargs: Any) -> Tensor:
+        return attention(*args, **{**kwargs, argument: change(kwargs[argument])})
+
+    monkeypatch.setattr(paged_kv.models.huggingface, "paged_attention", altered)
+
+
+def add(number: int) -> Callable[[int | None], int | None]:
+    return lambda value: None if value is None else value + number
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma2", "llama4", "gpt-oss"])
+def test_control_unaltered_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controls below differ for their alteration, not for having been wrapped."""
+    alter(monkeypatch, "sliding_window", lambda value: value)
+    assert paged_tokens(name) == zoo.expected_tokens(name)
+
+
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_control_old_context_forgotten(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every architecture, tokens that do not see the past beyond 20 tokens are others."""
+    alter(monkeypatch, "sliding_window", lambda value: 20)
+    with open_llm(zoo.model(name)) as llm:
+        tokens = greedy(llm, zoo.prompts()[-2:])
+    assert all(a != b for a, b in zip(tokens, zoo.expected_tokens(name)[-2:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "change"),
+    [
+        pytest.param("mistral-window", "sliding_window", add(1), id="mistral-window-plus-1"),
+        pytest.param("mistral-window", "sliding_window", add(-1), id="mistral-window-minus-1"),
+        pytest.param("gemma2", "sliding_window", add(1), id="gemma2-window-plus-1"),
+        pytest.param("gemma2", "sliding_window", add(-1), id="gemma2-window-minus-1"),
+        pytest.param("gemma3", "sliding_window", add(1), id="gemma3-window-plus-1"),
+        pytest.param("gemma3", "sliding_window", add(-1), id="gemma3-window-minus-1"),
+        pytest.param("gemma2", "softcap", lambda _: None, id="gemma2-softcap-dropped"),
+        pytest.param("gemma2", "scale", lambda _: None, id="gemma2-scale-dropped"),
+        pytest.param("gpt2-layer-scale", "scale", lambda _: None, id="gpt2-scale-dropped"),
+        pytest.param("llama4", "attention_chunk", add(1), id="llama4-chunk-plus-1"),
+        pytest.param("gpt-oss", "sink_logits", lambda _: None, id="gpt-oss-sinks-dropped"),
+        pytest.param("gpt-oss", "sliding_window", add(1), id="gpt-oss-window-plus-1"),
+    ],
+)
+def test_control_altered_attention(
+    name: str, argument: str, change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alter(monkeypatch, argument, change)
+    assert paged_tokens(name) != zoo.expected_tokens(name)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_control_shared_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that reads another's first block gets other tokens, and it alone."""
+    victim, lender = 6, 7  # slots are given out in the order of the prompts
+    reserve = BlockManager.reserve
+
+    def reserve_shared(manager: BlockManager, *args: Any) -> StepPlan | None:
+        plan = reserve(manager, *args)
+        rows = {int(slot): row for row, slot in enumerate(plan.slots)} if plan else {}
+        if plan and plan.open_table.shape[1] and {victim, lender} <= rows.keys():
+            plan.open_table[rows[victim], 0] = plan.open_table[rows[lender], 0]
+        return plan
+
+    monkeypatch.setattr(BlockManager, "reserve", reserve_shared)
+    tokens, expected = paged_tokens(name), zoo.expected_tokens(name)
+    differ = [index for index in range(len(tokens)) if tokens[index] != expected[index]]
+    assert differ == [victim]
+    assert tokens[victim][0] == expected[victim][0]  # prefill in one go reads no block
+
+
+# -- refusals -----------------------------------------------------------------------------------
+
+RECURRENT = r"recurrent layers"
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "falcon": ("FalconForCausalLM", {}, r"FalconForCausalLM never calls .*attention interface"),
+    "bloom": ("BloomForCausalLM", {}, r"BloomForCausalLM never calls .*attention interface"),
+    "mamba": ("MambaForCausalLM", {}, RECURRENT),
+    "mamba2": ("Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 16, "n_groups": 1}, RECURRENT),
+    "rwkv": ("RwkvForCausalLM", {"attention_hidden_size": 64}, RECURRENT),
+    "jamba": (
+        "JambaForCausalLM",
+        {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
+        RECURRENT,
+    ),
+    "qwen3-next": ("Qwen3NextForCausalLM", {"num_hidden_layers": 4, **zoo.EXPERTS}, RECURRENT),
+    "falcon-h1": (
+        "FalconH1ForCausalLM",
+        {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+        RECURRENT,
+    ),
+    "lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}, RECURRENT),
+    "llama-rope-dynamic": ("LlamaForCausalLM", zoo.rope("dynamic", factor=2.0), r"dynamic RoPE"),
+    "gemma3-rope-dynamic": (
+        "Gemma3ForCausalLM",
+        {
+            **zoo.ALTERNATING,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
+            },
+        },
+        r"dynamic RoPE",
+    ),
+    "phi3-rope-longrope": (
+        "Phi3ForCausalLM",
+        {
+            "original_max_position_embeddings": 64,
+            **zoo.rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8),
+        },
+        r"longrope RoPE",
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+        r"encoder-decoder",
+    ),
+    "bert-encoder": ("BertLMHeadModel", {}, r"BertSelfAttention is not causal"),
+    "doge-mask": ("DogeForCausalLM", {}, r"DogeAttention brings its own attention mask"),
+    "diffllama-twice": ("DiffLlamaForCausalLM", {}, r"calls attention more than once"),
+}
+
+
+def assert_refused(model: PreTrainedModel, match: str, **settings: Any) -> None:
+    implementation = model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError, match=match):
+        LLM(model, num_blocks=POOL, **settings)
+    assert model.config._attn_implementation == implementation != IMPLEMENTATION
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    class_name, settings, match = REFUSED[name]
+    model = zoo.build(class_name, **settings)
+    assert_refused(model, match)
+    if not model.config.is_encoder_decoder:  # the model still works by itself
+        assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mamba", "t5"])
+def test_refused_before_a_missing_length_limit_is_reported(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody should be asked for `max_model_len` of a model that is then refused."""
+    monkeypatch.delitem(zoo.SIZES, "max_position_embeddings")
+    class_name, settings, match = REFUSED[name]
+    assert_refused(zoo.build(class_name, **settings), match)
+
+
+@pytest.mark.parametrize("argument", ["position_bias", "indices", "block_indices", "sinks"])
+def test_refused_for_unknown_arguments(argument: str) -> None:
+    class Attention(LlamaAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs, **{argument: torch.zeros(1)})
+
+    model = zoo.build("LlamaForCausalLM")
+    model.model.layers[1].self_attn.__class__ = Attention
+    assert_refused(model, rf"Attention passes arguments .*do.* not know: {argument}")
+
+
+def test_unknown_arguments_that_are_none_are_harmless() -> None:
+    class Attention(LlamaAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs, position_bias=None)
+
+    model = zoo.build("LlamaForCausalLM")
+    model.model.layers[1].self_attn.__class__ = Attention
+    with open_llm(model) as llm:
+        tokens = greedy(llm, zoo.prompts((30,)), 4)
+    assert tokens == zoo.generate_alone(model, zoo.prompts((30,)), 4)
+
+
+def test_refused_when_a_layer_skips_attention() -> None:
+    class Attention(LlamaAttention):
+        def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+            return hidden_states, None
+
+    model = zoo.build("LlamaForCausalLM")
+    model.model.layers[1].self_attn.__class__ = Attention
+    assert_refused(model, r"in 2 of its 3 layers")
+
+
+def test_refused_when_a_window_is_not_passed_on() -> None:
+    model = zoo.build("LlamaForCausalLM")
+    model.config.layer_types = ["sliding_attention"] * 3
+    assert_refused(model, r"has a sliding window but does not pass it on")
+
+
+SERVED_OR_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    # Keys of later layers are those of earlier ones.
+    "gemma3n-shared-kv": (
+        "Gemma3nForCausalLM",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "sliding_window": zoo.WINDOW,
+            "head_dim": 16,
+            "intermediate_size": [96] * 6,
+            "activation_sparsity_pattern": [0.0] * 6,
+            "vocab_size_per_layer_input": zoo.VOCAB_SIZE,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+        },
+    ),
+    "bert-decoder": ("BertLMHeadModel", {"is_decoder": True}),
+    # Scales queries by positions that it counts itself, whatever `position_ids` say.
+    "llama4-temperature": (
+        "Llama4ForCausalLM",
+        {**zoo.CHUNKED, "floor_scale": 16, "attn_scale": 0.5},
+    ),
+    # Takes no `position_ids`: counts positions from the start of the batch.
+    "bart-decoder": (
+        "BartForCausalLM",
+        {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96,
+         "num_hidden_layers": 2},
+    ),
+    # Put the sliding window in the mask only, and have no `layer_types`.
+    "moshi-window": (
+        "MoshiForCausalLM",
+        {"ffn_dim": 96, "sliding_window": zoo.WINDOW, "head_dim": 16},
+    ),
+    "phimoe-window": ("PhimoeForCausalLM", {**zoo.EXPERTS, "sliding_window": zoo.WINDOW}),
+    # Reads the attention mask that transformers does not build for paged attention.
+    "deepseek-v3.2-indexer": (
+        "DeepseekV32ForCausalLM",
+        {
+            **zoo.LATENT_ATTENTION,
+            **zoo.EXPERTS,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_topk": 8,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVED_OR_REFUSED)
+def test_served_exactly_or_refused(name: str) -> None:
+    class_name, settings = SERVED_OR_REFUSED[name]
+    model = zoo.build(class_name, **settings)
+    implementation = model.config._attn_implementation
+    try:
+        llm = open_llm(model)
+    except UnsupportedModelError:
+        assert model.config._attn_implementation == implementation
+        return
+    with llm:
+        tokens = greedy(llm, zoo.prompts())
+    assert tokens == zoo.generate_alone(model, zoo.prompts())
+
+
+# -- attached and given back --------------------------------------------------------------------
+
+TOKEN_IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_model_is_its_own_again_after_close(implementation: str) -> None:
+    model = zoo.build("LlamaForCausalLM", attn_implementation=implementation)
+    before = model(TOKEN_IDS).logits
+    llm = open_llm(model)
+    assert model.config._attn_implementation == IMPLEMENTATION
+    with pytest.raises(PagedKVError, match=r"attached to a paged_kv LLM; close\(\)"):
+        model(TOKEN_IDS)
+    with pytest.raises(PagedKVError, match=r"close\(\)"):
+        model.generate(TOKEN_IDS, max_new_tokens=2)
+    llm.close()
+    llm.close()  # harmless
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(TOKEN_IDS).logits, before)
+
+
+def test_model_is_given_back_when_a_block_is_left_by_an_exception() -> None:
+    model = zoo.build("LlamaForCausalLM")
+    implementation = model.config._attn_implementation
+    with pytest.raises(KeyError), open_llm(model):
+        raise KeyError
+    assert model.config._attn_implementation == implementation
+
+
+def test_model_is_given_back_when_a_setting_is_refused() -> None:
+    model = zoo.build("LlamaForCausalLM")
+    implementation = model.config._attn_implementation
+    for settings in ({"token_budget": 0}, {"num_blocks": 0}, {"max_num_seqs": 0}):
+        with pytest.raises(PagedKVError):
+            open_llm(model, **settings)
+        assert model.config._attn_implementation == implementation
+    assert model(TOKEN_IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_llms_share_a_model(first: int) -> None:
+    model, prompts, expected = zoo.model("llama"), zoo.prompts(), zoo.expected_tokens("llama")
+    llms = [open_llm(model), open_llm(model, token_budget=40)]
+    assert [greedy(llm, prompts) for llm in llms] == [expected] * 2
+    llms[first].close()
+    llms[first].close()  # a second close gives nothing more back
+    with pytest.raises(PagedKVError, match=r"close\(\)"):
+        model(TOKEN_IDS)
+    assert greedy(llms[1 - first], prompts) == expected
+    llms[1 - first].close()
+    assert model.config._attn_implementation == "eager"
+    assert zoo.generate_alone(model, prompts[:2]) == expected[:2]
+
+
+def test_a_refused_second_llm_leaves_the_first_working() -> None:
+    model, expected = zoo.model("llama"), zoo.expected_tokens("llama")
+    with open_llm(model) as llm:
+        with pytest.raises(PagedKVError):
+            open_llm(model, token_budget=0)
+        assert greedy(llm, zoo.prompts()) == expected
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_closed_llm_generates_nothing() -> None:
+    """The model's own attention would read a paged batch as one sequence."""
+    model = zoo.build("LlamaForCausalLM")
+    llm = open_llm(model)
+    llm.close()
+    with pytest.raises(PagedKVError, match="clos"):
+        llm.generate([[5, 6, 7, 8]], SamplingParams(max_tokens=4))
+
+
+def test_layers_are_probed() -> None:
+    """Key and value widths may differ, within a layer (DeepSeek) as between layers (Gemma 4)."""
+    paged = PagedModel(zoo.model("deepseek-v3"))
+    shapes = list(paged.layer_shapes.values())
+    paged.close()
+    assert shapes == [(4, 24, 16)] * 3
+    model = zoo.build(
+        "Gemma4ForCausalLM",
+        **zoo.ALTERNATING,
+        head_dim=16,
+        global_head_dim=32,
+        vocab_size_per_layer_input=zoo.VOCAB_SIZE,
+        hidden_size_per_layer_input=16,
+        num_kv_shared_layers=0,
+    )
+    paged = PagedModel(model)
+    shapes = list(paged.layer_shapes.values())
+    paged.close()
+    assert [key for _, key, _ in shapes] == [16, 32, 16, 32]
+    assert all(a != b for a, b in pairwise(shapes))
+
+
+def test_positions_reach_the_model_per_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step's positions restart at each sequence's own count."""
+    seen: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+    call = PagedModel._call
+
+    def record(paged: PagedModel, token_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        seen.append((token_ids.numpy().copy(), positions.numpy().copy()))
+        return call(paged, token_ids, positions, rows)
+
+    monkeypatch.setattr(PagedModel, "_call", record)
+    prompts = zoo.prompts((3, 5))
+    with open_llm(zoo.model("gpt2")) as llm:
+        seen.clear()  # the probe
+        first, second = greedy(llm, prompts, 3)
+    steps = [(tokens.tolist(), positions.tolist()) for tokens, positions in seen]
+    assert steps == [
+        (prompts[0] + prompts[1], [0, 1, 2, 0, 1, 2, 3, 4]),
+        ([first[0], second[0]], [3, 5]),
+        ([first[1], second[1]], [4, 6]),
+    ]

@@ -1,0 +1,942 @@
+"""Every operation of a block manager beside the reference, step by step. Needs no test framework.
+
+`ManagerPair` holds a manager, its reference, and what every block contains: each rule does one
+operation on all three, from small integers that anything may choose, and `check` compares all that
+can be observed. `RandomDriver` chooses by a seeded generator.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.events import BlockRemoved, BlockStored, CacheCleared
+from paged_kv.blocks.geometry import BlockGeometry
+from paged_kv.blocks.host_blocks import SwappedSequence
+from paged_kv.blocks.step_plan import StepPlan
+from paged_kv.blocks.token_chain import TokenChain
+from paged_kv.errors import InvalidStepError, OutOfBlocksError
+from tests.support.reference_manager import (
+    Content,
+    ExtraKeys,
+    NoSlotError,
+    ReferenceManager,
+    Sequence,
+    Shape,
+    Step,
+    Swapped,
+    Wish,
+    layout,
+    links,
+    num_sealable,
+)
+
+GEOMETRIES = {
+    "native": Shape(4, 4, 0, 0),
+    "native with a head": Shape(4, 4, 4, 0),
+    "int8-like": Shape(8, 4, 4, 0),
+    "int2-like": Shape(16, 2, 4, 5),
+    "no head": Shape(16, 4, 0, 6),
+    "no head, no tail": Shape(8, 2, 0, 0),
+    "tail longer than a block": Shape(4, 2, 2, 9),
+    "one token a block": Shape(4, 1, 0, 0),
+    "long head": Shape(6, 3, 9, 2),
+}
+# Alike in bytes or text, and all different.
+EXTRA_KEYS: tuple[ExtraKeys, ...] = (
+    (),
+    ("1",),
+    (1,),
+    (b"1",),
+    ("1", "2"),
+    ("12",),
+    ("1str:2",),
+    ("1str:1:2",),
+)
+
+
+def next_token(tokens: list[int], branch: int | None = None) -> int:
+    """The token that continues a branch, or turns to another one."""
+    if branch is None:
+        branch = tokens[-1] % 10 if tokens else 0
+    return 10 * (len(tokens) % 7) + branch
+
+
+def make_tokens(length: int, turn: int, branch: int) -> list[int]:
+    """Tokens of branch 0 up to position `turn`, then of `branch`: prefixes meet all the time."""
+    tokens: list[int] = []
+    for position in range(length):
+        tokens.append(next_token(tokens, 0 if position < turn else branch))
+    return tokens
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A manager to be."""
+
+    shape: Shape
+    num_blocks: int
+    max_num_seqs: int
+    max_model_len: int
+    prefix_caching: bool
+    num_host_blocks: int
+    record_events: bool = True
+
+
+class Wanted(NamedTuple):
+    """One sequence of a step: chosen among the living, bounds are applied later."""
+
+    which: int
+    num_new: int
+    num_drafts: int = 0
+    num_kept: int = 0
+    branch: int | None = None  # of tokens that nobody knows yet
+
+
+class Part(NamedTuple):
+    """One sequence of a step: what it computes."""
+
+    wish: Wish
+    tokens: list[int]  # of the whole sequence, drafts included
+    histories: list[int]  # of the new tokens
+    num_kept_drafts: int
+
+
+@contextmanager
+def refused(error: type[Exception]) -> Iterator[None]:
+    """What happens inside raises this error."""
+    try:
+        yield
+    except error:
+        return
+    raise AssertionError(f"no {error.__name__}")
+
+
+class Contents:
+    """What each block holds: open or sealed, and for each token the history that ends with it."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.kinds: list[str | None] = [None] * num_blocks
+        self.cells: list[list[int | None]] = [[] for _ in range(num_blocks)]
+
+    def put(self, block_id: int, kind: str | None, cells: list[int | None]) -> None:
+        self.kinds[block_id], self.cells[block_id] = kind, cells
+
+    def move(self, block_ids: list[int], other: Contents, other_ids: list[int]) -> None:
+        for block_id, other_id in zip(block_ids, other_ids, strict=True):
+            other.put(other_id, self.kinds[block_id], self.cells[block_id].copy())
+
+    def apply(self, plan: StepPlan, histories: list[int], open_block_size: int) -> None:
+        """Do the writes of a plan, whose new tokens are named by `histories`.
+
+        What is sealed and what is written may come in any order: no cell is part of both.
+        """
+        for block_id in plan.new_block_ids.tolist():
+            self.put(block_id, None, [])  # whatever it held must not be read again
+        self.move(plan.copy_sources.tolist(), self, plan.copy_targets.tolist())
+        read = set()
+        num_sealed_new = 0
+        for block_id, sources in zip(
+            plan.seal_block_ids.tolist(), plan.seal_sources.tolist(), strict=True
+        ):
+            cells: list[int | None] = []
+            for source in sources:
+                if source < 0:
+                    cells.append(histories[~source])
+                    num_sealed_new += 1
+                    continue
+                source_id, offset = divmod(source, open_block_size)
+                assert self.kinds[source_id] == "open", "a block is sealed from a sealed one"
+                cells.append(self.cells[source_id][offset])
+                read.add(source)
+            self.put(block_id, "sealed", cells)
+        targets = plan.slot_mapping.tolist()
+        written = [target for target in targets if target >= 0]
+        assert len(targets) == len(histories)
+        assert len(targets) - len(written) == num_sealed_new, "a new token has two places or none"
+        assert len(set(written)) == len(written), "two tokens are written to one cell"
+        assert not read & set(written), "a cell is sealed and written in one step"
+        for target, history in zip(targets, histories, strict=True):
+            if target < 0:
+                continue
+            block_id, offset = divmod(target, open_block_size)
+            if self.kinds[block_id] is None:
+                self.put(block_id, "open", [None] * open_block_size)
+            assert self.kinds[block_id] == "open", "a sealed block is written"
+            self.cells[block_id][offset] = history
+
+    def check(self, sequence: Sequence) -> None:
+        """Every block holds what its user computed."""
+        for stretch, block_id in sequence.blocks.items():
+            cells = self.cells[block_id]
+            expected = sequence.histories[: sequence.num_computed][stretch.start :][: len(cells)]
+            assert self.kinds[block_id] == stretch.kind
+            assert cells[: len(expected)] == expected, f"block {block_id} holds other tokens"
+
+
+class Mirror:
+    """The prefix cache as its events tell it."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[bytes, int] = {}
+        # Hashes and contents name each other, whether cached or not.
+        self.hash_of: dict[Content, bytes] = {}
+        self.content_of: dict[bytes, Content] = {}
+
+    def name(self, content: Content, block_hash: bytes) -> None:
+        assert self.hash_of.setdefault(content, block_hash) == block_hash
+        assert self.content_of.setdefault(block_hash, content) == content
+
+
+@dataclass
+class Parked:
+    """A chain that may be added again, as often as one likes."""
+
+    chain: TokenChain
+    tokens: list[int]
+    root: ExtraKeys
+
+
+class ManagerPair:
+    """A manager and what it should be."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.shape = shape = settings.shape
+        self.manager = BlockManager(
+            BlockGeometry(
+                block_size=shape.block_size,
+                open_block_size=shape.open_block_size,
+                num_head_tokens=shape.num_head,
+                min_tail_tokens=shape.min_tail,
+            ),
+            num_blocks=settings.num_blocks,
+            max_num_seqs=settings.max_num_seqs,
+            max_model_len=settings.max_model_len,
+            prefix_caching=settings.prefix_caching,
+            record_events=settings.record_events,
+            num_host_blocks=settings.num_host_blocks,
+        )
+        self.reference = ReferenceManager(
+            shape,
+            num_blocks=settings.num_blocks,
+            max_num_seqs=settings.max_num_seqs,
+            prefix_caching=settings.prefix_caching,
+            num_host_blocks=settings.num_host_blocks,
+        )
+        self.contents = Contents(settings.num_blocks)
+        self.host_contents = Contents(settings.num_host_blocks)
+        self.mirror = Mirror()
+        self.parked: deque[Parked] = deque(maxlen=4)
+        self.swapped: list[tuple[SwappedSequence, Swapped]] = []
+        self.tally: Counter[str] = Counter()
+        self._kept_slots: dict[tuple[int, ...], NDArray[np.int64]] = {}
+
+    @property
+    def living(self) -> list[int]:
+        return sorted(self.reference.sequences)
+
+    def pick(self, which: int) -> int | None:
+        living = self.living
+        return living[which % len(living)] if living else None
+
+    # -- rules: sequences -----------------------------------------------------------------------
+
+    def add(self, length: int, turn: int, branch: int, keys: int, *, as_list: bool = True) -> None:
+        """A sequence with a prompt, which a manager without a cache need not be told."""
+        length = min(length, self.settings.max_model_len)
+        tokens = make_tokens(length, turn, branch)
+        root = EXTRA_KEYS[keys % len(EXTRA_KEYS)]
+        if not length and not root:
+            self._add(None, [], root)
+            return
+        chain = self.manager.chain_tokens(tokens if as_list else np.array(tokens), root)
+        self._add(chain, tokens, root)
+
+    def add_parked(self, which: int) -> None:
+        """A sequence with the tokens and hashes of an earlier one."""
+        if self.parked:
+            parked = self.parked[which % len(self.parked)]
+            self._add(parked.chain, parked.tokens, parked.root)
+
+    def _add(self, chain: TokenChain | None, tokens: list[int], root: ExtraKeys) -> None:
+        if chain is not None:
+            sequence = Sequence(root)
+            sequence.extend(tokens)
+            assert self.manager.find_prefix(chain) == self.reference.find(sequence)
+        try:
+            slot = self.reference.add(tokens, root)
+        except NoSlotError:
+            with refused(OutOfBlocksError):
+                self.manager.add_sequence(chain)
+            self.tally["no slot"] += 1
+            return
+        assert self.manager.add_sequence(chain) == slot
+        self.tally["hits"] += self.reference.sequences[slot].num_computed > 0
+
+    def append(
+        self, chosen: int, branch: int | None, count: int = 1, *, at_once: bool = False
+    ) -> None:
+        """More tokens for the living sequences whose bit is set."""
+        tokens = {}
+        for index, slot in enumerate(self.living):
+            if chosen >> index & 1:
+                after = self.reference.sequences[slot].copy()
+                end = min(after.num_known + count, self.settings.max_model_len)
+                while len(after.tokens) < end:
+                    after.extend([next_token(after.tokens, branch)])
+                tokens[slot] = after.tokens[after.num_known : end]
+        self._append(tokens, at_once=at_once)
+
+    def _append(self, tokens: dict[int, list[int]], *, at_once: bool) -> None:
+        """Tell the manager these tokens in one call, or one token of each sequence a call."""
+        if at_once:
+            flat = [token for row in tokens.values() for token in row]
+            self.manager.append_tokens(list(tokens), flat, [len(row) for row in tokens.values()])
+            for slot, row in tokens.items():
+                self.reference.append(slot, row)
+            return
+        for turn in range(max(map(len, tokens.values()), default=0)):
+            told = {slot: row[turn] for slot, row in tokens.items() if turn < len(row)}
+            self.manager.append_tokens(list(told), list(told.values()))
+            for slot, token in told.items():
+                self.reference.append(slot, [token])
+
+    def fork(self, which: int) -> None:
+        slot = self.pick(which)
+        if slot is None:
+            return
+        try:
+            child = self.reference.fork(slot)
+        except NoSlotError:
+            with refused(OutOfBlocksError):
+                self.manager.fork(slot)
+            self.tally["no slot"] += 1
+            return
+        assert self.manager.fork(slot) == child
+        self.tally["forks"] += 1
+
+    def remove(self, which: int) -> None:
+        slot = self.pick(which)
+        if slot is not None:
+            self.manager.remove_sequence(slot)
+            self.reference.remove(slot)
+
+    def preempt(self, which: int) -> None:
+        """Remove a sequence, and keep what is needed to compute it again."""
+        slot = self.pick(which)
+        if slot is None:
+            return
+        chain = self.manager.chain_of(slot)
+        self.manager.remove_sequence(slot)
+        sequence = self.reference.remove(slot)
+        tokens = sequence.tokens[: sequence.num_known]
+        self.parked.append(Parked(chain, tokens, sequence.root))
+
+    # -- rules: swap and the cache --------------------------------------------------------------
+
+    def swap_out(self, which: int) -> None:
+        slot = self.pick(which)
+        if slot is None:
+            return
+        block_ids = self.reference.sequences[slot].block_ids
+        swapped = self.manager.swap_out(slot)
+        expected = self.reference.swap_out(slot)
+        if swapped is None or expected is None:
+            assert swapped is expected, "one has host blocks and the other has not"
+            self.tally["refused swaps"] += 1
+            return
+        assert swapped.device_block_ids.tolist() == block_ids
+        assert swapped.host_block_ids.tolist() == expected.host_ids
+        assert swapped.num_computed_tokens == expected.sequence.num_computed
+        self.contents.move(block_ids, self.host_contents, expected.host_ids)
+        self.swapped.append((swapped, expected))
+        self.tally["swaps"] += 1
+
+    def swap_in(self, which: int) -> None:
+        if not self.swapped:
+            return
+        swapped, expected = self.swapped[which % len(self.swapped)]
+        slot = self.reference.swap_in(expected)
+        result = self.manager.swap_in(swapped)
+        if result is None or slot is None:
+            assert result is slot, "one has blocks and the other has not"
+            self.tally["refused swaps"] += 1
+            return
+        block_ids = result[1].tolist()
+        assert (result[0], block_ids) == (slot, self.reference.sequences[slot].block_ids)
+        self.host_contents.move(expected.host_ids, self.contents, block_ids)
+        self.swapped.remove((swapped, expected))
+        self._refuse_again(swapped)
+
+    def place(self, which: int, *, publishes: bool) -> None:
+        """A sequence as if computed elsewhere: a living one once more, in blocks of its own."""
+        source = self.pick(which)
+        if source is None:
+            return
+        chain = self.manager.chain_of(source)
+        sequence = self.reference.sequences[source].copy()
+        source_ids = sequence.block_ids
+        placed = (chain, sequence.num_computed, sequence.num_sealed)
+        slot = self.reference.place(sequence)
+        if slot is None:
+            with refused(OutOfBlocksError):
+                self.manager.place_sequence(*placed)
+            return
+        result = self.manager.place_sequence(*placed)
+        assert (result[0], result[1].tolist()) == (slot, sequence.block_ids)
+        self.contents.move(source_ids, self.contents, sequence.block_ids)
+        if publishes:
+            self.check()
+            self.manager.publish_sequence(slot)
+            self.reference.publish(sequence)
+        self.tally["placed"] += 1
+
+    def discard_swapped(self, which: int) -> None:
+        if self.swapped:
+            swapped, expected = self.swapped.pop(which % len(self.swapped))
+            self.manager.discard_swapped(swapped)
+            self.reference.discard(expected)
+            self._refuse_again(swapped)
+
+    def _refuse_again(self, swapped: SwappedSequence) -> None:
+        """What was brought back or given up has no host blocks any more."""
+        for again in (self.manager.swap_in, self.manager.discard_swapped):
+            with refused(InvalidStepError):
+                again(swapped)
+
+    def reset_cache(self) -> None:
+        if self.living and self.settings.prefix_caching:
+            with refused(InvalidStepError):
+                self.manager.reset_prefix_cache()
+            return
+        self.manager.reset_prefix_cache()
+        if self.settings.prefix_caching:
+            self.reference.reset_cache()
+
+    def remove_all(self, *, reset: bool) -> None:
+        for slot in self.living:
+            self.manager.remove_sequence(slot)
+            self.reference.remove(slot)
+        if reset:
+            self.reset_cache()
+
+    def take_events(self) -> None:
+        """The events are those of the reference, and what they tell is the cache."""
+        taken = self.manager.take_events()
+        expected, self.reference.events = self.reference.events, []
+        self.tally["evictions"] += sum(event.kind == "removed" for event in expected)
+        if not (self.settings.record_events and self.settings.prefix_caching):
+            assert not taken
+            return
+        mirror = self.mirror
+        assert len(taken) == len(expected)
+        for event, (kind, content, block_id) in zip(taken, expected, strict=True):
+            if isinstance(event, CacheCleared):
+                assert kind == "cleared"
+                mirror.blocks.clear()
+                continue
+            assert content is not None
+            assert event.block_id == block_id
+            mirror.name(content, event.block_hash)
+            if isinstance(event, BlockRemoved):
+                assert kind == "removed"
+                assert mirror.blocks.pop(event.block_hash) == block_id
+                continue
+            assert isinstance(event, BlockStored)
+            assert kind == "stored"
+            root, tokens = content
+            start = len(tokens) - len(event.token_ids)
+            assert [link.end for link in links(self.shape, len(tokens))][-2:] in (
+                [len(tokens)], [start, len(tokens)]
+            )  # fmt: skip
+            assert event.token_ids == tokens[start:]
+            mirror.name((root, tokens[:start]), event.parent_hash)
+            assert event.block_hash not in mirror.blocks
+            mirror.blocks[event.block_hash] = event.block_id
+        cache = self.manager.prefix_cache
+        assert cache is not None
+        assert cache.num_cached == len(mirror.blocks)
+        for block_hash, block_id in mirror.blocks.items():
+            assert cache.find([block_hash]) == [block_id]
+
+    # -- rules: steps ---------------------------------------------------------------------------
+
+    def step(
+        self,
+        wanted: list[Wanted],
+        *,
+        commits: bool = True,
+        meanwhile: Callable[[], None] | None = None,
+        slots_as: int = 0,
+        with_drafts: bool = True,
+        tells: Literal["each", "all", "later"] = "each",
+    ) -> bool:
+        """A step of some sequences; `meanwhile` happens while it is under way. False: no blocks."""
+        parts = self._parts(wanted, with_drafts)
+        wishes = [part.wish for part in parts]
+        slots = self._slots(tuple(wish.slot for wish in wishes), slots_as)
+        num_new = [wish.num_new for wish in wishes]
+        num_drafts = [wish.num_drafts for wish in wishes] if with_drafts else None
+        undrafted = self.reference.plan_rows([Wish(wish.slot, wish.num_new) for wish in wishes])
+        needed = self.manager.blocks_needed(
+            np.array(slots, dtype=np.int64), np.array(num_new, dtype=np.int64)
+        )
+        assert needed.tolist() == [row.num_new_blocks for row in undrafted]
+        step = self.reference.reserve(wishes)
+        plan = self.manager.reserve(slots, num_new, num_drafts)
+        if plan is None or step is None:
+            assert plan is step, "one has blocks and the other has not"
+            self.tally["failed reservations"] += 1
+            return False
+        self._check_plan(plan, step)
+        histories = [history for part in parts for history in part.histories]
+        self.contents.apply(plan, histories, self.shape.open_block_size)
+        self.check()
+        if meanwhile is not None:
+            meanwhile()
+            self.check()
+        if commits:
+            self._commit(plan, step, parts, tells)
+        else:
+            self.reference.rollback(step)
+            self.manager.rollback(plan)
+        for end in (self.manager.commit, self.manager.rollback):
+            with refused(InvalidStepError):
+                end(plan)
+        self.tally["copies"] += len(step.copies)
+        self.tally["sealed blocks"] += len(step.seal_ids)
+        return True
+
+    def _parts(self, wanted: list[Wanted], with_drafts: bool) -> list[Part]:
+        """What of it fits the lengths of the sequences.
+
+        A manager with a cache is told what is certain; it gets a token where it knows no new one.
+        """
+        chosen: dict[int, Wanted] = {}
+        for want in wanted:
+            slot = self.pick(want.which)
+            if slot is not None:
+                chosen.setdefault(slot, want)
+        sequences = self.reference.sequences
+        max_len, is_told = self.settings.max_model_len, self.settings.prefix_caching
+        chosen = {s: want for s, want in chosen.items() if sequences[s].num_computed < max_len}
+        if is_told:
+            unknown = {}
+            for slot, want in chosen.items():
+                sequence = sequences[slot]
+                if sequence.num_known <= sequence.num_computed:
+                    kept_drafts = sequence.tokens[sequence.num_known :]
+                    unknown[slot] = [*kept_drafts, next_token(sequence.tokens, want.branch)]
+            self._append(unknown, at_once=max(map(len, unknown.values()), default=0) > 1)
+        parts = []
+        for slot, want in chosen.items():
+            after = sequences[slot].copy()
+            start = after.num_computed
+            room = (after.num_known if is_told else max_len) - start
+            num_certain = min(max(want.num_new, 1), room)
+            room = max_len - start - num_certain
+            num_drafts = min(want.num_drafts, self.shape.block_size, room) if with_drafts else 0
+            end = start + num_certain + num_drafts
+            while len(after.tokens) < end:
+                after.extend([next_token(after.tokens, want.branch)])
+            parts.append(
+                Part(
+                    wish=Wish(slot, num_certain + num_drafts, num_drafts),
+                    tokens=after.tokens[:end],
+                    histories=after.histories[start:end],
+                    num_kept_drafts=min(want.num_kept, num_drafts),
+                )
+            )
+        return parts
+
+    def _slots(self, slots: tuple[int, ...], slots_as: int) -> list[int] | NDArray[np.int64]:
+        """A list, an array, or a read-only array that is the same for the same slots."""
+        if slots_as == 0:
+            return list(slots)
+        array = np.array(slots, dtype=np.int64)
+        if slots_as == 1:
+            return array
+        array.flags.writeable = False
+        return self._kept_slots.setdefault(slots, array)
+
+    def _commit(
+        self, plan: StepPlan, step: Step, parts: list[Part], tells: Literal["each", "all", "later"]
+    ) -> None:
+        """The manager is told the drafts that are kept before it commits them, or later."""
+        num_kept = []
+        unknown: dict[int, list[int]] = {}
+        for part in parts:
+            sequence = self.reference.sequences[part.wish.slot]
+            num_dropped = part.wish.num_drafts - part.num_kept_drafts
+            num_kept.append(part.wish.num_new - num_dropped)
+            end = sequence.num_computed + num_kept[-1]
+            sequence.extend(part.tokens[len(sequence.tokens) : end])
+            unknown[part.wish.slot] = sequence.tokens[sequence.num_known : end]
+            self.tally["kept drafts"] += part.num_kept_drafts
+            self.tally["dropped drafts"] += num_dropped
+        if self.settings.prefix_caching and tells != "later":
+            self._append(unknown, at_once=tells == "all")
+        wishes = [part.wish for part in parts]
+        for wrong in (
+            [wish.num_new + 1 for wish in wishes],
+            [wish.num_new - wish.num_drafts - 1 for wish in wishes],
+        ):
+            if wrong:
+                with refused(InvalidStepError):
+                    self.manager.commit(plan, wrong)
+        self.reference.commit(step, num_kept)
+        if num_kept == plan.num_scheduled_tokens.tolist():
+            self.manager.commit(plan)
+        else:
+            self.manager.commit(plan, num_kept)
+
+    def _check_plan(self, plan: StepPlan, step: Step) -> None:
+        sequences = [row.sequence for row in step.rows]
+        num_new = [row.wish.num_new for row in step.rows]
+        starts = [sequence.num_computed for sequence in sequences]
+        assert plan.slots.tolist() == [row.wish.slot for row in step.rows]
+        assert plan.new_block_ids.tolist() == step.new_ids
+        assert plan.seal_block_ids.tolist() == step.seal_ids
+        assert plan.copy_sources.tolist() == [source for source, _ in step.copies]
+        assert plan.copy_targets.tolist() == [target for _, target in step.copies]
+        assert plan.freed_block_ids.tolist() == step.left_ids
+        assert plan.context_lens.tolist() == starts
+        assert plan.num_tokens == sum(num_new)
+        assert plan.positions.tolist() == [
+            start + index for start, count in zip(starts, num_new, strict=True)
+            for index in range(count)
+        ]  # fmt: skip
+        assert plan.token_rows.tolist() == [
+            row for row, count in enumerate(num_new) for _ in range(count)
+        ]
+        assert plan.query_start_loc.tolist() == [
+            sum(num_new[:row]) for row in range(len(num_new) + 1)
+        ]
+        for kind, table in (("open", plan.open_table), ("sealed", plan.sealed_table)):
+            for ids, sequence in zip(table.tolist(), sequences, strict=True):
+                expected = sequence.ids_of(kind)
+                assert ids[: len(expected)] == expected
+
+    # -- rules: what is refused -----------------------------------------------------------------
+
+    def refuse(self, which: int) -> None:
+        """Calls that make no sense raise and change nothing, which `check` sees."""
+        manager = self.manager
+        too_long = TokenChain(np.zeros(self.settings.max_model_len + 1, dtype=np.int32), b"")
+        dead = (*self.reference.free_slots, self.settings.max_num_seqs)[0]
+        for call in (
+            lambda: manager.remove_sequence(dead),
+            lambda: manager.fork(dead),
+            lambda: manager.swap_out(dead),
+            lambda: manager.publish_sequence(dead),
+            lambda: manager.append_tokens([dead], [1]),
+            lambda: manager.add_sequence(too_long),
+            lambda: manager.place_sequence(too_long, 0, 0),
+            lambda: manager.reserve([dead], [1]),
+            lambda: manager.reserve([-1], [1]),
+        ):
+            with refused(InvalidStepError):
+                call()
+        slot = self.pick(which)
+        if slot is None:
+            return
+        sequence = self.reference.sequences[slot]
+        size, limit = self.shape.block_size, self.settings.max_model_len
+        calls: list[Callable[[], object]] = [
+            lambda: manager.append_tokens([slot], [1, 2]),
+            lambda: manager.append_tokens([slot], [1], [2]),
+            lambda: manager.append_tokens([slot], [], [-1]),
+            lambda: manager.reserve([slot], [0]),
+            lambda: manager.reserve([slot], [limit - sequence.num_computed + 1]),
+            lambda: manager.reserve([slot, slot], [1, 1]),
+            lambda: manager.reserve([slot], [2], [2]),
+            lambda: manager.reserve([slot], [size + 2], [size + 1]),
+        ]
+        if self.settings.prefix_caching:
+            too_many = max(sequence.num_known - sequence.num_computed, 0)
+            too_many += self.shape.open_block_size
+            calls.append(lambda: manager.reserve([slot], [too_many]))
+        for call in calls:
+            with refused(InvalidStepError):
+                call()
+
+    def refuse_under_way(self, which: int) -> None:
+        """What has to wait for the end of a step."""
+        slot = self.pick(which)
+        if slot is None:
+            return
+        manager = self.manager
+        for call in (
+            lambda: manager.remove_sequence(slot),
+            lambda: manager.fork(slot),
+            lambda: manager.swap_out(slot),
+            lambda: manager.reserve([slot], [1]),
+            lambda: manager.place_sequence(manager.chain_of(slot), 0, 0),
+            lambda: manager.publish_sequence(slot),
+        ):
+            with refused(InvalidStepError):
+                call()
+        for swapped, expected in self.swapped:
+            if self._fits(expected):
+                with refused(InvalidStepError):
+                    manager.swap_in(swapped)
+
+    def _fits(self, swapped: Swapped) -> bool:
+        reference = self.reference
+        return len(swapped.host_ids) <= reference.num_free and bool(reference.free_slots)
+
+    # -- invariants -----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """All that can be observed is what the reference says."""
+        manager, reference = self.manager, self.reference
+        manager.check_integrity()
+        assert manager.num_free_blocks == reference.num_free
+        assert manager.pool.num_users.tolist() == reference.num_users
+        assert manager.pool.peak_allocated == reference.peak
+        assert manager.num_cached_blocks == len(reference.cached)
+        assert manager.num_free_slots == len(reference.free_slots)
+        assert manager.active_slots.tolist() == self.living
+        if manager.prefix_cache is not None:
+            assert manager.prefix_cache.num_idle == len(reference.idle)
+            assert np.flatnonzero(manager.prefix_cache.is_cached).tolist() == sorted(
+                reference.content_of
+            )
+        if manager.host_pool is not None:
+            assert manager.host_pool.num_free == len(reference.host_free)
+        statistics = manager.prefix_statistics
+        assert statistics.num_queries == reference.num_queries
+        assert statistics.num_query_tokens == reference.num_query_tokens
+        assert statistics.num_hit_tokens == reference.num_hit_tokens
+        for slot, sequence in reference.sequences.items():
+            self._check_sequence(slot, sequence)
+
+    def _check_sequence(self, slot: int, sequence: Sequence) -> None:
+        manager = self.manager
+        assert tuple(sequence.blocks) == layout(
+            self.shape, sequence.num_computed, sequence.num_sealed
+        )
+        assert manager.num_computed_tokens[slot] == sequence.num_computed
+        assert manager.num_sealed[slot] == sequence.num_sealed
+        assert manager.num_tokens[slot] == sequence.num_known
+        known = sequence.tokens[: sequence.num_known]
+        assert manager.token_ids[slot, : sequence.num_known].tolist() == known
+        assert manager.last_token_ids[slot : slot + len(known[-1:])].tolist() == known[-1:]
+        assert manager.block_ids(slot).tolist() == sequence.block_ids
+        assert manager.head_and_tail_ids(slot).tolist() == sequence.ids_of("open")
+        assert manager.body_ids(slot).tolist() == sequence.ids_of("sealed")
+        self.contents.check(sequence)
+
+    def drain(self) -> None:
+        """Without sequences nothing is in use."""
+        self.remove_all(reset=False)
+        while self.swapped:
+            self.discard_swapped(0)
+        self.take_events()
+        self.check()
+        assert self.manager.num_free_blocks == self.manager.num_blocks
+        if self.manager.prefix_cache is not None:
+            self.reset_cache()
+            self.take_events()
+            self.check()
+
+
+class RandomDriver:
+    """Random operations on managers of random sizes; the same seed makes the same choices."""
+
+    def __init__(
+        self, shape: Shape, *, prefix_caching: bool, seed: int, episode: int = 150
+    ) -> None:
+        self.shape = shape
+        self.prefix_caching = prefix_caching
+        self.seed = seed
+        self.episode = episode  # operations on one manager
+        self.random = random.Random(seed)
+        self.operations: Counter[str] = Counter()
+        self.tally: Counter[str] = Counter()
+        # Rules and how often each is chosen.
+        self.rules: dict[Callable[[ManagerPair], None], int] = {
+            self.step: 40,
+            self.decode: 12,
+            self.add: 13,
+            self.add_parked: 4,
+            self.append: 4,
+            self.fork: 5,
+            self.fan_out: 3,
+            self.remove: 7,
+            self.preempt: 4,
+            self.swap_out: 4,
+            self.swap_in: 5,
+            self.place: 3,
+            self.discard_swapped: 1,
+            self.reset_cache: 1,
+            self.remove_all: 1,
+            self.take_events: 3,
+            self.refuse: 1,
+        }
+
+    def run(self, num_steps: int) -> None:
+        """So many operations, each checked; where one fails the error says how to repeat it."""
+        rules, weights = list(self.rules), list(self.rules.values())
+        for start in range(0, num_steps, self.episode):
+            pair = self._new_pair()
+            for number in range(start, min(start + self.episode, num_steps)):
+                (rule,) = self.random.choices(rules, weights)
+                self._do(rule, pair, number)
+                self.operations[rule.__name__] += 1
+            self._do(self.drain, pair, number)
+            self.tally += pair.tally
+
+    def _do(self, rule: Callable[[ManagerPair], None], pair: ManagerPair, number: int) -> None:
+        try:
+            rule(pair)
+            pair.check()
+        except Exception as error:
+            raise AssertionError(
+                f"{self.shape}, prefix_caching={self.prefix_caching}, seed {self.seed}, episode "
+                f"{self.episode}: operation {number} ({rule.__name__}) on {pair.settings}"
+            ) from error
+
+    def _new_pair(self) -> ManagerPair:
+        """Pools of less than one long sequence up to five."""
+        choice, shape = self.random.choice, self.shape
+        max_len = choice([5, 8]) * shape.block_size + shape.num_head + choice([0, 1, 3])
+        enough = len(layout(shape, max_len, num_sealable(shape, max_len)))
+        pair = ManagerPair(
+            Settings(
+                shape,
+                num_blocks=int(choice([0.8, 1.5, 2, 3, 5]) * enough) + 1,
+                max_num_seqs=choice([1, 3, 4, 6, 8, 8]),
+                max_model_len=max_len,
+                prefix_caching=self.prefix_caching,
+                num_host_blocks=choice([0, enough // 2, 2 * enough]),
+                record_events=self.random.random() < 0.8,
+            )
+        )
+        if choice([True, False]):  # some links have to wait for room
+            pair.manager._complete_links = pair.manager._complete_links[:2]
+        return pair
+
+    # -- choices --------------------------------------------------------------------------------
+
+    def _which(self) -> int:
+        return self.random.randrange(12)
+
+    def _branch(self) -> int | None:
+        return self.random.choice([None, None, None, 0, 1, 2])
+
+    def _wanted(self, which: int, sizes: list[int]) -> Wanted:
+        size, choice = self.shape.block_size, self.random.choice
+        return Wanted(
+            which=which,
+            num_new=choice(sizes),
+            num_drafts=choice([0, 0, 1, 2, 3, size]),
+            num_kept=choice([0, 1, 2, size, size]),
+            branch=self._branch(),
+        )
+
+    def step(self, pair: ManagerPair) -> None:
+        size, choice = self.shape.block_size, self.random.choice
+        sizes = [1, 1, 1, 2, 3, self.shape.open_block_size, size, 2 * size + 1]
+        rows = [self._wanted(self._which(), sizes) for _ in range(choice([1, 1, 2, 3, 4]))]
+        others = [self.add, self.add_parked, self.refuse_under_way]
+        other = choice([None] * 8 + others)
+        fits = pair.step(
+            rows,
+            commits=self.random.random() < 0.8,
+            meanwhile=None if other is None else lambda: other(pair),
+            slots_as=choice([0, 1, 2]),
+            with_drafts=choice([False, True]),
+            tells=choice(["each", "all", "later"]),
+        )
+        if not fits:
+            self._make_room(pair)
+
+    def decode(self, pair: ManagerPair) -> None:
+        """A token for every sequence, perhaps with drafts."""
+        order = list(range(len(pair.living)))
+        self.random.shuffle(order)
+        fits = pair.step(
+            [self._wanted(which, [1]) for which in order],
+            slots_as=2,
+            with_drafts=self.random.random() < 0.3,
+            tells=self.random.choice(["each", "all", "later"]),
+        )
+        if not fits:
+            self._make_room(pair)
+
+    def _make_room(self, pair: ManagerPair) -> None:
+        """What a scheduler would do; not always, so that full pools are met too."""
+        if self.random.random() < 0.7:
+            pair.check()
+            self.random.choice([self.remove, self.preempt, self.swap_out])(pair)
+
+    def add(self, pair: ManagerPair) -> None:
+        length = self.random.randrange(pair.settings.max_model_len + 1)
+        turn = self.random.choice([length, self.random.randrange(length + 1)])
+        keys = max(self.random.randrange(-12, len(EXTRA_KEYS)), 0)
+        pair.add(length, turn, self.random.randrange(3), keys, as_list=bool(length % 2))
+
+    def add_parked(self, pair: ManagerPair) -> None:
+        pair.add_parked(self._which())
+
+    def append(self, pair: ManagerPair) -> None:
+        choice = self.random.choice
+        count, at_once = choice([0, 1, 1, 2, 5]), choice([False, True])
+        pair.append(self.random.randrange(64), self._branch(), count, at_once=at_once)
+
+    def fork(self, pair: ManagerPair) -> None:
+        pair.fork(self._which())
+
+    def fan_out(self, pair: ManagerPair) -> None:
+        """Several forks of one sequence, and a step of all."""
+        which = self._which()
+        for _ in range(self.random.choice([1, 2, 3])):
+            pair.fork(which)
+            pair.check()
+        self.decode(pair)
+
+    def remove(self, pair: ManagerPair) -> None:
+        pair.remove(self._which())
+
+    def preempt(self, pair: ManagerPair) -> None:
+        pair.preempt(self._which())
+
+    def swap_out(self, pair: ManagerPair) -> None:
+        pair.swap_out(self._which())
+
+    def swap_in(self, pair: ManagerPair) -> None:
+        pair.swap_in(self._which())
+
+    def place(self, pair: ManagerPair) -> None:
+        pair.place(self._which(), publishes=self.random.choice([False, True]))
+
+    def discard_swapped(self, pair: ManagerPair) -> None:
+        pair.discard_swapped(self._which())
+
+    def reset_cache(self, pair: ManagerPair) -> None:
+        pair.reset_cache()
+
+    def remove_all(self, pair: ManagerPair) -> None:
+        pair.remove_all(reset=self.random.random() < 0.3)
+
+    def take_events(self, pair: ManagerPair) -> None:
+        pair.take_events()
+
+    def drain(self, pair: ManagerPair) -> None:
+        pair.drain()
+
+    def refuse(self, pair: ManagerPair) -> None:
+        pair.refuse(self._which())
+
+    def refuse_under_way(self, pair: ManagerPair) -> None:
+        pair.refuse_under_way(self._which())
