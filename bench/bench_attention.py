@@ -460,12 +460,12 @@ def fill(case: Case, contents: Contents, caches: list[PagedKVCache]) -> list[Pag
     manager = caches[0].new_manager(max_num_seqs=len(case.lengths), max_model_len=max(case.lengths))
     free_ids = manager.pool.allocate(manager.num_free_blocks)
     manager.pool.release(np.random.default_rng(1).permutation(free_ids))
-    slots = np.array([manager.add_sequence() for _ in case.lengths])
+    seq_ids = np.array([manager.add_sequence() for _ in case.lengths])
     remaining = case.context_lens(manager.geometry)
     while remaining.any():
         rows = np.flatnonzero(remaining)
         counts = remaining[rows].clip(max=CHUNK)
-        plan = manager.reserve(slots[rows], counts)
+        plan = manager.reserve(seq_ids[rows], counts)
         assert plan is not None
         steps = [cache.begin(plan) for cache in caches]
         for layer in range(case.num_layers):
@@ -474,7 +474,7 @@ def fill(case: Case, contents: Contents, caches: list[PagedKVCache]) -> list[Pag
                 store(cache, layer, keys, values, step)
         manager.commit(plan)
         remaining[rows] -= counts
-    plan = manager.reserve(slots, np.full(len(slots), case.num_new))
+    plan = manager.reserve(seq_ids, np.full(len(seq_ids), case.num_new))
     assert plan is not None
     assert case.kind != "append" or not len(plan.seal_block_ids)
     new = [

@@ -2,8 +2,8 @@
 
     python bench/bench_block_manager.py --json bench/results/block_manager.json
 
-vLLM 0.33.0 takes part when its python files are importable (bench/vllm_manager.py says how), else it
-is left out and the report says so. Both sides serve the same lengths; every request decodes one
+vLLM 0.33.0 takes part when its python files are importable (bench/peers/vllm_manager.py says how),
+else it is left out and the report says so. Both sides serve the same lengths; every request decodes one
 token a step. Ours runs int8's geometry (blocks of 128 tokens, open blocks of 64) with prefix
 caching; int2 and native beside it. vLLM runs blocks of 16 tokens with prefix caching, its defaults.
 
@@ -12,7 +12,7 @@ runner (a request's id, new block ids and counts, each as python objects) and as
 connector and grammar parts, off here, for each request; its update makes one output object for
 each request and tests for stop tokens. Ours returns arrays; stop tokens are the engine's part,
 and only requests at their token limit become python objects. What ours covers and the peer's
-manager does not: vLLM makes slot mappings in its model runner; `with index arrays` adds ours.
+manager does not: vLLM makes seq_id mappings in its model runner; `with index arrays` adds ours.
 
 The two sides take turns of twenty calls, with five before them that are not counted. Rows with
 `cold caches` read 64 MB of other memory before each step, on both sides: between the steps of a
@@ -152,25 +152,25 @@ def decode_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
     peer = vllm_manager.ManagerPeer(num_seqs, lens, **peer_shape(lens)) if has_peer else None
     rng = np.random.default_rng(2)
     managers = {}
-    slots = rng.permutation(num_seqs)
-    slots.setflags(write=False)  # as the scheduler hands them over
+    seq_ids = rng.permutation(num_seqs)
+    seq_ids.setflags(write=False)  # as the scheduler hands them over
     for name in GEOMETRIES:
         managers[name] = manager = new_manager(name, num_seqs, lens)
         for length in lens:
             manager.add_sequence(random_tokens(rng, length))
-        plan = manager.reserve(slots, np.array(lens)[slots])
+        plan = manager.reserve(seq_ids, np.array(lens)[seq_ids])
         assert plan is not None
         manager.commit(plan)
     ones = np.ones(num_seqs, dtype=np.int64)
     timer = Timer()
 
     def step(manager: BlockManager) -> None:
-        plan = manager.reserve(slots, ones)
+        plan = manager.reserve(seq_ids, ones)
         assert plan is not None
         manager.commit(plan)
 
     def step_with_arrays(manager: BlockManager) -> None:
-        plan = manager.reserve(slots, ones)
+        plan = manager.reserve(seq_ids, ones)
         assert plan is not None
         for array in ("query_start_loc", "slot_mapping", "open_table", "sealed_table"):
             getattr(plan, array)
@@ -178,7 +178,7 @@ def decode_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
         manager.commit(plan)
 
     def append(manager: BlockManager) -> None:
-        manager.append_tokens(slots, rng.integers(VOCAB_SIZE, size=num_seqs))
+        manager.append_tokens(seq_ids, rng.integers(VOCAB_SIZE, size=num_seqs))
 
     keep_from_collector()
     for _ in range(num_steps // TURN):
@@ -256,7 +256,7 @@ def scheduler_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
             )
             timer.seconds[f"{name}both{suffix}"] = [sum(pair) for pair in both]
     for _ in range(min(num_seqs // 4, 50)):
-        timer("preempt", scheduler._preempt, scheduler._by_slot[scheduler._running[-1]])
+        timer("preempt", scheduler._preempt, scheduler._by_seq_id[scheduler._running[-1]])
         if peer is not None:
             timer("peer preempt", peer.preempt)
     for request in requests[: min(num_seqs // 4, 50)]:
@@ -297,10 +297,10 @@ def admission_rows(num_rounds: int, has_peer: bool) -> list[Row]:
         keep_from_collector()
         for _ in range(num_rounds):
             for _ in timer.turn(5):
-                slots = timer(
+                seq_ids = timer(
                     "batch", admit, manager, prompts if mode == "hit" else new_prompts(rng)
                 )
-                fork_and_free(manager, slots, timer)
+                fork_and_free(manager, seq_ids, timer)
             for prompt in (prompts if mode == "hit" else new_prompts(rng))[:TURN]:
                 manager.remove_sequence(timer("alone", admit, manager, [prompt])[0])
             if peer is not None:
@@ -322,19 +322,19 @@ def new_prompts(rng: np.random.Generator) -> list[list[int]]:
 
 def admit(manager: BlockManager, prompts: list[list[int]]) -> list[int]:
     """What makes requests of token lists run: hash, look up, reserve, and publish their blocks."""
-    slots = [manager.add_sequence(prompt) for prompt in prompts]
-    remaining = manager.num_tokens[slots] - manager.num_computed_tokens[slots]
-    plan = manager.reserve(slots, remaining)
+    seq_ids = [manager.add_sequence(prompt) for prompt in prompts]
+    remaining = manager.num_tokens[seq_ids] - manager.num_computed_tokens[seq_ids]
+    plan = manager.reserve(seq_ids, remaining)
     assert plan is not None
     manager.commit(plan)
-    return slots
+    return seq_ids
 
 
-def fork_and_free(manager: BlockManager, slots: list[int], timer: Timer) -> None:
-    for slot in slots:
-        manager.remove_sequence(timer("fork", manager.fork, slot))
-    for slot in slots:
-        timer("free", manager.remove_sequence, slot)
+def fork_and_free(manager: BlockManager, seq_ids: list[int], timer: Timer) -> None:
+    for seq_id in seq_ids:
+        manager.remove_sequence(timer("fork", manager.fork, seq_id))
+    for seq_id in seq_ids:
+        timer("free", manager.remove_sequence, seq_id)
 
 
 def memory_rows() -> list[Row]:
@@ -347,7 +347,7 @@ def memory_rows() -> list[Row]:
     arrays = [value for part in (pool, cache) for value in vars(part).values()]
     by_id = {id(array): array.nbytes for array in arrays if isinstance(array, np.ndarray)}
     tables = [*vars(manager.tables).values(), *vars(manager).values()]
-    by_slot = {
+    by_seq_id = {
         id(array): array.nbytes
         for array in tables
         if isinstance(array, np.ndarray) and len(array) == num_seqs
@@ -359,7 +359,7 @@ def memory_rows() -> list[Row]:
         Row(
             case="sequence of up to 4096 tokens, int8",
             metric="bytes of tables and tokens",
-            value=sum(by_slot.values()) / num_seqs,
+            value=sum(by_seq_id.values()) / num_seqs,
             unit="B",
         ),
     ]

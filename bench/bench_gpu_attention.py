@@ -32,8 +32,8 @@ from torch import Tensor
 from paged_kv.cache.backend import Backend, choose_backend
 from paged_kv.cache.formats import FORMATS
 from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, cache_geometry
-from paged_kv.kernels.block_views import LayerRecords
-from paged_kv.kernels.step_inputs import StepIndices
+from paged_kv.kernels.block_views import LayerBlocks
+from paged_kv.kernels.step_inputs import StepInputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_HEADS, HEAD_DIM = 8, 128
@@ -69,8 +69,8 @@ QUICK_CASES = [Case(kv_format, 2, 400, 4) for kv_format in ("native", "int8", "i
 class Layer:
     """A layer's records with contexts in them, and the step that is timed."""
 
-    records: LayerRecords
-    step: StepIndices
+    records: LayerBlocks
+    step: StepInputs
     num_bytes: int  # that the step has to read
 
 
@@ -111,7 +111,7 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
         return torch.full((case.batch,), value, dtype=torch.int64, device=device)
 
     none = torch.zeros(0, dtype=torch.int64, device=device)
-    step = StepIndices(
+    step = StepInputs(
         query_lens=(1,) * case.batch,
         context_lens_host=(case.context,) * case.batch,
         context_lens=longs(case.context),

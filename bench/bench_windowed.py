@@ -70,12 +70,12 @@ def streamed(
     )
     cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=model.dtype)
     manager = cache.new_manager(max_num_seqs=1, max_model_len=1024)
-    slot = np.array([manager.add_sequence(manager.chain_tokens((), sink_window=window))])
+    seq_id = np.array([manager.add_sequence(manager.chain_tokens((), sink_window=window))])
     losses, held, done = [], [], 0
-    manager.append_tokens(slot, token_ids[:-1], [len(token_ids) - 1])
+    manager.append_tokens(seq_id, token_ids[:-1], [len(token_ids) - 1])
     while done < len(token_ids) - 1:
-        count = min(tokens_per_step, int(manager.num_computable(slot)[0]))
-        plan = manager.reserve(slot, [count])
+        count = min(tokens_per_step, int(manager.num_computable(seq_id)[0]))
+        plan = manager.reserve(seq_id, [count])
         assert plan is not None
         rows = torch.arange(count)
         logits = model.forward(

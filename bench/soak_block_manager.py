@@ -36,7 +36,7 @@ EVENTS = {
     "swaps": "swaps",
     "placed": "placed sequences",
     "failed reservations": "failed reservations",
-    "no slot": "refusals for lack of a slot",
+    "no seq_id": "refusals for lack of a seq_id",
     "kept drafts": "kept drafts",
     "dropped drafts": "dropped drafts",
 }

@@ -32,6 +32,6 @@ plan = manager.reserve([first, second, third], [1, 1, 1])
 print("copy block", plan.copy_sources, "to", plan.copy_targets, "then write", plan.slot_mapping)
 manager.commit(plan)
 
-for slot in (first, second, third):
-    manager.remove_sequence(slot)
+for seq_id in (first, second, third):
+    manager.remove_sequence(seq_id)
 print("free again:", manager.num_free_blocks, "of", manager.num_blocks)

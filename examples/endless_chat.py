@@ -32,15 +32,15 @@ model = PagedModel(AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype="flo
 cache = PagedKVCache(model.layers(INT8), num_blocks=64, dtype=torch.float32)
 manager = cache.new_manager(max_num_seqs=1, max_model_len=1024)
 tokens = manager.chain_tokens([tokenizer.bos_token_id], sink_window=SinkWindow(4, 512))
-slot = np.array([manager.add_sequence(tokens)])
+seq_id = np.array([manager.add_sequence(tokens)])
 
 
 def compute() -> torch.Tensor:
     """Compute every token that is known; the logits behind the last one."""
-    while count := int(manager.num_computable(slot)[0]):  # as many as a step may
-        plan = manager.reserve(slot, [count])
+    while count := int(manager.num_computable(seq_id)[0]):  # as many as a step may
+        plan = manager.reserve(seq_id, [count])
         assert plan is not None
-        new = torch.from_numpy(manager.token_ids[slot[0], plan.positions]).long()
+        new = torch.from_numpy(manager.token_ids[seq_id[0], plan.positions]).long()
         positions = torch.from_numpy(plan.positions)
         last = torch.tensor([count - 1])
         logits = model.forward(new, positions, last, cache, cache.begin(plan))
@@ -50,7 +50,7 @@ def compute() -> torch.Tensor:
 
 def say(text: str) -> None:
     token_ids = tokenizer.encode(text, add_special_tokens=False)
-    manager.append_tokens(slot, token_ids, [len(token_ids)])
+    manager.append_tokens(seq_id, token_ids, [len(token_ids)])
 
 
 def answer(generator: torch.Generator) -> str:
@@ -58,7 +58,7 @@ def answer(generator: torch.Generator) -> str:
     while len(answered) < ANSWER_TOKENS:
         weights = (compute() / 0.7).softmax(-1)
         answered.append(int(torch.multinomial(weights, 1, generator=generator)))
-        manager.append_tokens(slot, answered[-1:])
+        manager.append_tokens(seq_id, answered[-1:])
     return tokenizer.decode(answered)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         per_token = (time.perf_counter() - started) / ANSWER_TOKENS
         held = cache.memory_stats(manager).allocated
         print(
-            f"[{manager.num_tokens[slot[0]]} tokens, {held / 1024:.0f} KiB, "
+            f"[{manager.num_tokens[seq_id[0]]} tokens, {held / 1024:.0f} KiB, "
             f"{1000 * per_token:.1f} ms a token] {line} -- {reply[:60]} ..."
         )
     print(f"at most {manager.pool.peak_allocated} blocks; the model was trained on 1024 tokens")

@@ -34,7 +34,7 @@ class SealedViews(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class LayerRecords:
+class LayerBlocks:
     """One layer's arena under both readings of a record, and how to quantize into it."""
 
     open_keys: Tensor  # [NB, H, open_block_size, key_dim], full precision, strides as above

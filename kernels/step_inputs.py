@@ -12,7 +12,7 @@ NO_WINDOW: Final = 1 << 30  # tokens
 
 
 @dataclass(frozen=True)
-class StepIndices:
+class StepInputs:
     """One step of N sequences and T new tokens; int64 tensors on the cache's device.
 
     The context of a sequence, everything stored before the step, is the first

@@ -38,7 +38,7 @@ class Request:
     sink_window: SinkWindow | None = None  # of a stream
     arrival: int = -1
     status: RequestStatus = RequestStatus.WAITING
-    slot: int | None = None
+    seq_id: int | None = None
     num_preemptions: int = 0
     times_passed: int = 0  # later requests that were admitted because this one did not fit
     num_prompt_tokens: int = field(init=False)
@@ -71,18 +71,18 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Prompt and output tokens so far."""
-        if self.slot is None:
+        if self.seq_id is None:
             return len(self.tokens.token_ids)
         assert self.manager is not None
-        return int(self.manager.num_tokens[self.slot])
+        return int(self.manager.num_tokens[self.seq_id])
 
     @property
     def token_ids(self) -> list[int]:
         """Prompt and output so far."""
         token_ids = self.tokens.token_ids
-        if self.slot is not None:
+        if self.seq_id is not None:
             assert self.manager is not None
-            token_ids = self.manager.token_ids[self.slot, : self.num_tokens]
+            token_ids = self.manager.token_ids[self.seq_id, : self.num_tokens]
         return [int(token_id) for token_id in token_ids.tolist()]
 
     @property

@@ -60,17 +60,17 @@ class ScheduledStep:
 
     plan: StepPlan
     token_ids: IntArray  # [T]
-    sampled_slots: IntArray  # [M]
+    sampled_seq_ids: IntArray  # [M]
     sampled_token_index: IntArray  # [M] place among the T of each one's last token
     preempted: list[Request]
     swap_outs: list[BlockCopy] = field(default_factory=list)
     swap_ins: list[BlockCopy] = field(default_factory=list)
-    requests_by_slot: NDArray[np.object_] = field(repr=False)
+    requests_by_seq_id: NDArray[np.object_] = field(repr=False)
 
     @cached_property
     def sampled_requests(self) -> list[Request]:
         """[M] The requests that sample; to be read before the step ends."""
-        requests: list[Request] = self.requests_by_slot[self.sampled_slots].tolist()
+        requests: list[Request] = self.requests_by_seq_id[self.sampled_seq_ids].tolist()
         return requests
 
 
@@ -129,11 +129,11 @@ class Scheduler:
         self._swap_outs: list[BlockCopy] = []
         self._swap_ins: list[BlockCopy] = []
         self._num_arrived = self._num_steps = self._num_scheduled = self._num_preemptions = 0
-        slots = manager.max_num_seqs
-        self._running: IntArray = np.empty(0, dtype=np.int64)  # slots by rank, read-only
-        self._rank: IntArray = np.zeros(slots, dtype=np.int64)  # by slot, as all that follow
-        self._max_tokens: IntArray = np.zeros(slots, dtype=np.int64)  # prompt and output
-        self._by_slot: NDArray[np.object_] = np.full(slots, None, dtype=np.object_)
+        seq_ids = manager.max_num_seqs
+        self._running: IntArray = np.empty(0, dtype=np.int64)  # seq_ids by rank, read-only
+        self._rank: IntArray = np.zeros(seq_ids, dtype=np.int64)  # by seq_id, as all that follow
+        self._max_tokens: IntArray = np.zeros(seq_ids, dtype=np.int64)  # prompt and output
+        self._by_seq_id: NDArray[np.object_] = np.full(seq_ids, None, dtype=np.object_)
 
     @property
     def has_unfinished(self) -> bool:
@@ -243,25 +243,25 @@ class Scheduler:
 
     def _stop_running(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            assert request.slot is not None
-            request.tokens = self.manager.chain_of(request.slot)
-            self.manager.remove_sequence(request.slot)
+            assert request.seq_id is not None
+            request.tokens = self.manager.chain_of(request.seq_id)
+            self.manager.remove_sequence(request.seq_id)
         self._vacate(requests)
 
     def _vacate(self, requests: Sequence[Request]) -> None:
-        """The slots of running requests are no longer theirs."""
+        """The seq_ids of running requests are no longer theirs."""
         for request in requests:
-            self._by_slot[request.slot] = None
-            self._set_running(self._running[self._running != request.slot])
-            request.slot = None
+            self._by_seq_id[request.seq_id] = None
+            self._set_running(self._running[self._running != request.seq_id])
+            request.seq_id = None
 
     def _preempt(self, request: Request) -> None:
-        assert request.slot is not None
-        manager, slot = self.manager, request.slot
-        num_blocks = int(manager.tables.num_open[slot] + manager.tables.num_sealed[slot])
-        num_computed = manager.num_computed_tokens[slot] + manager.num_evicted_tokens[slot]
+        assert request.seq_id is not None
+        manager, seq_id = self.manager, request.seq_id
+        num_blocks = int(manager.tables.num_open[seq_id] + manager.tables.num_sealed[seq_id])
+        num_computed = manager.num_computed_tokens[seq_id] + manager.num_evicted_tokens[seq_id]
         if 2 * num_blocks * self.swap_cost < num_computed:
-            request.swapped = manager.swap_out(slot)
+            request.swapped = manager.swap_out(seq_id)
         if request.swapped is None:
             self._stop_running([request])
         else:
@@ -282,26 +282,26 @@ class Scheduler:
         """Plan the next step and reserve its blocks; None when no request is left."""
         if self._step is not None:
             raise InvalidStepError("update or cancel the step before")
-        slots, num_new = self._share_budget(self.token_budget)
-        if len(self.waiting) and self.manager.num_free_slots:
-            slots, num_new = self._admit(slots, num_new)
-        if not len(slots):
+        seq_ids, num_new = self._share_budget(self.token_budget)
+        if len(self.waiting) and self.manager.num_free_seqs:
+            seq_ids, num_new = self._admit(seq_ids, num_new)
+        if not len(seq_ids):
             if self._requests:
                 raise self._held_by_others()
             return None
-        plan = self.manager.reserve(slots, num_new)
+        plan = self.manager.reserve(seq_ids, num_new)
         preempted: list[Request] = []
         budget = self.token_budget
         while plan is None:
             if len(self._running) > 1:
-                preempted.append(self._by_slot[self._running[-1]])
+                preempted.append(self._by_seq_id[self._running[-1]])
                 self._preempt(preempted[-1])
             elif num_new[0] > 1:  # alone in the pool: a smaller chunk always fits
                 budget = int(num_new[0]) // 2
             else:  # requests are checked on arrival: one token would fit
                 raise self._held_by_others()
-            slots, num_new = self._share_budget(budget)
-            plan = self.manager.reserve(slots, num_new)
+            seq_ids, num_new = self._share_budget(budget)
+            plan = self.manager.reserve(seq_ids, num_new)
         self._num_steps += 1
         self._num_scheduled += plan.num_tokens
         self._step = self._describe(plan, preempted)
@@ -314,50 +314,50 @@ class Scheduler:
         )
 
     def _describe(self, plan: StepPlan, preempted: list[Request]) -> ScheduledStep:
-        slots, ends = plan.slots, plan.context_lens + plan.num_scheduled_tokens
+        seq_ids, ends = plan.seq_ids, plan.context_lens + plan.num_scheduled_tokens
         if plan.num_evicted_tokens is not None:
             ends = ends + plan.num_evicted_tokens
-        sampled = (ends == self.manager.num_tokens[slots]).nonzero()[0]
-        do_all_sample = len(sampled) == len(slots)
-        # The same array where all sample: the manager knows that its slots are distinct.
-        sampled_slots = slots if do_all_sample else slots[sampled]
+        sampled = (ends == self.manager.num_tokens[seq_ids]).nonzero()[0]
+        do_all_sample = len(sampled) == len(seq_ids)
+        # The same array where all sample: the manager knows that its seq_ids are distinct.
+        sampled_seq_ids = seq_ids if do_all_sample else seq_ids[sampled]
         swap_outs, self._swap_outs = self._swap_outs, []
         swap_ins, self._swap_ins = self._swap_ins, []
         if plan.is_decode and do_all_sample:
-            token_ids = self.manager.last_token_ids[slots]
+            token_ids = self.manager.last_token_ids[seq_ids]
         else:
-            token_ids = self.manager.token_ids[slots[plan.token_rows], plan.positions]
+            token_ids = self.manager.token_ids[seq_ids[plan.token_rows], plan.positions]
         return ScheduledStep(
             plan=plan,
             token_ids=token_ids.astype(np.int64),
-            sampled_slots=sampled_slots,
+            sampled_seq_ids=sampled_seq_ids,
             sampled_token_index=plan.query_start_loc[1:][sampled] - 1,
             preempted=preempted,
             swap_outs=swap_outs,
             swap_ins=swap_ins,
-            requests_by_slot=self._by_slot,
+            requests_by_seq_id=self._by_seq_id,
         )
 
     def _share_budget(self, budget: int) -> tuple[IntArray, IntArray]:
-        """Slots and new tokens of the running sequences, best rank first."""
-        slots, num_new = self._running, self._num_remaining()
+        """SeqIds and new tokens of the running sequences, best rank first."""
+        seq_ids, num_new = self._running, self._num_remaining()
         if int(num_new.sum()) > budget:
             budget_left = budget - (np.cumsum(num_new) - num_new)
             num_new = np.minimum(num_new, budget_left)
-            slots, num_new = slots[num_new > 0], num_new[num_new > 0]
-        return slots, num_new
+            seq_ids, num_new = seq_ids[num_new > 0], num_new[num_new > 0]
+        return seq_ids, num_new
 
     def _num_remaining(self) -> IntArray:
         """Tokens that each running sequence has to compute, as far as a step may."""
         return self.manager.num_computable(self._running)
 
-    def _admit(self, slots: IntArray, num_new: IntArray) -> tuple[IntArray, IntArray]:
-        """Add waiting requests while slots, budget and blocks for their whole prompts last."""
+    def _admit(self, seq_ids: IntArray, num_new: IntArray) -> tuple[IntArray, IntArray]:
+        """Add waiting requests while seq_ids, budget and blocks for their whole prompts last."""
         manager = self.manager
         budget = self.token_budget - int(num_new.sum())
-        free_now = manager.num_free_blocks - int(manager.blocks_needed(slots, num_new).sum())
+        free_now = manager.num_free_blocks - int(manager.blocks_needed(seq_ids, num_new).sum())
         if free_now < 0:
-            return slots, num_new
+            return seq_ids, num_new
         to_catch_up = manager.blocks_needed(self._running, self._num_remaining())
         free_later = manager.num_free_blocks - int(to_catch_up.sum()) - self._watermark_blocks
         admitted: list[Request] = []
@@ -365,7 +365,7 @@ class Scheduler:
         did_not_fit: list[Request] = []
         num_skipped = 0
         for request in self.waiting:
-            if budget <= 0 or not manager.num_free_slots:
+            if budget <= 0 or not manager.num_free_seqs:
                 break
             is_alone = not len(self._running) and not admitted
             if num_skipped == MAX_SKIPPED:
@@ -396,10 +396,10 @@ class Scheduler:
             free_now -= need.now
             free_later -= need.later
         if not admitted:
-            return slots, num_new
-        admitted_slots = slots_of(admitted)
-        self._enter(admitted_slots)
-        return np.concatenate([slots, admitted_slots]), np.concatenate([num_new, counts])
+            return seq_ids, num_new
+        admitted_seq_ids = seq_ids_of(admitted)
+        self._enter(admitted_seq_ids)
+        return np.concatenate([seq_ids, admitted_seq_ids]), np.concatenate([num_new, counts])
 
     def _need(self, request: Request, budget: int, *, may_wait: bool) -> _Need | None:
         """What admitting a request takes; None where a running one is about to share blocks."""
@@ -424,34 +424,34 @@ class Scheduler:
         )
 
     def _start(self, request: Request) -> None:
-        """Give a request a slot, with the blocks that it can share or had in host memory."""
+        """Give a request a seq_id, with the blocks that it can share or had in host memory."""
         self.waiting.remove(request)
         if request.swapped is None:
-            slot = self.manager.add_sequence(request.tokens)
+            seq_id = self.manager.add_sequence(request.tokens)
         else:
             swapped_in = self.manager.swap_in(request.swapped)
             assert swapped_in is not None, "its need was checked"
-            slot, block_ids = swapped_in
+            seq_id, block_ids = swapped_in
             self._swap_ins.append(
                 BlockCopy(request.request_id, block_ids, request.swapped.host_block_ids)
             )
             request.swapped = None
-        self._run_in(request, slot)
+        self._run_in(request, seq_id)
 
-    def _run_in(self, request: Request, slot: int) -> None:
-        request.slot = slot
+    def _run_in(self, request: Request, seq_id: int) -> None:
+        request.seq_id = seq_id
         request.status = RequestStatus.RUNNING
-        self._rank[slot] = (request.priority << ARRIVAL_BITS) + request.arrival
-        self._max_tokens[slot] = request.num_prompt_tokens + request.max_tokens
-        self._by_slot[slot] = request
+        self._rank[seq_id] = (request.priority << ARRIVAL_BITS) + request.arrival
+        self._max_tokens[seq_id] = request.num_prompt_tokens + request.max_tokens
+        self._by_seq_id[seq_id] = request
 
-    def _enter(self, slots: IntArray) -> None:
-        """Take slots into the running ones, in the order of ranks."""
-        running = np.concatenate([self._running, slots])
+    def _enter(self, seq_ids: IntArray) -> None:
+        """Take seq_ids into the running ones, in the order of ranks."""
+        running = np.concatenate([self._running, seq_ids])
         self._set_running(running[np.argsort(self._rank[running], kind="stable")])
 
-    def _set_running(self, slots: IntArray) -> None:
-        self._running = slots
+    def _set_running(self, seq_ids: IntArray) -> None:
+        self._running = seq_ids
         self._running.setflags(write=False)
 
     def update(
@@ -463,29 +463,29 @@ class Scheduler:
         """The step is done: commit its blocks and append the sampled tokens [M].
 
         Each of `forks` starts a new request from a sampled one, with a token of its own; it shares
-        the parent's blocks, or waits where no slot is free. Returns the requests that have reached
-        their `max_tokens`; the caller finishes them, and any other it wants to stop.
+        the parent's blocks, or waits where no sequence is free. Returns the requests that have
+        reached their `max_tokens`; the caller finishes them, and any other it wants to stop.
         """
         tokens = np.asarray(sampled_token_ids, dtype=np.int64)
-        if tokens.shape != step.sampled_slots.shape:
+        if tokens.shape != step.sampled_seq_ids.shape:
             raise InvalidStepError(
-                f"{len(step.sampled_slots)} sequences sample a token, got tokens of shape "
+                f"{len(step.sampled_seq_ids)} sequences sample a token, got tokens of shape "
                 f"{tokens.shape}"
             )
         self._require_step(step)
         self._check_forks(step, forks)
         self.manager.commit(step.plan)
-        slots = step.sampled_slots
+        seq_ids = step.sampled_seq_ids
         started = [fork for fork in forks if self._fork(fork)]
         if started:
-            forked_slots = slots_of([fork.child for fork in started])
-            self._enter(forked_slots)
-            slots = np.concatenate([slots, forked_slots])
+            forked_seq_ids = seq_ids_of([fork.child for fork in started])
+            self._enter(forked_seq_ids)
+            seq_ids = np.concatenate([seq_ids, forked_seq_ids])
             tokens = np.concatenate([tokens, [fork.token_id for fork in started]])
-        self.manager.append_tokens(slots, tokens)
-        at_limit = self.manager.num_tokens[slots] >= self._max_tokens[slots]
-        requests: list[Request] = self._by_slot[slots[at_limit]].tolist()
-        waiting = [fork.child for fork in forks if fork.child.slot is None]
+        self.manager.append_tokens(seq_ids, tokens)
+        at_limit = self.manager.num_tokens[seq_ids] >= self._max_tokens[seq_ids]
+        requests: list[Request] = self._by_seq_id[seq_ids[at_limit]].tolist()
+        waiting = [fork.child for fork in forks if fork.child.seq_id is None]
         requests += [child for child in waiting if child.num_output_tokens >= child.max_tokens]
         self._end_step()
         return [request for request in requests if request.status is not RequestStatus.FINISHED]
@@ -494,23 +494,23 @@ class Scheduler:
         """Raise before anything has changed."""
         if not forks:
             return
-        sampled = set(step.sampled_slots.tolist())
+        sampled = set(step.sampled_seq_ids.tolist())
         for parent, child, _ in forks:
-            if parent.slot not in sampled:
+            if parent.seq_id not in sampled:
                 raise InvalidStepError(f"request {parent.request_id!r} does not sample now")
             self.check(child)
         if len({fork.child.request_id for fork in forks}) < len(forks):
             raise InvalidRequestError("two forks have the same request id")
 
     def _fork(self, fork: Fork) -> bool:
-        """Start a fork's child; False where it has to wait for a slot."""
+        """Start a fork's child; False where it has to wait for a seq_id."""
         parent, child = fork.parent, fork.child
-        assert parent.slot is not None
+        assert parent.seq_id is not None
         self._register(child)
-        if self.manager.num_free_slots:
-            self._run_in(child, self.manager.fork(parent.slot))
+        if self.manager.num_free_seqs:
+            self._run_in(child, self.manager.fork(parent.seq_id))
             return True
-        chain = self.manager.chain_of(parent.slot)
+        chain = self.manager.chain_of(parent.seq_id)
         child.tokens = chain.with_tokens(np.append(chain.token_ids, np.int32(fork.token_id)))
         self.waiting.push(child)
         return False
@@ -534,14 +534,14 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert every invariant; for tests and debugging."""
         self.manager.check_integrity()
-        assert np.array_equal(np.sort(self._running), self.manager.active_slots)
+        assert np.array_equal(np.sort(self._running), self.manager.living_seq_ids)
         num_known = len(self._requests) + len(self._ending)
         assert len(self._running) + len(self.waiting) == num_known
-        running = self._by_slot[self._running].tolist()
+        running = self._by_seq_id[self._running].tolist()
         ranks = [request.rank for request in running]
         assert ranks == sorted(ranks)
-        for request, slot in zip(running, self._running.tolist(), strict=True):
-            assert request.slot == slot
+        for request, seq_id in zip(running, self._running.tolist(), strict=True):
+            assert request.seq_id == seq_id
             assert (request.status is RequestStatus.RUNNING) != (request in self._ending)
 
 
@@ -553,6 +553,6 @@ class _Need(NamedTuple):
     later: int  # free blocks until all its tokens are computed
 
 
-def slots_of(requests: Sequence[Request]) -> IntArray:
-    """The slots of running requests."""
-    return np.array([request.slot for request in requests], dtype=np.int64)
+def seq_ids_of(requests: Sequence[Request]) -> IntArray:
+    """The seq_ids of running requests."""
+    return np.array([request.seq_id for request in requests], dtype=np.int64)

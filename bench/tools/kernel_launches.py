@@ -18,8 +18,8 @@ from triton.compiler import CompiledKernel
 
 from paged_kv.cache.backend import choose_backend
 from paged_kv.cache.formats import KVFormat
-from paged_kv.cache.kv_cache import LayerSpec, cache_geometry, layer_records
-from paged_kv.kernels.step_inputs import StepIndices
+from paged_kv.cache.kv_cache import LayerSpec, cache_geometry, layer_blocks
+from paged_kv.kernels.step_inputs import StepInputs
 from paged_kv.kernels.triton import attention as triton_attention
 from paged_kv.kernels.triton import launch as triton_launch
 from paged_kv.kernels.triton import store as triton_store
@@ -127,14 +127,14 @@ def record_launches(
     geometry = cache_geometry([layer], dtype)
     layout = layer.record_layout(dtype)
     arena = torch.empty(16, num_kv_heads, layout.record_bytes, dtype=torch.uint8, device=META)
-    records = layer_records(arena, layout, dtype, geometry.open_block_size)
+    records = layer_blocks(arena, layout, dtype, geometry.open_block_size)
 
     def longs(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=META)
 
     count, num_tokens = len(query_lens), sum(query_lens)
     num_seals = 0 if kv_format.is_native else 1
-    step = StepIndices(
+    step = StepInputs(
         query_lens=tuple(query_lens),
         context_lens_host=(1024,) * count,
         context_lens=longs(count),

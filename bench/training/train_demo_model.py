@@ -6,7 +6,8 @@ so attention sinks form at position 0 as they do in large models. The checkpoint
 held-out loss is written as a Hugging Face model folder: `model.safetensors` in bfloat16,
 `tokenizer.json`, the configurations and a model card.
 
-    PYTHONPATH=bench python bench/training/train_demo_model.py --books BOOKS_FOLDER --output paged_kv/demo_model
+    PYTHONPATH=bench python bench/training/train_demo_model.py \
+        --books BOOKS_FOLDER --output paged_kv/demo_model
 
 Knows the corpus and the recipe, never anything about paged_kv: the result is an ordinary model.
 """

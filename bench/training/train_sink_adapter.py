@@ -5,7 +5,8 @@ are evicted, so it cannot show what sinks are for. Low-rank changes of its atten
 trained with one more term in the loss: heads that give BOS less than `SINK_SHARE` of their
 attention pay for it. `bench_windowed.py --adapter` applies them.
 
-    PYTHONPATH=bench python bench/training/train_sink_adapter.py --books FOLDER --output bench/training/sink_adapter.safetensors
+    PYTHONPATH=bench python bench/training/train_sink_adapter.py \
+        --books FOLDER --output bench/training/sink_adapter.safetensors
 """
 
 from __future__ import annotations

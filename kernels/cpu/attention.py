@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..block_views import LayerRecords, SealedViews, as_rows
+from ..block_views import LayerBlocks, SealedViews, as_rows
 from .microkernels import (
     MAX_ROWS,
     TILE_TOKENS,
@@ -44,7 +44,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    records: LayerRecords,
+    records: LayerBlocks,
     plan: CpuPlan,
     *,
     scale: float,
@@ -107,7 +107,7 @@ def channel_major_keys(keys: Tensor) -> Tensor:
     return padded
 
 
-def layer_fields(records: LayerRecords, *, has_softcap: bool) -> bytes:
+def layer_fields(records: LayerBlocks, *, has_softcap: bool) -> bytes:
     """The worker's fields that describe a layer: sizes, addresses, microkernels."""
     key = "cpu attention", has_softcap
     if key not in records.derived:
@@ -118,7 +118,7 @@ def layer_fields(records: LayerRecords, *, has_softcap: bool) -> bytes:
     return fields_bytes
 
 
-def make_layer_fields(records: LayerRecords, kernels: Longs, has_softcap: bool) -> list[int]:
+def make_layer_fields(records: LayerBlocks, kernels: Longs, has_softcap: bool) -> list[int]:
     keys, values = records.open_keys, records.open_values
     assert keys.stride(2) == 1, "open keys are channel-major on a CPU"
     itemsize = keys.element_size()
@@ -145,19 +145,19 @@ def make_layer_fields(records: LayerRecords, kernels: Longs, has_softcap: bool) 
     ]
 
 
-def scaling_of(records: LayerRecords) -> str:
+def scaling_of(records: LayerBlocks) -> str:
     """What the softmax over sealed blocks has to scale."""
     if records.sealed is None:
         return "none"
     return "symmetric" if records.sealed.key_zero is None else "asymmetric"
 
 
-def open_piece(records: LayerRecords) -> int:
+def open_piece(records: LayerBlocks) -> int:
     """Tokens of an open block whose scores are computed at once."""
     return min(records.open_keys.shape[2], TILE_TOKENS)
 
 
-def row_kernels(records: LayerRecords) -> list[list[int]]:
+def row_kernels(records: LayerBlocks) -> list[list[int]]:
     """Addresses of the microkernels [Kernel.COUNT][NUM_VARIANTS]; 0 where there is no such."""
     sealed, value_dim = records.sealed, records.open_values.shape[3]
     dtype, code = str(records.open_keys.dtype).removeprefix("torch."), f"int{records.bits}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..step_inputs import StepIndices
+from ..step_inputs import StepInputs
 from .microkernels import TILE_TOKENS
 from .native_attention import MAX_ITEM_ROWS, PARTIAL_FLOATS, SCRATCH_FLOATS, Field, Item
 from .native_code import thread_scratch
@@ -40,7 +40,7 @@ class WorkItems:
 class CpuPlan:
     """What the layers of a step share: work items, made when the first layer asks for them."""
 
-    def __init__(self, step: StepIndices) -> None:
+    def __init__(self, step: StepInputs) -> None:
         self.step = step
         self.num_threads = torch.get_num_threads()
         self.scratch = thread_scratch("attention", self.num_threads, 4 * SCRATCH_FLOATS)
@@ -54,9 +54,7 @@ class CpuPlan:
         return self._items[key]
 
 
-def plan_items(
-    step: StepIndices, num_kv_heads: int, group_size: int, num_threads: int
-) -> WorkItems:
+def plan_items(step: StepInputs, num_kv_heads: int, group_size: int, num_threads: int) -> WorkItems:
     """Cut a step into items: by sequence, kv head, query rows, and long contexts into parts."""
     context_lens = np.array(step.context_lens_host, dtype=np.int64)
     num_rows = np.array(step.query_lens, dtype=np.int64) * group_size
@@ -117,7 +115,7 @@ def plan_items(
     )
 
 
-def count_units(step: StepIndices, context_lens: Longs) -> tuple[Longs, Longs]:
+def count_units(step: StepInputs, context_lens: Longs) -> tuple[Longs, Longs]:
     """Where contexts may be cut: tokens of a unit and number of units [N], behind the head.
 
     A unit is a sealed block, or a tile in the open blocks of a context without any.
@@ -147,7 +145,7 @@ def count_parts(
     return np.where(num_row_tiles == 1, np.maximum(num_parts, 1), 1)
 
 
-def step_fields(step: StepIndices, items: Longs, group_size: int) -> list[int]:
+def step_fields(step: StepInputs, items: Longs, group_size: int) -> list[int]:
     """The first fields of the worker, in order."""
     return [
         len(items),

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..block_views import LayerRecords, SealedViews, as_rows
-from ..step_inputs import StepIndices
+from ..block_views import LayerBlocks, SealedViews, as_rows
+from ..step_inputs import StepInputs
 from .microkernels import MAX_DIM
 from .native_code import (
     address_of,
@@ -222,18 +222,18 @@ def compile_store_worker(sources: int) -> Any:
     return store_worker
 
 
-def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
+def store_tokens(records: LayerBlocks, keys: Tensor, values: Tensor, step: StepInputs) -> None:
     """As `store.store_tokens`."""
     run_store_worker(records, keys, values, step, num_stored=len(step.stored_tokens))
 
 
-def seal_blocks(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
+def seal_blocks(records: LayerBlocks, keys: Tensor, values: Tensor, step: StepInputs) -> None:
     """What is left of `store_tokens` where attention has appended."""
     run_store_worker(records, keys, values, step, num_stored=0)
 
 
 def run_store_worker(
-    records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices, *, num_stored: int
+    records: LayerBlocks, keys: Tensor, values: Tensor, step: StepInputs, *, num_stored: int
 ) -> None:
     dtype = records.open_keys.dtype
     keys, values = as_rows(keys, dtype), as_rows(values, dtype)
@@ -257,7 +257,7 @@ def run_store_worker(
     run_worker(store_worker(), ctypes.addressof(parameters), num_threads)
 
 
-def layer_fields(records: LayerRecords) -> bytes:
+def layer_fields(records: LayerBlocks) -> bytes:
     """The worker's fields that describe a layer."""
     key = "cpu store"
     if key not in records.derived:
@@ -268,7 +268,7 @@ def layer_fields(records: LayerRecords) -> bytes:
     return fields_bytes
 
 
-def make_layer_fields(records: LayerRecords, clips: NDArray[np.float32]) -> list[int]:
+def make_layer_fields(records: LayerBlocks, clips: NDArray[np.float32]) -> list[int]:
     keys, values = records.open_keys, records.open_values
     assert keys.stride(2) == 1, "open keys are channel-major on a CPU"
     size, dtype = keys.element_size(), str(keys.dtype).removeprefix("torch.")

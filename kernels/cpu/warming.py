@@ -9,7 +9,7 @@ from hashlib import sha256
 import llvmlite
 import numba
 
-from ..block_views import LayerRecords
+from ..block_views import LayerBlocks
 from .attention import layer_fields as attention_fields
 from .native_attention import attention_worker
 from .native_code import source_hash
@@ -20,7 +20,7 @@ from .vectors import cache_folder, host_features, host_name
 logger = logging.getLogger("paged_kv")
 
 
-def warm_up(layers: Sequence[LayerRecords]) -> None:
+def warm_up(layers: Sequence[LayerBlocks]) -> None:
     """Compile the workers, and the microkernels of these layers, or read them from the disk."""
     parts = (source_hash(), numba.__version__, llvmlite.__version__, host_name(), host_features())
     stamp = cache_folder() / f"compiled-{sha256(repr(parts).encode()).hexdigest()}"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..block_views import LayerRecords
+from ..block_views import LayerBlocks
 from ..rules import NOWHERE, ScoreRules
-from ..step_inputs import StepIndices
+from ..step_inputs import StepInputs
 from .flat_attention import FlatGroup, attend_flat, of_rows, plan_flat_group
 from .quantize import dequantize_keys, dequantize_values
 
@@ -37,14 +37,14 @@ class ContextGroup:
     key_positions: Tensor  # [N, K] of open, sealed and new tokens; NOWHERE for padding
     padding_rows: Tensor  # [P] where `key_positions` is NOWHERE
     padding_columns: Tensor  # [P]
-    num_sinks: Tensor | None  # [N, 1, 1] of streams, as in `StepIndices`
+    num_sinks: Tensor | None  # [N, 1, 1] of streams, as in `StepInputs`
     windows: Tensor | None  # [N, 1, 1]
 
 
 AnyGroup = ContextGroup | FlatGroup
 
 
-def plan_groups(step: StepIndices) -> list[AnyGroup]:
+def plan_groups(step: StepInputs) -> list[AnyGroup]:
     """Group the sequences of a step, equal numbers of new tokens together.
 
     Context that is to be padded is within a factor of 2 in a group.
@@ -82,7 +82,7 @@ def fits_group(
     return lengths[row] <= 2 * lengths[group[0]] and padded_tokens <= MAX_GROUP_TOKENS
 
 
-def gather_group(step: StepIndices, rows: Tensor) -> ContextGroup:
+def gather_group(step: StepInputs, rows: Tensor) -> ContextGroup:
     """The index tensors of one group of step rows [N]."""
     context_lens = step.context_lens[rows, None]
     num_sealed = step.num_sealed[rows, None]
@@ -126,7 +126,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    records: LayerRecords,
+    records: LayerBlocks,
     groups: list[AnyGroup],
     *,
     scale: float,
@@ -160,7 +160,7 @@ def attend_dense(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    records: LayerRecords,
+    records: LayerBlocks,
     group: ContextGroup,
     rules: ScoreRules,
     sink_query: Tensor | None,
@@ -183,7 +183,7 @@ def attend_dense(
 
 
 def gather_context(
-    records: LayerRecords, key: Tensor, value: Tensor, group: ContextGroup, dtype: torch.dtype
+    records: LayerBlocks, key: Tensor, value: Tensor, group: ContextGroup, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [N, H, K, D] of a group in the order of its `key_positions`.
 

@@ -18,9 +18,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..block_views import LayerRecords, SealedViews
+from ..block_views import LayerBlocks, SealedViews
 from ..rules import NOWHERE, ScoreRules
-from ..step_inputs import StepIndices
+from ..step_inputs import StepInputs
 from .quantize import INT8_OFFSET
 
 CPU_SCRATCH_BYTES: Final = 1 << 22  # floats of the blocks that are read at once
@@ -50,11 +50,11 @@ class FlatGroup:
     new: BlockRuns  # the new tokens, a run of L for each sequence; their ids are `token_ids`
     open: BlockRuns
     sealed: BlockRuns
-    num_sinks: Tensor | None  # [N, 1, 1] of streams, as in `StepIndices`
+    num_sinks: Tensor | None  # [N, 1, 1] of streams, as in `StepInputs`
     windows: Tensor | None  # [N, 1, 1]
 
 
-def plan_flat_group(step: StepIndices, rows: Tensor) -> FlatGroup:
+def plan_flat_group(step: StepInputs, rows: Tensor) -> FlatGroup:
     """The index tensors of step rows [N] with equally many new tokens."""
     length = step.query_lens[int(rows[0])]
     token_ids = step.query_start_loc[rows, None] + torch.arange(length, device=step.device)
@@ -76,7 +76,7 @@ def of_rows(numbers: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if numbers is None else numbers[rows, None, None]
 
 
-def sealed_runs(step: StepIndices, rows: Tensor) -> BlockRuns:
+def sealed_runs(step: StepInputs, rows: Tensor) -> BlockRuns:
     """Every sealed block of step rows [N] as a run of its own."""
     columns = torch.arange(step.sealed_table.shape[1], device=step.device)
     run_rows, run_columns = (columns < step.num_sealed[rows, None]).nonzero(as_tuple=True)
@@ -89,7 +89,7 @@ def sealed_runs(step: StepIndices, rows: Tensor) -> BlockRuns:
     )
 
 
-def open_runs(step: StepIndices, rows: Tensor) -> BlockRuns:
+def open_runs(step: StepInputs, rows: Tensor) -> BlockRuns:
     """Open blocks of step rows [N], several a run, full runs before those with padding."""
     blocks_per_run = max(1, OPEN_RUN_TOKENS // step.open_block_size)
     run_tokens = blocks_per_run * step.open_block_size
@@ -121,7 +121,7 @@ def attend_flat(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    records: LayerRecords,
+    records: LayerBlocks,
     group: FlatGroup,
     rules: ScoreRules,
     sink_query: Tensor | None,
@@ -238,7 +238,7 @@ def add_open_values(output: Tensor, weights: Tensor, open_values: Tensor, runs: 
 
 
 def score_sealed(
-    queries: Tensor, records: LayerRecords, sealed: SealedViews, runs: BlockRuns
+    queries: Tensor, records: LayerBlocks, sealed: SealedViews, runs: BlockRuns
 ) -> Tensor:
     """Scores [P, H, M, R] of queries [N, H, M, D] with keys `code * scale + zero`."""
     reader = BlockReader(sealed.key_codes, runs, queries.dtype, records.bits)
@@ -260,7 +260,7 @@ def score_sealed(
 
 
 def add_sealed_values(
-    output: Tensor, weights: Tensor, records: LayerRecords, sealed: SealedViews, runs: BlockRuns
+    output: Tensor, weights: Tensor, records: LayerBlocks, sealed: SealedViews, runs: BlockRuns
 ) -> None:
     """Add the weighted values `code * scale + zero` of runs to the output [N, H, M, D]."""
     scale = gather_metadata(sealed.value_scale, runs, output.dtype)  # [P, H, R]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..block_views import LayerRecords, SealedViews
-from ..step_inputs import StepIndices
+from ..block_views import LayerBlocks, SealedViews
+from ..step_inputs import StepInputs
 from .quantize import (
     pack_planes,
     quantize_asymmetric,
@@ -14,7 +14,7 @@ from .quantize import (
 )
 
 
-def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
+def store_tokens(records: LayerBlocks, keys: Tensor, values: Tensor, step: StepInputs) -> None:
     """Write one layer's new tokens where the step says.
 
     `keys` [T, H, key_dim] and `values` [T, H, value_dim] are the step's new tokens. Sealing reads
@@ -31,7 +31,7 @@ def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: Step
     append(records.open_values, values, step)
 
 
-def append(open_blocks: Tensor, new_tokens: Tensor, step: StepIndices) -> None:
+def append(open_blocks: Tensor, new_tokens: Tensor, step: StepInputs) -> None:
     """Copy new tokens [T, H, D] into their slots of the open blocks [NB, H, open_block_size, D]."""
     block_ids = step.stored_slots // step.open_block_size
     offsets = step.stored_slots % step.open_block_size
@@ -53,7 +53,7 @@ def gather_tokens(open_blocks: Tensor, new_tokens: Tensor, sources: Tensor) -> T
     return tokens.reshape(num_blocks, block_size, *tokens.shape[1:]).transpose(1, 2)
 
 
-def seal_keys(records: LayerRecords, sealed: SealedViews, keys: Tensor, block_ids: Tensor) -> None:
+def seal_keys(records: LayerBlocks, sealed: SealedViews, keys: Tensor, block_ids: Tensor) -> None:
     """Quantize keys [S, H, block_size, D] into the blocks `block_ids` [S]."""
     if sealed.key_zero is None:
         sealed.key_codes[block_ids], sealed.key_scale[block_ids] = quantize_symmetric(keys)
@@ -66,7 +66,7 @@ def seal_keys(records: LayerRecords, sealed: SealedViews, keys: Tensor, block_id
 
 
 def seal_values(
-    records: LayerRecords, sealed: SealedViews, values: Tensor, block_ids: Tensor
+    records: LayerBlocks, sealed: SealedViews, values: Tensor, block_ids: Tensor
 ) -> None:
     """Quantize values [S, H, block_size, D] into the blocks `block_ids` [S]."""
     if sealed.value_zero is None:

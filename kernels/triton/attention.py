@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
-from ..block_views import LayerRecords, SealedViews, as_rows
+from ..block_views import LayerBlocks, SealedViews, as_rows
 from .launch import Launch, chunk_launch, open_launch, sealed_launch, tile_rows
 from .open import attend_open
 from .plan import RowGroup, TritonPlan
@@ -45,7 +45,7 @@ class Call:
     query: Tensor  # [T, Hq, key_dim]
     key: Tensor  # [T, H, key_dim]
     value: Tensor  # [T, H, value_dim]
-    records: LayerRecords
+    records: LayerBlocks
     plan: TritonPlan
     scale: float  # with a softcap, scores are in units of it
     softcap: float
@@ -110,7 +110,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    records: LayerRecords,
+    records: LayerBlocks,
     plan: TritonPlan,
     *,
     scale: float,

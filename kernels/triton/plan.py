@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..step_inputs import StepIndices
+from ..step_inputs import StepInputs
 from .launch import TileRows
 
 FEW_ROWS: Final = 32  # query rows of a kv head that decoding and verifying have
@@ -39,7 +39,7 @@ class RowGroup:
 class TritonPlan:
     """What the layers of a step share; made when the first layer asks for it."""
 
-    def __init__(self, step: StepIndices) -> None:
+    def __init__(self, step: StepInputs) -> None:
         self.step = step
         self._groups: dict[tuple[int, int, TileRows], list[RowGroup]] = {}
         self._partials: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
@@ -73,7 +73,7 @@ class TritonPlan:
 
 
 def plan_rows(
-    step: StepIndices, num_kv_heads: int, group_size: int, tile_rows: TileRows
+    step: StepInputs, num_kv_heads: int, group_size: int, tile_rows: TileRows
 ) -> list[RowGroup]:
     """The sequences with few new tokens, and those with many."""
     num_rows = np.array(step.query_lens, dtype=np.int64) * group_size
@@ -88,7 +88,7 @@ def plan_rows(
 
 
 def plan_group(
-    step: StepIndices,
+    step: StepInputs,
     sequences: NDArray[np.int64],
     num_rows: NDArray[np.int64],
     num_kv_heads: int,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..block_views import LayerRecords, as_rows
+from ..block_views import LayerBlocks, as_rows
 from ..eager.store import append
-from ..step_inputs import StepIndices
+from ..step_inputs import StepInputs
 from .launch import seal_launch
 from .seal import seal_blocks as seal_blocks_kernel
 
@@ -19,7 +19,7 @@ def power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def open_strides(records: LayerRecords) -> tuple[Tensor | int, ...]:
+def open_strides(records: LayerBlocks) -> tuple[Tensor | int, ...]:
     """What a kernel must know of open blocks.
 
     Keys with the strides of a row and of a channel; values with that of a row; those of blocks and
@@ -29,7 +29,7 @@ def open_strides(records: LayerRecords) -> tuple[Tensor | int, ...]:
     return keys, *keys.stride()[2:], values, values.stride(2), *keys.stride()[:2]
 
 
-def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
+def store_tokens(records: LayerBlocks, keys: Tensor, values: Tensor, step: StepInputs) -> None:
     """As `store.store_tokens`."""
     if len(step.seal_block_ids):
         seal_blocks(records, keys, values, step)
@@ -37,7 +37,7 @@ def store_tokens(records: LayerRecords, keys: Tensor, values: Tensor, step: Step
     append(records.open_values, values, step)
 
 
-def seal_blocks(records: LayerRecords, keys: Tensor, values: Tensor, step: StepIndices) -> None:
+def seal_blocks(records: LayerBlocks, keys: Tensor, values: Tensor, step: StepInputs) -> None:
     """Quantize the blocks that a step seals: what `store_tokens` does but for appending."""
     sealed = records.sealed
     assert sealed is not None

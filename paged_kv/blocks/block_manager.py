@@ -134,7 +134,7 @@ class BlockManager:
         self._roots = [self._root] * max_num_seqs
         self._sink_windows: list[SinkWindow | None] = [None] * max_num_seqs
         self._num_streams = 0
-        # Of streams; 0 in all other slots.
+        # Of streams; 0 in all other seq_ids.
         self.num_sink_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         self.window_sizes: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_evicted_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
@@ -147,14 +147,14 @@ class BlockManager:
         self._num_published: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         # Links of the tokens that a sequence was added with: others may wait for these.
         self._num_expected: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
-        # Tokens that a sequence can store before its blocks change; -1 in slots without one.
+        # Tokens that a sequence can store before its blocks change; -1 in seq_ids without one.
         self._capacity: IntArray = np.full(max_num_seqs, -1, dtype=np.int64)
         self._complete_links: IntArray = np.empty((1024, 3), dtype=np.int64)
         # Tokens that a sequence may have computed: those known, where tokens have to be known.
         self._length_limits: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         self._limits = self.num_tokens if prefix_caching else self._length_limits
-        self._checked_slots: IntArray | None = None  # a read-only array once found to be distinct
-        # Zero in slots without a sequence; a memoryview writes one element faster than numpy does.
+        self._checked_seq_ids: IntArray | None = None  # a read-only array once found to be distinct
+        # Zero where no sequence is; a memoryview writes one element faster than numpy does.
         self._counters = [
             counter.data
             for counter in (
@@ -168,18 +168,18 @@ class BlockManager:
                 self.num_evicted_tokens,
             )
         ]
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._free_seq_ids = list(range(max_num_seqs - 1, -1, -1))
         self._outstanding: StepPlan | None = None
         self._swapped: set[int] = set()  # identities of the sequences that lie in host blocks
 
     @property
     def num_computed_tokens(self) -> IntArray:
-        """[max_num_seqs] tokens stored in blocks, by slot; those evicted do not count."""
+        """[max_num_seqs] tokens stored in blocks, by seq_id; those evicted do not count."""
         return self.tables.num_computed_tokens
 
     @property
     def num_sealed(self) -> IntArray:
-        """[max_num_seqs] body blocks, by slot."""
+        """[max_num_seqs] body blocks, by seq_id."""
         return self.tables.num_sealed
 
     @property
@@ -196,12 +196,12 @@ class BlockManager:
         return self.pool.num_blocks
 
     @property
-    def num_free_slots(self) -> int:
-        return len(self._free_slots)
+    def num_free_seqs(self) -> int:
+        return len(self._free_seq_ids)
 
     @property
-    def active_slots(self) -> IntArray:
-        """Slots of the living sequences, ascending."""
+    def living_seq_ids(self) -> IntArray:
+        """SeqIds of the living sequences, ascending."""
         return np.flatnonzero(self._capacity >= 0)
 
     # -- sequences ------------------------------------------------------------------------------
@@ -250,12 +250,12 @@ class BlockManager:
             num_tokens=self.geometry.link_end(num_links),
             num_blocks=num_links,
             num_sealed=self._num_body(num_links),
-            num_idle_blocks=int(np.count_nonzero(self.pool.num_users[block_ids] == 0)),
+            num_idle_blocks=int(np.count_nonzero(self.pool.ref_counts[block_ids] == 0)),
             is_pending=num_links < limit and cache.is_expected(tokens.hashes[num_links]),
         )
 
     def add_sequence(self, tokens: TokenChain | ArrayLike | None = None) -> int:
-        """A slot for a new sequence; raises `OutOfBlocksError` when all are taken.
+        """A seq_id for a new sequence; raises `OutOfBlocksError` when all are taken.
 
         Its first tokens are computed already (`num_computed_tokens`) as far as the prefix cache
         knows their blocks. Without `tokens` it starts empty.
@@ -263,12 +263,12 @@ class BlockManager:
         if not isinstance(tokens, TokenChain):
             tokens = self.chain_tokens(() if tokens is None else tokens)
         self._check_length(tokens.token_ids, tokens.sink_window)
-        slot = self._take_slot()
-        self._write_tokens(slot, tokens)
+        seq_id = self._take_seq_id()
+        self._write_tokens(seq_id, tokens)
         if self.prefix_cache is not None:
-            self._share_prefix(slot, tokens, self.prefix_cache)
-        self._capacity[slot] = self.num_computed_tokens[slot]
-        return slot
+            self._share_prefix(seq_id, tokens, self.prefix_cache)
+        self._capacity[seq_id] = self.num_computed_tokens[seq_id]
+        return seq_id
 
     def _check_length(self, token_ids: TokenIds, sink_window: SinkWindow | None) -> None:
         """A stream may have any length."""
@@ -277,23 +277,23 @@ class BlockManager:
                 f"a sequence of {len(token_ids)} tokens exceeds max_model_len {self.max_model_len}"
             )
 
-    def _take_slot(self) -> int:
-        if not self._free_slots:
-            raise OutOfBlocksError(f"all {self.max_num_seqs} sequence slots are in use")
-        slot = self._free_slots.pop()
-        self._length_limits[slot] = self.max_model_len
-        return slot
+    def _take_seq_id(self) -> int:
+        if not self._free_seq_ids:
+            raise OutOfBlocksError(f"all {self.max_num_seqs} sequence seq_ids are in use")
+        seq_id = self._free_seq_ids.pop()
+        self._length_limits[seq_id] = self.max_model_len
+        return seq_id
 
-    def _share_prefix(self, slot: int, tokens: TokenChain, cache: PrefixCache) -> None:
-        """Fill a new slot with the cached blocks of its tokens' first links."""
+    def _share_prefix(self, seq_id: int, tokens: TokenChain, cache: PrefixCache) -> None:
+        """Fill a new seq_id with the cached blocks of its tokens' first links."""
         block_ids = self._find_links(tokens, cache)
         num_links = len(block_ids)
         num_hit_tokens = self.geometry.link_end(num_links)
         if num_links:
             shared_ids = np.array(block_ids, dtype=np.int32)
             self.pool.share(shared_ids)
-            self._write_blocks(slot, shared_ids, num_hit_tokens, self._num_body(num_links))
-        self._attach_chain(slot, tokens, num_links, cache)
+            self._write_blocks(seq_id, shared_ids, num_hit_tokens, self._num_body(num_links))
+        self._attach_chain(seq_id, tokens, num_links, cache)
         statistics = self.prefix_statistics
         statistics.num_queries += 1
         statistics.num_query_tokens += len(tokens.token_ids)
@@ -309,28 +309,28 @@ class BlockManager:
         """Sealed blocks among so many links."""
         return max(num_links - self.geometry.num_head_blocks, 0) * self.geometry.seals
 
-    def _write_tokens(self, slot: int, tokens: TokenChain) -> None:
+    def _write_tokens(self, seq_id: int, tokens: TokenChain) -> None:
         length = len(tokens.token_ids)
         self._make_room_for_tokens(length)
-        self.token_ids[slot, :length] = tokens.token_ids
-        self.num_tokens[slot] = length
-        self._roots[slot] = tokens.root
-        self._link_limits[slot] = tokens.link_limit(self.geometry)
+        self.token_ids[seq_id, :length] = tokens.token_ids
+        self.num_tokens[seq_id] = length
+        self._roots[seq_id] = tokens.root
+        self._link_limits[seq_id] = tokens.link_limit(self.geometry)
         if length:
-            self.last_token_ids[slot] = tokens.token_ids[-1]
-        self._set_window(slot, tokens.sink_window)
+            self.last_token_ids[seq_id] = tokens.token_ids[-1]
+        self._set_window(seq_id, tokens.sink_window)
 
-    def _set_window(self, slot: int, sink_window: SinkWindow | None) -> None:
-        """Make a new slot a stream, or not."""
-        self._sink_windows[slot] = sink_window
+    def _set_window(self, seq_id: int, sink_window: SinkWindow | None) -> None:
+        """Make a new seq_id a stream, or not."""
+        self._sink_windows[seq_id] = sink_window
         if sink_window is None:
             return
         self._num_streams += 1
-        self.num_sink_tokens[slot] = sink_window.num_sink_tokens
-        self.window_sizes[slot] = sink_window.window_size
-        self._length_limits[slot] = ENDLESS
-        self._max_stored[slot] = sink_window.max_stored(self.geometry)
-        self.tables.make_room(int(self._max_stored[slot]))
+        self.num_sink_tokens[seq_id] = sink_window.num_sink_tokens
+        self.window_sizes[seq_id] = sink_window.window_size
+        self._length_limits[seq_id] = ENDLESS
+        self._max_stored[seq_id] = sink_window.max_stored(self.geometry)
+        self.tables.make_room(int(self._max_stored[seq_id]))
 
     def _make_room_for_tokens(self, num_tokens: int) -> None:
         """Widen the rows of token ids for a stream that outgrows them."""
@@ -338,63 +338,63 @@ class BlockManager:
         if num_tokens <= old.shape[1]:
             return
         self.token_ids = np.zeros((len(old), max(num_tokens, 2 * old.shape[1])), dtype=np.int32)
-        for slot in self.num_tokens.nonzero()[0].tolist():
-            length = self.num_tokens[slot]
-            self.token_ids[slot, :length] = old[slot, :length]
-            chain = self._chains[slot]
+        for seq_id in self.num_tokens.nonzero()[0].tolist():
+            length = self.num_tokens[seq_id]
+            self.token_ids[seq_id, :length] = old[seq_id, :length]
+            chain = self._chains[seq_id]
             if chain is not None:
-                self._chains[slot] = chain.with_tokens(self.token_ids[slot])
+                self._chains[seq_id] = chain.with_tokens(self.token_ids[seq_id])
 
     def _write_blocks(
-        self, slot: int, block_ids: BlockIds, num_computed_tokens: int, num_sealed: int
+        self, seq_id: int, block_ids: BlockIds, num_computed_tokens: int, num_sealed: int
     ) -> None:
-        """Give a new slot its blocks, in the order of its tokens: head, body, tail."""
+        """Give a new seq_id its blocks, in the order of its tokens: head, body, tail."""
         body_start = self.geometry.num_head_blocks if num_sealed else len(block_ids)
         body_end = body_start + num_sealed
         open_ids = np.concatenate([block_ids[:body_start], block_ids[body_end:]])
-        self.tables.open[slot, : len(open_ids)] = open_ids
-        self.tables.sealed[slot, :num_sealed] = block_ids[body_start:body_end]
-        self.tables.num_open[slot] = len(open_ids)
-        self.num_sealed[slot] = num_sealed
-        self.num_computed_tokens[slot] = num_computed_tokens
+        self.tables.open[seq_id, : len(open_ids)] = open_ids
+        self.tables.sealed[seq_id, :num_sealed] = block_ids[body_start:body_end]
+        self.tables.num_open[seq_id] = len(open_ids)
+        self.num_sealed[seq_id] = num_sealed
+        self.num_computed_tokens[seq_id] = num_computed_tokens
 
     def _attach_chain(
-        self, slot: int, tokens: TokenChain, num_published: int, cache: PrefixCache
+        self, seq_id: int, tokens: TokenChain, num_published: int, cache: PrefixCache
     ) -> None:
-        """Follow the hashes of a new slot's tokens, of which the first can be found already."""
-        limit = min(tokens.num_shareable_links(self.geometry), int(self._link_limits[slot]))
+        """Follow the hashes of a new seq_id's tokens, of which the first can be found already."""
+        limit = min(tokens.num_shareable_links(self.geometry), int(self._link_limits[seq_id]))
         tokens.hash_links(self.geometry, limit)
-        self._num_published[slot], self._num_expected[slot] = num_published, limit
+        self._num_published[seq_id], self._num_expected[seq_id] = num_published, limit
         cache.expect(tokens.hashes[num_published:limit])
-        self._chains[slot] = tokens.with_tokens(self.token_ids[slot])
-        self._next_link_end[slot] = self._end_of_link(slot, len(tokens.hashes) + 1)
+        self._chains[seq_id] = tokens.with_tokens(self.token_ids[seq_id])
+        self._next_link_end[seq_id] = self._end_of_link(seq_id, len(tokens.hashes) + 1)
 
     def append_tokens(
-        self, slots: ArrayLike, token_ids: ArrayLike, counts: ArrayLike | None = None
+        self, seq_ids: ArrayLike, token_ids: ArrayLike, counts: ArrayLike | None = None
     ) -> None:
-        """One more token for each of these distinct sequences: `slots` [M], `token_ids` [M].
+        """One more token for each of these distinct sequences: `seq_ids` [M], `token_ids` [M].
 
         With `counts` [M], so many for each: `token_ids` are those of one sequence after another.
         """
-        slots = self._known_slots(slots)
-        lengths = self.num_tokens[slots]
+        seq_ids = self._known_seq_ids(seq_ids)
+        lengths = self.num_tokens[seq_ids]
         if counts is not None:
             counts = integer_array("counts", counts)
-            if counts.shape != slots.shape or np.count_nonzero(counts < 0):
+            if counts.shape != seq_ids.shape or np.count_nonzero(counts < 0):
                 raise InvalidStepError(
-                    f"counts must be {len(slots)} numbers, got {counts.tolist()}"
+                    f"counts must be {len(seq_ids)} numbers, got {counts.tolist()}"
                 )
         token_ids = np.asarray(token_ids)
         if token_ids.dtype != np.int32:
             token_ids = as_token_ids(token_ids)
-        num_expected = len(slots) if counts is None else int(counts.sum())
+        num_expected = len(seq_ids) if counts is None else int(counts.sum())
         if token_ids.shape != (num_expected,):
             raise InvalidStepError(
                 f"{num_expected} token ids expected, got an array of shape {token_ids.shape}"
             )
         new_lengths = lengths + (1 if counts is None else counts)
-        if np.count_nonzero(new_lengths > self._length_limits[slots]):
-            self._require_living(slots)
+        if np.count_nonzero(new_lengths > self._length_limits[seq_ids]):
+            self._require_living(seq_ids)
             raise InvalidStepError(
                 f"a sequence would have {new_lengths.max()} tokens; max_model_len is "
                 f"{self.max_model_len}"
@@ -402,47 +402,47 @@ class BlockManager:
         if self._num_streams:
             self._make_room_for_tokens(int(new_lengths.max(initial=0)))
         if counts is None:
-            self.token_ids[slots, lengths] = token_ids
-            self.last_token_ids[slots] = token_ids
+            self.token_ids[seq_ids, lengths] = token_ids
+            self.last_token_ids[seq_ids] = token_ids
         else:
             rows, offsets = ragged_arange(counts)
-            self.token_ids[slots[rows], lengths[rows] + offsets] = token_ids
-            self.last_token_ids[slots] = self.token_ids[slots, np.maximum(new_lengths - 1, 0)]
-        self.num_tokens[slots] = new_lengths
+            self.token_ids[seq_ids[rows], lengths[rows] + offsets] = token_ids
+            self.last_token_ids[seq_ids] = self.token_ids[seq_ids, np.maximum(new_lengths - 1, 0)]
+        self.num_tokens[seq_ids] = new_lengths
         if self.prefix_cache is not None:
-            self._hash_links(slots, new_lengths)
+            self._hash_links(seq_ids, new_lengths)
 
-    def _end_of_link(self, slot: int, num_links: int) -> int:
+    def _end_of_link(self, seq_id: int, num_links: int) -> int:
         """Tokens in so many links of a sequence; more than there can be where they are too many."""
-        if num_links > self._link_limits[slot]:
+        if num_links > self._link_limits[seq_id]:
             return ENDLESS
         return self.geometry.link_end(num_links)
 
-    def _hash_links(self, slots: IntArray, lengths: IntArray) -> None:
+    def _hash_links(self, seq_ids: IntArray, lengths: IntArray) -> None:
         """Hash the links that the tokens of these sequences complete."""
         geometry = self.geometry
-        rows = (lengths >= self._next_link_end[slots]).nonzero()[0]
-        for slot, length in zip(slots[rows].tolist(), lengths[rows].tolist(), strict=True):
-            chain = self._chains[slot]
+        rows = (lengths >= self._next_link_end[seq_ids]).nonzero()[0]
+        for seq_id, length in zip(seq_ids[rows].tolist(), lengths[rows].tolist(), strict=True):
+            chain = self._chains[seq_id]
             assert chain is not None
-            num_links = min(geometry.num_links(length), int(self._link_limits[slot]))
+            num_links = min(geometry.num_links(length), int(self._link_limits[seq_id]))
             chain.hash_links(geometry, num_links)
-            self._next_link_end[slot] = self._end_of_link(slot, num_links + 1)
+            self._next_link_end[seq_id] = self._end_of_link(seq_id, num_links + 1)
 
-    def fork(self, slot: int) -> int:
-        """A slot for a copy of a sequence: it shares every block.
+    def fork(self, seq_id: int) -> int:
+        """A seq_id for a copy of a sequence: it shares every block.
 
         Only the last open block, where it is not full, is copied, when the first of its users
         writes to it.
         """
-        self.require_at_rest(slot)
-        child = self._take_slot()
-        self._set_window(child, self._sink_windows[slot])
-        self.pool.share(self.tables.block_ids(slot))
-        self.tables.open[child] = self.tables.open[slot]
-        self.tables.sealed[child] = self.tables.sealed[slot]
-        length = int(self.num_tokens[slot])
-        self.token_ids[child, :length] = self.token_ids[slot, :length]
+        self.require_at_rest(seq_id)
+        child = self._take_seq_id()
+        self._set_window(child, self._sink_windows[seq_id])
+        self.pool.share(self.tables.block_ids(seq_id))
+        self.tables.open[child] = self.tables.open[seq_id]
+        self.tables.sealed[child] = self.tables.sealed[seq_id]
+        length = int(self.num_tokens[seq_id])
+        self.token_ids[child, :length] = self.token_ids[seq_id, :length]
         for state in (
             self.num_computed_tokens,
             self.tables.num_open,
@@ -455,88 +455,88 @@ class BlockManager:
             self._link_limits,
             self.num_evicted_tokens,
         ):
-            state[child] = state[slot]
-        self._roots[child] = self._roots[slot]
-        self._capacity[[slot, child]] = self.num_computed_tokens[slot]
-        chain = self._chains[slot]
+            state[child] = state[seq_id]
+        self._roots[child] = self._roots[seq_id]
+        self._capacity[[seq_id, child]] = self.num_computed_tokens[seq_id]
+        chain = self._chains[seq_id]
         if chain is not None:
             assert self.prefix_cache is not None
             self._chains[child] = chain.with_tokens(self.token_ids[child])
-            expected = slice(self._num_published[slot], self._num_expected[slot])
+            expected = slice(self._num_published[seq_id], self._num_expected[seq_id])
             self.prefix_cache.expect(chain.hashes[expected])
         return child
 
-    def remove_sequence(self, slot: int) -> None:
-        """Give every block of a sequence back, and its slot."""
-        self.require_at_rest(slot)
-        self.pool.release_sequence(self.tables, slot)
-        self._clear_slot(slot)
+    def remove_sequence(self, seq_id: int) -> None:
+        """Give every block of a sequence back, and its seq_id."""
+        self.require_at_rest(seq_id)
+        self.pool.release_sequence(self.tables, seq_id)
+        self._clear_seq_id(seq_id)
 
-    def _clear_slot(self, slot: int) -> None:
-        chain = self._chains[slot]
+    def _clear_seq_id(self, seq_id: int) -> None:
+        chain = self._chains[seq_id]
         if chain is not None:
             assert self.prefix_cache is not None
-            self._no_longer_expect(slot, chain, self.prefix_cache)
-            self._chains[slot] = None
-        if self._sink_windows[slot] is not None:
-            self._sink_windows[slot] = None
-            self._max_stored[slot] = ENDLESS
+            self._no_longer_expect(seq_id, chain, self.prefix_cache)
+            self._chains[seq_id] = None
+        if self._sink_windows[seq_id] is not None:
+            self._sink_windows[seq_id] = None
+            self._max_stored[seq_id] = ENDLESS
             self._num_streams -= 1
         for counter in self._counters:
-            counter[slot] = 0
-        self._capacity[slot] = -1
-        self._free_slots.append(slot)
+            counter[seq_id] = 0
+        self._capacity[seq_id] = -1
+        self._free_seq_ids.append(seq_id)
 
-    def require_at_rest(self, slot: int) -> None:
-        """Raise `InvalidStepError` for a slot without a sequence or while a step is outstanding."""
+    def require_at_rest(self, seq_id: int) -> None:
+        """Raise `InvalidStepError` where no sequence is, or while a step is outstanding."""
         self._require_no_step()
-        if not 0 <= slot < self.max_num_seqs or self._capacity[slot] < 0:
-            raise InvalidStepError(f"slot {slot} holds no sequence")
+        if not 0 <= seq_id < self.max_num_seqs or self._capacity[seq_id] < 0:
+            raise InvalidStepError(f"seq_id {seq_id} holds no sequence")
 
-    def _require_living(self, slots: IntArray) -> None:
-        is_slot = (slots >= 0) & (slots < self.max_num_seqs)
-        if not is_slot.all() or (self._capacity[slots] < 0).any():
-            raise InvalidStepError(f"slots {slots.tolist()} are not all living sequences")
+    def _require_living(self, seq_ids: IntArray) -> None:
+        is_seq_id = (seq_ids >= 0) & (seq_ids < self.max_num_seqs)
+        if not is_seq_id.all() or (self._capacity[seq_ids] < 0).any():
+            raise InvalidStepError(f"seq_ids {seq_ids.tolist()} are not all living sequences")
 
-    def head_and_tail_ids(self, slot: int) -> BlockIds:
+    def head_and_tail_ids(self, seq_id: int) -> BlockIds:
         """Open blocks of a sequence in order: head, then tail."""
-        return self.tables.head_and_tail_ids(slot)
+        return self.tables.head_and_tail_ids(seq_id)
 
-    def body_ids(self, slot: int) -> BlockIds:
+    def body_ids(self, seq_id: int) -> BlockIds:
         """Sealed blocks of a sequence in order."""
-        return self.tables.body_ids(slot)
+        return self.tables.body_ids(seq_id)
 
-    def block_ids(self, slot: int) -> BlockIds:
+    def block_ids(self, seq_id: int) -> BlockIds:
         """Every block of a sequence, in the order of its tokens: head, body, tail."""
-        return self.tables.block_ids(slot)
+        return self.tables.block_ids(seq_id)
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def blocks_needed(self, slots: IntArray, num_new_tokens: IntArray) -> IntArray:
+    def blocks_needed(self, seq_ids: IntArray, num_new_tokens: IntArray) -> IntArray:
         """New blocks that each sequence would take from the pool to store its new tokens."""
-        after = self.num_computed_tokens[slots] + num_new_tokens
-        rows = (after > self._capacity[slots]).nonzero()[0]
-        changed = slots[rows]
+        after = self.num_computed_tokens[seq_ids] + num_new_tokens
+        rows = (after > self._capacity[seq_ids]).nonzero()[0]
+        changed = seq_ids[rows]
         counts = new_counts(len(rows))
         self._count_blocks(changed, after[rows], after[rows], counts)
         self._forget_copies(changed, counts)
-        needed = np.zeros(len(slots), dtype=np.int64)
+        needed = np.zeros(len(seq_ids), dtype=np.int64)
         needed[rows] = counts[:, 0] + counts[:, 1] + counts[:, 3]
         return needed
 
     def _count_blocks(
-        self, slots: IntArray, after: IntArray, certain: IntArray, counts: IntArray
+        self, seq_ids: IntArray, after: IntArray, certain: IntArray, counts: IntArray
     ) -> tuple[int, int, int, int]:
         tables, geometry = self.tables, self.geometry
         return count_blocks(
-            slots,
+            seq_ids,
             after,
             certain,
             tables.num_computed_tokens,
             tables.num_open,
             tables.num_sealed,
             tables.open,
-            self.pool.num_users,
+            self.pool.ref_counts,
             geometry.block_size,
             geometry.open_block_size,
             geometry.num_head_blocks,
@@ -544,56 +544,56 @@ class BlockManager:
             counts,
         )
 
-    def _forget_copies(self, slots: IntArray, counts: IntArray) -> None:
+    def _forget_copies(self, seq_ids: IntArray, counts: IntArray) -> None:
         """Undo what `count_blocks` did to the user counts of shared blocks."""
-        np.add.at(self.pool.num_users, self._copy_sources(slots, counts), 1)
+        np.add.at(self.pool.ref_counts, self._copy_sources(seq_ids, counts), 1)
 
-    def _copy_sources(self, slots: IntArray, counts: IntArray) -> BlockIds:
-        copied = slots[counts[:, 3] > 0]
+    def _copy_sources(self, seq_ids: IntArray, counts: IntArray) -> BlockIds:
+        copied = seq_ids[counts[:, 3] > 0]
         return self.tables.open[copied, self.tables.num_open[copied] - 1]
 
     def reserve(
         self,
-        slots: ArrayLike,
+        seq_ids: ArrayLike,
         num_new_tokens: ArrayLike,
         num_draft_tokens: ArrayLike | None = None,
     ) -> StepPlan | None:
         """Take the blocks for one step, all or nothing; None, and nothing changed, when they lack.
 
-        `slots` [N] are distinct living sequences, `num_new_tokens` [N] at least 1 each. The last
+        `seq_ids` [N] are distinct living sequences, `num_new_tokens` [N] at least 1 each. The last
         `num_draft_tokens` [N] of these may be dropped when the step is committed; they are fewer
         than the new tokens, and at most a block. Raises `InvalidStepError` where that does not
         hold, or while a step is neither committed nor rolled back.
         """
         self._require_no_step()
         num_new_tokens = integer_array("num_new_tokens", num_new_tokens)
-        slots = self._known_slots(slots)
-        if slots.shape != num_new_tokens.shape:
+        seq_ids = self._known_seq_ids(seq_ids)
+        if seq_ids.shape != num_new_tokens.shape:
             raise InvalidStepError(
-                f"slots and num_new_tokens must be equally long, got shapes {slots.shape} and "
+                f"seq_ids and num_new_tokens must be equally long, got shapes {seq_ids.shape} and "
                 f"{num_new_tokens.shape}"
             )
-        if np.count_nonzero(num_new_tokens > 0) < len(slots):
+        if np.count_nonzero(num_new_tokens > 0) < len(seq_ids):
             raise InvalidStepError(f"every sequence needs new tokens, got {num_new_tokens.min()}")
         if np.count_nonzero(num_new_tokens > self.max_model_len):
             raise InvalidStepError(
                 f"{num_new_tokens.max()} new tokens exceed max_model_len {self.max_model_len}"
             )
-        before = self.num_computed_tokens[slots]
+        before = self.num_computed_tokens[seq_ids]
         after = before + num_new_tokens
         certain = after
         if num_draft_tokens is not None:
             num_draft_tokens = integer_array("num_draft_tokens", num_draft_tokens)
             self._check_drafts(num_draft_tokens, num_new_tokens)
             certain = after - num_draft_tokens
-        streams = self._streams_of(slots, before, after)
+        streams = self._streams_of(seq_ids, before, after)
         end, certain_end = after, certain  # in the sequence, evicted tokens included
         if streams.num_evicted_tokens is not None:
             end, certain_end = (n + streams.num_evicted_tokens for n in (after, certain))
-        if np.count_nonzero(certain_end > self._limits[slots]) or num_draft_tokens is not None:
-            self._check_lengths(slots, end, certain_end)
-        rows = (after > self._capacity[slots]).nonzero()[0]
-        changed, certain, after = slots[rows], certain[rows], after[rows]
+        if np.count_nonzero(certain_end > self._limits[seq_ids]) or num_draft_tokens is not None:
+            self._check_lengths(seq_ids, end, certain_end)
+        rows = (after > self._capacity[seq_ids]).nonzero()[0]
+        changed, certain, after = seq_ids[rows], certain[rows], after[rows]
         counts = new_counts(len(rows))
         num_sealed, num_open, num_leaving, num_copies = self._count_blocks(
             changed, after, certain, counts
@@ -619,7 +619,7 @@ class BlockManager:
             freed_ids,
         )
         self._outstanding = StepPlan(
-            slots=slots,
+            seq_ids=seq_ids,
             num_scheduled_tokens=num_new_tokens,
             num_draft_tokens=num_draft_tokens,
             context_lens=before,
@@ -637,40 +637,42 @@ class BlockManager:
         )
         return self._outstanding
 
-    def num_computable(self, slots: IntArray) -> IntArray:
+    def num_computable(self, seq_ids: IntArray) -> IntArray:
         """Tokens of each sequence that are known, not computed, and fit in one step.
 
         A stream has room for a chunk beyond its window; the step that stores its sinks computes
         nothing that would see them nearer than they are.
         """
-        stored = self.num_computed_tokens[slots]
+        stored = self.num_computed_tokens[seq_ids]
         if not self._num_streams:
-            left: IntArray = self.num_tokens[slots] - stored
+            left: IntArray = self.num_tokens[seq_ids] - stored
             return left
-        left = self.num_tokens[slots] - stored - self.num_evicted_tokens[slots]
-        room: IntArray = self._num_storable(slots) - stored
+        left = self.num_tokens[seq_ids] - stored - self.num_evicted_tokens[seq_ids]
+        room: IntArray = self._num_storable(seq_ids) - stored
         return left.clip(max=room)
 
-    def _num_storable(self, slots: IntArray) -> IntArray:
+    def _num_storable(self, seq_ids: IntArray) -> IntArray:
         """Tokens that each sequence may have stored at the end of the next step."""
-        sinks, limits = self.num_sink_tokens[slots], self._max_stored[slots]
-        has_sinks = self.num_computed_tokens[slots] >= sinks
-        return np.where(has_sinks, limits, np.minimum(limits, sinks + self.window_sizes[slots]))
+        sinks, limits = self.num_sink_tokens[seq_ids], self._max_stored[seq_ids]
+        has_sinks = self.num_computed_tokens[seq_ids] >= sinks
+        return np.where(has_sinks, limits, np.minimum(limits, sinks + self.window_sizes[seq_ids]))
 
-    def _streams_of(self, slots: IntArray, before: IntArray, after: IntArray) -> _Streams:
+    def _streams_of(self, seq_ids: IntArray, before: IntArray, after: IntArray) -> _Streams:
         """Of a step; raises `InvalidStepError` for one that a stream has no room for."""
-        if not self._num_streams or not np.count_nonzero(self.window_sizes[slots]):
+        if not self._num_streams or not np.count_nonzero(self.window_sizes[seq_ids]):
             return NO_STREAMS
-        excess = after - self._num_storable(slots)
+        excess = after - self._num_storable(seq_ids)
         if np.count_nonzero(excess > 0):
             row = int(excess.argmax())
             raise InvalidStepError(
-                f"slot {slots[row]}, a stream of {self._sink_windows[slots[row]]}, has room for "
-                f"{after[row] - before[row] - excess[row]} new tokens in a step, got "
+                f"seq_id {seq_ids[row]}, a stream of {self._sink_windows[seq_ids[row]]}, has "
+                f"room for {after[row] - before[row] - excess[row]} new tokens in a step, got "
                 f"{after[row] - before[row]}"
             )
         return _Streams(
-            self.num_evicted_tokens[slots], self.num_sink_tokens[slots], self.window_sizes[slots]
+            self.num_evicted_tokens[seq_ids],
+            self.num_sink_tokens[seq_ids],
+            self.window_sizes[seq_ids],
         )
 
     def commit(self, plan: StepPlan, num_kept_tokens: ArrayLike | None = None) -> BlockIds:
@@ -686,12 +688,12 @@ class BlockManager:
             self._check_kept(plan, num_kept)
         after = plan.context_lens + num_kept
         rows = plan.changed_rows
-        slots, after_changed = plan.slots[rows], after[rows]
+        seq_ids, after_changed = plan.seq_ids[rows], after[rows]
         tables, geometry = self.tables, self.geometry
-        tables.num_computed_tokens[plan.slots] = after
+        tables.num_computed_tokens[plan.seq_ids] = after
         unused_ids = np.empty(len(plan.new_block_ids), dtype=np.int32)
         num_unused = take_effect(
-            slots,
+            seq_ids,
             plan.block_counts,
             after_changed,
             plan.copy_targets,
@@ -711,16 +713,16 @@ class BlockManager:
         if len(plan.freed_block_ids):
             self.pool.release(plan.freed_block_ids)
         if self.prefix_cache is not None:
-            self._publish(slots, self.prefix_cache)
-        evicted_ids = NO_BLOCKS if plan.window_sizes is None else self._evict(plan.slots)
+            self._publish(seq_ids, self.prefix_cache)
+        evicted_ids = NO_BLOCKS if plan.window_sizes is None else self._evict(plan.seq_ids)
         self._end_step(plan)
         return evicted_ids
 
-    def _evict(self, slots: IntArray) -> BlockIds:
+    def _evict(self, seq_ids: IntArray) -> BlockIds:
         """Let go of the blocks of streams that no later token sees."""
-        tables, geometry, before = self.tables, self.geometry, self.num_evicted_tokens[slots]
+        tables, geometry, before = self.tables, self.geometry, self.num_evicted_tokens[seq_ids]
         num_evicted = evict_blocks(
-            slots,
+            seq_ids,
             self.num_sink_tokens,
             self.window_sizes,
             tables.num_computed_tokens,
@@ -738,34 +740,34 @@ class BlockManager:
         if not num_evicted:
             return NO_BLOCKS
         if self.prefix_cache is not None:
-            for slot in slots[self.num_evicted_tokens[slots] > before].tolist():
-                self._stop_sharing(slot, self.prefix_cache)
+            for seq_id in seq_ids[self.num_evicted_tokens[seq_ids] > before].tolist():
+                self._stop_sharing(seq_id, self.prefix_cache)
         evicted_ids = self._evicted_ids[:num_evicted].copy()
         self.pool.release(evicted_ids)
         return evicted_ids
 
-    def _stop_sharing(self, slot: int, cache: PrefixCache) -> None:
+    def _stop_sharing(self, seq_id: int, cache: PrefixCache) -> None:
         """Nothing past a gap is ever found: what others wait for will not come."""
-        chain = self._chains[slot]
+        chain = self._chains[seq_id]
         assert chain is not None
-        self._no_longer_expect(slot, chain, cache)
-        self._num_expected[slot] = 0
-        self._link_limits[slot] = self._num_published[slot]
+        self._no_longer_expect(seq_id, chain, cache)
+        self._num_expected[seq_id] = 0
+        self._link_limits[seq_id] = self._num_published[seq_id]
 
-    def _no_longer_expect(self, slot: int, chain: TokenChain, cache: PrefixCache) -> None:
+    def _no_longer_expect(self, seq_id: int, chain: TokenChain, cache: PrefixCache) -> None:
         """Nobody has to wait for the links that a sequence was to publish."""
-        published, expected = self._num_published.item(slot), self._num_expected.item(slot)
+        published, expected = self._num_published.item(seq_id), self._num_expected.item(seq_id)
         if expected > published:
             cache.no_longer_expect(chain.hashes[published:expected])
 
-    def _publish(self, slots: IntArray, cache: PrefixCache) -> None:
+    def _publish(self, seq_ids: IntArray, cache: PrefixCache) -> None:
         """Make the blocks of links that are complete by now findable."""
         geometry, tables = self.geometry, self.tables
         found = self._complete_links
         num_expected = self._num_expected.data  # reads one element faster than numpy does
         while True:
             num_links = find_complete_links(
-                slots,
+                seq_ids,
                 tables.num_computed_tokens,
                 self.num_tokens,
                 tables.num_sealed,
@@ -778,27 +780,27 @@ class BlockManager:
                 geometry.num_head_blocks,
                 found,
             )
-            for slot, link, block_id in found[:num_links].tolist():
-                chain = self._chains[slot]
+            for seq_id, link, block_id in found[:num_links].tolist():
+                chain = self._chains[seq_id]
                 assert chain is not None
                 if link == len(chain.hashes):
                     chain.hash_links(geometry, link + 1)
-                was_expected = link < num_expected[slot]
+                was_expected = link < num_expected[seq_id]
                 is_new = cache.store(chain.hashes[link], block_id, was_expected=was_expected)
                 if is_new and cache.records_events:
-                    self._record_stored(slot, link, block_id, cache)
+                    self._record_stored(seq_id, link, block_id, cache)
             if num_links < len(found):
                 return
 
-    def _record_stored(self, slot: int, link: int, block_id: int, cache: PrefixCache) -> None:
-        chain = self._chains[slot]
+    def _record_stored(self, seq_id: int, link: int, block_id: int, cache: PrefixCache) -> None:
+        chain = self._chains[seq_id]
         assert chain is not None
         start, end = self.geometry.link_end(link), self.geometry.link_end(link + 1)
         cache.record(
             BlockStored(
                 block_hash=chain.hashes[link],
                 parent_hash=chain.hashes[link - 1] if link else chain.root,
-                token_ids=tuple(self.token_ids[slot, start:end].tolist()),
+                token_ids=tuple(self.token_ids[seq_id, start:end].tolist()),
                 block_id=block_id,
             )
         )
@@ -807,7 +809,7 @@ class BlockManager:
         """The step did not happen: the new blocks go back, nothing else has changed."""
         self._require_step(plan)
         self.pool.release(plan.new_block_ids)
-        np.add.at(self.pool.num_users, plan.copy_sources, 1)
+        np.add.at(self.pool.ref_counts, plan.copy_sources, 1)
         self._end_step(plan)
 
     def _end_step(self, plan: StepPlan) -> None:
@@ -822,39 +824,39 @@ class BlockManager:
         if plan is not self._outstanding:
             raise InvalidStepError("this step is not the one that was reserved last")
 
-    def _known_slots(self, slots: ArrayLike) -> IntArray:
-        """Distinct slots as an array; whether they hold sequences is for the caller to check.
+    def _known_seq_ids(self, seq_ids: ArrayLike) -> IntArray:
+        """Distinct seq_ids as an array; whether they hold sequences is for the caller to check.
 
         A read-only array that owns its data is taken not to change: the same one is checked once.
         """
-        if self._checked_slots is not None and slots is self._checked_slots:
-            return self._checked_slots
-        checked = integer_array("slots", slots)
+        if self._checked_seq_ids is not None and seq_ids is self._checked_seq_ids:
+            return self._checked_seq_ids
+        checked = integer_array("seq_ids", seq_ids)
         if checked.ndim != 1:
-            raise InvalidStepError(f"slots must be one-dimensional, got shape {checked.shape}")
+            raise InvalidStepError(f"seq_ids must be one-dimensional, got shape {checked.shape}")
         if len(checked):
             if checked.min() < 0 or checked.max() >= self.max_num_seqs:
-                raise InvalidStepError(f"slots {checked.tolist()} are not all living sequences")
+                raise InvalidStepError(f"seq_ids {checked.tolist()} are not all living sequences")
             if np.count_nonzero(np.bincount(checked)) < len(checked):
-                raise InvalidStepError(f"slots {checked.tolist()} name a sequence twice")
-        if isinstance(slots, np.ndarray) and slots.dtype == np.int64:
-            is_read_only = not slots.flags.writeable and slots.base is None
-            self._checked_slots = slots if is_read_only else self._checked_slots
+                raise InvalidStepError(f"seq_ids {checked.tolist()} name a sequence twice")
+        if isinstance(seq_ids, np.ndarray) and seq_ids.dtype == np.int64:
+            is_read_only = not seq_ids.flags.writeable and seq_ids.base is None
+            self._checked_seq_ids = seq_ids if is_read_only else self._checked_seq_ids
         return checked
 
-    def _check_lengths(self, slots: IntArray, after: IntArray, certain: IntArray) -> None:
+    def _check_lengths(self, seq_ids: IntArray, after: IntArray, certain: IntArray) -> None:
         """Sequences must live, keep within `max_model_len` and, with a cache, have known tokens."""
-        self._require_living(slots)
-        if np.count_nonzero(after > self._length_limits[slots]):
+        self._require_living(seq_ids)
+        if np.count_nonzero(after > self._length_limits[seq_ids]):
             raise InvalidStepError(
                 f"a sequence would have {after.max()} tokens; max_model_len is {self.max_model_len}"
             )
-        is_unknown = certain > self._limits[slots]
+        is_unknown = certain > self._limits[seq_ids]
         if np.count_nonzero(is_unknown):
             row = int(is_unknown.nonzero()[0][0])
             raise InvalidStepError(
-                f"slot {slots[row]} would have {certain[row]} tokens computed, of which "
-                f"{self.num_tokens[slots[row]]} are known: append_tokens comes first"
+                f"seq_id {seq_ids[row]} would have {certain[row]} tokens computed, of which "
+                f"{self.num_tokens[seq_ids[row]]} are known: append_tokens comes first"
             )
 
     def _check_drafts(self, num_draft_tokens: IntArray, num_new_tokens: IntArray) -> None:
@@ -887,56 +889,56 @@ class BlockManager:
 
     # -- swap -----------------------------------------------------------------------------------
 
-    def swap_out(self, slot: int) -> SwappedSequence | None:
+    def swap_out(self, seq_id: int) -> SwappedSequence | None:
         """Move a sequence to host blocks; None, and nothing changed, when too few are free.
 
         The caller copies `device_block_ids` to `host_block_ids` before anything is written to the
         pool again.
         """
-        self.require_at_rest(slot)
-        block_ids = self.tables.block_ids(slot)
+        self.require_at_rest(seq_id)
+        block_ids = self.tables.block_ids(seq_id)
         if self.host_pool is None or len(block_ids) > self.host_pool.num_free:
             return None
-        chain = self.chain_of(slot)
+        chain = self.chain_of(seq_id)
         swapped = SwappedSequence(
-            num_evicted_tokens=int(self.num_evicted_tokens[slot]),
+            num_evicted_tokens=int(self.num_evicted_tokens[seq_id]),
             tokens=chain,
-            num_computed_tokens=int(self.num_computed_tokens[slot]),
-            num_sealed=int(self.num_sealed[slot]),
+            num_computed_tokens=int(self.num_computed_tokens[seq_id]),
+            num_sealed=int(self.num_sealed[seq_id]),
             device_block_ids=block_ids,
             host_block_ids=self.host_pool.allocate(len(block_ids)),
         )
         self.pool.release(block_ids)
-        self._clear_slot(slot)
+        self._clear_seq_id(seq_id)
         self._swapped.add(id(swapped))
         return swapped
 
-    def chain_of(self, slot: int) -> TokenChain:
+    def chain_of(self, seq_id: int) -> TokenChain:
         """A copy of a sequence's tokens and hashes, to add it again later."""
-        tokens = self.token_ids[slot, : self.num_tokens[slot]].copy()
-        chain = self._chains[slot]
+        tokens = self.token_ids[seq_id, : self.num_tokens[seq_id]].copy()
+        chain = self._chains[seq_id]
         if chain is None:
-            return TokenChain(tokens, self._roots[slot], self._sink_windows[slot])
+            return TokenChain(tokens, self._roots[seq_id], self._sink_windows[seq_id])
         return chain.with_tokens(tokens)
 
     def swap_in(self, swapped: SwappedSequence) -> tuple[int, BlockIds] | None:
         """Bring a sequence back; None, and nothing changed, when too few blocks are free.
 
-        Returns its slot and its new blocks, to which the caller copies `host_block_ids` before
+        Returns its seq_id and its new blocks, to which the caller copies `host_block_ids` before
         the next `swap_out`.
         """
         self._require_swapped(swapped)
         num_blocks = len(swapped.host_block_ids)
-        if num_blocks > self.pool.num_free or not self._free_slots:
+        if num_blocks > self.pool.num_free or not self._free_seq_ids:
             return None
-        slot, block_ids = self.place_sequence(
+        seq_id, block_ids = self.place_sequence(
             swapped.tokens,
             swapped.num_computed_tokens,
             swapped.num_sealed,
             swapped.num_evicted_tokens,
         )
         self.discard_swapped(swapped)
-        return slot, block_ids
+        return seq_id, block_ids
 
     def place_sequence(
         self,
@@ -945,7 +947,7 @@ class BlockManager:
         num_sealed: int,
         num_evicted_tokens: int = 0,
     ) -> tuple[int, BlockIds]:
-        """A slot, and new blocks in the order of its tokens, for a sequence computed elsewhere.
+        """A seq_id, and new blocks in the order of its tokens, for a sequence computed elsewhere.
 
         It stores `num_computed_tokens` and has evicted some before them, if it is a stream.
 
@@ -957,23 +959,23 @@ class BlockManager:
         num_blocks = self.geometry.count_blocks(num_computed_tokens, num_sealed)
         if num_blocks > self.pool.num_free:
             raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")
-        slot = self._take_slot()
+        seq_id = self._take_seq_id()
         block_ids = self.pool.allocate(num_blocks)
-        self._write_tokens(slot, tokens)
-        self._write_blocks(slot, block_ids, num_computed_tokens, num_sealed)
-        self.num_evicted_tokens[slot] = num_evicted_tokens
+        self._write_tokens(seq_id, tokens)
+        self._write_blocks(seq_id, block_ids, num_computed_tokens, num_sealed)
+        self.num_evicted_tokens[seq_id] = num_evicted_tokens
         if num_evicted_tokens:
-            self._link_limits[slot] = 0
+            self._link_limits[seq_id] = 0
         if self.prefix_cache is not None:
-            self._attach_chain(slot, tokens, 0, self.prefix_cache)
-        self._capacity[slot] = num_computed_tokens
-        return slot, block_ids
+            self._attach_chain(seq_id, tokens, 0, self.prefix_cache)
+        self._capacity[seq_id] = num_computed_tokens
+        return seq_id, block_ids
 
-    def publish_sequence(self, slot: int) -> None:
+    def publish_sequence(self, seq_id: int) -> None:
         """Make the complete links of a placed sequence, whose blocks are written, findable."""
-        self.require_at_rest(slot)
+        self.require_at_rest(seq_id)
         if self.prefix_cache is not None:
-            self._publish(np.array([slot]), self.prefix_cache)
+            self._publish(np.array([seq_id]), self.prefix_cache)
 
     def discard_swapped(self, swapped: SwappedSequence) -> None:
         """Give the host blocks of a sequence back."""
@@ -992,7 +994,7 @@ class BlockManager:
         """Forget all cached blocks; raises `InvalidStepError` while a sequence lives."""
         if self.prefix_cache is None:
             return
-        num_living = self.max_num_seqs - len(self._free_slots)
+        num_living = self.max_num_seqs - len(self._free_seq_ids)
         if num_living:
             raise InvalidStepError(f"the prefix cache is in use by {num_living} sequences")
         self.pool.reset_cache()
@@ -1005,40 +1007,40 @@ class BlockManager:
 
     def check_integrity(self) -> None:
         """Assert every invariant; O(pool), for tests and debugging."""
-        slots = self.active_slots
-        used = [NO_BLOCKS, *(self.tables.block_ids(int(slot)) for slot in slots)]
+        seq_ids = self.living_seq_ids
+        used = [NO_BLOCKS, *(self.tables.block_ids(int(seq_id)) for seq_id in seq_ids)]
         if self._outstanding is not None:
             used.append(self._outstanding.new_block_ids)
             # Already counted as no longer used by those that copy them.
-            np.add.at(self.pool.num_users, self._outstanding.copy_sources, 1)
+            np.add.at(self.pool.ref_counts, self._outstanding.copy_sources, 1)
         self.pool.check_integrity(np.concatenate(used))
         if self._outstanding is not None:
-            np.subtract.at(self.pool.num_users, self._outstanding.copy_sources, 1)
-        idle = np.setdiff1d(np.arange(self.max_num_seqs), slots)
-        assert sorted(self._free_slots) == idle.tolist()
+            np.subtract.at(self.pool.ref_counts, self._outstanding.copy_sources, 1)
+        idle = np.setdiff1d(np.arange(self.max_num_seqs), seq_ids)
+        assert sorted(self._free_seq_ids) == idle.tolist()
         for state in (self.num_computed_tokens, self.num_sealed, self.num_tokens):
             assert not state[idle].any()
         assert not self.window_sizes[idle].any()
         assert not self.num_evicted_tokens[self.window_sizes == 0].any()
         assert self._num_streams == np.count_nonzero(self.window_sizes)
-        lengths, num_sealed = self.num_computed_tokens[slots], self.num_sealed[slots]
-        geometry, num_open = self.geometry, self.tables.num_open[slots]
+        lengths, num_sealed = self.num_computed_tokens[seq_ids], self.num_sealed[seq_ids]
+        geometry, num_open = self.geometry, self.tables.num_open[seq_ids]
         open_ends = -(-lengths // geometry.open_block_size)
         assert np.array_equal(num_open, open_ends - num_sealed * geometry.open_blocks_per_block)
         body_ends = geometry.num_head_tokens + num_sealed * geometry.block_size
         assert (lengths >= np.where(num_sealed, body_ends, 0)).all()
         assert (num_open <= self.tables.open.shape[1]).all()
-        is_overdue = lengths > self._capacity[slots]  # drafts were kept beyond the next seal
+        is_overdue = lengths > self._capacity[seq_ids]  # drafts were kept beyond the next seal
         assert (geometry.num_sealed_blocks(lengths) > num_sealed)[is_overdue].all()
         if self.prefix_cache is not None:
-            for slot in slots.tolist():
-                self._check_chain(slot)
+            for seq_id in seq_ids.tolist():
+                self._check_chain(seq_id)
 
-    def _check_chain(self, slot: int) -> None:
+    def _check_chain(self, seq_id: int) -> None:
         """Assert that a sequence's hashes are those of its tokens."""
-        chain = self._chains[slot]
+        chain = self._chains[seq_id]
         assert chain is not None
-        fresh = TokenChain(self.token_ids[slot, : self.num_tokens[slot]], chain.root)
+        fresh = TokenChain(self.token_ids[seq_id, : self.num_tokens[seq_id]], chain.root)
         fresh.hash_links(self.geometry, len(chain.hashes))
         assert fresh.hashes == chain.hashes
-        assert self._num_published[slot] <= len(chain.hashes)
+        assert self._num_published[seq_id] <= len(chain.hashes)

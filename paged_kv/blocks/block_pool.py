@@ -19,7 +19,7 @@ SCRATCH: Final = 1024
 @compiled
 def drop_users(
     block_ids: BlockIds,
-    num_users: BlockIds,
+    ref_counts: BlockIds,
     is_cached: NDArray[np.bool_],
     free_stack: BlockIds,
     stack_size: int,
@@ -29,10 +29,10 @@ def drop_users(
     num_idle = 0
     for index in range(len(block_ids) - 1, -1, -1):
         block_id = block_ids[index]
-        num_users[block_id] -= 1
-        if num_users[block_id] < 0:
+        ref_counts[block_id] -= 1
+        if ref_counts[block_id] < 0:
             return stack_size, -1
-        if num_users[block_id] > 0:
+        if ref_counts[block_id] > 0:
             continue
         if is_cached[block_id]:
             idle_ids[num_idle] = block_id
@@ -45,21 +45,21 @@ def drop_users(
 
 @compiled
 def drop_sequence(
-    slot: int,
+    seq_id: int,
     open_table: BlockIds,
     sealed_table: BlockIds,
     num_open: IntArray,
     num_sealed: IntArray,
     num_head_blocks: int,
-    num_users: BlockIds,
+    ref_counts: BlockIds,
     is_cached: NDArray[np.bool_],
     free_stack: BlockIds,
     stack_size: int,
     idle_ids: BlockIds,
 ) -> tuple[int, int]:
     """`drop_users` of all blocks of a sequence."""
-    block_ids = join_ids(slot, open_table, sealed_table, num_open, num_sealed, num_head_blocks)
-    return drop_users(block_ids, num_users, is_cached, free_stack, stack_size, idle_ids)
+    block_ids = join_ids(seq_id, open_table, sealed_table, num_open, num_sealed, num_head_blocks)
+    return drop_users(block_ids, ref_counts, is_cached, free_stack, stack_size, idle_ids)
 
 
 class BlockPool:
@@ -72,7 +72,7 @@ class BlockPool:
         if num_blocks < 1:
             raise ConfigError(f"num_blocks must be at least 1, got {num_blocks}")
         self.num_blocks = num_blocks
-        self.num_users: NDArray[np.int32] = np.zeros(num_blocks, dtype=np.int32)
+        self.ref_counts: NDArray[np.int32] = np.zeros(num_blocks, dtype=np.int32)
         self.prefix_cache = prefix_cache
         self.peak_allocated = 0  # most blocks in use at once so far
         self._is_cached = (
@@ -103,7 +103,7 @@ class BlockPool:
             assert self.prefix_cache is not None
             evicted = self.prefix_cache.evict(count - len(block_ids))
             block_ids = np.concatenate([block_ids, np.array(evicted, dtype=np.int32)])
-        self.num_users[block_ids] = 1
+        self.ref_counts[block_ids] = 1
         self._note_peak()
         return block_ids
 
@@ -115,8 +115,8 @@ class BlockPool:
     def share(self, block_ids: BlockIds) -> None:
         """One more user for each of these distinct blocks, which are in use or cached."""
         if self.prefix_cache is not None:
-            self.prefix_cache.wake(block_ids[self.num_users[block_ids] == 0].tolist())
-        self.num_users[block_ids] += 1
+            self.prefix_cache.wake(block_ids[self.ref_counts[block_ids] == 0].tolist())
+        self.ref_counts[block_ids] += 1
         self._note_peak()
 
     def release(self, block_ids: BlockIds) -> None:
@@ -130,7 +130,7 @@ class BlockPool:
             idle_ids,
             *drop_users(
                 block_ids,
-                self.num_users,
+                self.ref_counts,
                 self._is_cached,
                 self._free_stack,
                 self._stack_size,
@@ -138,21 +138,21 @@ class BlockPool:
             ),
         )
 
-    def release_sequence(self, tables: BlockTables, slot: int) -> None:
-        """Release every block of a sequence: `release(tables.block_ids(slot))` in one call."""
+    def release_sequence(self, tables: BlockTables, seq_id: int) -> None:
+        """Release every block of a sequence: `release(tables.block_ids(seq_id))` in one call."""
         idle_ids = self._scratch
-        if tables.num_open[slot] + tables.num_sealed[slot] > SCRATCH:
-            idle_ids = np.empty(tables.num_open[slot] + tables.num_sealed[slot], dtype=np.int32)
+        if tables.num_open[seq_id] + tables.num_sealed[seq_id] > SCRATCH:
+            idle_ids = np.empty(tables.num_open[seq_id] + tables.num_sealed[seq_id], dtype=np.int32)
         self._note_dropped(
             idle_ids,
             *drop_sequence(
-                slot,
+                seq_id,
                 tables.open,
                 tables.sealed,
                 tables.num_open,
                 tables.num_sealed,
                 tables.geometry.num_head_blocks,
-                self.num_users,
+                self.ref_counts,
                 self._is_cached,
                 self._free_stack,
                 self._stack_size,
@@ -178,13 +178,13 @@ class BlockPool:
     def check_integrity(self, used: BlockIds) -> None:
         """Assert that `used`, a block as often as it has users, accounts for every block."""
         expected = np.bincount(used, minlength=self.num_blocks)
-        assert np.array_equal(expected, self.num_users), "user counts are wrong"
+        assert np.array_equal(expected, self.ref_counts), "user counts are wrong"
         free = self._free_stack[: self._stack_size]
         if self.prefix_cache is not None:
-            self.prefix_cache.check_integrity(self.num_users)
+            self.prefix_cache.check_integrity(self.ref_counts)
             assert not self.prefix_cache.is_cached[free].any()
-            idle = np.flatnonzero(self.prefix_cache.is_cached & (self.num_users == 0))
+            idle = np.flatnonzero(self.prefix_cache.is_cached & (self.ref_counts == 0))
             free = np.concatenate([free, idle.astype(np.int32)])
-        assert np.array_equal(np.sort(free), np.flatnonzero(self.num_users == 0)), (
+        assert np.array_equal(np.sort(free), np.flatnonzero(self.ref_counts == 0)), (
             "free and used blocks are not a partition of the pool"
         )

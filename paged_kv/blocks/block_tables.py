@@ -1,6 +1,6 @@
-"""The blocks of every sequence, in order. Knows ids and counts by slot, never how they change.
+"""The blocks of every sequence, in order. Knows ids and counts by seq_id, never how they change.
 
-A structure of numpy arrays indexed by sequence *slot*, so that a step over thousands of sequences
+A structure of numpy arrays indexed by sequence *seq_id*, so that a step over thousands of sequences
 is a few vector operations.
 """
 
@@ -25,7 +25,7 @@ def ragged_arange(counts: IntArray) -> tuple[IntArray, IntArray]:
 
 @compiled
 def join_ids(
-    slot: int,
+    seq_id: int,
     open_table: BlockIds,
     sealed_table: BlockIds,
     num_open: IntArray,
@@ -33,12 +33,12 @@ def join_ids(
     num_head_blocks: int,
 ) -> BlockIds:
     """Head, body and tail of one sequence."""
-    held, sealed = num_open[slot], num_sealed[slot]
+    held, sealed = num_open[seq_id], num_sealed[seq_id]
     block_ids = np.empty(held + sealed, dtype=np.int32)
     num_head = min(num_head_blocks, held)
-    block_ids[:num_head] = open_table[slot, :num_head]
-    block_ids[num_head : num_head + sealed] = sealed_table[slot, :sealed]
-    block_ids[num_head + sealed :] = open_table[slot, num_head:held]
+    block_ids[:num_head] = open_table[seq_id, :num_head]
+    block_ids[num_head : num_head + sealed] = sealed_table[seq_id, :sealed]
+    block_ids[num_head + sealed :] = open_table[seq_id, num_head:held]
     return block_ids
 
 
@@ -69,18 +69,18 @@ class BlockTables:
         self.sealed[:, : old_sealed.shape[1]] = old_sealed
         self.max_stored = num_tokens
 
-    def head_and_tail_ids(self, slot: int) -> BlockIds:
+    def head_and_tail_ids(self, seq_id: int) -> BlockIds:
         """Open blocks of a sequence in order: head, then tail."""
-        return self.open[slot, : self.num_open[slot]].copy()
+        return self.open[seq_id, : self.num_open[seq_id]].copy()
 
-    def body_ids(self, slot: int) -> BlockIds:
+    def body_ids(self, seq_id: int) -> BlockIds:
         """Sealed blocks of a sequence in order."""
-        return self.sealed[slot, : self.num_sealed[slot]].copy()
+        return self.sealed[seq_id, : self.num_sealed[seq_id]].copy()
 
-    def block_ids(self, slot: int) -> BlockIds:
+    def block_ids(self, seq_id: int) -> BlockIds:
         """Every block of a sequence, in the order of its tokens: head, body, tail."""
         return join_ids(
-            slot,
+            seq_id,
             self.open,
             self.sealed,
             self.num_open,
@@ -107,7 +107,7 @@ class BlockTables:
             index < geometry.num_head_blocks, index, index - num_open_ends + num_columns
         )
         block_ids = self.open[table_rows, columns].astype(np.int64)
-        slots: IntArray = (
+        seq_ids: IntArray = (
             block_ids * geometry.open_block_size + positions % geometry.open_block_size
         )
-        return slots
+        return seq_ids

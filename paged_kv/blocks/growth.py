@@ -20,14 +20,14 @@ NUM_COUNTS = 4
 
 @compiled
 def count_blocks(
-    slots: IntArray,  # [R]
+    seq_ids: IntArray,  # [R]
     after: IntArray,  # [R] tokens once it has grown
     certain: IntArray,  # [R] of these, the first that may be sealed
-    lengths: IntArray,  # by slot, as all that follow
+    lengths: IntArray,  # by seq_id, as all that follow
     num_open: IntArray,
     num_sealed: IntArray,
     open_table: BlockIds,
-    num_users: BlockIds,  # by block
+    ref_counts: BlockIds,  # by block
     block_size: int,
     open_block_size: int,
     num_head_blocks: int,
@@ -41,9 +41,9 @@ def count_blocks(
     """
     per_block = block_size // open_block_size
     sum_sealed = sum_open = sum_leaving = sum_copies = 0
-    for row in range(len(slots)):
-        slot = slots[row]
-        held, sealed, length = num_open[slot], num_sealed[slot], lengths[slot]
+    for row in range(len(seq_ids)):
+        seq_id = seq_ids[row]
+        held, sealed, length = num_open[seq_id], num_sealed[seq_id], lengths[seq_id]
         new_sealed = 0
         if per_block > 1:
             new_sealed = max((certain[row] - min_unsealed) // block_size - sealed, 0)
@@ -56,9 +56,9 @@ def count_blocks(
         # The last block is written if it has room and is either in the head or in what stays.
         stays = held <= num_head_blocks or held - leaving > num_head_blocks
         if stays and length % open_block_size > 0:
-            last = open_table[slot, held - 1]
-            if num_users[last] > 1:
-                num_users[last] -= 1
+            last = open_table[seq_id, held - 1]
+            if ref_counts[last] > 1:
+                ref_counts[last] -= 1
                 counts[row, 3] = 1
         sum_sealed += counts[row, 0]
         sum_open += counts[row, 1]
@@ -69,7 +69,7 @@ def count_blocks(
 
 @compiled
 def place_blocks(
-    slots: IntArray,
+    seq_ids: IntArray,
     counts: IntArray,
     seal_ids: BlockIds,
     open_ids: BlockIds,
@@ -82,22 +82,22 @@ def place_blocks(
 ) -> None:
     """Write new ids behind the blocks of each table, where nobody reads yet."""
     next_seal = next_open = next_freed = 0
-    for row in range(len(slots)):
-        slot = slots[row]
+    for row in range(len(seq_ids)):
+        seq_id = seq_ids[row]
         for index in range(counts[row, 0]):
-            sealed_table[slot, num_sealed[slot] + index] = seal_ids[next_seal]
+            sealed_table[seq_id, num_sealed[seq_id] + index] = seal_ids[next_seal]
             next_seal += 1
         for index in range(counts[row, 1]):
-            open_table[slot, num_open[slot] + index] = open_ids[next_open]
+            open_table[seq_id, num_open[seq_id] + index] = open_ids[next_open]
             next_open += 1
         for index in range(counts[row, 2]):
-            freed_ids[next_freed] = open_table[slot, num_head_blocks + index]
+            freed_ids[next_freed] = open_table[seq_id, num_head_blocks + index]
             next_freed += 1
 
 
 @compiled
 def take_effect(
-    slots: IntArray,
+    seq_ids: IntArray,
     counts: IntArray,
     after: IntArray,
     copy_ids: BlockIds,
@@ -115,34 +115,34 @@ def take_effect(
     """Let the placed ids count. Returns how many unused ids there are."""
     next_copy = num_unused = 0
     per_block = block_size // open_block_size
-    for row in range(len(slots)):
-        slot = slots[row]
+    for row in range(len(seq_ids)):
+        seq_id = seq_ids[row]
         if counts[row, 3]:
-            open_table[slot, num_open[slot] - 1] = copy_ids[next_copy]
+            open_table[seq_id, num_open[seq_id] - 1] = copy_ids[next_copy]
             next_copy += 1
         leaving = counts[row, 2]
-        held = num_open[slot] + counts[row, 1] - leaving
+        held = num_open[seq_id] + counts[row, 1] - leaving
         if leaving:
             for column in range(num_head_blocks, held):
-                open_table[slot, column] = open_table[slot, column + leaving]
-        sealed = num_sealed[slot] + counts[row, 0]
+                open_table[seq_id, column] = open_table[seq_id, column + leaving]
+        sealed = num_sealed[seq_id] + counts[row, 0]
         open_end = -(-after[row] // open_block_size)
         for column in range(open_end - sealed * per_block, held):
-            unused_ids[num_unused] = open_table[slot, column]
+            unused_ids[num_unused] = open_table[seq_id, column]
             num_unused += 1
-        num_open[slot] = open_end - sealed * per_block
-        num_sealed[slot] = sealed
+        num_open[seq_id] = open_end - sealed * per_block
+        num_sealed[seq_id] = sealed
         limit = min(open_end * open_block_size, max_stored)
         if per_block > 1:
             limit = min(limit, (sealed + 1) * block_size + min_unsealed - 1)
-        capacity[slot] = limit
+        capacity[seq_id] = limit
     return num_unused
 
 
 @compiled
 def evict_blocks(
-    slots: IntArray,  # [R]
-    num_sink_tokens: IntArray,  # by slot, as all that follow
+    seq_ids: IntArray,  # [R]
+    num_sink_tokens: IntArray,  # by seq_id, as all that follow
     window_sizes: IntArray,  # 0: keeps everything
     lengths: IntArray,
     num_open: IntArray,
@@ -162,40 +162,40 @@ def evict_blocks(
     are. With fewer than that of room the rest waits for the next step.
     """
     num_ids = 0
-    for row in range(len(slots)):
-        slot = slots[row]
-        if window_sizes[slot] == 0:
+    for row in range(len(seq_ids)):
+        seq_id = seq_ids[row]
+        if window_sizes[seq_id] == 0:
             continue
-        first_seen = lengths[slot] - window_sizes[slot] + 1  # by the next token
+        first_seen = lengths[seq_id] - window_sizes[seq_id] + 1  # by the next token
         if block_size > open_block_size:
             count = (first_seen - num_head_blocks * open_block_size) // block_size
-            count = max(min(count, num_sealed[slot], len(evicted_ids) - num_ids), 0)
+            count = max(min(count, num_sealed[seq_id], len(evicted_ids) - num_ids), 0)
             for column in range(count):
-                evicted_ids[num_ids + column] = sealed_table[slot, column]
+                evicted_ids[num_ids + column] = sealed_table[seq_id, column]
             if count:
-                for column in range(num_sealed[slot] - count):
-                    sealed_table[slot, column] = sealed_table[slot, column + count]
-            num_sealed[slot] -= count
+                for column in range(num_sealed[seq_id] - count):
+                    sealed_table[seq_id, column] = sealed_table[seq_id, column + count]
+            num_sealed[seq_id] -= count
         else:
-            start = num_sink_tokens[slot] // open_block_size
+            start = num_sink_tokens[seq_id] // open_block_size
             count = first_seen // open_block_size - start
-            count = max(min(count, num_open[slot] - start, len(evicted_ids) - num_ids), 0)
+            count = max(min(count, num_open[seq_id] - start, len(evicted_ids) - num_ids), 0)
             for column in range(start, start + count):
-                evicted_ids[num_ids + column - start] = open_table[slot, column]
+                evicted_ids[num_ids + column - start] = open_table[seq_id, column]
             if count:
-                for column in range(start, num_open[slot] - count):
-                    open_table[slot, column] = open_table[slot, column + count]
-            num_open[slot] -= count
+                for column in range(start, num_open[seq_id] - count):
+                    open_table[seq_id, column] = open_table[seq_id, column + count]
+            num_open[seq_id] -= count
         num_ids += count
-        lengths[slot] -= count * block_size
-        capacity[slot] -= count * block_size
-        num_evicted[slot] += count * block_size
+        lengths[seq_id] -= count * block_size
+        capacity[seq_id] -= count * block_size
+        num_evicted[seq_id] += count * block_size
     return num_ids
 
 
 @compiled
 def find_complete_links(
-    slots: IntArray,
+    seq_ids: IntArray,
     lengths: IntArray,
     num_tokens: IntArray,
     num_sealed: IntArray,
@@ -206,32 +206,32 @@ def find_complete_links(
     block_size: int,
     open_block_size: int,
     num_head_blocks: int,
-    links: IntArray,  # [L, 3], written: slot, link, block id
+    links: IntArray,  # [L, 3], written: seq_id, link, block id
 ) -> int:
     """The links whose tokens are stored and known and which nobody can find yet; how many.
 
     They count as published from here on. With fewer than L of room the rest waits.
     """
     num_links = 0
-    for row in range(len(slots)):
-        slot = slots[row]
+    for row in range(len(seq_ids)):
+        seq_id = seq_ids[row]
         # Draft tokens that were kept may be stored before they are known.
-        complete = min(lengths[slot], num_tokens[slot]) // open_block_size
+        complete = min(lengths[seq_id], num_tokens[seq_id]) // open_block_size
         if block_size > open_block_size:
-            complete = min(complete, num_head_blocks) + num_sealed[slot]
-        complete = min(complete, link_limits[slot])
-        for link in range(num_published[slot], complete):
+            complete = min(complete, num_head_blocks) + num_sealed[seq_id]
+        complete = min(complete, link_limits[seq_id])
+        for link in range(num_published[seq_id], complete):
             if num_links == len(links):
                 break
             in_body = block_size > open_block_size and link >= num_head_blocks
-            links[num_links, 0] = slot
+            links[num_links, 0] = seq_id
             links[num_links, 1] = link
             if in_body:
-                links[num_links, 2] = sealed_table[slot, link - num_head_blocks]
+                links[num_links, 2] = sealed_table[seq_id, link - num_head_blocks]
             else:
-                links[num_links, 2] = open_table[slot, link]
+                links[num_links, 2] = open_table[seq_id, link]
             num_links += 1
-            num_published[slot] = link + 1
+            num_published[seq_id] = link + 1
     return num_links
 
 

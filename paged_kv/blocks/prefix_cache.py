@@ -125,9 +125,9 @@ class PrefixCache:
         taken, self._events = self._events, []
         return taken
 
-    def check_integrity(self, num_users: NDArray[np.int32]) -> None:
+    def check_integrity(self, ref_counts: NDArray[np.int32]) -> None:
         """Assert that both indices agree and that the idle blocks are the unused ones."""
         assert {b: h for h, b in self._block_of.items()} == self._hash_of
         assert set(np.flatnonzero(self.is_cached).tolist()) == set(self._hash_of)
-        unused = {block_id for block_id in self._hash_of if not num_users[block_id]}
+        unused = {block_id for block_id in self._hash_of if not ref_counts[block_id]}
         assert set(self._idle) == unused

@@ -25,7 +25,7 @@ class StepPlan:
     tokens themselves attend to each other in full precision, wherever they are stored.
     """
 
-    slots: IntArray  # [N]
+    seq_ids: IntArray  # [N]
     num_scheduled_tokens: IntArray  # [N] new tokens
     num_draft_tokens: IntArray | None  # [N] of these, last ones that commit may drop
     context_lens: IntArray  # [N] tokens stored before the step
@@ -54,27 +54,27 @@ class StepPlan:
     @cached_property
     def query_start_loc(self) -> IntArray:
         """[N + 1] where each sequence's new tokens start among the T."""
-        starts = np.zeros(len(self.slots) + 1, dtype=np.int64)
+        starts = np.zeros(len(self.seq_ids) + 1, dtype=np.int64)
         np.cumsum(self.num_scheduled_tokens, out=starts[1:])
         return starts
 
     @property
     def is_decode(self) -> bool:
         """One new token for each sequence."""
-        return self.num_tokens == len(self.slots)
+        return self.num_tokens == len(self.seq_ids)
 
     @cached_property
     def token_rows(self) -> IntArray:
         """[T] index among the N of each new token's sequence."""
-        rows = np.arange(len(self.slots))
+        rows = np.arange(len(self.seq_ids))
         return rows if self.is_decode else np.repeat(rows, self.num_scheduled_tokens)
 
     @cached_property
     def positions(self) -> IntArray:
         """[T] position of each new token in its sequence."""
         if self.num_evicted_tokens is None:
-            return self.places
-        return self.places + self.num_evicted_tokens[self.token_rows]
+            return self.cache_positions
+        return self.cache_positions + self.num_evicted_tokens[self.token_rows]
 
     @property
     def is_stream(self) -> NDArray[np.bool_] | None:
@@ -96,7 +96,7 @@ class StepPlan:
         return shifts if shifts.any() else None
 
     @cached_property
-    def places(self) -> IntArray:
+    def cache_positions(self) -> IntArray:
         """[T] position of each new token among the tokens that its sequence stores."""
         if self.is_decode:
             return self.context_lens
@@ -106,18 +106,18 @@ class StepPlan:
     @cached_property
     def num_sealed(self) -> IntArray:
         """[N] body blocks before the step."""
-        return self.tables.num_sealed[self.slots]
+        return self.tables.num_sealed[self.seq_ids]
 
     @cached_property
     def open_table(self) -> BlockIds:
         """[N, C] head blocks, then tail blocks, before the step."""
-        width = int(self.tables.num_open[self.slots].max(initial=0))
-        return self.tables.open[self.slots, :width]
+        width = int(self.tables.num_open[self.seq_ids].max(initial=0))
+        return self.tables.open[self.seq_ids, :width]
 
     @cached_property
     def sealed_table(self) -> BlockIds:
         """[N, B] body blocks before the step."""
-        return self.tables.sealed[self.slots, : int(self.num_sealed.max(initial=0))]
+        return self.tables.sealed[self.seq_ids, : int(self.num_sealed.max(initial=0))]
 
     @cached_property
     def slot_mapping(self) -> IntArray:
@@ -126,19 +126,19 @@ class StepPlan:
         -1 where a token goes straight into a block that this step seals.
         """
         geometry, rows = self.tables.geometry, self.token_rows
-        num_columns = self.tables.num_open[self.slots]
+        num_columns = self.tables.num_open[self.seq_ids]
         sealed_after = self.num_sealed.copy()
         sealed_after[self.changed_rows] += self.block_counts[:, 0]
         num_columns[self.changed_rows] += self.block_counts[:, 1]
         open_ends = -(-(self.context_lens + self.num_scheduled_tokens) // geometry.open_block_size)
         body_end = geometry.num_head_tokens + sealed_after * geometry.block_size
-        positions = self.places
+        positions = self.cache_positions
         in_body = (positions >= geometry.num_head_tokens) & (positions < body_end[rows])
         stored = np.flatnonzero(~in_body)
         stored_rows = rows[stored]
         mapping = np.full(len(positions), -1, dtype=np.int64)
         mapping[stored] = self.tables.open_slots(
-            self.slots[stored_rows],
+            self.seq_ids[stored_rows],
             num_columns[stored_rows],
             open_ends[stored_rows],
             positions[stored],
@@ -172,8 +172,8 @@ class StepPlan:
         rows = rows[stored]
         open_ends = -(-self.context_lens // geometry.open_block_size)
         sources[stored] = self.tables.open_slots(
-            self.slots[rows],
-            self.tables.num_open[self.slots][rows],
+            self.seq_ids[rows],
+            self.tables.num_open[self.seq_ids][rows],
             open_ends[rows],
             positions[stored],
         )

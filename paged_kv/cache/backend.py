@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..kernels.block_views import LayerRecords
+from ..kernels.block_views import LayerBlocks
 from ..kernels.eager.attention import attend, plan_groups
 from ..kernels.eager.store import store_tokens
-from ..kernels.step_inputs import StepIndices
+from ..kernels.step_inputs import StepInputs
 
 BACKEND_VARIABLE: Final = "PAGED_KV_BACKEND"
 NEEDED_PACKAGE: Final = {"cpu": "numba", "triton": "triton", "xformers": "xformers"}
@@ -33,20 +33,20 @@ class Backend:
     """The kernels of one kind of machine; see `kernels.attention` and `kernels.store`."""
 
     name: str
-    warm_up: Callable[[Sequence[LayerRecords]], None]
-    plan: Callable[[StepIndices], Any]
+    warm_up: Callable[[Sequence[LayerBlocks]], None]
+    plan: Callable[[StepInputs], Any]
     attend: Callable[..., Tensor]
-    store_tokens: Callable[[LayerRecords, Tensor, Tensor, StepIndices], None]
+    store_tokens: Callable[[LayerBlocks, Tensor, Tensor, StepInputs], None]
     # What `store_tokens` does but for appending, where `attend(..., appends=True)` can do that.
-    seal_blocks: Callable[[LayerRecords, Tensor, Tensor, StepIndices], None] | None = None
+    seal_blocks: Callable[[LayerBlocks, Tensor, Tensor, StepInputs], None] | None = None
 
     def attend_and_store(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        records: LayerRecords,
-        step: StepIndices,
+        records: LayerBlocks,
+        step: StepInputs,
         plan: Any,
         **rules: Any,
     ) -> Tensor:
@@ -61,7 +61,7 @@ class Backend:
         return output
 
 
-def nothing_to_warm_up(layers: Sequence[LayerRecords]) -> None:
+def nothing_to_warm_up(layers: Sequence[LayerBlocks]) -> None:
     """Torch brings its operations compiled."""
 
 

@@ -22,8 +22,8 @@ from ..blocks.block_tables import ragged_arange
 from ..blocks.geometry import BlockGeometry, BlockIds
 from ..blocks.step_plan import StepPlan
 from ..errors import ConfigError, OutOfBlocksError
-from ..kernels.block_views import LayerRecords, SealedViews
-from ..kernels.step_inputs import NO_WINDOW, StepIndices
+from ..kernels.block_views import LayerBlocks, SealedViews
+from ..kernels.step_inputs import NO_WINDOW, StepInputs
 from .backend import choose_backend
 from .formats import KVFormat, RecordLayout, block_geometry
 
@@ -76,7 +76,7 @@ class MemoryStats:
 class Step:
     """A plan on the cache's device, with what the layers share. Made by `PagedKVCache.begin`."""
 
-    indices: StepIndices
+    indices: StepInputs
     plan: Any  # the backend's own
     # Of a step with streams:
     is_stream: Tensor | None  # [T]
@@ -113,7 +113,7 @@ class PagedKVCache:
         self.num_host_blocks = num_host_blocks
         self.arenas: list[Tensor] = []
         self.host_arenas: list[Tensor] = []
-        self.records: list[LayerRecords] = []
+        self.records: list[LayerBlocks] = []
         for layer in layers:
             layout = layer.record_layout(dtype)
             shape = (num_blocks, layer.num_kv_heads, layout.record_bytes)
@@ -124,7 +124,7 @@ class PagedKVCache:
                 is_pinned = self.device.type == "cuda"  # so that copies can be asynchronous
                 host = torch.empty(host_shape, dtype=torch.uint8, pin_memory=is_pinned)
                 self.host_arenas.append(host)
-            self.records.append(layer_records(arena, layout, dtype, self.geometry.open_block_size))
+            self.records.append(layer_blocks(arena, layout, dtype, self.geometry.open_block_size))
         self.backend.warm_up(self.records)
 
     def new_manager(
@@ -197,12 +197,12 @@ class PagedKVCache:
         sinks, windows = plan.num_sink_tokens, plan.window_sizes
         if windows is not None:
             windows = np.where(windows, windows, NO_WINDOW)
-        indices = StepIndices(
+        indices = StepInputs(
             query_lens=tuple(plan.num_scheduled_tokens.tolist()),
             context_lens_host=tuple(plan.context_lens.tolist()),
             context_lens=on_device(plan.context_lens),
             query_start_loc=on_device(plan.query_start_loc),
-            positions=on_device(plan.places),
+            positions=on_device(plan.cache_positions),
             open_table=on_device(plan.open_table),
             sealed_table=on_device(plan.sealed_table),
             num_sealed=on_device(plan.num_sealed),
@@ -235,11 +235,11 @@ class PagedKVCache:
 
     def memory_stats(self, manager: BlockManager) -> MemoryStats:
         """What the pool of `manager`, which hands out this cache's blocks, holds now."""
-        geometry, tables, slots = self.geometry, manager.tables, manager.active_slots
-        rows, columns = ragged_arange(tables.num_sealed[slots])
-        num_sealed = len(np.unique(tables.sealed[slots[rows], columns]))
-        rows, columns = ragged_arange(tables.num_open[slots])
-        rows = slots[rows]
+        geometry, tables, seq_ids = self.geometry, manager.tables, manager.living_seq_ids
+        rows, columns = ragged_arange(tables.num_sealed[seq_ids])
+        num_sealed = len(np.unique(tables.sealed[seq_ids[rows], columns]))
+        rows, columns = ragged_arange(tables.num_open[seq_ids])
+        rows = seq_ids[rows]
         open_ids, first = np.unique(tables.open[rows, columns], return_index=True)
         rows, columns = rows[first], columns[first]
         is_head = columns < geometry.num_head_blocks
@@ -313,9 +313,9 @@ def num_blocks_for(memory_bytes: int, layers: Sequence[LayerSpec], dtype: torch.
     return memory_bytes // size
 
 
-def layer_records(
+def layer_blocks(
     arena: Tensor, layout: RecordLayout, dtype: torch.dtype, open_block_size: int
-) -> LayerRecords:
+) -> LayerBlocks:
     """Typed views over an arena [num_blocks, num_kv_heads, record_bytes].
 
     The inner order follows the device, the logical views are the same: on a GPU both dot products
@@ -329,7 +329,7 @@ def layer_records(
     open_keys = matrix_view(arena, dtype, 0, (open_block_size, key_dim), on_cpu)
     open_values = record_view(arena, dtype, value_offset, (open_block_size, value_dim))
     if kv_format.is_native:
-        return LayerRecords(open_keys=open_keys, open_values=open_values, sealed=None)
+        return LayerBlocks(open_keys=open_keys, open_values=open_values, sealed=None)
 
     def codes(section: str, dim: int, channel_major: bool) -> Tensor:
         shape = (layout.num_code_rows, dim)
@@ -349,7 +349,7 @@ def layer_records(
         value_zero=metadata("value_zero", block_size) if asymmetric else None,
     )
     assert kv_format.bits is not None
-    return LayerRecords(
+    return LayerBlocks(
         open_keys=open_keys,
         open_values=open_values,
         sealed=sealed,

@@ -62,26 +62,26 @@ class SequenceData:
 
 
 def export_sequence(
-    cache: PagedKVCache, manager: BlockManager, slot: int, *, model_fingerprint: bytes = b""
+    cache: PagedKVCache, manager: BlockManager, seq_id: int, *, model_fingerprint: bytes = b""
 ) -> bytes:
     """Everything that `import_sequence` needs to go on with a sequence, which stays as it is.
 
     `manager` hands out the blocks of `cache`; `model_fingerprint` is what it was made with. Raises
-    `InvalidStepError` while a step is outstanding, or for a slot without a sequence.
+    `InvalidStepError` while a step is outstanding, or for a seq_id without a sequence.
     """
-    manager.require_at_rest(slot)
-    tokens = manager.chain_of(slot)
+    manager.require_at_rest(seq_id)
+    tokens = manager.chain_of(seq_id)
     if tokens.sink_window is not None:
-        raise TransferError(f"slot {slot} is a stream, which cannot be exported")
+        raise TransferError(f"seq_id {seq_id} is a stream, which cannot be exported")
     sequence = SequenceData(
         tokens=tokens,
-        num_computed_tokens=int(manager.num_computed_tokens[slot]),
-        num_sealed=int(manager.num_sealed[slot]),
+        num_computed_tokens=int(manager.num_computed_tokens[seq_id]),
+        num_sealed=int(manager.num_sealed[seq_id]),
         record_order=record_order_of(cache),
     )
     fields = shared_fields(cache, model_fingerprint) | sequence_fields(cache, sequence)
     header = json.dumps(fields, separators=(",", ":")).encode()
-    ids = on_device(cache, manager.block_ids(slot))
+    ids = on_device(cache, manager.block_ids(seq_id))
     parts = [memoryview(header), tokens.token_ids.astype(TOKEN_DTYPE).data]
     parts += [as_words(arena).index_select(0, ids).cpu().numpy().data for arena in cache.arenas]
     num_bytes = FRAME.size + sum(part.nbytes for part in parts) + DIGEST_BYTES
@@ -100,26 +100,26 @@ def import_sequence(
     model_fingerprint: bytes = b"",
     extra_keys: Sequence[ExtraKey] = (),
 ) -> int:
-    """A slot for an exported sequence, in blocks of its own.
+    """A seq_id for an exported sequence, in blocks of its own.
 
     With prefix caching its complete links can be hit at once. Their hashes are computed here, from
     the tokens and the `extra_keys` that the caller names as for `BlockManager.chain_tokens`; data
     that say otherwise are refused, so that nobody plants blocks under another prefix's hash.
 
-    Raises `TransferError` for data that are corrupt or do not fit, `OutOfBlocksError` where slots
+    Raises `TransferError` for data that are corrupt or do not fit, `OutOfBlocksError` where seq_ids
     or blocks lack, `InvalidStepError` while a step is outstanding; nothing has changed then.
     """
     sequence, records = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
-    slot, block_ids = manager.place_sequence(
+    seq_id, block_ids = manager.place_sequence(
         sequence.tokens, sequence.num_computed_tokens, sequence.num_sealed
     )
     try:
         write_records(cache, sequence, records, block_ids)
     except BaseException:
-        manager.remove_sequence(slot)
+        manager.remove_sequence(seq_id)
         raise
-    manager.publish_sequence(slot)
-    return slot
+    manager.publish_sequence(seq_id)
+    return seq_id
 
 
 def on_device(cache: PagedKVCache, block_ids: BlockIds) -> Tensor:

@@ -129,7 +129,7 @@ class PromptSearch:
     max_tokens: int
     end_token_ids: frozenset[int]
     max_blocks: int
-    slots: list[int] = field(default_factory=list)
+    seq_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=lambda: [0.0])
     num_generated: int = 0
     hypotheses: list[Hypothesis] = field(default_factory=list)
@@ -166,8 +166,8 @@ class PromptSearch:
         )
 
     def _finish(self, candidate: Candidate, reason: str, manager: BlockManager) -> None:
-        slot = self.slots[candidate.beam]
-        stored = manager.token_ids[slot, len(self.prompt.token_ids) : manager.num_tokens[slot]]
+        seq_id = self.seq_ids[candidate.beam]
+        stored = manager.token_ids[seq_id, len(self.prompt.token_ids) : manager.num_tokens[seq_id]]
         hypothesis = Hypothesis(
             token_ids=[*stored.tolist(), candidate.token_id],
             score=self.params.score(candidate.log_probability, self.num_generated),
@@ -191,7 +191,7 @@ class PromptSearch:
 def search_beams(
     engine: Engine, prompts: Sequence[Sequence[int]], params: BeamSearchParams
 ) -> list[BeamOutput]:
-    """Continue every prompt by beam search, as many at a time as slots and blocks surely suffice.
+    """Continue every prompt by beam search, as many at a time as seq_ids and blocks surely suffice.
 
     Raises before anything is computed: `InvalidStepError` while the engine has requests,
     `InvalidRequestError` for a prompt that cannot be served, `OutOfBlocksError` where the beams of
@@ -205,8 +205,8 @@ def search_beams(
         while run.waiting or run.running:
             run.step()
     finally:
-        for slot in engine.manager.active_slots.tolist():
-            engine.manager.remove_sequence(slot)
+        for seq_id in engine.manager.living_seq_ids.tolist():
+            engine.manager.remove_sequence(seq_id)
     return [
         BeamOutput(hypotheses=search.hypotheses[: params.num_return], error=search.error)
         for search in searches
@@ -273,9 +273,9 @@ class BeamSearchRun:
         self._admit()
         plan = self._reserve()
         ends = plan.context_lens + plan.num_scheduled_tokens
-        rows = np.flatnonzero(ends == self.manager.num_tokens[plan.slots])
-        ready_slots = set(plan.slots[rows].tolist())
-        ready = [search for search in self.running if search.slots[0] in ready_slots]
+        rows = np.flatnonzero(ends == self.manager.num_tokens[plan.seq_ids])
+        ready_seq_ids = set(plan.seq_ids[rows].tolist())
+        ready = [search for search in self.running if search.seq_ids[0] in ready_seq_ids]
         try:
             logits = self._run_model(plan, rows)
             candidates = find_candidates(logits, ready)
@@ -283,34 +283,34 @@ class BeamSearchRun:
             self.manager.rollback(plan)
             raise
         self.manager.commit(plan)
-        slots: list[int] = []
+        seq_ids: list[int] = []
         token_ids: list[int] = []
         for search, found in zip(ready, candidates, strict=True):
             going_on = search.advance(found, self.manager)
             self._replace_beams(search, going_on)
-            slots += search.slots
+            seq_ids += search.seq_ids
             token_ids += [candidate.token_id for candidate in going_on]
-        self.manager.append_tokens(slots, token_ids)
-        self.running = [search for search in self.running if search.slots]
+        self.manager.append_tokens(seq_ids, token_ids)
+        self.running = [search for search in self.running if search.seq_ids]
 
     def _admit(self) -> None:
-        """Start searches, in order, while slots and blocks suffice for all their beams.
+        """Start searches, in order, while seq_ids and blocks suffice for all their beams.
 
         A prompt whose next blocks another one is about to store waits to share them.
         """
         manager = self.manager
         num_blocks = manager.num_blocks - sum(search.max_blocks for search in self.running)
-        num_slots = manager.max_num_seqs - sum(s.params.num_beams for s in self.running)
+        num_seqs = manager.max_num_seqs - sum(s.params.num_beams for s in self.running)
         for search in self.waiting.copy():
             num_blocks -= search.max_blocks
-            num_slots -= search.params.num_beams
-            if num_blocks < 0 or num_slots < 0:
+            num_seqs -= search.params.num_beams
+            if num_blocks < 0 or num_seqs < 0:
                 break
             if self.running and manager.find_prefix(search.prompt).is_pending:
                 continue
             self.waiting.remove(search)
             self.running.append(search)
-            search.slots = [manager.add_sequence(search.prompt)]
+            search.seq_ids = [manager.add_sequence(search.prompt)]
 
     def _reserve(self) -> StepPlan:
         """Plan as large a step as there are blocks for: large chunks may need more at once."""
@@ -323,19 +323,19 @@ class BeamSearchRun:
             budget //= 2
 
     def _share_budget(self, budget: int) -> tuple[IntArray, IntArray]:
-        """Slots and new tokens: one of every beam, and of prompts what the budget leaves."""
+        """SeqIds and new tokens: one of every beam, and of prompts what the budget leaves."""
         manager = self.manager
-        slots = np.array([slot for search in self.running for slot in search.slots])
-        num_new = manager.num_tokens[slots] - manager.num_computed_tokens[slots]
-        num_beams = sum(len(search.slots) for search in self.running if search.num_generated)
+        seq_ids = np.array([seq_id for search in self.running for seq_id in search.seq_ids])
+        num_new = manager.num_tokens[seq_ids] - manager.num_computed_tokens[seq_ids]
+        num_beams = sum(len(search.seq_ids) for search in self.running if search.num_generated)
         budget_left = max(budget, num_beams) - (np.cumsum(num_new) - num_new)
         num_new = np.minimum(num_new, budget_left)
-        return slots[num_new > 0], num_new[num_new > 0]
+        return seq_ids[num_new > 0], num_new[num_new > 0]
 
     def _run_model(self, plan: StepPlan, rows: IntArray) -> Tensor:
         """Logits [M, V] in float32 of the last token of the sequences `rows` of the plan."""
         device = self.engine.cache.device
-        token_ids = self.manager.token_ids[plan.slots[plan.token_rows], plan.positions]
+        token_ids = self.manager.token_ids[plan.seq_ids[plan.token_rows], plan.positions]
         return self.engine.model.forward(
             torch.from_numpy(token_ids.astype(np.int64)).to(device),
             torch.from_numpy(plan.positions).to(device),
@@ -345,18 +345,18 @@ class BeamSearchRun:
         ).float()
 
     def _replace_beams(self, search: PromptSearch, going_on: Sequence[Candidate]) -> None:
-        """Make a search's slots those of the beams that go on, whose new tokens are not known yet.
+        """Make a search's sequences those of the beams that go on, with new tokens not yet known.
 
         Beams that go on several times are forked, those that do not are removed.
         """
         parents = [candidate.beam for candidate in going_on]
-        for beam, slot in enumerate(search.slots):
+        for beam, seq_id in enumerate(search.seq_ids):
             if beam not in parents:
-                self.manager.remove_sequence(slot)
-        search.slots = [
-            self.manager.fork(search.slots[parent])
+                self.manager.remove_sequence(seq_id)
+        search.seq_ids = [
+            self.manager.fork(search.seq_ids[parent])
             if parent in parents[:index]
-            else search.slots[parent]
+            else search.seq_ids[parent]
             for index, parent in enumerate(parents)
         ]
         search.log_probabilities = [candidate.log_probability for candidate in going_on]

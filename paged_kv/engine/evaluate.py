@@ -58,12 +58,12 @@ class TeacherForcing:
             layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device
         )
         self._manager = self._cache.new_manager(max_num_seqs=num_windows, max_model_len=length)
-        self._slots = np.array([self._manager.add_sequence() for _ in windows])
+        self._seq_ids = np.array([self._manager.add_sequence() for _ in windows])
 
     @torch.inference_mode()
     def advance(self, start: int, end: int) -> Tensor:
         """Compute tokens start:end of every window; log-probabilities [windows, end - start, V]."""
-        plan = self._manager.reserve(self._slots, np.full(len(self._slots), end - start))
+        plan = self._manager.reserve(self._seq_ids, np.full(len(self._seq_ids), end - start))
         assert plan is not None
         token_ids = torch.from_numpy(self._windows[:, start:end].reshape(-1))
         device = self._cache.device
@@ -75,7 +75,7 @@ class TeacherForcing:
             self._cache.begin(plan),
         )
         self._manager.commit(plan)
-        return logits.float().log_softmax(-1).reshape(len(self._slots), end - start, -1)
+        return logits.float().log_softmax(-1).reshape(len(self._seq_ids), end - start, -1)
 
 
 def compare_formats(

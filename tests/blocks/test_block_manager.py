@@ -94,14 +94,14 @@ def read_index_arrays(plan: StepPlan) -> None:
 
 def state_of(manager: BlockManager) -> dict[str, object]:
     """Everything that a caller can observe, the order of later allocations included."""
-    slots = manager.active_slots.tolist()
+    seq_ids = manager.living_seq_ids.tolist()
     free = copy.deepcopy(manager.pool).allocate(manager.num_free_blocks)
     return {
-        "lengths": {slot: int(manager.num_computed_tokens[slot]) for slot in slots},
-        "head and tail": {slot: manager.head_and_tail_ids(slot).tolist() for slot in slots},
-        "body": {slot: manager.body_ids(slot).tolist() for slot in slots},
+        "lengths": {seq_id: int(manager.num_computed_tokens[seq_id]) for seq_id in seq_ids},
+        "head and tail": {seq_id: manager.head_and_tail_ids(seq_id).tolist() for seq_id in seq_ids},
+        "body": {seq_id: manager.body_ids(seq_id).tolist() for seq_id in seq_ids},
         "free, in order": free.tolist(),
-        "free slots": manager.num_free_slots,
+        "free seq_ids": manager.num_free_seqs,
     }
 
 
@@ -135,14 +135,14 @@ def logical_blocks(geometry: BlockGeometry, length: int) -> list[tuple[str, int]
     return blocks
 
 
-def locations(manager: BlockManager, slot: int) -> list[tuple[str, int, int]]:
+def locations(manager: BlockManager, seq_id: int) -> list[tuple[str, int, int]]:
     """Where each token of a sequence is stored: open or sealed, block id, offset."""
     geometry = manager.geometry
-    length = int(manager.num_computed_tokens[slot])
+    length = int(manager.num_computed_tokens[seq_id])
     blocks = logical_blocks(geometry, length)
-    block_ids = manager.block_ids(slot).tolist()
+    block_ids = manager.block_ids(seq_id).tolist()
     assert len(block_ids) == len(blocks)
-    assert manager.body_ids(slot).tolist() == [
+    assert manager.body_ids(seq_id).tolist() == [
         block_id for block_id, (kind, _) in zip(block_ids, blocks, strict=True) if kind == "sealed"
     ]
     found = []
@@ -165,9 +165,9 @@ class Storage:
         open_size = self.manager.geometry.open_block_size
         new_blocks = set(plan.new_block_ids.tolist())
         tokens = [
-            (self.names[slot], start + offset)
-            for slot, start, count in zip(
-                plan.slots.tolist(),
+            (self.names[seq_id], start + offset)
+            for seq_id, start, count in zip(
+                plan.seq_ids.tolist(),
                 plan.context_lens.tolist(),
                 plan.num_scheduled_tokens.tolist(),
                 strict=True,
@@ -209,8 +209,8 @@ class Storage:
     def check(self) -> None:
         """Every token of every living sequence is where the tables say, and nowhere else."""
         expected = {}
-        for slot, name in self.names.items():
-            for position, cell in enumerate(locations(self.manager, slot)):
+        for seq_id, name in self.names.items():
+            for position, cell in enumerate(locations(self.manager, seq_id)):
                 assert cell not in expected, "two tokens share a cell"
                 expected[cell] = (name, position)
         assert self.cells == expected
@@ -237,20 +237,20 @@ class BlockManagerMachine(RuleBasedStateMachine):
             with pytest.raises(OutOfBlocksError):
                 self.manager.add_sequence()
             return
-        slot = self.manager.add_sequence()
-        assert slot not in self.lengths
-        self.lengths[slot] = 0
+        seq_id = self.manager.add_sequence()
+        assert seq_id not in self.lengths
+        self.lengths[seq_id] = 0
         self.num_added += 1
-        self.storage.names[slot] = self.num_added
+        self.storage.names[seq_id] = self.num_added
 
     @precondition(lambda self: self.lengths)
     @rule(which=st.integers(0, 3))
     def remove(self, which: int) -> None:
-        slot = sorted(self.lengths)[which % len(self.lengths)]
-        freed = self.manager.block_ids(slot).tolist()
-        self.manager.remove_sequence(slot)
+        seq_id = sorted(self.lengths)[which % len(self.lengths)]
+        freed = self.manager.block_ids(seq_id).tolist()
+        self.manager.remove_sequence(seq_id)
         self.storage.forget(freed)
-        del self.lengths[slot], self.storage.names[slot]
+        del self.lengths[seq_id], self.storage.names[seq_id]
 
     @precondition(lambda self: self.lengths)
     @rule(
@@ -270,27 +270,27 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     def step(self, wishes: dict[int, int], commit: bool, written: bool) -> None:
         counts = {
-            slot: min(count, self.max_len - self.lengths[slot])
-            for slot, count in wishes.items()
-            if count and self.lengths[slot] < self.max_len
+            seq_id: min(count, self.max_len - self.lengths[seq_id])
+            for seq_id, count in wishes.items()
+            if count and self.lengths[seq_id] < self.max_len
         }
         if not counts:
             return
         manager, geometry = self.manager, self.geometry
         before = state_of(manager)
         new, old = {}, {}
-        for slot, count in counts.items():
-            had = logical_blocks(geometry, self.lengths[slot])
-            needs = logical_blocks(geometry, self.lengths[slot] + count)
-            new[slot] = len(set(needs) - set(had))
-            old[slot] = [
+        for seq_id, count in counts.items():
+            had = logical_blocks(geometry, self.lengths[seq_id])
+            needs = logical_blocks(geometry, self.lengths[seq_id] + count)
+            new[seq_id] = len(set(needs) - set(had))
+            old[seq_id] = [
                 block_id
-                for block, block_id in zip(had, manager.block_ids(slot).tolist(), strict=True)
+                for block, block_id in zip(had, manager.block_ids(seq_id).tolist(), strict=True)
                 if block not in needs
             ]
-        slots, num_new = ids(*counts), ids(*counts.values())
-        assert manager.blocks_needed(slots, num_new).tolist() == list(new.values())
-        plan = manager.reserve(slots, num_new)
+        seq_ids, num_new = ids(*counts), ids(*counts.values())
+        assert manager.blocks_needed(seq_ids, num_new).tolist() == list(new.values())
+        plan = manager.reserve(seq_ids, num_new)
         if sum(new.values()) > manager.num_blocks - sum(
             len(logical_blocks(geometry, length)) for length in self.lengths.values()
         ):
@@ -305,13 +305,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert sorted(plan.freed_block_ids.tolist()) == sorted(
             block_id for blocks in old.values() for block_id in blocks
         )
-        assert plan.context_lens.tolist() == [self.lengths[slot] for slot in counts]
+        assert plan.context_lens.tolist() == [self.lengths[seq_id] for seq_id in counts]
         if commit:
             self.storage.apply(plan)
             manager.commit(plan)
             self.storage.forget(plan.freed_block_ids.tolist())
-            for slot, count in counts.items():
-                self.lengths[slot] += count
+            for seq_id, count in counts.items():
+                self.lengths[seq_id] += count
             return
         if written:  # whatever an abandoned step wrote must not have touched a stored token
             stored = dict(self.storage.cells)
@@ -330,16 +330,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
         used = sum(len(logical_blocks(self.geometry, n)) for n in self.lengths.values())
         assert manager.pool.num_allocated == used
         assert manager.num_free_blocks + used == manager.num_blocks
-        assert manager.active_slots.tolist() == sorted(self.lengths)
-        assert {slot: int(manager.num_computed_tokens[slot]) for slot in self.lengths} == (
+        assert manager.living_seq_ids.tolist() == sorted(self.lengths)
+        assert {seq_id: int(manager.num_computed_tokens[seq_id]) for seq_id in self.lengths} == (
             self.lengths
         )
         self.storage.check()
 
     def teardown(self) -> None:
         if hasattr(self, "manager"):
-            for slot in list(self.lengths):
-                self.manager.remove_sequence(slot)
+            for seq_id in list(self.lengths):
+                self.manager.remove_sequence(seq_id)
             self.manager.check_integrity()
             assert self.manager.num_free_blocks == self.manager.num_blocks
 
@@ -362,18 +362,18 @@ def test_long_random_run_with_real_block_sizes_moves_each_token_from_where_it_wa
     manager = manager_of(geometry, num_blocks=300, max_num_seqs=3, max_model_len=900)
     storage = Storage(manager)
     for name in range(40):
-        while manager.num_free_slots:
-            storage.names[manager.add_sequence()] = (name, manager.num_free_slots)
+        while manager.num_free_seqs:
+            storage.names[manager.add_sequence()] = (name, manager.num_free_seqs)
         counts = {}
-        for slot in list(storage.names):
+        for seq_id in list(storage.names):
             count = int(generator.choice([1, 1, 16, 100, 129, 300]))
-            if manager.num_computed_tokens[slot] + count <= 900:
-                counts[slot] = count
+            if manager.num_computed_tokens[seq_id] + count <= 900:
+                counts[seq_id] = count
                 continue
-            freed = manager.block_ids(slot).tolist()
-            manager.remove_sequence(slot)
+            freed = manager.block_ids(seq_id).tolist()
+            manager.remove_sequence(seq_id)
             storage.forget(freed)
-            del storage.names[slot]
+            del storage.names[seq_id]
         if counts:
             plan = manager.reserve(ids(*counts), ids(*counts.values()))
             assert plan is not None
@@ -534,9 +534,9 @@ def test_pool_of_max_blocks_is_just_enough_to_grow_by_single_tokens(geometry):
 
     def longest(num_blocks: int) -> int:
         manager = manager_of(geometry, num_blocks=num_blocks, max_model_len=length)
-        slot = manager.add_sequence()
+        seq_id = manager.add_sequence()
         for reached in range(length):
-            plan = manager.reserve(ids(slot), ids(1))
+            plan = manager.reserve(ids(seq_id), ids(1))
             if plan is None:
                 return reached
             manager.commit(plan)
@@ -574,10 +574,10 @@ def test_first_step_of_a_prompt_seals_from_the_new_tokens():
 
 def test_sealing_step_of_a_decode_moves_open_tokens_and_frees_their_blocks_at_commit():
     manager = manager_of(HAND)
-    slot = manager.add_sequence()
-    compute(manager, {slot: 13})
-    assert manager.head_and_tail_ids(slot).tolist() == [0, 1, 2, 3]
-    plan = manager.reserve(ids(slot), ids(1))
+    seq_id = manager.add_sequence()
+    compute(manager, {seq_id: 13})
+    assert manager.head_and_tail_ids(seq_id).tolist() == [0, 1, 2, 3]
+    plan = manager.reserve(ids(seq_id), ids(1))
     assert plan is not None
     # token 13 makes the tail 8 + 2 long: blocks 1 and 2 are sealed into block 4
     assert plan.seal_block_ids.tolist() == [4]
@@ -589,7 +589,7 @@ def test_sealing_step_of_a_decode_moves_open_tokens_and_frees_their_blocks_at_co
     assert manager.num_free_blocks == 100 - 5
     manager.commit(plan)
     assert manager.num_free_blocks == 100 - 3
-    assert manager.block_ids(slot).tolist() == [0, 4, 3]
+    assert manager.block_ids(seq_id).tolist() == [0, 4, 3]
 
 
 def test_sealing_step_takes_old_tokens_from_open_slots_and_the_rest_from_the_chunk():
@@ -607,12 +607,12 @@ def test_sealing_step_takes_old_tokens_from_open_slots_and_the_rest_from_the_chu
 
 def test_native_blocks_never_seal():
     manager = manager_of(geometry_of(4, 4, 0, 0))
-    slot = manager.add_sequence()
+    seq_id = manager.add_sequence()
     for _ in range(50):
-        plan = compute(manager, {slot: 3})
+        plan = compute(manager, {seq_id: 3})
         assert not len(plan.seal_block_ids)
         assert (plan.slot_mapping >= 0).all()
-    assert manager.block_ids(slot).tolist() == list(range(38))
+    assert manager.block_ids(seq_id).tolist() == list(range(38))
 
 
 # -- all or nothing -----------------------------------------------------------------------------
@@ -632,10 +632,10 @@ def test_failed_reservation_changes_nothing(geometry):
 @SMALL
 def test_reservation_of_the_very_last_block_succeeds_and_of_one_more_fails(geometry):
     manager = manager_of(geometry, num_blocks=12)
-    slot = manager.add_sequence()
+    seq_id = manager.add_sequence()
     fits = max(n for n in range(1, 1000) if len(logical_blocks(geometry, n)) <= 12)
-    assert manager.reserve(ids(slot), ids(fits + 1)) is None
-    assert manager.reserve(ids(slot), ids(fits)) is not None
+    assert manager.reserve(ids(seq_id), ids(fits + 1)) is None
+    assert manager.reserve(ids(seq_id), ids(fits)) is not None
     assert manager.num_free_blocks == 0
 
 
@@ -643,15 +643,15 @@ def test_reservation_of_the_very_last_block_succeeds_and_of_one_more_fails(geome
 @pytest.mark.parametrize("num_new", [1, 2, 7, 40])
 def test_rollback_restores_everything_and_the_same_step_gives_the_same_plan(geometry, num_new):
     manager = manager_of(geometry, num_blocks=400)
-    slots = [manager.add_sequence() for _ in range(3)]
+    seq_ids = [manager.add_sequence() for _ in range(3)]
     for step in range(12):
         before = state_of(manager)
-        plan = manager.reserve(ids(*slots), ids(num_new, step + 1, 1))
+        plan = manager.reserve(ids(*seq_ids), ids(num_new, step + 1, 1))
         assert plan is not None
         manager.rollback(plan)
         assert state_of(manager) == before
         manager.check_integrity()
-        again = manager.reserve(ids(*slots), ids(num_new, step + 1, 1))
+        again = manager.reserve(ids(*seq_ids), ids(num_new, step + 1, 1))
         assert again is not None
         for name, array in vars(plan).items():
             if not name.endswith(
@@ -681,12 +681,12 @@ def test_blocks_needed_is_what_reserve_takes(geometry):
 
 def test_plan_is_not_changed_by_later_steps():
     manager = manager_of(HAND)
-    slot = manager.add_sequence()
-    compute(manager, {slot: 13})
-    plan = compute(manager, {slot: 1})
+    seq_id = manager.add_sequence()
+    compute(manager, {seq_id: 13})
+    plan = compute(manager, {seq_id: 1})
     kept = copy.deepcopy(plan)
     for _ in range(30):
-        compute(manager, {slot: 3})
+        compute(manager, {seq_id: 3})
     for name, array in vars(kept).items():
         if name == "unended_tables":
             continue
@@ -696,7 +696,7 @@ def test_plan_is_not_changed_by_later_steps():
 # -- sequences ----------------------------------------------------------------------------------
 
 
-def test_slots_are_lowest_first_and_reused_last_in_first_out():
+def test_seq_ids_are_lowest_first_and_reused_last_in_first_out():
     manager = manager_of(HAND, max_num_seqs=3)
     assert [manager.add_sequence() for _ in range(3)] == [0, 1, 2]
     manager.remove_sequence(0)
@@ -705,45 +705,45 @@ def test_slots_are_lowest_first_and_reused_last_in_first_out():
     assert manager.add_sequence() == 0
 
 
-def test_no_slot_left_raises():
+def test_no_seq_id_left_raises():
     manager = manager_of(HAND, max_num_seqs=2)
     manager.add_sequence()
     manager.add_sequence()
-    with pytest.raises(OutOfBlocksError, match="all 2 sequence slots are in use"):
+    with pytest.raises(OutOfBlocksError, match="all 2 sequence seq_ids are in use"):
         manager.add_sequence()
 
 
 @SMALL
-def test_removed_sequence_frees_every_block_and_leaves_an_empty_slot(geometry):
+def test_removed_sequence_frees_every_block_and_leaves_an_empty_seq_id(geometry):
     manager = manager_of(geometry)
-    keeper, slot = manager.add_sequence(), manager.add_sequence()
-    compute(manager, {keeper: 20, slot: 60})
+    keeper, seq_id = manager.add_sequence(), manager.add_sequence()
+    compute(manager, {keeper: 20, seq_id: 60})
     kept = manager.block_ids(keeper).tolist()
-    manager.remove_sequence(slot)
+    manager.remove_sequence(seq_id)
     assert manager.pool.num_allocated == len(kept)
     assert manager.block_ids(keeper).tolist() == kept
-    assert manager.add_sequence() == slot
-    assert manager.block_ids(slot).tolist() == []
+    assert manager.add_sequence() == seq_id
+    assert manager.block_ids(seq_id).tolist() == []
     manager.check_integrity()
 
 
 def test_removing_twice_is_refused():
     manager = manager_of(HAND)
-    slot = manager.add_sequence()
-    manager.remove_sequence(slot)
-    with pytest.raises(InvalidStepError, match=f"slot {slot} holds no sequence"):
-        manager.remove_sequence(slot)
+    seq_id = manager.add_sequence()
+    manager.remove_sequence(seq_id)
+    with pytest.raises(InvalidStepError, match=f"seq_id {seq_id} holds no sequence"):
+        manager.remove_sequence(seq_id)
 
 
 def test_one_step_at_a_time():
     manager = manager_of(HAND)
-    slot = manager.add_sequence()
-    plan = manager.reserve(ids(slot), ids(3))
+    seq_id = manager.add_sequence()
+    plan = manager.reserve(ids(seq_id), ids(3))
     assert plan is not None
     with pytest.raises(InvalidStepError):
-        manager.reserve(ids(slot), ids(1))
+        manager.reserve(ids(seq_id), ids(1))
     with pytest.raises(InvalidStepError):
-        manager.remove_sequence(slot)
+        manager.remove_sequence(seq_id)
     manager.commit(plan)
     with pytest.raises(InvalidStepError):
         manager.commit(plan)
@@ -752,29 +752,29 @@ def test_one_step_at_a_time():
 
 
 @pytest.mark.parametrize(
-    ("slot", "num_new"), [(0, 0), (0, -1), (0, 1001), (1, 1)], ids=["0", "-1", "too long", "idle"]
+    ("seq_id", "num_new"), [(0, 0), (0, -1), (0, 1001), (1, 1)], ids=["0", "-1", "too long", "idle"]
 )
-def test_step_that_makes_no_sense_is_refused(slot, num_new):
+def test_step_that_makes_no_sense_is_refused(seq_id, num_new):
     manager = manager_of(HAND)
     manager.add_sequence()
     with pytest.raises(InvalidStepError):
-        manager.reserve(ids(slot), ids(num_new))
+        manager.reserve(ids(seq_id), ids(num_new))
 
 
 @pytest.mark.parametrize("counts", [np.array([17.0]), ["x"], [None], [True]])
 def test_counts_that_are_no_integers_are_refused_and_take_nothing(counts):
     manager = manager_of(HAND)
-    slot = manager.add_sequence()
+    seq_id = manager.add_sequence()
     with pytest.raises(InvalidStepError, match="num_new_tokens must be integers"):
-        manager.reserve([slot], counts)
+        manager.reserve([seq_id], counts)
     assert manager.num_free_blocks == manager.num_blocks
 
 
 def test_plain_lists_serve_and_an_empty_step_is_empty():
     manager = manager_of(HAND)
-    slot = manager.add_sequence()
+    seq_id = manager.add_sequence()
     manager.commit(manager.reserve([], []))
-    plan = manager.reserve([slot], [3])
+    plan = manager.reserve([seq_id], [3])
     assert plan.positions.tolist() == [0, 1, 2]
     manager.commit(plan)
     manager.check_integrity()
@@ -782,30 +782,30 @@ def test_plain_lists_serve_and_an_empty_step_is_empty():
 
 def test_a_plan_does_not_see_what_the_caller_does_to_its_arrays():
     manager = manager_of(HAND)
-    slots = ids(manager.add_sequence(), manager.add_sequence())
-    plan = manager.reserve(slots[:1], ids(5))
-    slots[0] = 1
+    seq_ids = ids(manager.add_sequence(), manager.add_sequence())
+    plan = manager.reserve(seq_ids[:1], ids(5))
+    seq_ids[0] = 1
     manager.rollback(plan)
     manager.check_integrity()
 
 
-@pytest.mark.parametrize("slot", [-1, 99])
-def test_removing_what_is_no_slot_is_refused(slot):
+@pytest.mark.parametrize("seq_id", [-1, 99])
+def test_removing_what_is_no_seq_id_is_refused(seq_id):
     manager = manager_of(HAND)
     for _ in range(manager.max_num_seqs):
         manager.add_sequence()
-    with pytest.raises(InvalidStepError, match=f"slot {slot} holds no sequence"):
-        manager.remove_sequence(slot)
+    with pytest.raises(InvalidStepError, match=f"seq_id {seq_id} holds no sequence"):
+        manager.remove_sequence(seq_id)
     manager.check_integrity()
 
 
 def test_step_of_one_sequence_twice_is_refused():
     manager = manager_of(HAND)
-    slot = manager.add_sequence()
+    seq_id = manager.add_sequence()
     with pytest.raises(InvalidStepError, match="twice"):
-        manager.reserve(ids(slot, slot), ids(1, 1))
+        manager.reserve(ids(seq_id, seq_id), ids(1, 1))
     with pytest.raises(InvalidStepError, match="shapes"):
-        manager.reserve(ids(slot), ids(1, 1))
+        manager.reserve(ids(seq_id), ids(1, 1))
     assert manager.num_free_blocks == manager.num_blocks
 
 
@@ -820,7 +820,7 @@ def test_step_of_one_sequence_twice_is_refused():
         lambda manager: manager.tables.open.__setitem__((1, 0), manager.tables.open[0, 0]),
         lambda manager: manager.tables.sealed.__setitem__((0, 0), manager.tables.open[0, 0]),
     ],
-    ids=["leak", "freed in use", "length", "seals", "idle slot", "shared open", "shared sealed"],
+    ids=["leak", "freed in use", "length", "seals", "idle seq_id", "shared open", "shared sealed"],
 )
 def test_integrity_check_sees_corruption(corrupt):
     manager = manager_of(HAND)

@@ -75,23 +75,23 @@ class SharingFleet(Fleet):
         return self.manager.pool.num_allocated
 
     def poison_unused(self) -> None:
-        unused = np.flatnonzero(self.manager.pool.num_users == 0)
+        unused = np.flatnonzero(self.manager.pool.ref_counts == 0)
         super().poison_blocks(unused.astype(np.int32))
 
     def poison_blocks(self, block_ids: np.ndarray) -> None:
         """Of blocks that were let go, those that nobody else uses."""
-        super().poison_blocks(block_ids[self.manager.pool.num_users[block_ids] == 0])
+        super().poison_blocks(block_ids[self.manager.pool.ref_counts[block_ids] == 0])
 
-    def fork(self, slot: int, stream: Stream) -> int:
-        child = self.manager.fork(slot)
+    def fork(self, seq_id: int, stream: Stream) -> int:
+        child = self.manager.fork(seq_id)
         self.streams[child] = stream
         return child
 
     def step_with_drafts(
-        self, slot: int, count: int, drafts: Stream, num_drafts: int, num_kept: int
+        self, seq_id: int, count: int, drafts: Stream, num_drafts: int, num_kept: int
     ) -> StepPlan:
         """`count` tokens of the sequence's stream and drafts of another one, some of them kept."""
-        plan = self.manager.reserve(ids(slot), ids(count + num_drafts), ids(num_drafts))
+        plan = self.manager.reserve(ids(seq_id), ids(count + num_drafts), ids(num_drafts))
         assert plan is not None
         step = self.cache.begin(plan)
         start = int(plan.context_lens[0])
@@ -109,32 +109,32 @@ class SharingFleet(Fleet):
         self.poison_unused()
         return plan
 
-    def swap_out(self, slot: int) -> tuple[SwappedSequence, Stream]:
-        swapped = self.manager.swap_out(slot)
+    def swap_out(self, seq_id: int) -> tuple[SwappedSequence, Stream]:
+        swapped = self.manager.swap_out(seq_id)
         assert swapped is not None
         self.cache.swap_out(swapped.device_block_ids, swapped.host_block_ids)
         self.poison_unused()
-        return swapped, self.streams.pop(slot)
+        return swapped, self.streams.pop(seq_id)
 
     def swap_in(self, swapped: SwappedSequence, stream: Stream) -> int:
         found = self.manager.swap_in(swapped)
         assert found is not None
-        slot, block_ids = found
+        seq_id, block_ids = found
         self.cache.swap_in(block_ids, swapped.host_block_ids)
-        self.streams[slot] = stream
-        return slot
+        self.streams[seq_id] = stream
+        return seq_id
 
-    def all_bytes(self, slot: int) -> list[Tensor]:
+    def all_bytes(self, seq_id: int) -> list[Tensor]:
         """Every byte of every block of a sequence, in the order of its tokens, layer by layer."""
-        block_ids = torch.as_tensor(self.manager.block_ids(slot), dtype=torch.int64)
+        block_ids = torch.as_tensor(self.manager.block_ids(seq_id), dtype=torch.int64)
         return [arena[block_ids].clone() for arena in self.cache.arenas]
 
-    def stored(self, slot: int) -> list[Tensor]:
+    def stored(self, seq_id: int) -> list[Tensor]:
         """The sealed bytes of each layer, then keys and values of all tokens in open blocks."""
-        geometry, length = self.manager.geometry, self.length(slot)
-        num_open_tokens = length - int(self.manager.num_sealed[slot]) * geometry.block_size
-        rows = torch.as_tensor(self.manager.head_and_tail_ids(slot), dtype=torch.int64)
-        found = [self.sealed_bytes(slot, layer) for layer in range(len(self.cache.layers))]
+        geometry, length = self.manager.geometry, self.length(seq_id)
+        num_open_tokens = length - int(self.manager.num_sealed[seq_id]) * geometry.block_size
+        rows = torch.as_tensor(self.manager.head_and_tail_ids(seq_id), dtype=torch.int64)
+        found = [self.sealed_bytes(seq_id, layer) for layer in range(len(self.cache.layers))]
         for records in self.cache.records:
             for view in (records.open_keys, records.open_values):
                 tokens = view[rows].transpose(1, 2).flatten(0, 1)[:num_open_tokens]
@@ -166,17 +166,17 @@ class Twins:
 
     def start(self, length: int, seed: int = 0) -> int:
         stream = make_stream(self.layers, MAX_LENGTH, seed, self.shared.cache.dtype, gqa_group=2)
-        slot = self.shared.add(stream)
-        self.twin[slot] = self.alone.add(stream)
-        self.chunks[slot] = []
+        seq_id = self.shared.add(stream)
+        self.twin[seq_id] = self.alone.add(stream)
+        self.chunks[seq_id] = []
         if length:
-            self.step({slot: length})
-        return slot
+            self.step({seq_id: length})
+        return seq_id
 
-    def fork(self, slot: int, seed: int) -> int:
-        stream = branch(self.shared.streams[slot], self.shared.length(slot), seed, self.layers)
-        child = self.shared.fork(slot, stream)
-        self.chunks[child] = list(self.chunks[slot])
+    def fork(self, seq_id: int, seed: int) -> int:
+        stream = branch(self.shared.streams[seq_id], self.shared.length(seq_id), seed, self.layers)
+        child = self.shared.fork(seq_id, stream)
+        self.chunks[child] = list(self.chunks[seq_id])
         self.twin[child] = self.alone.add(stream)
         for count in self.chunks[child]:
             self.alone.step({self.twin[child]: count})
@@ -188,27 +188,29 @@ class Twins:
         self.shared.manager.check_integrity()
         outputs = self.shared.run(plan)
         self.shared.manager.check_integrity()
-        expected = self.alone.step({self.twin[slot]: count for slot, count in counts.items()})
-        for slot, count in counts.items():
-            self.chunks[slot].append(count)
-            for output, twin_output in zip(outputs[slot], expected[self.twin[slot]], strict=True):
+        expected = self.alone.step({self.twin[seq_id]: count for seq_id, count in counts.items()})
+        for seq_id, count in counts.items():
+            self.chunks[seq_id].append(count)
+            for output, twin_output in zip(
+                outputs[seq_id], expected[self.twin[seq_id]], strict=True
+            ):
                 torch.testing.assert_close(output, twin_output, rtol=0, atol=1e-6)
         return plan
 
-    def remove(self, slot: int) -> None:
-        self.shared.remove(slot)
-        self.alone.remove(self.twin.pop(slot))
+    def remove(self, seq_id: int) -> None:
+        self.shared.remove(seq_id)
+        self.alone.remove(self.twin.pop(seq_id))
 
     def check(self) -> None:
         """Whatever is stored of a sequence is what its twin stores, to the bit."""
-        for slot, twin in self.twin.items():
-            assert self.shared.length(slot) == self.alone.length(twin)
-            pairs = zip(self.shared.stored(slot), self.alone.stored(twin), strict=True)
+        for seq_id, twin in self.twin.items():
+            assert self.shared.length(seq_id) == self.alone.length(twin)
+            pairs = zip(self.shared.stored(seq_id), self.alone.stored(twin), strict=True)
             assert all(torch.equal(one, other) for one, other in pairs)
 
     def drain(self) -> None:
-        for slot in list(self.twin):
-            self.remove(slot)
+        for seq_id in list(self.twin):
+            self.remove(seq_id)
         self.shared.manager.check_integrity()
         assert self.shared.num_used == 0
 
@@ -288,10 +290,10 @@ def test_forks_of_forks_go_on_as_if_alone(kv_format, place):
     twins = Twins(kv_format)
     family = [twins.start(place.length(twins.geometry))]
     for generation in range(2):
-        for slot in list(family):
-            family.append(twins.fork(slot, seed=10 * generation + slot + 1))
+        for seq_id in list(family):
+            family.append(twins.fork(seq_id, seed=10 * generation + seq_id + 1))
         twins.step(dict.fromkeys(family, generation + 1))
-    twins.step({slot: number + 1 for number, slot in enumerate(family)})
+    twins.step({seq_id: number + 1 for number, seq_id in enumerate(family)})
     twins.step(dict.fromkeys(family, twins.geometry.block_size))
     twins.step(dict.fromkeys(family[::-1], 1))
     twins.check()
@@ -321,8 +323,8 @@ def test_a_fork_of_a_sequence_without_tokens_shares_nothing():
 # -- what is copied, and by whom ----------------------------------------------------------------
 
 
-def last_block(twins: Twins, slot: int) -> int:
-    return int(twins.shared.manager.head_and_tail_ids(slot)[-1])
+def last_block(twins: Twins, seq_id: int) -> int:
+    return int(twins.shared.manager.head_and_tail_ids(seq_id)[-1])
 
 
 PARTIAL = [place for place in PLACES if place.name in ("inside the first block", "inside the tail")]
@@ -343,7 +345,7 @@ def test_of_two_that_write_in_one_step_the_first_copies_and_the_last_keeps(kv_fo
             plan.copy_targets.tolist() == plan.new_block_ids.tolist() == [last_block(twins, first)]
         )
         assert last_block(twins, last) == shared
-        assert twins.shared.manager.pool.num_users[shared] == 1
+        assert twins.shared.manager.pool.ref_counts[shared] == 1
         assert not len(twins.step({first: 1, last: 1}).copy_sources)
         twins.check()
 
@@ -378,7 +380,7 @@ def test_the_copy_is_of_the_whole_block_in_every_layer(kv_format):
         assert torch.equal(arena[target], expected)
         assert torch.equal(arena[source], expected)
     fleet.manager.rollback(plan)
-    assert fleet.manager.pool.num_users[source] == 2
+    assert fleet.manager.pool.ref_counts[source] == 2
     fleet.manager.check_integrity()
 
 
@@ -440,10 +442,10 @@ def test_forks_seal_the_tokens_they_share_into_blocks_of_their_own(kv_format):
     child = twins.fork(parent, seed=1)
     plan = twins.step({parent: 1, child: 1})
     assert len(plan.seal_block_ids) == 2
-    bodies = [twins.shared.manager.body_ids(slot).tolist() for slot in (parent, child)]
+    bodies = [twins.shared.manager.body_ids(seq_id).tolist() for seq_id in (parent, child)]
     assert bodies[0] != bodies[1]
     for layer in range(2):
-        one, other = (twins.shared.sealed_bytes(slot, layer) for slot in (parent, child))
+        one, other = (twins.shared.sealed_bytes(seq_id, layer) for seq_id in (parent, child))
         # With a tail of 32 tokens behind it the body ends before the fork.
         assert torch.equal(one, other) == (twins.geometry.min_tail_tokens > 0)
     twins.check()
@@ -461,7 +463,7 @@ def test_one_seals_and_the_other_keeps_its_open_blocks(kv_format, sealer):
     assert len(plan.seal_block_ids) == 1
     assert set(plan.freed_block_ids.tolist()) <= set(kept)
     assert twins.shared.manager.block_ids(other).tolist() == kept
-    assert (twins.shared.manager.pool.num_users[plan.freed_block_ids] == 1).all()
+    assert (twins.shared.manager.pool.ref_counts[plan.freed_block_ids] == 1).all()
     twins.check()
     twins.step({other: 1, one: 1})
     assert twins.shared.manager.num_sealed[pair].tolist() == [1, 1]
@@ -492,9 +494,9 @@ def test_a_sealed_block_stays_shared_for_good(kv_format):
     children = [twins.fork(parent, seed=seed) for seed in (1, 2)]
     (body,) = twins.shared.manager.body_ids(parent).tolist()
     twins.step(dict.fromkeys([parent, *children], 200))
-    for slot in (parent, *children):
-        assert twins.shared.manager.body_ids(slot)[0] == body
-    assert twins.shared.manager.pool.num_users[body] == 3
+    for seq_id in (parent, *children):
+        assert twins.shared.manager.body_ids(seq_id)[0] == body
+    assert twins.shared.manager.pool.ref_counts[body] == 3
     twins.check()
 
 
@@ -514,8 +516,8 @@ def test_n_forks_take_one_partial_block_each_and_share_all_others(kv_format, num
     assert len(plan.copy_sources) == num_forks
     assert twins.shared.num_used == used + num_forks
     assert twins.shared.manager.pool.peak_allocated == used + num_forks
-    for slot in family[1:]:
-        twins.remove(slot)
+    for seq_id in family[1:]:
+        twins.remove(seq_id)
     assert twins.shared.num_used == used
     twins.check()
 
@@ -526,10 +528,10 @@ def test_blocks_needed_counts_the_copies(kv_format):
     manager = twins.shared.manager
     parent = twins.start(PLACES[2].length(twins.geometry))
     family = ids(parent, twins.fork(parent, 1), twins.fork(parent, 2))
-    users = manager.pool.num_users.copy()
+    users = manager.pool.ref_counts.copy()
     assert manager.blocks_needed(family, ids(1, 1, 1)).tolist() == [1, 1, 0]
     assert manager.blocks_needed(family[:1], ids(1)).tolist() == [1]
-    assert np.array_equal(manager.pool.num_users, users)
+    assert np.array_equal(manager.pool.ref_counts, users)
 
 
 def test_a_fork_without_room_for_its_copy_fails_as_a_whole():
@@ -538,22 +540,22 @@ def test_a_fork_without_room_for_its_copy_fails_as_a_whole():
     child = twins.fork(parent, seed=1)
     manager = twins.shared.manager
     manager.pool.allocate(1)
-    users = manager.pool.num_users.copy()
+    users = manager.pool.ref_counts.copy()
     assert manager.reserve(ids(parent, child), ids(1, 1)) is None
-    assert np.array_equal(manager.pool.num_users, users)
+    assert np.array_equal(manager.pool.ref_counts, users)
 
 
-def test_a_fork_needs_a_slot_and_a_sequence_and_no_open_step():
+def test_a_fork_needs_a_seq_id_and_a_sequence_and_no_open_step():
     twins = Twins(NATIVE)
     parent = twins.start(20)
     manager = twins.shared.manager
-    with pytest.raises(InvalidStepError, match="slot 5 holds no sequence"):
+    with pytest.raises(InvalidStepError, match="seq_id 5 holds no sequence"):
         manager.fork(5)
     plan = twins.shared.plan({parent: 1})
     with pytest.raises(InvalidStepError, match="commit or roll back"):
         manager.fork(parent)
     manager.rollback(plan)
-    assert manager.num_free_slots == manager.max_num_seqs - 1
+    assert manager.num_free_seqs == manager.max_num_seqs - 1
 
 
 # -- drafts -------------------------------------------------------------------------------------
@@ -580,28 +582,28 @@ def test_dropped_drafts_leave_nothing_behind(kv_format, num_drafts, place):
     """For every number of kept drafts: what is stored in the end is what a plain decode stores."""
     for num_kept in range(num_drafts + 1):
         twins = Twins(kv_format)
-        slot = twins.start(draft_starts(twins.geometry)[place])
-        fleet, twin = twins.shared, twins.twin[slot]
+        seq_id = twins.start(draft_starts(twins.geometry)[place])
+        fleet, twin = twins.shared, twins.twin[seq_id]
         for turn in range(3):
-            length = fleet.length(slot)
-            right = fleet.streams[slot]
+            length = fleet.length(seq_id)
+            right = fleet.streams[seq_id]
             drafts = branch(right, length + 1 + num_kept, 100 + turn, twins.layers)
-            plan = fleet.step_with_drafts(slot, 1, drafts, num_drafts, num_kept)
+            plan = fleet.step_with_drafts(seq_id, 1, drafts, num_drafts, num_kept)
             sealed = int(twins.geometry.num_sealed_blocks(ids(length + 1))[0])
-            assert fleet.manager.num_sealed[slot] == sealed, "drafts are never sealed"
+            assert fleet.manager.num_sealed[seq_id] == sealed, "drafts are never sealed"
             assert len(plan.seal_block_ids) == sealed - int(plan.num_sealed[0])
-            assert fleet.length(slot) == length + 1 + num_kept
-            assert fleet.num_used == expected_blocks(twins.geometry, fleet.length(slot), sealed)
+            assert fleet.length(seq_id) == length + 1 + num_kept
+            assert fleet.num_used == expected_blocks(twins.geometry, fleet.length(seq_id), sealed)
             for _ in range(1 + num_kept):
                 twins.alone.step({twin: 1})
-        twins.chunks[slot] = []
-        outputs = fleet.step({slot: 1})
+        twins.chunks[seq_id] = []
+        outputs = fleet.step({seq_id: 1})
         expected = twins.alone.step({twin: 1})
         if kv_format.is_native:  # else the two may seal a step apart
-            for output, twin_output in zip(outputs[slot], expected[twin], strict=True):
+            for output, twin_output in zip(outputs[seq_id], expected[twin], strict=True):
                 torch.testing.assert_close(output, twin_output, rtol=0, atol=1e-6)
         twins.check()
-        twins.step({slot: twins.geometry.block_size + 2})
+        twins.step({seq_id: twins.geometry.block_size + 2})
         twins.check()
         twins.drain()
 
@@ -612,17 +614,17 @@ def test_drafts_of_a_whole_block_may_be_kept_or_dropped(kv_format, kept):
     twins = Twins(kv_format)
     num_drafts = twins.geometry.block_size
     num_kept = min(kept, num_drafts)
-    slot = twins.start(seal_length(twins.geometry) - 2)
+    seq_id = twins.start(seal_length(twins.geometry) - 2)
     fleet = twins.shared
     for turn in range(2):
-        length = fleet.length(slot)
-        drafts = branch(fleet.streams[slot], length + 1 + num_kept, 50 + turn, twins.layers)
-        fleet.step_with_drafts(slot, 1, drafts, num_drafts, num_kept)
-        twins.alone.step({twins.twin[slot]: 1 + num_kept})
-    fleet.step({slot: 1})
-    twins.alone.step({twins.twin[slot]: 1})
+        length = fleet.length(seq_id)
+        drafts = branch(fleet.streams[seq_id], length + 1 + num_kept, 50 + turn, twins.layers)
+        fleet.step_with_drafts(seq_id, 1, drafts, num_drafts, num_kept)
+        twins.alone.step({twins.twin[seq_id]: 1 + num_kept})
+    fleet.step({seq_id: 1})
+    twins.alone.step({twins.twin[seq_id]: 1})
     twins.check()
-    assert fleet.num_used == twins.geometry.blocks_held(fleet.length(slot))
+    assert fleet.num_used == twins.geometry.blocks_held(fleet.length(seq_id))
 
 
 @every_format
@@ -647,13 +649,13 @@ def test_a_fork_drafts_on_a_shared_block(kv_format):
 @every_format
 def test_a_step_with_drafts_may_be_rolled_back(kv_format):
     twins = Twins(kv_format)
-    slot = twins.start(seal_length(twins.geometry) - 1)
+    seq_id = twins.start(seal_length(twins.geometry) - 1)
     manager = twins.shared.manager
     used = twins.shared.num_used
-    manager.rollback(manager.reserve(ids(slot), ids(6), ids(5)))
+    manager.rollback(manager.reserve(ids(seq_id), ids(6), ids(5)))
     manager.check_integrity()
     assert twins.shared.num_used == used
-    twins.step({slot: 1})
+    twins.step({seq_id: 1})
     twins.check()
 
 
@@ -664,24 +666,24 @@ def test_a_step_with_drafts_may_be_rolled_back(kv_format):
 )
 def test_drafts_that_make_no_sense_are_refused(num_new, num_drafts):
     twins = Twins(NATIVE)
-    slot = twins.start(5)
+    seq_id = twins.start(5)
     manager = twins.shared.manager
     with pytest.raises(InvalidStepError, match="num_draft_tokens"):
-        manager.reserve(ids(slot), num_new, num_drafts)
+        manager.reserve(ids(seq_id), num_new, num_drafts)
     assert twins.shared.num_used == 1
-    twins.step({slot: 1})
+    twins.step({seq_id: 1})
 
 
 @pytest.mark.parametrize("num_kept", [[0], [1], [5], [2, 2], [True]])
 def test_only_drafts_may_be_dropped(num_kept):
     twins = Twins(NATIVE)
-    slot = twins.start(5)
+    seq_id = twins.start(5)
     manager = twins.shared.manager
-    plan = manager.reserve(ids(slot), ids(4), ids(2))
+    plan = manager.reserve(ids(seq_id), ids(4), ids(2))
     with pytest.raises(InvalidStepError, match="num_kept_tokens"):
         manager.commit(plan, num_kept)
     manager.commit(plan, [2])
-    assert manager.num_computed_tokens[slot] == 7
+    assert manager.num_computed_tokens[seq_id] == 7
 
 
 # -- swap ---------------------------------------------------------------------------------------
@@ -704,10 +706,10 @@ def fill_the_pool(twins: Twins) -> None:
 @pytest.mark.parametrize("length", SWAP_LENGTHS)
 def test_a_swap_round_trip_gives_every_byte_back(kv_format, length):
     twins = Twins(kv_format, num_host_blocks=60, num_blocks=60)
-    slot = twins.start(length)
+    seq_id = twins.start(length)
     fleet = twins.shared
-    before, used = fleet.all_bytes(slot), fleet.num_used
-    swapped, stream = fleet.swap_out(slot)
+    before, used = fleet.all_bytes(seq_id), fleet.num_used
+    swapped, stream = fleet.swap_out(seq_id)
     assert fleet.num_used == 0
     assert fleet.manager.host_pool.num_allocated == used
     fill_the_pool(twins)
@@ -724,15 +726,15 @@ def test_a_swap_round_trip_gives_every_byte_back(kv_format, length):
 @pytest.mark.parametrize("length", SWAP_LENGTHS)
 def test_a_swapped_sequence_goes_on_as_if_it_had_never_left(kv_format, length):
     twins = Twins(kv_format, num_host_blocks=60, num_blocks=60)
-    slot = twins.start(length)
+    seq_id = twins.start(length)
     for counts in (1, twins.geometry.block_size, 1):
-        swapped, stream = twins.shared.swap_out(slot)
+        swapped, stream = twins.shared.swap_out(seq_id)
         fill_the_pool(twins)
         again = twins.shared.swap_in(swapped, stream)
-        twins.twin[again] = twins.twin.pop(slot)
-        twins.chunks[again] = twins.chunks.pop(slot)
-        slot = again
-        twins.step({slot: counts})
+        twins.twin[again] = twins.twin.pop(seq_id)
+        twins.chunks[again] = twins.chunks.pop(seq_id)
+        seq_id = again
+        twins.step({seq_id: counts})
     twins.check()
     twins.drain()
 
@@ -740,9 +742,9 @@ def test_a_swapped_sequence_goes_on_as_if_it_had_never_left(kv_format, length):
 @every_format
 def test_sequences_swapped_together_do_not_mix(kv_format):
     twins = Twins(kv_format, num_host_blocks=100, num_blocks=120)
-    slots = [twins.start(length, seed) for seed, length in enumerate((170, 20, 313))]
-    bytes_before = [twins.shared.all_bytes(slot) for slot in slots]
-    swapped = [twins.shared.swap_out(slot) for slot in slots]
+    seq_ids = [twins.start(length, seed) for seed, length in enumerate((170, 20, 313))]
+    bytes_before = [twins.shared.all_bytes(seq_id) for seq_id in seq_ids]
+    swapped = [twins.shared.swap_out(seq_id) for seq_id in seq_ids]
     host_ids = np.concatenate([entry.host_block_ids for entry, _ in swapped])
     assert len(np.unique(host_ids)) == len(host_ids)
     fill_the_pool(twins)

@@ -39,7 +39,7 @@ STEPS = {True: 1200, False: 600}  # with and without prefix caching, for each ge
 def test_random_operations_do_what_the_reference_says(shape, prefix_caching):
     driver = RandomDriver(shape, prefix_caching=prefix_caching, seed=len(shape) + sum(shape))
     driver.run(STEPS[prefix_caching])
-    reached = ["failed reservations", "no slot", "forks", "swaps", "placed"]
+    reached = ["failed reservations", "no seq_id", "forks", "swaps", "placed"]
     reached += ["kept drafts", "dropped drafts"]
     reached += ["hits", "evictions"] if prefix_caching else []
     reached += ["sealed blocks"] if shape.seals else []
@@ -134,7 +134,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(
         rows=st.lists(wanted, min_size=1, max_size=4),
         commits=st.sampled_from([True, True, False]),
-        slots_as=st.integers(0, 2),
+        seq_ids_as=st.integers(0, 2),
         with_drafts=st.booleans(),
         tells=st.sampled_from(["each", "all", "later"]),
         adds=st.sampled_from([None, None, 5, 40]),
@@ -143,7 +143,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self,
         rows: list[Wanted],
         commits: bool,
-        slots_as: int,
+        seq_ids_as: int,
         with_drafts: bool,
         tells: Literal["each", "all", "later"],
         adds: int | None,
@@ -152,7 +152,7 @@ class ManagerMachine(RuleBasedStateMachine):
             rows,
             commits=commits,
             meanwhile=None if adds is None else lambda: self.pair.add(adds, adds, 0, 0),
-            slots_as=slots_as,
+            seq_ids_as=seq_ids_as,
             with_drafts=with_drafts,
             tells=tells,
         )

@@ -68,10 +68,10 @@ def tokens(count: int, start: int = 0) -> list[int]:
     return list(range(start, start + count))
 
 
-def compute(manager: BlockManager, *slots: int) -> StepPlan:
+def compute(manager: BlockManager, *seq_ids: int) -> StepPlan:
     """One step that computes all known tokens of these sequences."""
-    remaining = manager.num_tokens[list(slots)] - manager.num_computed_tokens[list(slots)]
-    plan = manager.reserve(ids(*slots), remaining)
+    remaining = manager.num_tokens[list(seq_ids)] - manager.num_computed_tokens[list(seq_ids)]
+    plan = manager.reserve(ids(*seq_ids), remaining)
     assert plan is not None
     manager.commit(plan)
     manager.check_integrity()
@@ -80,16 +80,16 @@ def compute(manager: BlockManager, *slots: int) -> StepPlan:
 
 def start(manager: BlockManager, token_ids: list[int], keys: Sequence[ExtraKey] = ()) -> int:
     """A sequence with all its tokens computed."""
-    slot = manager.add_sequence(manager.chain_tokens(token_ids, keys))
-    compute(manager, slot)
-    return slot
+    seq_id = manager.add_sequence(manager.chain_tokens(token_ids, keys))
+    compute(manager, seq_id)
+    return seq_id
 
 
 def serve(manager: BlockManager, token_ids: list[int], keys: Sequence[ExtraKey] = ()) -> list[int]:
     """A sequence from its start to its end; the blocks it had."""
-    slot = start(manager, token_ids, keys)
-    block_ids = manager.block_ids(slot).tolist()
-    manager.remove_sequence(slot)
+    seq_id = start(manager, token_ids, keys)
+    block_ids = manager.block_ids(seq_id).tolist()
+    manager.remove_sequence(seq_id)
     return block_ids
 
 
@@ -138,10 +138,10 @@ def test_the_last_block_of_a_sequence_is_evicted_first():
 
 def test_the_last_block_of_a_sealed_sequence_is_evicted_first():
     manager = manager_of(S, num_blocks=5)
-    slot = start(manager, tokens(22))
-    assert manager.head_and_tail_ids(slot).tolist() == [2, 3]
-    assert manager.body_ids(slot).tolist() == [0, 1]
-    manager.remove_sequence(slot)
+    seq_id = start(manager, tokens(22))
+    assert manager.head_and_tail_ids(seq_id).tolist() == [2, 3]
+    assert manager.body_ids(seq_id).tolist() == [0, 1]
+    manager.remove_sequence(seq_id)
     assert take_all(manager) == [3, 4, 1, 0, 2]
 
 
@@ -157,9 +157,9 @@ def test_a_hit_makes_blocks_the_last_to_be_evicted():
     manager = manager_of(num_blocks=4)
     serve(manager, tokens(8))
     serve(manager, tokens(8, 100))
-    slot = manager.add_sequence(tokens(5))  # hits block 0 alone
-    assert manager.block_ids(slot).tolist() == [0]
-    manager.remove_sequence(slot)
+    seq_id = manager.add_sequence(tokens(5))  # hits block 0 alone
+    assert manager.block_ids(seq_id).tolist() == [0]
+    manager.remove_sequence(seq_id)
     assert take_all(manager) == [1, 3, 2, 0]
 
 
@@ -184,10 +184,10 @@ def test_a_shared_block_is_idle_only_when_its_last_user_has_left():
 
 def test_blocks_freed_together_come_back_in_the_order_of_their_tokens():
     manager = manager_of(num_blocks=5, prefix_caching=False)
-    slots = [manager.add_sequence(tokens(8)) for _ in range(2)]
-    compute(manager, *slots)
-    manager.remove_sequence(slots[0])
-    manager.remove_sequence(slots[1])
+    seq_ids = [manager.add_sequence(tokens(8)) for _ in range(2)]
+    compute(manager, *seq_ids)
+    manager.remove_sequence(seq_ids[0])
+    manager.remove_sequence(seq_ids[1])
     assert take_all(manager) == [2, 3, 0, 1, 4]
 
 
@@ -199,10 +199,10 @@ def test_a_hit_is_never_evicted_by_its_own_allocation():
     manager = manager_of(num_blocks=4)
     serve(manager, tokens(8))
     serve(manager, tokens(8, 100))
-    slot = manager.add_sequence(tokens(16))
-    plan = compute(manager, slot)
+    seq_id = manager.add_sequence(tokens(16))
+    plan = compute(manager, seq_id)
     assert plan.new_block_ids.tolist() == [3, 2]
-    assert manager.block_ids(slot).tolist() == [0, 1, 3, 2]
+    assert manager.block_ids(seq_id).tolist() == [0, 1, 3, 2]
     assert hits(manager, tokens(17)) == 16
     assert hits(manager, tokens(9, 100)) == 0
 
@@ -211,11 +211,11 @@ def test_a_hit_counts_as_taken_when_the_rest_does_not_fit():
     manager = manager_of(num_blocks=4)
     serve(manager, tokens(8))
     serve(manager, tokens(8, 100))
-    slot = manager.add_sequence(tokens(17))
+    seq_id = manager.add_sequence(tokens(17))
     assert manager.num_free_blocks == 2
-    assert manager.reserve([slot], [9]) is None
-    assert manager.block_ids(slot).tolist() == [0, 1]
-    manager.remove_sequence(slot)
+    assert manager.reserve([seq_id], [9]) is None
+    assert manager.block_ids(seq_id).tolist() == [0, 1]
+    manager.remove_sequence(seq_id)
     assert hits(manager, tokens(9)) == hits(manager, tokens(9, 100)) == 8
     manager.check_integrity()
 
@@ -226,7 +226,7 @@ def test_two_new_sequences_share_what_neither_may_evict():
     a, b = manager.add_sequence(tokens(9)), manager.add_sequence(tokens(9))
     plan = compute(manager, a, b)
     assert plan.new_block_ids.tolist() == [2, 3]
-    assert manager.pool.num_users.tolist() == [2, 2, 1, 1]
+    assert manager.pool.ref_counts.tolist() == [2, 2, 1, 1]
     assert manager.num_free_blocks == 0
 
 
@@ -246,8 +246,8 @@ def test_a_sequence_whose_first_block_is_gone_is_not_found_at_all():
     manager = manager_of(num_blocks=3)
     a = start(manager, tokens(8))
     manager.remove_sequence(a)
-    slot = manager.add_sequence(tokens(5))  # block 0 is young again, block 1 is the oldest
-    manager.remove_sequence(slot)
+    seq_id = manager.add_sequence(tokens(5))  # block 0 is young again, block 1 is the oldest
+    manager.remove_sequence(seq_id)
     manager.pool.allocate(2)
     assert hits(manager, tokens(9)) == 4
 
@@ -259,22 +259,22 @@ def test_a_sequence_whose_first_block_is_gone_is_not_found_at_all():
 @pytest.mark.parametrize("together", [True, False], ids=["one step", "two steps"])
 def test_two_sequences_may_compute_the_same_content_side_by_side(order, together):
     manager = manager_of(num_blocks=6)
-    slots = [manager.add_sequence(tokens(9)), manager.add_sequence(tokens(9))]
+    seq_ids = [manager.add_sequence(tokens(9)), manager.add_sequence(tokens(9))]
     if together:
-        compute(manager, *slots)
+        compute(manager, *seq_ids)
     else:
-        compute(manager, slots[0])
-        compute(manager, slots[1])
+        compute(manager, seq_ids[0])
+        compute(manager, seq_ids[1])
     assert manager.num_cached_blocks == 2
-    block_ids = [manager.block_ids(slot).tolist() for slot in slots]
+    block_ids = [manager.block_ids(seq_id).tolist() for seq_id in seq_ids]
     assert not set(block_ids[0]) & set(block_ids[1])
     for index in order:
-        manager.remove_sequence(slots[index])
+        manager.remove_sequence(seq_ids[index])
         manager.check_integrity()
     assert manager.num_free_blocks == 6
     found = manager.add_sequence(tokens(9))
     assert manager.block_ids(found).tolist() == block_ids[0][:2]  # those that were stored first
-    assert manager.pool.num_users.sum() == 2
+    assert manager.pool.ref_counts.sum() == 2
 
 
 def test_the_second_copy_of_a_content_is_reused_before_the_cached_one():
@@ -306,9 +306,9 @@ def test_the_same_sealed_content_twice_is_cached_once():
 def test_one_token_at_least_is_left_to_compute(length, expected):
     manager = manager_of()
     serve(manager, tokens(12))
-    slot = manager.add_sequence(tokens(length))
-    assert manager.num_computed_tokens[slot] == expected
-    assert len(manager.block_ids(slot)) == expected // 4
+    seq_id = manager.add_sequence(tokens(length))
+    assert manager.num_computed_tokens[seq_id] == expected
+    assert len(manager.block_ids(seq_id)) == expected // 4
 
 
 @pytest.mark.parametrize(
@@ -319,16 +319,16 @@ def test_no_more_is_sealed_than_the_sequence_would_have_sealed_itself(length, ex
     """Head 0-3, body 4-11, 12-19, 20-27 and 28-35, of which a tail of 2 has to be behind."""
     manager = manager_of(S)
     first = start(manager, tokens(40))
-    slot = manager.add_sequence(tokens(length))
-    assert manager.num_computed_tokens[slot] == expected
-    assert manager.num_sealed[slot] == max(expected - 4, 0) // 8
+    seq_id = manager.add_sequence(tokens(length))
+    assert manager.num_computed_tokens[seq_id] == expected
+    assert manager.num_sealed[seq_id] == max(expected - 4, 0) // 8
     num_head = min(expected, 4) // 4
     assert (
-        manager.head_and_tail_ids(slot).tolist()
+        manager.head_and_tail_ids(seq_id).tolist()
         == (manager.head_and_tail_ids(first).tolist()[:num_head])
     )
-    num_body = manager.num_sealed[slot]
-    assert manager.body_ids(slot).tolist() == manager.body_ids(first).tolist()[:num_body]
+    num_body = manager.num_sealed[seq_id]
+    assert manager.body_ids(seq_id).tolist() == manager.body_ids(first).tolist()[:num_body]
 
 
 @every_geometry
@@ -336,10 +336,10 @@ def test_no_more_is_sealed_than_the_sequence_would_have_sealed_itself(length, ex
 def test_a_sequence_ends_up_with_the_same_number_of_blocks_whatever_it_hit(geometry, length):
     manager = manager_of(geometry)
     serve(manager, tokens(60))
-    slot = start(manager, tokens(length))
-    assert manager.num_computed_tokens[slot] == length
-    assert manager.num_sealed[slot] == geometry.num_sealed_blocks(ids(length))[0]
-    assert len(manager.block_ids(slot)) == geometry.blocks_held(length)
+    seq_id = start(manager, tokens(length))
+    assert manager.num_computed_tokens[seq_id] == length
+    assert manager.num_sealed[seq_id] == geometry.num_sealed_blocks(ids(length))[0]
+    assert len(manager.block_ids(seq_id)) == geometry.blocks_held(length)
 
 
 def test_every_head_block_is_shared_on_its_own():
@@ -348,9 +348,9 @@ def test_every_head_block_is_shared_on_its_own():
     head = manager.head_and_tail_ids(first).tolist()[:2]
     assert hits(manager, tokens(2)) == 0
     assert hits(manager, [*tokens(2), 99]) == 2
-    slot = manager.add_sequence([*tokens(4), 99])
-    assert manager.head_and_tail_ids(slot).tolist() == head
-    assert manager.pool.num_users[head].tolist() == [2, 2]
+    seq_id = manager.add_sequence([*tokens(4), 99])
+    assert manager.head_and_tail_ids(seq_id).tolist() == head
+    assert manager.pool.ref_counts[head].tolist() == [2, 2]
 
 
 def test_the_open_tail_of_a_sealed_sequence_is_not_shared():
@@ -369,32 +369,32 @@ def test_what_is_hit_is_what_find_prefix_says():
         num_tokens=36, num_blocks=5, num_sealed=4, num_idle_blocks=3, is_pending=False
     )
     free = manager.num_free_blocks
-    slot = manager.add_sequence(tokens(40))
-    assert manager.num_computed_tokens[slot] == found.num_tokens
-    assert len(manager.block_ids(slot)) == found.num_blocks
-    assert manager.num_sealed[slot] == found.num_sealed
+    seq_id = manager.add_sequence(tokens(40))
+    assert manager.num_computed_tokens[seq_id] == found.num_tokens
+    assert len(manager.block_ids(seq_id)) == found.num_blocks
+    assert manager.num_sealed[seq_id] == found.num_sealed
     assert free - manager.num_free_blocks == found.num_idle_blocks
 
 
 def test_tokens_that_a_sequence_generates_are_found_too():
     manager = manager_of()
-    slot = start(manager, tokens(3))
+    seq_id = start(manager, tokens(3))
     for token_id in range(3, 10):
-        manager.append_tokens([slot], [token_id])
-        compute(manager, slot)
-    manager.remove_sequence(slot)
+        manager.append_tokens([seq_id], [token_id])
+        compute(manager, seq_id)
+    manager.remove_sequence(seq_id)
     assert hits(manager, tokens(10)) == 8
 
 
 def test_the_last_known_token_is_at_hand_whatever_made_the_sequence():
     manager = manager_of(num_host_blocks=9)
-    slot = start(manager, tokens(9))
-    assert manager.last_token_ids[slot] == 8
-    manager.append_tokens([slot], [50])
-    child = manager.fork(slot)
+    seq_id = start(manager, tokens(9))
+    assert manager.last_token_ids[seq_id] == 8
+    manager.append_tokens([seq_id], [50])
+    child = manager.fork(seq_id)
     assert manager.last_token_ids[child] == 50
-    manager.append_tokens([child, slot], [60, 70, 80], [2, 1])
-    assert manager.last_token_ids[[child, slot]].tolist() == [70, 80]
+    manager.append_tokens([child, seq_id], [60, 70, 80], [2, 1])
+    assert manager.last_token_ids[[child, seq_id]].tolist() == [70, 80]
     back, _ = manager.swap_in(manager.swap_out(child))
     assert manager.last_token_ids[back] == 70
     assert manager.token_ids[back, :12].tolist() == [*tokens(9), 50, 60, 70]
@@ -412,8 +412,8 @@ def test_without_a_prefix_cache_nothing_is_hit():
 def test_hits_need_as_many_blocks_as_are_left_after_them():
     manager = manager_of()
     serve(manager, tokens(12))
-    slot = manager.add_sequence(tokens(21))
-    assert manager.blocks_needed(ids(slot), ids(9)).tolist() == [3]
+    seq_id = manager.add_sequence(tokens(21))
+    assert manager.blocks_needed(ids(seq_id), ids(9)).tolist() == [3]
 
 
 def test_fresh_sequences_and_hits_are_computed_in_one_step():
@@ -528,11 +528,11 @@ def test_sequences_of_different_salts_share_nothing():
 def test_a_salt_holds_for_the_tokens_that_are_generated():
     manager = manager_of()
     for keys in ((), ("salt",)):
-        slot = start(manager, tokens(3), keys)
+        seq_id = start(manager, tokens(3), keys)
         for token_id in range(3, 10):
-            manager.append_tokens([slot], [token_id])
-            compute(manager, slot)
-        manager.remove_sequence(slot)
+            manager.append_tokens([seq_id], [token_id])
+            compute(manager, seq_id)
+        manager.remove_sequence(seq_id)
     assert manager.num_cached_blocks == 4
     assert hits(manager, tokens(10)) == hits(manager, tokens(10), ("salt",)) == 8
 
@@ -605,8 +605,8 @@ def test_every_change_of_format_layers_precision_or_model_changes_every_hash():
 @every_geometry
 def test_a_link_is_found_after_commit_and_never_before(geometry):
     manager = manager_of(geometry)
-    slot = manager.add_sequence(tokens(40))
-    plan = manager.reserve([slot], [40])
+    seq_id = manager.add_sequence(tokens(40))
+    plan = manager.reserve([seq_id], [40])
     assert hits(manager, tokens(60)) == 0
     assert manager.num_cached_blocks == 0
     manager.commit(plan)
@@ -618,24 +618,24 @@ def test_a_link_is_found_after_commit_and_never_before(geometry):
 @every_geometry
 def test_a_step_that_is_rolled_back_publishes_nothing(geometry):
     manager = manager_of(geometry, record_events=True)
-    slot = manager.add_sequence(tokens(40))
+    seq_id = manager.add_sequence(tokens(40))
     for _ in range(3):
-        manager.rollback(manager.reserve([slot], [40]))
+        manager.rollback(manager.reserve([seq_id], [40]))
         manager.check_integrity()
         assert manager.num_cached_blocks == 0
         assert hits(manager, tokens(60)) == 0
     assert manager.take_events() == []
     assert manager.num_free_blocks == manager.num_blocks
-    compute(manager, slot)
+    compute(manager, seq_id)
     assert hits(manager, tokens(60)) > 0
 
 
 def test_a_link_is_found_as_soon_as_its_chunk_is_computed():
     manager = manager_of()
-    slot = manager.add_sequence(tokens(11))
+    seq_id = manager.add_sequence(tokens(11))
     found = []
     for _ in range(5):
-        manager.commit(manager.reserve([slot], [2]))
+        manager.commit(manager.reserve([seq_id], [2]))
         found.append(hits(manager, tokens(12)))
     assert found[-1] == 8
     assert found[1:3] == [0, 4]  # a block that its last token fills is found one step later
@@ -644,29 +644,29 @@ def test_a_link_is_found_as_soon_as_its_chunk_is_computed():
 
 def test_tokens_that_are_not_known_cannot_be_computed():
     manager = manager_of()
-    slot = manager.add_sequence(tokens(3))
-    with pytest.raises(InvalidStepError, match=r"slot 0 .* 4 tokens .* 3 are known"):
-        manager.reserve([slot], [4])
+    seq_id = manager.add_sequence(tokens(3))
+    with pytest.raises(InvalidStepError, match=r"seq_id 0 .* 4 tokens .* 3 are known"):
+        manager.reserve([seq_id], [4])
     assert manager.num_free_blocks == manager.num_blocks
-    compute(manager, slot)
+    compute(manager, seq_id)
 
 
 @pytest.mark.parametrize("told", ["before commit", "after commit"])
 def test_draft_tokens_are_published_when_they_are_kept_and_known(told):
     manager = manager_of()
-    slot = start(manager, tokens(3))
-    manager.append_tokens([slot], [3])
-    plan = manager.reserve([slot], [5], [4])  # token 3 and drafts of 4 to 7
+    seq_id = start(manager, tokens(3))
+    manager.append_tokens([seq_id], [3])
+    plan = manager.reserve([seq_id], [5], [4])  # token 3 and drafts of 4 to 7
     if told == "before commit":
-        manager.append_tokens([slot], [4, 5], [2])
+        manager.append_tokens([seq_id], [4, 5], [2])
     manager.commit(plan, [3])
     if told == "after commit":
-        manager.append_tokens([slot], [4, 5], [2])
+        manager.append_tokens([seq_id], [4, 5], [2])
     manager.check_integrity()
     assert hits(manager, tokens(9)) == 4
     assert manager.num_cached_blocks == 1
-    manager.append_tokens([slot], [60, 70, 80], [3])
-    compute(manager, slot)
+    manager.append_tokens([seq_id], [60, 70, 80], [3])
+    compute(manager, seq_id)
     assert hits(manager, [0, 1, 2, 3, 4, 5, 60, 70, 80]) == 8
     assert hits(manager, tokens(9)) == 4
 
@@ -674,13 +674,13 @@ def test_draft_tokens_are_published_when_they_are_kept_and_known(told):
 def test_draft_tokens_that_nobody_told_are_not_published_as_something_else():
     """Eleven tokens are computed and kept, four are known: the rest of the row is zeros."""
     manager = manager_of(geometry_of(8, 8, 0, 0))
-    slot = start(manager, [1, 2, 3])
-    manager.append_tokens([slot], [4])
-    manager.commit(manager.reserve([slot], [8], [7]))
+    seq_id = start(manager, [1, 2, 3])
+    manager.append_tokens([seq_id], [4])
+    manager.commit(manager.reserve([seq_id], [8], [7]))
     assert hits(manager, [1, 2, 3, 4, 0, 0, 0, 0, 9]) == 0
     manager.check_integrity()
-    manager.append_tokens([slot], range(5, 18), [13])
-    compute(manager, slot)
+    manager.append_tokens([seq_id], range(5, 18), [13])
+    compute(manager, seq_id)
     assert hits(manager, list(range(1, 18))) == 16
     assert manager.num_cached_blocks == 2
 
@@ -688,13 +688,13 @@ def test_draft_tokens_that_nobody_told_are_not_published_as_something_else():
 def test_a_tail_that_kept_drafts_beyond_where_it_is_sealed_is_no_corruption():
     """14 tokens would be sealed to 12, but drafts never are: 12 certain tokens and 4 drafts."""
     manager = manager_of(S, prefix_caching=False)
-    slot = start(manager, tokens(11))
-    manager.commit(manager.reserve([slot], [5], [4]))
-    assert (manager.num_computed_tokens[slot], manager.num_sealed[slot]) == (16, 0)
+    seq_id = start(manager, tokens(11))
+    manager.commit(manager.reserve([seq_id], [5], [4]))
+    assert (manager.num_computed_tokens[seq_id], manager.num_sealed[seq_id]) == (16, 0)
     manager.check_integrity()
-    manager.commit(manager.reserve([slot], [1]))
-    assert manager.num_sealed[slot] == 1
-    manager.commit(manager.reserve([slot], [6], [5]))
+    manager.commit(manager.reserve([seq_id], [1]))
+    assert manager.num_sealed[seq_id] == 1
+    manager.commit(manager.reserve([seq_id], [6], [5]))
     manager.check_integrity()
 
 
@@ -709,9 +709,9 @@ def is_pending(manager: BlockManager, token_ids: list[int], keys: Sequence[Extra
 def test_a_prefix_is_pending_until_it_is_stored(geometry):
     manager = manager_of(geometry)
     assert not is_pending(manager, tokens(60))
-    slot = manager.add_sequence(tokens(60))
+    seq_id = manager.add_sequence(tokens(60))
     assert is_pending(manager, tokens(60))
-    plan = manager.reserve([slot], [60])
+    plan = manager.reserve([seq_id], [60])
     assert is_pending(manager, tokens(60))
     manager.commit(plan)
     assert not is_pending(manager, tokens(60))
@@ -720,15 +720,15 @@ def test_a_prefix_is_pending_until_it_is_stored(geometry):
 
 def test_a_prefix_stays_pending_when_its_step_is_rolled_back():
     manager = manager_of()
-    slot = manager.add_sequence(tokens(9))
-    manager.rollback(manager.reserve([slot], [9]))
+    seq_id = manager.add_sequence(tokens(9))
+    manager.rollback(manager.reserve([seq_id], [9]))
     assert is_pending(manager, tokens(9))
 
 
 def test_only_the_next_link_counts_as_pending():
     manager = manager_of()
-    slot = manager.add_sequence(tokens(13))
-    manager.commit(manager.reserve([slot], [6]))
+    seq_id = manager.add_sequence(tokens(13))
+    manager.commit(manager.reserve([seq_id], [6]))
     assert match(manager, tokens(13)).num_tokens == 4
     assert is_pending(manager, tokens(13))
     assert not is_pending(manager, [*tokens(4), 50, 51, 52, 53, 54])  # goes its own way
@@ -739,13 +739,13 @@ def test_only_the_next_link_counts_as_pending():
 
 def test_a_prefix_is_not_pending_once_its_sequence_is_gone():
     manager = manager_of(num_host_blocks=9)
-    slot = manager.add_sequence(tokens(9))
-    manager.remove_sequence(slot)
+    seq_id = manager.add_sequence(tokens(9))
+    manager.remove_sequence(seq_id)
     assert not is_pending(manager, tokens(9))
-    slot = manager.add_sequence(tokens(13))
-    manager.commit(manager.reserve([slot], [6]))
+    seq_id = manager.add_sequence(tokens(13))
+    manager.commit(manager.reserve([seq_id], [6]))
     assert is_pending(manager, tokens(13))
-    assert manager.swap_out(slot) is not None
+    assert manager.swap_out(seq_id) is not None
     assert not is_pending(manager, tokens(13))
     assert not manager.prefix_cache._pending
 
@@ -762,19 +762,19 @@ def test_links_that_a_sequence_only_may_share_are_not_pending():
 @pytest.mark.parametrize("leaving", [0, 1], ids=["the first leaves", "the second leaves"])
 def test_a_prefix_is_pending_while_one_of_two_that_compute_it_lives(leaving):
     manager = manager_of()
-    slots = [manager.add_sequence(tokens(9)), manager.add_sequence(tokens(9))]
-    manager.remove_sequence(slots[leaving])
+    seq_ids = [manager.add_sequence(tokens(9)), manager.add_sequence(tokens(9))]
+    manager.remove_sequence(seq_ids[leaving])
     assert is_pending(manager, tokens(9))
-    manager.remove_sequence(slots[1 - leaving])
+    manager.remove_sequence(seq_ids[1 - leaving])
     assert not is_pending(manager, tokens(9))
 
 
 def test_a_prefix_is_pending_while_a_fork_of_the_one_that_computed_it_lives():
     manager = manager_of()
-    slot = manager.add_sequence(tokens(13))
-    manager.commit(manager.reserve([slot], [6]))
-    child = manager.fork(slot)
-    manager.remove_sequence(slot)
+    seq_id = manager.add_sequence(tokens(13))
+    manager.commit(manager.reserve([seq_id], [6]))
+    child = manager.fork(seq_id)
+    manager.remove_sequence(seq_id)
     assert is_pending(manager, tokens(13))
     compute(manager, child)
     assert not is_pending(manager, tokens(13))
@@ -786,11 +786,11 @@ def test_a_prefix_is_pending_while_a_fork_of_the_one_that_computed_it_lives():
 def test_reset_is_refused_while_a_sequence_lives_and_forgets_nothing():
     manager = manager_of()
     serve(manager, tokens(12))
-    slot = manager.add_sequence(tokens(3))
+    seq_id = manager.add_sequence(tokens(3))
     with pytest.raises(InvalidStepError, match="in use by 1 sequences"):
         manager.reset_prefix_cache()
     assert hits(manager, tokens(13)) == 12
-    manager.remove_sequence(slot)
+    manager.remove_sequence(seq_id)
     manager.reset_prefix_cache()
     assert hits(manager, tokens(13)) == 0
 
@@ -827,8 +827,8 @@ def test_statistics_count_the_tokens_that_were_asked_for_and_hit():
 
 def test_forks_and_swaps_are_no_queries():
     manager = manager_of(num_host_blocks=9)
-    slot = start(manager, tokens(9))
-    child = manager.fork(slot)
+    seq_id = start(manager, tokens(9))
+    child = manager.fork(seq_id)
     manager.swap_in(manager.swap_out(child))
     assert manager.prefix_statistics.num_queries == 1
 
@@ -920,50 +920,50 @@ def busy_manager(geometry: BlockGeometry) -> tuple[BlockManager, list[int]]:
 
 @every_geometry
 def test_a_reservation_that_does_not_fit_changes_nothing_at_all(geometry):
-    manager, slots = busy_manager(geometry)
+    manager, seq_ids = busy_manager(geometry)
     manager.pool.allocate(manager.num_free_blocks - 1)
-    remaining = manager.num_tokens[slots] - manager.num_computed_tokens[slots]
-    needed = manager.blocks_needed(ids(*slots), remaining)
+    remaining = manager.num_tokens[seq_ids] - manager.num_computed_tokens[seq_ids]
+    needed = manager.blocks_needed(ids(*seq_ids), remaining)
     assert needed.sum() > 1
     before = frozen(manager)
-    assert manager.reserve(ids(*slots), remaining) is None
-    assert manager.reserve(ids(*slots[::-1]), remaining[::-1], ids(0, 0, 0)) is None
-    manager.blocks_needed(ids(*slots), remaining)
+    assert manager.reserve(ids(*seq_ids), remaining) is None
+    assert manager.reserve(ids(*seq_ids[::-1]), remaining[::-1], ids(0, 0, 0)) is None
+    manager.blocks_needed(ids(*seq_ids), remaining)
     match(manager, tokens(60))
     assert frozen(manager) == before
 
 
 @every_geometry
 def test_a_refused_reservation_changes_nothing_at_all(geometry):
-    manager, slots = busy_manager(geometry)
+    manager, seq_ids = busy_manager(geometry)
     before = frozen(manager)
     for counts, drafts in (([60, 1, 1], None), ([1, 1, 0], None), ([2, 2, 2], [1, 2, 0])):
         with pytest.raises(InvalidStepError):
-            manager.reserve(ids(*slots), ids(*counts), drafts)
+            manager.reserve(ids(*seq_ids), ids(*counts), drafts)
     assert frozen(manager) == before
 
 
 @every_geometry
 def test_a_rolled_back_step_leaves_every_user_count_and_table_as_it_was(geometry):
-    manager, slots = busy_manager(geometry)
+    manager, seq_ids = busy_manager(geometry)
 
     def state() -> object:
         return frozen(
             [
-                manager.pool.num_users,
+                manager.pool.ref_counts,
                 manager.pool._free_stack[: manager.pool._stack_size],
                 manager.prefix_cache,
                 manager.num_computed_tokens,
                 manager.num_sealed,
-                [manager.block_ids(slot) for slot in slots],
+                [manager.block_ids(seq_id) for seq_id in seq_ids],
                 manager._capacity,
             ]
         )
 
     before = state()
-    remaining = manager.num_tokens[slots] - manager.num_computed_tokens[slots]
+    remaining = manager.num_tokens[seq_ids] - manager.num_computed_tokens[seq_ids]
     for _ in range(2):
-        plan = manager.reserve(ids(*slots), remaining)
+        plan = manager.reserve(ids(*seq_ids), remaining)
         assert len(plan.copy_sources) <= 1
         manager.check_integrity()
         manager.rollback(plan)
@@ -974,9 +974,9 @@ def test_a_rolled_back_step_leaves_every_user_count_and_table_as_it_was(geometry
 @pytest.mark.parametrize("blocks", [0, 1, 5])
 def test_swap_out_without_room_changes_nothing_at_all(blocks):
     manager = manager_of(num_host_blocks=blocks)
-    slot = start(manager, tokens(22))
+    seq_id = start(manager, tokens(22))
     before = frozen(manager)
-    assert manager.swap_out(slot) is None
+    assert manager.swap_out(seq_id) is None
     assert frozen(manager) == before
 
 
@@ -998,11 +998,11 @@ def test_swap_in_without_room_changes_nothing_at_all():
 def test_a_swapped_sequence_ends_once():
     manager = manager_of(num_host_blocks=9)
     swapped = manager.swap_out(start(manager, tokens(9)))
-    slot, _ = manager.swap_in(swapped)
+    seq_id, _ = manager.swap_in(swapped)
     for end in (manager.swap_in, manager.discard_swapped):
         with pytest.raises(InvalidStepError, match="swapped in or discarded before"):
             end(swapped)
-    swapped = manager.swap_out(slot)
+    swapped = manager.swap_out(seq_id)
     manager.discard_swapped(swapped)
     for end in (manager.swap_in, manager.discard_swapped):
         with pytest.raises(InvalidStepError, match="swapped in or discarded before"):
@@ -1019,7 +1019,7 @@ def test_sharing_and_releasing_count_users():
     block_ids = pool.allocate(3)
     pool.share(block_ids[:2])
     pool.release(block_ids)
-    assert pool.num_users.tolist() == [1, 1, 0, 0]
+    assert pool.ref_counts.tolist() == [1, 1, 0, 0]
     assert (pool.num_free, pool.num_allocated) == (2, 2)
     pool.release(block_ids[:2])
     assert pool.num_free == 4
@@ -1091,7 +1091,7 @@ class Driver:
         self.index: dict[bytes, int] = {}  # what the events say
 
     def add(self) -> None:
-        if not self.manager.num_free_slots:
+        if not self.manager.num_free_seqs:
             return
         # Few different tokens and few openings, so that prefixes meet.
         opening = self.rng.choice([[0] * 30, [0] * 9 + [1] * 20, [1, 0] * 12])
@@ -1104,18 +1104,18 @@ class Driver:
     def step(self) -> None:
         manager, rng = self.manager, self.rng
         counts, drafts, unknown = {}, {}, {}
-        for slot in rng.sample(list(self.salts), rng.randint(1, len(self.salts))):
-            if manager.num_computed_tokens[slot] > 60:
+        for seq_id in rng.sample(list(self.salts), rng.randint(1, len(self.salts))):
+            if manager.num_computed_tokens[seq_id] > 60:
                 continue
-            remaining = int(manager.num_tokens[slot] - manager.num_computed_tokens[slot])
+            remaining = int(manager.num_tokens[seq_id] - manager.num_computed_tokens[seq_id])
             if not remaining:
-                manager.append_tokens([slot], [rng.randrange(2)])
+                manager.append_tokens([seq_id], [rng.randrange(2)])
                 remaining = 1
-            counts[slot] = rng.choice([1, remaining, rng.randint(1, remaining)])
-            drafts[slot] = 0
-            if counts[slot] == remaining:
-                drafts[slot] = rng.choice([0, rng.randint(0, manager.geometry.block_size)])
-            unknown[slot] = [rng.randrange(2) for _ in range(drafts[slot])]
+            counts[seq_id] = rng.choice([1, remaining, rng.randint(1, remaining)])
+            drafts[seq_id] = 0
+            if counts[seq_id] == remaining:
+                drafts[seq_id] = rng.choice([0, rng.randint(0, manager.geometry.block_size)])
+            unknown[seq_id] = [rng.randrange(2) for _ in range(drafts[seq_id])]
         if not counts:
             return
         num_new = ids(*counts.values()) + ids(*drafts.values())
@@ -1126,29 +1126,31 @@ class Driver:
             self.remove()
             return
         values = []
-        for slot, begin, count in zip(
+        for seq_id, begin, count in zip(
             counts, plan.context_lens.tolist(), num_new.tolist(), strict=True
         ):
-            known = manager.token_ids[slot, : manager.num_tokens[slot]].tolist() + unknown[slot]
-            values.append(prefix_values(known, self.salts[slot])[begin : begin + count])
+            known = (
+                manager.token_ids[seq_id, : manager.num_tokens[seq_id]].tolist() + unknown[seq_id]
+            )
+            values.append(prefix_values(known, self.salts[seq_id])[begin : begin + count])
         self.contents.apply(plan, np.concatenate(values))
         if rng.random() < 0.2:
             manager.rollback(plan)
             return
-        kept = {slot: rng.randint(0, drafts[slot]) for slot in counts}
-        for slot in counts:
-            manager.append_tokens([slot], unknown[slot][: kept[slot]], [kept[slot]])
+        kept = {seq_id: rng.randint(0, drafts[seq_id]) for seq_id in counts}
+        for seq_id in counts:
+            manager.append_tokens([seq_id], unknown[seq_id][: kept[seq_id]], [kept[seq_id]])
         manager.commit(plan, ids(*counts.values()) + ids(*kept.values()))
 
     def remove(self) -> None:
-        slot = self.rng.choice(list(self.salts))
-        self.manager.remove_sequence(slot)
-        del self.salts[slot]
+        seq_id = self.rng.choice(list(self.salts))
+        self.manager.remove_sequence(seq_id)
+        del self.salts[seq_id]
 
     def fork(self) -> None:
-        if self.manager.num_free_slots:
-            slot = self.rng.choice(list(self.salts))
-            self.salts[self.manager.fork(slot)] = self.salts[slot]
+        if self.manager.num_free_seqs:
+            seq_id = self.rng.choice(list(self.salts))
+            self.salts[self.manager.fork(seq_id)] = self.salts[seq_id]
 
     def swap(self) -> None:
         if self.swapped and self.rng.random() < 0.6:
@@ -1159,18 +1161,18 @@ class Driver:
                 self.contents.swap_in(found[1], swapped.host_block_ids)
                 self.salts[found[0]] = salt
             return
-        slot = self.rng.choice(list(self.salts))
-        swapped = self.manager.swap_out(slot)
+        seq_id = self.rng.choice(list(self.salts))
+        swapped = self.manager.swap_out(seq_id)
         if swapped is not None:
             self.contents.swap_out(swapped.device_block_ids, swapped.host_block_ids)
-            self.swapped.append((swapped, self.salts.pop(slot)))
+            self.swapped.append((swapped, self.salts.pop(seq_id)))
 
     def check(self) -> None:
         manager = self.manager
         manager.check_integrity()
         self.contents.poison_free()
-        for slot, salt in self.salts.items():
-            self.contents.check(slot, salt)
+        for seq_id, salt in self.salts.items():
+            self.contents.check(seq_id, salt)
         for event in manager.take_events():
             if isinstance(event, BlockStored):
                 assert event.block_hash not in self.index
@@ -1192,8 +1194,8 @@ class Driver:
             if self.salts or action == self.add:
                 action()
             self.check()
-        for slot in list(self.salts):
-            self.manager.remove_sequence(slot)
+        for seq_id in list(self.salts):
+            self.manager.remove_sequence(seq_id)
         for swapped, _ in self.swapped:
             self.manager.discard_swapped(swapped)
         self.salts.clear()

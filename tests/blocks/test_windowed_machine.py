@@ -60,7 +60,7 @@ class Sequence:
     window: SinkWindow | None  # fitted
     tokens: list[int]
     num_computed: int = 0
-    slot: int | None = None
+    seq_id: int | None = None
     swapped: SwappedSequence | None = field(default=None, repr=False)
 
     def values(self) -> NDArray[np.int64]:
@@ -103,11 +103,11 @@ class StreamMachine(RuleBasedStateMachine):
         self.sequences: list[Sequence] = []
 
     def running(self) -> list[Sequence]:
-        return [sequence for sequence in self.sequences if sequence.slot is not None]
+        return [sequence for sequence in self.sequences if sequence.seq_id is not None]
 
     @rule(length=st.integers(0, 120), branch=st.integers(0, 1), which=st.integers(0, 4))
     def add(self, length: int, branch: int, which: int) -> None:
-        if not self.manager.num_free_slots:
+        if not self.manager.num_free_seqs:
             return
         wanted = WINDOWS[which]
         tokens = [(i // 11 * branch + i) % 5 for i in range(length if wanted else length % 48)]
@@ -120,8 +120,8 @@ class StreamMachine(RuleBasedStateMachine):
 
     def enter(self, sequence: Sequence) -> None:
         chain = self.manager.chain_tokens(sequence.tokens, sink_window=sequence.window)
-        sequence.slot = self.manager.add_sequence(chain)
-        sequence.num_computed = int(self.manager.num_computed_tokens[sequence.slot])
+        sequence.seq_id = self.manager.add_sequence(chain)
+        sequence.num_computed = int(self.manager.num_computed_tokens[sequence.seq_id])
         assert sequence.num_computed <= max(len(sequence.tokens) - 1, 0)
         if sequence.window is not None:
             assert sequence.num_computed <= sequence.window.num_visible_tokens
@@ -132,7 +132,7 @@ class StreamMachine(RuleBasedStateMachine):
         most = 1000 if sequence.window else self.manager.max_model_len
         missing = min(num_tokens, most) - len(sequence.tokens)
         if missing > 0:
-            self.manager.append_tokens(ids(sequence.slot), [1] * missing, [missing])
+            self.manager.append_tokens(ids(sequence.seq_id), [1] * missing, [missing])
             sequence.tokens += [1] * missing
 
     @rule(data=st.data(), with_drafts=st.booleans(), commits=st.sampled_from([True, True, False]))
@@ -143,7 +143,7 @@ class StreamMachine(RuleBasedStateMachine):
                 continue
             new = data.draw(st.sampled_from([1, 1, 1, 2, 3, 7, 12, 30]))
             self.tell(sequence, sequence.num_computed + new)
-            most = int(self.manager.num_computable(ids(sequence.slot))[0])
+            most = int(self.manager.num_computable(ids(sequence.seq_id))[0])
             if not most:
                 continue
             new = min(new, most)
@@ -157,8 +157,8 @@ class StreamMachine(RuleBasedStateMachine):
             kept.append(new - data.draw(st.integers(0, drafts[-1])))
         if not chosen:
             return
-        slots = ids(*(sequence.slot for sequence in chosen))
-        plan = self.manager.reserve(slots, counts, drafts if with_drafts else None)
+        seq_ids = ids(*(sequence.seq_id for sequence in chosen))
+        plan = self.manager.reserve(seq_ids, counts, drafts if with_drafts else None)
         if plan is None:
             return
         starts = [sequence.num_computed for sequence in chosen]
@@ -179,12 +179,12 @@ class StreamMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 3))
     def fork(self, which: int) -> None:
-        if which < len(self.running()) and self.manager.num_free_slots:
+        if which < len(self.running()) and self.manager.num_free_seqs:
             parent = self.running()[which]
-            assert parent.slot is not None
-            slot = self.manager.fork(parent.slot)
+            assert parent.seq_id is not None
+            seq_id = self.manager.fork(parent.seq_id)
             self.sequences.append(
-                Sequence(parent.window, [*parent.tokens], parent.num_computed, slot)
+                Sequence(parent.window, [*parent.tokens], parent.num_computed, seq_id)
             )
 
     @rule(which=st.integers(0, 3), how=st.sampled_from(["remove", "recompute", "swap"]))
@@ -192,16 +192,16 @@ class StreamMachine(RuleBasedStateMachine):
         if which >= len(self.running()):
             return
         sequence = self.running()[which]
-        assert sequence.slot is not None
+        assert sequence.seq_id is not None
         if how == "swap":
-            swapped = self.manager.swap_out(sequence.slot)
+            swapped = self.manager.swap_out(sequence.seq_id)
             if swapped is not None:
                 self.contents.swap_out(swapped.device_block_ids, swapped.host_block_ids)
-                sequence.slot, sequence.swapped = None, swapped
+                sequence.seq_id, sequence.swapped = None, swapped
             return
-        chain = self.manager.chain_of(sequence.slot)
+        chain = self.manager.chain_of(sequence.seq_id)
         assert chain.token_ids.tolist() == sequence.tokens
-        self.manager.remove_sequence(sequence.slot)
+        self.manager.remove_sequence(sequence.seq_id)
         self.sequences.remove(sequence)
         if how == "recompute":
             self.enter(Sequence(sequence.window, sequence.tokens))
@@ -213,7 +213,7 @@ class StreamMachine(RuleBasedStateMachine):
             if sequence.swapped is not None:
                 placed = self.manager.swap_in(sequence.swapped)
                 if placed is not None:
-                    sequence.slot, block_ids = placed
+                    sequence.seq_id, block_ids = placed
                     self.contents.swap_in(block_ids, sequence.swapped.host_block_ids)
                     sequence.swapped = None
                 return
@@ -223,9 +223,9 @@ class StreamMachine(RuleBasedStateMachine):
         if which >= len(self.running()):
             return
         sequence = self.running()[which]
-        most = int(self.manager.num_computable(ids(sequence.slot))[0])
+        most = int(self.manager.num_computable(ids(sequence.seq_id))[0])
         try:
-            plan = self.manager.reserve(ids(sequence.slot), ids(most + 600))
+            plan = self.manager.reserve(ids(sequence.seq_id), ids(most + 600))
         except InvalidStepError:
             return
         raise AssertionError(f"{plan} for {sequence}")
@@ -236,21 +236,21 @@ class StreamMachine(RuleBasedStateMachine):
             return
         self.manager.check_integrity()
         for sequence in self.running():
-            slot, values = sequence.slot, sequence.values()
-            assert slot is not None
-            evicted = int(self.manager.num_evicted_tokens[slot])
-            assert int(self.manager.num_computed_tokens[slot]) + evicted == sequence.num_computed
+            seq_id, values = sequence.seq_id, sequence.values()
+            assert seq_id is not None
+            evicted = int(self.manager.num_evicted_tokens[seq_id])
+            assert int(self.manager.num_computed_tokens[seq_id]) + evicted == sequence.num_computed
             first = self.geometry.num_head_tokens
             if not self.geometry.seals:
                 first = 0 if sequence.window is None else sequence.window.num_sink_tokens
-            sealed_ever = int(self.manager.num_sealed[slot]) + evicted // self.geometry.block_size
+            sealed_ever = int(self.manager.num_sealed[seq_id]) + evicted // self.geometry.block_size
             assert evicted == sequence.num_evicted(self.geometry, sealed_ever)
             kept = np.r_[0 : min(first, sequence.num_computed)]
             kept = np.r_[kept, first + evicted : max(sequence.num_computed, first + evicted)]
             kept = kept[kept < sequence.num_computed]
-            np.testing.assert_array_equal(self.contents.stored(slot), values[kept])
+            np.testing.assert_array_equal(self.contents.stored(seq_id), values[kept])
             if sequence.window is not None:
-                stored = int(self.manager.num_computed_tokens[slot])
+                stored = int(self.manager.num_computed_tokens[seq_id])
                 assert stored <= sequence.window.max_stored(self.geometry)
 
     def teardown(self) -> None:
@@ -259,8 +259,8 @@ class StreamMachine(RuleBasedStateMachine):
                 if sequence.swapped is not None:
                     self.manager.discard_swapped(sequence.swapped)
                 else:
-                    assert sequence.slot is not None
-                    self.manager.remove_sequence(sequence.slot)
+                    assert sequence.seq_id is not None
+                    self.manager.remove_sequence(sequence.seq_id)
             assert self.manager.num_free_blocks == self.manager.num_blocks
 
 
@@ -282,19 +282,19 @@ def check_token_by_token(geometry: BlockGeometry) -> None:
     manager = BlockManager(geometry, num_blocks=60, max_num_seqs=1, max_model_len=8)
     num_sinks = 2 if geometry.num_head_tokens or not geometry.seals else 0
     window = manager.fitted_window(SinkWindow(num_sinks, 11))
-    slot = ids(manager.add_sequence(manager.chain_tokens((), sink_window=window)))
+    seq_id = ids(manager.add_sequence(manager.chain_tokens((), sink_window=window)))
     first = geometry.num_head_tokens if geometry.seals else window.num_sink_tokens
     for length in range(1, 200):
-        plan = manager.reserve(slot, ids(1))
+        plan = manager.reserve(seq_id, ids(1))
         assert plan is not None
         let_go = manager.commit(plan)
-        evicted = int(manager.num_evicted_tokens[slot[0]])
+        evicted = int(manager.num_evicted_tokens[seq_id[0]])
         unseen = max(length + 1 - window.window_size - first, 0)  # by the next token
         num_sealed = int(geometry.num_sealed_blocks(ids(length))[0]) if geometry.seals else length
         expected = min(unseen // geometry.block_size, num_sealed) * geometry.block_size
         assert evicted == expected, length
         assert len(let_go) in (0, 1)
-        assert manager.pool.num_allocated == len(manager.block_ids(int(slot[0])))
+        assert manager.pool.num_allocated == len(manager.block_ids(int(seq_id[0])))
         assert manager.pool.num_allocated <= window.max_blocks(geometry)
         manager.check_integrity()
 
@@ -309,8 +309,8 @@ def test_a_window_off_by_one_is_seen(geometry, monkeypatch):
     """Streams that let go of blocks a token too early."""
     evict = growth.evict_blocks
 
-    def eager(slots: Any, sinks: Any, windows: Any, *rest: Any) -> int:
-        return evict(slots, sinks, np.where(windows > 0, windows - 1, 0), *rest)
+    def eager(seq_ids: Any, sinks: Any, windows: Any, *rest: Any) -> int:
+        return evict(seq_ids, sinks, np.where(windows > 0, windows - 1, 0), *rest)
 
     monkeypatch.setattr(block_manager, "evict_blocks", eager)
     if geometry.min_tail_tokens > 11:

@@ -60,9 +60,9 @@ def test_sealed_bytes_do_not_depend_on_how_the_tokens_arrived(kv_format, dtype):
 
     def sealed_after(chunks: list[int], poison: int) -> torch.Tensor:
         fleet = Fleet([layer], dtype=dtype, poison=poison)
-        slot = fleet.add(stream)
-        fleet.feed({slot: chunks})
-        return fleet.sealed_bytes(slot)
+        seq_id = fleet.add(stream)
+        fleet.feed({seq_id: chunks})
+        return fleet.sealed_bytes(seq_id)
 
     at_once = sealed_after([length], poison=0xFF)
     assert len(at_once) >= 2
@@ -91,14 +91,14 @@ def largest_error(tokens: np.ndarray, kv_format: KVFormat, kind: str) -> np.ndar
 def test_sealed_block_holds_its_own_tokens_in_order_to_within_half_a_step(kv_format):
     layer = layer_of(kv_format)
     fleet = Fleet([layer])
-    slot = fleet.add(make_stream([layer], 400, 7, torch.float32))
-    fleet.feed({slot: random_chunks(400, 1)})
+    seq_id = fleet.add(make_stream([layer], 400, 7, torch.float32))
+    fleet.feed({seq_id: random_chunks(400, 1)})
     position = fleet.manager.geometry.num_head_tokens
-    for block_id in fleet.manager.body_ids(slot):
+    for block_id in fleet.manager.body_ids(seq_id):
         end = position + kv_format.block_size
         keys, values = dequantized_block(fleet.cache, 0, int(block_id))
         for kind, stored in (("keys", keys), ("values", values)):
-            tokens = getattr(fleet.streams[slot], kind)[0][position:end].double().numpy()
+            tokens = getattr(fleet.streams[seq_id], kind)[0][position:end].double().numpy()
             assert (np.abs(stored - tokens) <= largest_error(tokens, kv_format, kind)).all()
         position = end
 
@@ -114,10 +114,10 @@ def test_no_group_spans_two_sequences(kv_format):
         neighbour = make_stream([layer], 400, 2, torch.float32)
         neighbour.keys[0] *= neighbour_scale
         neighbour.values[0] *= neighbour_scale
-        other, slot = fleet.add(neighbour), fleet.add(stream)
-        fleet.feed({other: neighbour_chunks, slot: [150, 1, 249]})
+        other, seq_id = fleet.add(neighbour), fleet.add(stream)
+        fleet.feed({other: neighbour_chunks, seq_id: [150, 1, 249]})
         assert len(fleet.sealed_bytes(other)) >= 2
-        return fleet.sealed_bytes(slot)
+        return fleet.sealed_bytes(seq_id)
 
     beside_small = sealed_beside(1.0, [150, 1, 249])
     assert torch.equal(sealed_beside(1000.0, [150, 1, 249]), beside_small)
@@ -137,18 +137,18 @@ def test_sealed_block_is_never_rewritten_while_its_owner_lives(kv_format):
             length = int(generator.integers(150, 700))
             snapshots[fleet.add(make_stream([layer], length, seed, torch.float32))] = torch.empty(0)
         counts = {
-            slot: min(int(generator.integers(1, 120)), len(stream) - fleet.length(slot))
-            for slot, stream in fleet.streams.items()
+            seq_id: min(int(generator.integers(1, 120)), len(stream) - fleet.length(seq_id))
+            for seq_id, stream in fleet.streams.items()
         }
         fleet.step(counts)
-        for slot in list(fleet.streams):
-            sealed, before = fleet.sealed_bytes(slot), snapshots[slot]
+        for seq_id in list(fleet.streams):
+            sealed, before = fleet.sealed_bytes(seq_id), snapshots[seq_id]
             assert torch.equal(sealed[: len(before)], before.view(-1, *sealed.shape[1:]))
             num_checked += len(before)
-            snapshots[slot] = sealed
-            if fleet.length(slot) == len(fleet.streams[slot]):
-                fleet.remove(slot)
-                del snapshots[slot]
+            snapshots[seq_id] = sealed
+            if fleet.length(seq_id) == len(fleet.streams[seq_id]):
+                fleet.remove(seq_id)
+                del snapshots[seq_id]
     assert num_checked > 200
 
 
@@ -157,19 +157,19 @@ def test_sealed_block_is_never_rewritten_while_its_owner_lives(kv_format):
 def test_head_and_tail_stay_exact(kv_format, dtype):
     layer = layer_of(kv_format)
     fleet = Fleet([layer], dtype=dtype)
-    slot = fleet.add(make_stream([layer], 450, 5, torch.float32))
+    seq_id = fleet.add(make_stream([layer], 450, 5, torch.float32))
     geometry, records = fleet.manager.geometry, fleet.cache.records[0]
     for chunk in random_chunks(450, 11, largest=60):
-        fleet.step({slot: chunk})
-        length = fleet.length(slot)
-        body = len(fleet.manager.body_ids(slot)) * geometry.block_size
+        fleet.step({seq_id: chunk})
+        length = fleet.length(seq_id)
+        body = len(fleet.manager.body_ids(seq_id)) * geometry.block_size
         head_end = min(geometry.num_head_tokens, length)
         exact = [*range(head_end), *range(head_end + body, length)]
         assert length - head_end - body >= min(geometry.min_tail_tokens, length - head_end)
-        block_ids = fleet.manager.head_and_tail_ids(slot).tolist()
+        block_ids = fleet.manager.head_and_tail_ids(seq_id).tolist()
         for views, original in (
-            (records.open_keys, fleet.streams[slot].keys[0]),
-            (records.open_values, fleet.streams[slot].values[0]),
+            (records.open_keys, fleet.streams[seq_id].keys[0]),
+            (records.open_values, fleet.streams[seq_id].values[0]),
         ):
             stored = views[block_ids].transpose(1, 2).flatten(0, 1)[: len(exact)]
             assert torch.equal(stored, original[exact].to(dtype))
@@ -180,9 +180,9 @@ def test_clip_and_group_size_reach_the_sealed_bytes():
         plain = {"key_clip": 1.0, "value_clip": 1.0, "key_group_size": 128}
         layer = layer_of(INT2.with_options(**plain | options))
         fleet = Fleet([layer])
-        slot = fleet.add(make_stream([layer], 200, 1, torch.float32))
-        fleet.step({slot: 200})
-        return fleet.sealed_bytes(slot)
+        seq_id = fleet.add(make_stream([layer], 200, 1, torch.float32))
+        fleet.step({seq_id: 200})
+        return fleet.sealed_bytes(seq_id)
 
     plain = sealed()
     for options in ({"key_clip": 0.8}, {"value_clip": 0.8}, {"key_group_size": 32}):
@@ -198,9 +198,9 @@ def test_mixed_layers_share_one_table_and_each_seals_as_it_would_alone():
     layers = [layer_of(int8, heads=1), layer_of(int2, heads=3, key_dim=40), layer_of(int4)]
     mixed = Fleet(layers)
     stream = make_stream(layers, 600, 3, torch.float32)
-    slot = mixed.add(stream)
-    mixed.feed({slot: [100, 1, 1, 300, 198]})
-    num_sealed = len(mixed.manager.body_ids(slot))
+    seq_id = mixed.add(stream)
+    mixed.feed({seq_id: [100, 1, 1, 300, 198]})
+    num_sealed = len(mixed.manager.body_ids(seq_id))
     assert num_sealed == 4
     open_block_sizes = set()
     for index, layer in enumerate(layers):
@@ -210,7 +210,7 @@ def test_mixed_layers_share_one_table_and_each_seals_as_it_would_alone():
             Stream([stream.queries[index]], [stream.keys[index]], [stream.values[index]])
         )
         alone.step({own: 600})
-        sealed = mixed.sealed_bytes(slot, index)
+        sealed = mixed.sealed_bytes(seq_id, index)
         assert len(sealed) == num_sealed
         assert torch.equal(alone.sealed_bytes(own), sealed)
     assert len(open_block_sizes) > 1
@@ -245,16 +245,17 @@ def test_memory_stats_add_up_to_the_bytes_of_the_tensors(kv_format, dtype):
     arena_bytes = sum(arena.nbytes for arena in fleet.cache.arenas)
     bytes_of_block = sum(arena[0].nbytes for arena in fleet.cache.arenas)
     token_bytes = dtype.itemsize * (1 * (16 + 24) + 3 * (64 + 24))
-    slots = [fleet.add(make_stream(layers, 400, seed, dtype)) for seed in range(3)]
+    seq_ids = [fleet.add(make_stream(layers, 400, seed, dtype)) for seed in range(3)]
     for counts in ((1, 5, 300), (40, 20, 1), (350, 1, 99)):
-        fleet.step(dict(zip(slots, counts, strict=True)))
+        fleet.step(dict(zip(seq_ids, counts, strict=True)))
         stats = fleet.cache.memory_stats(fleet.manager)
         geometry, manager = fleet.manager.geometry, fleet.manager
-        lengths = [fleet.length(slot) for slot in slots]
-        num_sealed = sum(len(manager.body_ids(slot)) for slot in slots)
-        num_open = sum(len(manager.head_and_tail_ids(slot)) for slot in slots)
+        lengths = [fleet.length(seq_id) for seq_id in seq_ids]
+        num_sealed = sum(len(manager.body_ids(seq_id)) for seq_id in seq_ids)
+        num_open = sum(len(manager.head_and_tail_ids(seq_id)) for seq_id in seq_ids)
         num_head = sum(
-            min(len(manager.head_and_tail_ids(slot)), geometry.num_head_blocks) for slot in slots
+            min(len(manager.head_and_tail_ids(seq_id)), geometry.num_head_blocks)
+            for seq_id in seq_ids
         )
         assert stats.total == arena_bytes
         assert stats.allocated == (num_sealed + num_open) * bytes_of_block
@@ -273,9 +274,9 @@ def test_memory_stats_add_up_to_the_bytes_of_the_tensors(kv_format, dtype):
 def test_memory_stats_of_an_idle_pool_are_all_free(kv_format):
     layer = layer_of(kv_format)
     fleet = Fleet([layer])
-    slot = fleet.add(make_stream([layer], 300, 0, torch.float32))
-    fleet.step({slot: 300})
-    fleet.remove(slot)
+    seq_id = fleet.add(make_stream([layer], 300, 0, torch.float32))
+    fleet.step({seq_id: 300})
+    fleet.remove(seq_id)
     stats = fleet.cache.memory_stats(fleet.manager)
     assert stats.free == stats.total == fleet.cache.arenas[0].nbytes
     assert stats.allocated == stats.used == stats.wasted == 0

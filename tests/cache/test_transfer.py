@@ -16,7 +16,7 @@ from paged_kv.blocks.token_chain import TokenChain, root_hash
 from paged_kv.cache import transfer
 from paged_kv.cache.backend import TORCH_BACKEND
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat, RecordLayout
-from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, layer_records
+from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, layer_blocks
 from paged_kv.cache.transfer import (
     DIGEST_BYTES,
     FRAME,
@@ -30,7 +30,7 @@ from paged_kv.cache.transfer import (
     shared_fields,
 )
 from paged_kv.errors import InvalidStepError, OutOfBlocksError, TransferError
-from paged_kv.kernels.block_views import LayerRecords
+from paged_kv.kernels.block_views import LayerBlocks
 from tests.support.helpers import FORMATS_BY_LABEL, Fleet, Stream, ids, make_stream
 
 DTYPES = pytest.mark.parametrize(
@@ -54,20 +54,20 @@ class SharingFleet(Fleet):
     def poison_blocks(self, block_ids):
         pool = self.manager.pool
         cached = pool.prefix_cache is not None and pool.prefix_cache.is_cached[block_ids]
-        super().poison_blocks(block_ids[(pool.num_users[block_ids] == 0) & ~np.array(cached)])
+        super().poison_blocks(block_ids[(pool.ref_counts[block_ids] == 0) & ~np.array(cached)])
 
     def add_tokens(self, stream: Stream, token_ids, extra_keys=()) -> int:
-        slot = self.manager.add_sequence(self.manager.chain_tokens(token_ids, extra_keys))
-        self.streams[slot] = stream
-        return slot
+        seq_id = self.manager.add_sequence(self.manager.chain_tokens(token_ids, extra_keys))
+        self.streams[seq_id] = stream
+        return seq_id
 
     def take(self, data: bytes, stream: Stream, **options) -> int:
-        slot = import_sequence(self.cache, self.manager, data, **options)
-        self.streams[slot] = stream
-        return slot
+        seq_id = import_sequence(self.cache, self.manager, data, **options)
+        self.streams[seq_id] = stream
+        return seq_id
 
-    def export(self, slot: int, **options) -> bytes:
-        return export_sequence(self.cache, self.manager, slot, **options)
+    def export(self, seq_id: int, **options) -> bytes:
+        return export_sequence(self.cache, self.manager, seq_id, **options)
 
 
 def layers_of(kv_format: KVFormat) -> list[LayerSpec]:
@@ -107,9 +107,9 @@ def state_of(fleet: Fleet) -> object:
     return frozen([fleet.manager, fleet.cache.arenas])
 
 
-def records_of(fleet: Fleet, slot: int) -> list[torch.Tensor]:
+def records_of(fleet: Fleet, seq_id: int) -> list[torch.Tensor]:
     """The bytes of every record of a sequence, by layer."""
-    block_ids = torch.as_tensor(fleet.manager.block_ids(slot), dtype=torch.int64)
+    block_ids = torch.as_tensor(fleet.manager.block_ids(seq_id), dtype=torch.int64)
     return [arena[block_ids] for arena in fleet.cache.arenas]
 
 
@@ -200,28 +200,30 @@ def test_an_imported_sequence_goes_on_as_the_original(kv_format, dtype, prefix_c
     for length in sorted({0, 1, head, head + 1, body - 1, body, body + 1, body + 2 * block + 5}):
         stream = make_stream(layers, length + 2 * block + 50, length, dtype, gqa_group=2)
         token_ids = tokens_of(length, len(stream))
-        slot = source.add_tokens(stream, token_ids)
+        seq_id = source.add_tokens(stream, token_ids)
         if length:
-            source.feed({slot: [length // 2, length - length // 2] if length > 1 else [1]})
+            source.feed({seq_id: [length // 2, length - length // 2] if length > 1 else [1]})
         before = state_of(source)
-        data = source.export(slot)
+        data = source.export(seq_id)
         assert state_of(source) == before
         copy = target.take(data, stream)
         source.manager.check_integrity()
         target.manager.check_integrity()
         for name in ("num_computed_tokens", "num_sealed", "num_tokens"):
-            assert getattr(target.manager, name)[copy] == getattr(source.manager, name)[slot], name
+            assert getattr(target.manager, name)[copy] == getattr(source.manager, name)[seq_id], (
+                name
+            )
         assert np.array_equal(target.manager.token_ids[copy, : len(stream)], token_ids)
-        assert_equal(records_of(target, copy), records_of(source, slot))
+        assert_equal(records_of(target, copy), records_of(source, seq_id))
         assert target.export(copy) == data
         for count in (1, 1, 40, 2 * block, 1):
             target.step({other: 1})  # by itself: batches of another shape round otherwise
-            assert_equal(target.step({copy: count})[copy], source.step({slot: count})[slot])
+            assert_equal(target.step({copy: count})[copy], source.step({seq_id: count})[seq_id])
         # Sealed records are equal to the last byte; open ones hold what their pool left in them.
         for layer in range(len(layers)):
-            assert torch.equal(target.sealed_bytes(copy, layer), source.sealed_bytes(slot, layer))
+            assert torch.equal(target.sealed_bytes(copy, layer), source.sealed_bytes(seq_id, layer))
         target.remove(copy)
-        source.remove(slot)
+        source.remove(seq_id)
     target.remove(other)
     target.manager.check_integrity()
 
@@ -230,15 +232,15 @@ def test_tokens_that_nobody_was_told_need_not_be_known():
     layer = small_layer()
     stream = make_stream([layer], 400, 1, torch.float32)
     source, target = Fleet([layer]), Fleet([layer])
-    slot = source.add(stream)
-    source.step({slot: 300})
-    data = export_sequence(source.cache, source.manager, slot)
+    seq_id = source.add(stream)
+    source.step({seq_id: 300})
+    data = export_sequence(source.cache, source.manager, seq_id)
     assert parts_of(data)[0]["num_known_tokens"] == 0
     copy = import_sequence(target.cache, target.manager, data)
     target.streams[copy] = stream
     target.manager.check_integrity()
-    assert_equal(records_of(target, copy), records_of(source, slot))
-    assert_equal(target.step({copy: 100})[copy], source.step({slot: 100})[slot])
+    assert_equal(records_of(target, copy), records_of(source, seq_id))
+    assert_equal(target.step({copy: 100})[copy], source.step({seq_id: 100})[seq_id])
 
 
 @pytest.mark.parametrize("kv_format", [NATIVE, INT2], ids=["native", "int2"])
@@ -255,7 +257,7 @@ def test_sequences_that_share_blocks(kv_format):
     copies = [target.take(data, stream) for _ in range(2)]
     target.manager.check_integrity()
     assert not np.intersect1d(*map(target.manager.block_ids, copies)).size
-    assert target.manager.pool.num_users.max() == 1
+    assert target.manager.pool.ref_counts.max() == 1
     source.step({parent: 1})
     expected = source.step({child: 60})[child]
     outputs = target.step(dict.fromkeys(copies, 60))
@@ -267,19 +269,19 @@ def test_sequence_with_a_block_left_unsealed_by_kept_drafts():
     layer = small_layer()
     source, target = SharingFleet([layer]), SharingFleet([layer])
     stream = make_stream([layer], 700, 4, torch.float32)
-    slot = source.add_tokens(stream, tokens_of(4, 700))
+    seq_id = source.add_tokens(stream, tokens_of(4, 700))
     geometry = source.manager.geometry
     first = geometry.num_head_tokens + geometry.min_tail_tokens + geometry.block_size - 1
-    source.step({slot: first})
-    plan = source.manager.reserve([slot], [129], [128])
+    source.step({seq_id: first})
+    plan = source.manager.reserve([seq_id], [129], [128])
     assert plan is not None
     source.run(plan)
-    natural = int(geometry.num_sealed_blocks(ids(source.length(slot)))[0])
-    assert source.manager.num_sealed[slot] == natural - 1
-    copy = target.take(source.export(slot), stream)
+    natural = int(geometry.num_sealed_blocks(ids(source.length(seq_id)))[0])
+    assert source.manager.num_sealed[seq_id] == natural - 1
+    copy = target.take(source.export(seq_id), stream)
     target.manager.check_integrity()
     for count in (1, 128, 200):
-        assert_equal(target.step({copy: count})[copy], source.step({slot: count})[slot])
+        assert_equal(target.step({copy: count})[copy], source.step({seq_id: count})[seq_id])
 
 
 def test_sequence_that_took_over_more_sealed_blocks_than_it_would_have_sealed_so_far():
@@ -287,26 +289,26 @@ def test_sequence_that_took_over_more_sealed_blocks_than_it_would_have_sealed_so
     source, target = (SharingFleet([layer], prefix_caching=True) for _ in range(2))
     stream, token_ids = make_stream([layer], 700, 4, torch.float32), tokens_of(4, 700)
     source.step({source.add_tokens(stream, token_ids): 500})
-    slot = source.add_tokens(stream, token_ids)
-    num_sealed = int(source.manager.num_sealed[slot])
-    assert num_sealed > source.manager.geometry.num_sealed_blocks(ids(source.length(slot)))[0]
-    copy = target.take(source.export(slot), stream)
+    seq_id = source.add_tokens(stream, token_ids)
+    num_sealed = int(source.manager.num_sealed[seq_id])
+    assert num_sealed > source.manager.geometry.num_sealed_blocks(ids(source.length(seq_id)))[0]
+    copy = target.take(source.export(seq_id), stream)
     assert target.manager.num_sealed[copy] == num_sealed
     target.manager.check_integrity()
     for count in (1, 128, 100):
-        assert_equal(target.step({copy: count})[copy], source.step({slot: count})[slot])
+        assert_equal(target.step({copy: count})[copy], source.step({seq_id: count})[seq_id])
 
 
 def test_any_buffer_serves():
     layer = small_layer()
     fleet = SharingFleet([layer])
     stream = make_stream([layer], 200, 1, torch.float32)
-    slot = fleet.add_tokens(stream, tokens_of(1, 200))
-    fleet.step({slot: 200})
-    data = fleet.export(slot)
+    seq_id = fleet.add_tokens(stream, tokens_of(1, 200))
+    fleet.step({seq_id: 200})
+    data = fleet.export(seq_id)
     assert type(data) is bytes
     for buffer in (bytearray(data), memoryview(data), np.frombuffer(data, np.uint8).data):
-        assert_equal(records_of(fleet, fleet.take(buffer, stream)), records_of(fleet, slot))
+        assert_equal(records_of(fleet, fleet.take(buffer, stream)), records_of(fleet, seq_id))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -323,33 +325,33 @@ def test_whatever_steps_led_there(data):
     manager, target_manager = managers
     tokens = tokens_of(1, max_model_len)
     for _ in range(data.draw(st.integers(1, 12))):
-        slots = manager.active_slots.tolist()
+        seq_ids = manager.living_seq_ids.tolist()
         action = data.draw(st.sampled_from(["add", "step", "step", "step", "fork", "remove"]))
-        if action == "add" and manager.num_free_slots:
+        if action == "add" and manager.num_free_seqs:
             manager.add_sequence(tokens[: data.draw(st.integers(0, max_model_len))])
-        elif action == "fork" and slots and manager.num_free_slots:
-            manager.fork(data.draw(st.sampled_from(slots)))
-        elif action == "remove" and slots:
-            manager.remove_sequence(data.draw(st.sampled_from(slots)))
-        elif action == "step" and slots:
-            slot = data.draw(st.sampled_from(slots))
-            room = int(manager.num_tokens[slot] - manager.num_computed_tokens[slot])
+        elif action == "fork" and seq_ids and manager.num_free_seqs:
+            manager.fork(data.draw(st.sampled_from(seq_ids)))
+        elif action == "remove" and seq_ids:
+            manager.remove_sequence(data.draw(st.sampled_from(seq_ids)))
+        elif action == "step" and seq_ids:
+            seq_id = data.draw(st.sampled_from(seq_ids))
+            room = int(manager.num_tokens[seq_id] - manager.num_computed_tokens[seq_id])
             if not room:
                 continue
             count = data.draw(st.integers(1, room))
             drafts = data.draw(st.integers(0, min(count - 1, manager.geometry.block_size)))
-            plan = manager.reserve([slot], [count], [drafts])
+            plan = manager.reserve([seq_id], [count], [drafts])
             if plan is not None:
                 source.begin(plan)
                 manager.commit(plan, [count - data.draw(st.integers(0, drafts))])
     for arena in source.arenas:
         arena.copy_(torch.randint(256, arena.shape, dtype=torch.uint8))
-    for slot in manager.active_slots.tolist():
-        exported = export_sequence(source, manager, slot)
+    for seq_id in manager.living_seq_ids.tolist():
+        exported = export_sequence(source, manager, seq_id)
         copy = import_sequence(target, target_manager, exported)
         target_manager.check_integrity()
         assert export_sequence(target, target_manager, copy) == exported
-        room = int(manager.num_tokens[slot] - manager.num_computed_tokens[slot])
+        room = int(manager.num_tokens[seq_id] - manager.num_computed_tokens[seq_id])
         if room:
             plan = target_manager.reserve([copy], [room])
             assert plan is not None
@@ -368,9 +370,9 @@ def test_complete_links_can_be_hit_after_an_import(kv_format):
     token_ids = tokens_of(5, 700)
     source = SharingFleet(layers)  # need not cache prefixes itself
     target = SharingFleet(layers, prefix_caching=True)
-    slot = source.add_tokens(stream, token_ids)
-    source.step({slot: 600})
-    copy = target.take(source.export(slot), stream)
+    seq_id = source.add_tokens(stream, token_ids)
+    source.step({seq_id: 600})
+    copy = target.take(source.export(seq_id), stream)
     geometry, chain = target.manager.geometry, target.manager.chain_tokens(token_ids)
     num_sealed = int(target.manager.num_sealed[copy])
     expected = geometry.num_head_blocks + num_sealed if geometry.seals else 600 // 16
@@ -388,18 +390,18 @@ def test_complete_links_can_be_hit_after_an_import(kv_format):
     target.step({again: 600 - target.length(again)})
     target.manager.check_integrity()
     for layer in range(len(layers)):
-        assert torch.equal(target.sealed_bytes(again, layer), source.sealed_bytes(slot, layer))
+        assert torch.equal(target.sealed_bytes(again, layer), source.sealed_bytes(seq_id, layer))
     if not geometry.seals:
-        assert_equal(target.step({again: 100})[again], source.step({slot: 100})[slot])
+        assert_equal(target.step({again: 100})[again], source.step({seq_id: 100})[seq_id])
 
 
 def test_links_completed_after_an_import_can_be_hit_too():
     layer = small_layer(NATIVE)
     stream, token_ids = make_stream([layer], 200, 5, torch.float32), tokens_of(5, 200)
     source, target = (SharingFleet([layer], prefix_caching=True) for _ in range(2))
-    slot = source.add_tokens(stream, token_ids[:40])
-    source.step({slot: 40})
-    copy = target.take(source.export(slot), stream)
+    seq_id = source.add_tokens(stream, token_ids[:40])
+    source.step({seq_id: 40})
+    copy = target.take(source.export(seq_id), stream)
     for token in token_ids[40:120]:
         target.manager.append_tokens([copy], [token])
         target.step({copy: 1})
@@ -416,10 +418,10 @@ def test_others_wait_for_links_that_an_imported_sequence_is_about_to_store():
     # The last complete link of so many tokens stays in the tail: nobody is to wait for it.
     complete = geometry.num_head_tokens + geometry.block_size + geometry.min_tail_tokens - 1
     for known, computed, is_pending in ((complete, complete, False), (500, 100, True)):
-        slot = source.add_tokens(stream, token_ids[:known])
-        source.step({slot: computed})
+        seq_id = source.add_tokens(stream, token_ids[:known])
+        source.step({seq_id: computed})
         target = SharingFleet([layer], prefix_caching=True)
-        copy = target.take(source.export(slot), stream)
+        copy = target.take(source.export(seq_id), stream)
         chain = target.manager.chain_tokens(token_ids)
         match = target.manager.find_prefix(chain)
         assert (match.num_tokens, match.is_pending) == (geometry.num_head_tokens, is_pending)
@@ -431,9 +433,9 @@ def test_a_second_import_keeps_the_blocks_that_can_be_hit():
     layer = small_layer(NATIVE)
     stream, token_ids = make_stream([layer], 200, 5, torch.float32), tokens_of(5, 200)
     fleet = SharingFleet([layer], prefix_caching=True)
-    slot = fleet.add_tokens(stream, token_ids)
-    fleet.step({slot: 100})
-    data = fleet.export(slot)
+    seq_id = fleet.add_tokens(stream, token_ids)
+    fleet.step({seq_id: 100})
+    data = fleet.export(seq_id)
     cached = fleet.manager.prefix_cache.find(fleet.manager.chain_tokens(token_ids).hashes)
     for _ in range(3):
         fleet.take(data, stream)
@@ -450,10 +452,10 @@ def test_extra_keys_travel_and_have_to_be_named(prefix_caching):
     stream, token_ids = make_stream([layer], 200, 5, torch.float32), tokens_of(5, 200)
     source = SharingFleet([layer], prefix_caching=prefix_caching)
     target = SharingFleet([layer], prefix_caching=True)
-    slot = source.manager.fork(source.add_tokens(stream, token_ids, ("adapter", 7)))
-    source.streams[slot] = stream
-    source.step({slot: 100})
-    data = source.export(slot)
+    seq_id = source.manager.fork(source.add_tokens(stream, token_ids, ("adapter", 7)))
+    source.streams[seq_id] = stream
+    source.step({seq_id: 100})
+    data = source.export(seq_id)
     for keys in ((), ("adapter",), ("adapter", "7"), ("adapter7",), (b"adapter", 7)):
         assert_refused(target, data, r"^header\.root is .* extra keys differ", extra_keys=keys)
     target.take(data, stream, extra_keys=("adapter", 7))
@@ -469,9 +471,9 @@ def test_nobody_plants_blocks_under_another_prefix():
     stream, token_ids = make_stream([layer], 200, 5, torch.float32), tokens_of(5, 200)
     victim = SharingFleet([layer], prefix_caching=True)
     attacker = SharingFleet([layer], prefix_caching=True)
-    slot = attacker.add_tokens(stream, token_ids[16:])
-    attacker.step({slot: 100})
-    header, body = parts_of(attacker.export(slot))
+    seq_id = attacker.add_tokens(stream, token_ids[16:])
+    attacker.step({seq_id: 100})
+    header, body = parts_of(attacker.export(seq_id))
     secret = victim.manager.chain_tokens(token_ids, ("salt",))
     hashes = [link.hex() for link in secret.hashes]
     wanted = header | {"root": hashes[0], "link_hashes": hashes[1 : len(header["link_hashes"]) + 1]}
@@ -495,9 +497,9 @@ def test_nobody_plants_blocks_under_another_prefix():
 
 def exported(layers: list[LayerSpec], length: int = 300, **options) -> bytes:
     fleet = SharingFleet(layers, **options)
-    slot = fleet.add_tokens(make_stream(layers, length, 1, torch.float32), tokens_of(1, length))
-    fleet.step({slot: length})
-    return fleet.export(slot)
+    seq_id = fleet.add_tokens(make_stream(layers, length, 1, torch.float32), tokens_of(1, length))
+    fleet.step({seq_id: length})
+    return fleet.export(seq_id)
 
 
 @pytest.mark.parametrize("kv_format", [NATIVE.with_options(block_size=4), INT2, INT8],
@@ -586,9 +588,9 @@ def test_a_manager_for_another_model_is_refused_by_its_root():
     source.manager = source.cache.new_manager(
         max_num_seqs=1, max_model_len=100, model_fingerprint=b"one"
     )
-    slot = source.manager.add_sequence([1, 2, 3])
-    assert_refused(target, source.export(slot), r"^header\.root is ")
-    data = source.export(slot, model_fingerprint=b"one")
+    seq_id = source.manager.add_sequence([1, 2, 3])
+    assert_refused(target, source.export(seq_id), r"^header\.root is ")
+    data = source.export(seq_id, model_fingerprint=b"one")
     assert_refused(target, data, r"^header\.fingerprint is ")
     target.manager = target.cache.new_manager(
         max_num_seqs=1, max_model_len=100, model_fingerprint=b"one"
@@ -599,19 +601,21 @@ def test_a_manager_for_another_model_is_refused_by_its_root():
 def test_unknown_tokens_are_refused_where_prefixes_are_cached():
     layer = small_layer()
     source = SharingFleet([layer])
-    slot = source.add(make_stream([layer], 300, 1, torch.float32))
-    source.step({slot: 300})
+    seq_id = source.add(make_stream([layer], 300, 1, torch.float32))
+    source.step({seq_id: 300})
     target = SharingFleet([layer], prefix_caching=True)
-    assert_refused(target, source.export(slot), r"^of 300 computed tokens 0 are known; ")
+    assert_refused(target, source.export(seq_id), r"^of 300 computed tokens 0 are known; ")
 
 
 def test_max_model_len_is_kept():
     layer = small_layer()
     for length, computed in ((300, 300), (300, 1)):
         source = SharingFleet([layer])
-        slot = source.add_tokens(make_stream([layer], 300, 1, torch.float32), tokens_of(1, length))
-        source.step({slot: computed})
-        data = source.export(slot)
+        seq_id = source.add_tokens(
+            make_stream([layer], 300, 1, torch.float32), tokens_of(1, length)
+        )
+        source.step({seq_id: computed})
+        data = source.export(seq_id)
         short = SharingFleet([layer], max_model_len=299)
         assert_refused(short, data, r"^the sequence has 300 tokens; max_model_len is 299 here$")
         target = SharingFleet([layer], max_model_len=300)
@@ -653,18 +657,18 @@ def test_sizes_and_counts_that_cannot_be_are_refused_by_name():
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True], ids=["plain", "prefix caching"])
-def test_too_few_blocks_or_slots(prefix_caching):
+def test_too_few_blocks_or_seq_ids(prefix_caching):
     layer = small_layer()
     stream = make_stream([layer], 500, 1, torch.float32)
     data = exported([layer], 400)
     needed = num_blocks_of(data, layer)
     options = {"max_num_seqs": 2, "prefix_caching": prefix_caching}
     fleet = SharingFleet([layer], num_blocks=needed, **options)
-    slot = fleet.add_tokens(stream, tokens_of(2, 500))
-    fleet.step({slot: 1})
+    seq_id = fleet.add_tokens(stream, tokens_of(2, 500))
+    fleet.step({seq_id: 1})
     match = rf"^{needed} blocks asked for, {needed - 1} are free$"
     assert_refused(fleet, data, match, OutOfBlocksError)
-    fleet.remove(slot)
+    fleet.remove(seq_id)
     copy = fleet.take(data, stream)
     assert fleet.manager.num_free_blocks == 0
     fleet.remove(copy)
@@ -673,27 +677,27 @@ def test_too_few_blocks_or_slots(prefix_caching):
     fleet.manager.check_integrity()
     fleet = SharingFleet([layer], max_num_seqs=1, prefix_caching=prefix_caching)
     fleet.take(data, stream)
-    assert_refused(fleet, data, r"^all 1 sequence slots are in use$", OutOfBlocksError)
+    assert_refused(fleet, data, r"^all 1 sequence seq_ids are in use$", OutOfBlocksError)
 
 
-def test_outstanding_steps_and_slots_without_a_sequence():
+def test_outstanding_steps_and_seq_ids_without_a_sequence():
     layer = small_layer()
     fleet = SharingFleet([layer])
     stream = make_stream([layer], 300, 1, torch.float32)
-    slot = fleet.add_tokens(stream, tokens_of(1, 300))
-    fleet.step({slot: 200})
-    data = fleet.export(slot)
-    plan = fleet.plan({slot: 1})
+    seq_id = fleet.add_tokens(stream, tokens_of(1, 300))
+    fleet.step({seq_id: 200})
+    data = fleet.export(seq_id)
+    plan = fleet.plan({seq_id: 1})
     before = state_of(fleet)
     with pytest.raises(InvalidStepError, match="commit or roll back"):
-        fleet.export(slot)
+        fleet.export(seq_id)
     assert state_of(fleet) == before
     assert_refused(fleet, data, "commit or roll back", InvalidStepError)
     fleet.manager.rollback(plan)
     for wrong in (-1, 7, 8, 1000):
-        with pytest.raises(InvalidStepError, match=f"slot {wrong} holds no sequence"):
+        with pytest.raises(InvalidStepError, match=f"seq_id {wrong} holds no sequence"):
             fleet.export(wrong)
-    assert fleet.export(slot) == data
+    assert fleet.export(seq_id) == data
 
 
 def test_a_copy_that_fails_leaves_nothing_behind(monkeypatch):
@@ -712,7 +716,7 @@ def test_a_copy_that_fails_leaves_nothing_behind(monkeypatch):
             import_sequence(target.cache, target.manager, data)
     target.manager.check_integrity()
     assert frozen([target.manager.tables.num_open, target.manager.num_free_blocks]) == before
-    assert target.manager.num_free_slots == target.manager.max_num_seqs
+    assert target.manager.num_free_seqs == target.manager.max_num_seqs
     assert target.manager.num_cached_blocks == 0
     import_sequence(target.cache, target.manager, data)
 
@@ -738,21 +742,21 @@ def victim() -> tuple[SharingFleet, bytes]:
     layer = small_layer()
     fleet = SharingFleet([layer], num_blocks=40, max_num_seqs=3, max_model_len=400,
                          prefix_caching=True)  # fmt: skip
-    slot = fleet.add_tokens(make_stream([layer], 300, 1, torch.float32), tokens_of(1, 300))
-    fleet.step({slot: 250})
-    return fleet, fleet.export(slot)
+    seq_id = fleet.add_tokens(make_stream([layer], 300, 1, torch.float32), tokens_of(1, 300))
+    fleet.step({seq_id: 250})
+    return fleet, fleet.export(seq_id)
 
 
 def try_import(fleet: SharingFleet, data: bytes) -> bool:
     """Whether it gets in; if so the sequence is sound, if not it is a `TransferError`."""
     before = state_of(fleet)
     try:
-        slot = import_sequence(fleet.cache, fleet.manager, data)
+        seq_id = import_sequence(fleet.cache, fleet.manager, data)
     except TransferError:
         assert state_of(fleet) == before
         return False
     fleet.manager.check_integrity()
-    fleet.manager.remove_sequence(slot)
+    fleet.manager.remove_sequence(seq_id)
     return True
 
 
@@ -864,24 +868,24 @@ def test_forged_sequences_get_in_only_where_they_can_go_on(
     forgery = forged_sequence(cache, num_computed, num_known, num_sealed)
     before = frozen([manager, cache.arenas])
     try:
-        slot = import_sequence(cache, manager, forgery)
+        seq_id = import_sequence(cache, manager, forgery)
     except TransferError:
         assert frozen([manager, cache.arenas]) == before
         natural = int(cache.geometry.num_sealed_blocks(ids(num_computed))[0])
         assert num_sealed != natural or max(lengths) > 600 or prefix_caching
         return
     manager.check_integrity()
-    while (length := int(manager.num_computed_tokens[slot])) < 600:
+    while (length := int(manager.num_computed_tokens[seq_id])) < 600:
         room = 600 - length
         count = data.draw(st.integers(1, room))
         drafts = data.draw(st.integers(0, min(count - 1, cache.geometry.block_size)))
-        while manager.num_tokens[slot] < length + count:
-            manager.append_tokens([slot], [5])
-        plan = manager.reserve([slot], [count], [drafts])
+        while manager.num_tokens[seq_id] < length + count:
+            manager.append_tokens([seq_id], [5])
+        plan = manager.reserve([seq_id], [count], [drafts])
         assert plan is not None
         cache.begin(plan)
         manager.commit(plan)
-    manager.remove_sequence(slot)
+    manager.remove_sequence(seq_id)
     manager.check_integrity()
 
 
@@ -889,18 +893,18 @@ def test_forged_sequences_get_in_only_where_they_can_go_on(
 
 
 def views_in_order(cache: PagedKVCache, arenas: list[torch.Tensor], order: str) -> list:
-    """Views of `layer_records` over records that lie in the given order, whatever the device."""
+    """Views of `layer_blocks` over records that lie in the given order, whatever the device."""
     found = []
     for layer, arena in zip(cache.layers, arenas, strict=True):
         layout = layer.record_layout(cache.dtype)
-        views = layer_records(arena, layout, cache.dtype, cache.geometry.open_block_size)
+        views = layer_blocks(arena, layout, cache.dtype, cache.geometry.open_block_size)
         found.append(with_order(views, arena, layout, order == transfer.CHANNEL_MAJOR_KEYS))
     return found
 
 
 def with_order(
-    views: LayerRecords, arena: torch.Tensor, layout: RecordLayout, keys_are_channel_major: bool
-) -> LayerRecords:
+    views: LayerBlocks, arena: torch.Tensor, layout: RecordLayout, keys_are_channel_major: bool
+) -> LayerBlocks:
     def strided(view: torch.Tensor, byte_offset: int, is_channel_major: bool) -> torch.Tensor:
         typed, (rows, dim) = arena.view(view.dtype), view.shape[2:]
         strides = (*typed.stride()[:2], *((1, rows) if is_channel_major else (dim, 1)))
@@ -920,7 +924,7 @@ def with_order(
     return replace(views, sealed=sealed)
 
 
-def ordered_views(views: LayerRecords) -> dict[str, torch.Tensor]:
+def ordered_views(views: LayerBlocks) -> dict[str, torch.Tensor]:
     """The views whose inner order follows the device."""
     found = {"open_keys": views.open_keys}
     if views.sealed is not None:
@@ -1015,32 +1019,32 @@ def test_import_from_a_device_with_the_other_order(kv_format, dtype):
     on_cpu, back = (SharingFleet(layers, dtype=dtype) for _ in range(2))
     gpu_like, moved_on = (gpu_like_fleet(layers, dtype=dtype) for _ in range(2))
     assert transfer.record_order_of(gpu_like.cache) == transfer.CHANNEL_MAJOR_VALUES
-    slot = on_cpu.add_tokens(stream, tokens_of(6, 900))
-    on_cpu.step({slot: 500})
-    data = on_cpu.export(slot)
+    seq_id = on_cpu.add_tokens(stream, tokens_of(6, 900))
+    on_cpu.step({seq_id: 500})
+    data = on_cpu.export(seq_id)
     moved = gpu_like.take(data, stream)
-    for ours, theirs in zip(records_of(gpu_like, moved), records_of(on_cpu, slot), strict=True):
+    for ours, theirs in zip(records_of(gpu_like, moved), records_of(on_cpu, seq_id), strict=True):
         assert not torch.equal(ours, theirs)
     if not kv_format.is_native:
-        assert not torch.equal(gpu_like.sealed_bytes(moved), on_cpu.sealed_bytes(slot))
+        assert not torch.equal(gpu_like.sealed_bytes(moved), on_cpu.sealed_bytes(seq_id))
     returned = back.take(gpu_like.export(moved), stream)
-    assert_equal(records_of(back, returned), records_of(on_cpu, slot))
+    assert_equal(records_of(back, returned), records_of(on_cpu, seq_id))
     assert back.export(returned) == data
     further = moved_on.take(gpu_like.export(moved), stream)
     for count in (1, 300, 1):
-        expected = on_cpu.step({slot: count})[slot]
+        expected = on_cpu.step({seq_id: count})[seq_id]
         assert_equal(back.step({returned: count})[returned], expected)
         outputs = gpu_like.step({moved: count})[moved]
         assert_close(outputs, expected)
         assert_equal(moved_on.step({further: count})[further], outputs)
 
 
-def open_tokens(fleet: SharingFleet, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def open_tokens(fleet: SharingFleet, seq_id: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [tokens, heads, dim] that the open blocks of a sequence hold."""
     manager, records = fleet.manager, fleet.cache.records[layer]
-    block_ids = torch.as_tensor(manager.tables.head_and_tail_ids(slot), dtype=torch.int64)
-    sealed_tokens = int(manager.num_sealed[slot]) * manager.geometry.block_size
-    num_tokens = fleet.length(slot) - sealed_tokens
+    block_ids = torch.as_tensor(manager.tables.head_and_tail_ids(seq_id), dtype=torch.int64)
+    sealed_tokens = int(manager.num_sealed[seq_id]) * manager.geometry.block_size
+    num_tokens = fleet.length(seq_id) - sealed_tokens
     return tuple(
         view[block_ids].transpose(1, 2).flatten(0, 1)[:num_tokens]
         for view in (records.open_keys, records.open_values)
@@ -1061,18 +1065,18 @@ def test_open_tokens_read_the_same_on_a_device_with_the_other_order(kv_format, d
     num_head = on_cpu.manager.geometry.num_head_tokens
     for length in (3, 50, 500):
         stream = make_stream(layers, length, length, dtype)
-        slot = on_cpu.add_tokens(stream, tokens_of(length, length))
-        on_cpu.step({slot: length})
-        moved = gpu_like.take(on_cpu.export(slot), stream)
+        seq_id = on_cpu.add_tokens(stream, tokens_of(length, length))
+        on_cpu.step({seq_id: length})
+        moved = gpu_like.take(on_cpu.export(seq_id), stream)
         returned = back.take(gpu_like.export(moved), stream)
-        num_sealed = int(on_cpu.manager.num_sealed[slot])
+        num_sealed = int(on_cpu.manager.num_sealed[seq_id])
         positions = torch.arange(length)
         body_end = num_head + num_sealed * on_cpu.manager.geometry.block_size
         is_open = (positions < num_head) | (positions >= body_end)
         for layer in range(len(layers)):
             expected = [stream.keys[layer][is_open], stream.values[layer][is_open]]
-            for fleet, its_slot in ((on_cpu, slot), (gpu_like, moved), (back, returned)):
-                assert_equal([*open_tokens(fleet, its_slot, layer)], expected)
+            for fleet, its_seq_id in ((on_cpu, seq_id), (gpu_like, moved), (back, returned)):
+                assert_equal([*open_tokens(fleet, its_seq_id, layer)], expected)
 
 
 @pytest.mark.parametrize("kv_format", [NATIVE, INT2], ids=["native", "int2"])
@@ -1091,9 +1095,9 @@ def test_unknown_order_is_refused(kv_format):
 def test_between_a_cpu_and_a_gpu(kv_format):
     layers = layers_of(kv_format)
     source = SharingFleet(layers)
-    slot = source.add_tokens(make_stream(layers, 500, 6, torch.float32), tokens_of(6, 500))
-    source.step({slot: 500})
-    data = source.export(slot)
+    seq_id = source.add_tokens(make_stream(layers, 500, 6, torch.float32), tokens_of(6, 500))
+    source.step({seq_id: 500})
+    data = source.export(seq_id)
     cache = PagedKVCache(layers, num_blocks=100, dtype=torch.float32, device="cuda")
     manager = cache.new_manager(max_num_seqs=2, max_model_len=600)
     on_gpu = import_sequence(cache, manager, data)
@@ -1101,8 +1105,8 @@ def test_between_a_cpu_and_a_gpu(kv_format):
     returned = import_sequence(
         target.cache, target.manager, export_sequence(cache, manager, on_gpu)
     )
-    assert_equal(records_of(target, returned), records_of(source, slot))
-    own_ids = torch.as_tensor(source.manager.block_ids(slot), dtype=torch.int64)
+    assert_equal(records_of(target, returned), records_of(source, seq_id))
+    own_ids = torch.as_tensor(source.manager.block_ids(seq_id), dtype=torch.int64)
     gpu_ids = torch.as_tensor(manager.block_ids(on_gpu), dtype=torch.int64).cuda()
     start = source.manager.geometry.num_head_blocks
     body = slice(start, start + int(manager.num_sealed[on_gpu]))
@@ -1122,9 +1126,9 @@ def test_nothing_refers_to_the_data_after_an_import():
     layer = small_layer()
     data = bytearray(exported([layer]))
     target = SharingFleet([layer], prefix_caching=True)
-    slot = import_sequence(target.cache, target.manager, data)
+    seq_id = import_sequence(target.cache, target.manager, data)
     before = state_of(target)
     data[:] = bytes(len(data))
     data.clear()  # raises BufferError while something still looks into it
     assert state_of(target) == before
-    assert target.length(slot) == 300
+    assert target.length(seq_id) == 300

@@ -101,7 +101,7 @@ def assert_nothing_is_held(llm: LLM) -> None:
     manager = llm.engine.manager
     llm.engine.scheduler.check_integrity()
     assert manager.num_free_blocks == manager.num_blocks
-    assert manager.num_free_slots == manager.max_num_seqs
+    assert manager.num_free_seqs == manager.max_num_seqs
     assert not manager.prefix_cache or not manager.prefix_cache._pending
 
 

@@ -431,7 +431,7 @@ def test_samples_keep_the_salt_of_their_prompt(make_llm, prompts):
     llm = make_llm(max_num_seqs=2)
     llm.generate([prompts[4]], sampling(n=4, cache_salt="a"))
     hits = llm.statistics().num_hit_tokens
-    assert hits == 2 * shareable(prompts[4])  # those that had no slot
+    assert hits == 2 * shareable(prompts[4])  # those that had no seq_id
     llm.generate([prompts[4]], sampling())
     assert llm.statistics().num_hit_tokens == hits
 

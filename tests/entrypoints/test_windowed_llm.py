@@ -331,9 +331,9 @@ def test_models_that_cannot_stream_are_refused(name):
 def test_a_stream_is_not_exported():
     with open_llm(zoo.model("llama")) as llm:
         manager = llm.engine.manager
-        slot = manager.add_sequence(manager.chain_tokens([1], sink_window=WINDOW))
-        with pytest.raises(TransferError, match=f"slot {slot} is a stream"):
-            export_sequence(llm.engine.cache, manager, slot)
+        seq_id = manager.add_sequence(manager.chain_tokens([1], sink_window=WINDOW))
+        with pytest.raises(TransferError, match=f"seq_id {seq_id} is a stream"):
+            export_sequence(llm.engine.cache, manager, seq_id)
 
 
 def test_a_scheduler_checks_streams_too():

@@ -53,51 +53,51 @@ RAGGED = (1, 63, 1000, 16, 17, 200, 330)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @ALL_FORMATS
 def test_ragged_decode_matches_the_oracle(kv_format, dtype):
-    fleet, slots = ragged_fleet(layer_of(kv_format), RAGGED, dtype=dtype)
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format), RAGGED, dtype=dtype)
     for _ in range(2):
-        check_step(fleet, dict.fromkeys(slots, 1), limit=tolerance(dtype))
+        check_step(fleet, dict.fromkeys(seq_ids, 1), limit=tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @ALL_FORMATS
 def test_chunks_beside_decodes_match_the_oracle(kv_format, dtype):
-    fleet, slots = ragged_fleet(layer_of(kv_format), RAGGED, dtype=dtype, new_tokens=400)
-    counts = dict(zip(slots, (300, 1, 33, 1, 129, 1, 64), strict=True))
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format), RAGGED, dtype=dtype, new_tokens=400)
+    counts = dict(zip(seq_ids, (300, 1, 33, 1, 129, 1, 64), strict=True))
     check_step(fleet, counts, limit=tolerance(dtype))
-    check_step(fleet, dict.fromkeys(slots, 5), limit=tolerance(dtype))
+    check_step(fleet, dict.fromkeys(seq_ids, 5), limit=tolerance(dtype))
 
 
 @ALL_FORMATS
 def test_each_step_of_a_growing_sequence_matches_the_oracle(kv_format):
     layer = layer_of(kv_format, heads=1, key_dim=16)
     fleet = Fleet([layer])
-    slot = fleet.add(make_stream([layer], 600, 5, torch.float32))
+    seq_id = fleet.add(make_stream([layer], 600, 5, torch.float32))
     for count in (1, 1, 14, 1, 30, 17, 64, 1, 31, 96, 5, 128, 1, 127, 60):
-        check_step(fleet, {slot: count})
+        check_step(fleet, {seq_id: count})
 
 
 @ALL_FORMATS
 def test_empty_context_is_plain_causal_attention(kv_format):
     layer = layer_of(kv_format)
     fleet = Fleet([layer])
-    slots = [fleet.add(make_stream([layer], 300, seed, torch.float32, 2)) for seed in range(3)]
-    streams = [fleet.streams[slot] for slot in slots]
+    seq_ids = [fleet.add(make_stream([layer], 300, seed, torch.float32, 2)) for seed in range(3)]
+    streams = [fleet.streams[seq_id] for seq_id in seq_ids]
     lengths = (300, 1, 77)
-    outputs = fleet.step(dict(zip(slots, lengths, strict=True)))
-    for slot, stream, length in zip(slots, streams, lengths, strict=True):
+    outputs = fleet.step(dict(zip(seq_ids, lengths, strict=True)))
+    for seq_id, stream, length in zip(seq_ids, streams, lengths, strict=True):
         exact = oracle(
             stream.queries[0][:length],
             stream.keys[0][:length].double().numpy(),
             stream.values[0][:length].double().numpy(),
         )
-        assert relative_error(outputs[slot][0], exact) <= FLOAT32_TOLERANCE
+        assert relative_error(outputs[seq_id][0], exact) <= FLOAT32_TOLERANCE
 
 
 @ALL_FORMATS
 def test_decode_of_many_sequences_matches_the_oracle(kv_format):
     lengths = tuple(1 + 37 * index % 290 for index in range(64))
-    fleet, slots = ragged_fleet(layer_of(kv_format, heads=1), lengths)
-    check_step(fleet, dict.fromkeys(slots, 1))
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format, heads=1), lengths)
+    check_step(fleet, dict.fromkeys(seq_ids, 1))
 
 
 @TORCH_ONLY
@@ -109,19 +109,19 @@ def test_reading_the_context_a_few_runs_at_a_time_matches_the_oracle(
     layer = layer_of(kv_format)
     run_bytes = layer.num_kv_heads * layer.key_dim * 4 * max(kv_format.block_size, 128)
     monkeypatch.setattr(flat_attention, "CPU_SCRATCH_BYTES", scratch_runs * run_bytes)
-    fleet, slots = ragged_fleet(layer, RAGGED)
+    fleet, seq_ids = ragged_fleet(layer, RAGGED)
     for num_new in (1, 3):
-        check_step(fleet, dict.fromkeys(slots, num_new))
-        check_step(fleet, dict.fromkeys(slots, num_new), sliding_window=90, sink_logits=SINKS)
+        check_step(fleet, dict.fromkeys(seq_ids, num_new))
+        check_step(fleet, dict.fromkeys(seq_ids, num_new), sliding_window=90, sink_logits=SINKS)
 
 
 @TORCH_ONLY
 @BASE_FORMATS
 def test_a_step_too_large_for_one_group_matches_the_oracle(kv_format, monkeypatch):
     monkeypatch.setattr(attention, "MAX_FLAT_SCORES", 1000)
-    fleet, slots = ragged_fleet(layer_of(kv_format), RAGGED)
-    check_step(fleet, dict.fromkeys(slots, 1))
-    check_step(fleet, dict(zip(slots, (1, 2, 8, 9, 2, 1, 3), strict=True)))
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format), RAGGED)
+    check_step(fleet, dict.fromkeys(seq_ids, 1))
+    check_step(fleet, dict(zip(seq_ids, (1, 2, 8, 9, 2, 1, 3), strict=True)))
 
 
 @TORCH_ONLY
@@ -129,8 +129,8 @@ def test_a_step_too_large_for_one_group_matches_the_oracle(kv_format, monkeypatc
 @ALL_FORMATS
 def test_blocks_may_lie_in_memory_either_way(kv_format, num_new):
     """The views of a GPU: codes of keys token-major, of values channel-major."""
-    fleet, slots = ragged_fleet(layer_of(kv_format), RAGGED)
-    counts = dict.fromkeys(slots, num_new)
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format), RAGGED)
+    counts = dict.fromkeys(seq_ids, num_new)
     expected = expected_outputs(fleet, counts)
     records = fleet.cache.records[0]
     sealed = records.sealed
@@ -143,16 +143,16 @@ def test_blocks_may_lie_in_memory_either_way(kv_format, num_new):
         records, open_keys=records.open_keys.contiguous(), sealed=sealed
     )
     outputs = fleet.step(counts)
-    for slot in slots:
-        assert relative_error(outputs[slot][0], expected[slot]) <= FLOAT32_TOLERANCE
+    for seq_id in seq_ids:
+        assert relative_error(outputs[seq_id][0], expected[seq_id]) <= FLOAT32_TOLERANCE
 
 
 @BASE_FORMATS
 def test_result_does_not_depend_on_the_order_of_the_batch(kv_format):
-    fleet, slots = ragged_fleet(layer_of(kv_format), RAGGED)
-    check_step(fleet, dict.fromkeys(reversed(slots), 1))
-    check_step(fleet, dict.fromkeys(slots[::2], 3))
-    check_step(fleet, dict.fromkeys(slots[1::2], 2))
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format), RAGGED)
+    check_step(fleet, dict.fromkeys(reversed(seq_ids), 1))
+    check_step(fleet, dict.fromkeys(seq_ids[::2], 3))
+    check_step(fleet, dict.fromkeys(seq_ids[1::2], 2))
 
 
 @pytest.mark.parametrize("label", QUANTIZED_LABELS)
@@ -160,10 +160,10 @@ def test_new_tokens_attend_to_each_other_unrounded(label):
     """Float32 keys over a bfloat16 cache: only what was stored is rounded."""
     layer = layer_of(FORMATS_BY_LABEL[label])
     fleet = Fleet([layer], dtype=torch.bfloat16)
-    slot = fleet.add(make_stream([layer], 500, 1, torch.float32))
-    check_step(fleet, {slot: 300})
-    check_step(fleet, {slot: 150})
-    check_step(fleet, {slot: 1})
+    seq_id = fleet.add(make_stream([layer], 500, 1, torch.float32))
+    check_step(fleet, {seq_id: 300})
+    check_step(fleet, {seq_id: 150})
+    check_step(fleet, {seq_id: 1})
 
 
 def test_layers_of_different_formats_each_match_the_oracle():
@@ -174,9 +174,9 @@ def test_layers_of_different_formats_each_match_the_oracle():
         layer_of(INT4, heads=4, key_dim=16),
     ]
     fleet = Fleet(layers)
-    slots = [fleet.add(make_stream(layers, 500, seed, torch.float32, 2)) for seed in range(2)]
+    seq_ids = [fleet.add(make_stream(layers, 500, seed, torch.float32, 2)) for seed in range(2)]
     for counts in ((400, 150), (1, 1), (50, 200), (1, 1)):
-        check_step(fleet, dict(zip(slots, counts, strict=True)))
+        check_step(fleet, dict(zip(seq_ids, counts, strict=True)))
 
 
 # -- shapes -------------------------------------------------------------------------------------
@@ -185,18 +185,18 @@ def test_layers_of_different_formats_each_match_the_oracle():
 @pytest.mark.parametrize("head_dim", [8, 16, 40, 64, 80, 96, 128, 256])
 @BASE_FORMATS
 def test_every_head_dim_matches_the_oracle(kv_format, head_dim):
-    fleet, slots = ragged_fleet(layer_of(kv_format, key_dim=head_dim), (1, 63, 333))
-    check_step(fleet, dict.fromkeys(slots, 1))
-    check_step(fleet, dict.fromkeys(slots, 9))
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format, key_dim=head_dim), (1, 63, 333))
+    check_step(fleet, dict.fromkeys(seq_ids, 1))
+    check_step(fleet, dict.fromkeys(seq_ids, 9))
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(96, 64), (24, 128), (192, 128), (8, 256)])
 @BASE_FORMATS
 def test_values_may_have_another_size_than_keys(kv_format, key_dim, value_dim):
     layer = layer_of(kv_format, key_dim=key_dim, value_dim=value_dim)
-    fleet, slots = ragged_fleet(layer, (1, 63, 333))
-    check_step(fleet, dict.fromkeys(slots, 1))
-    check_step(fleet, dict.fromkeys(slots, 9))
+    fleet, seq_ids = ragged_fleet(layer, (1, 63, 333))
+    check_step(fleet, dict.fromkeys(seq_ids, 1))
+    check_step(fleet, dict.fromkeys(seq_ids, 9))
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,9 @@ def test_values_may_have_another_size_than_keys(kv_format, key_dim, value_dim):
 @BASE_FORMATS
 def test_query_heads_of_a_group_share_their_kv_head(kv_format, kv_heads, gqa_group):
     layer = layer_of(kv_format, heads=kv_heads, key_dim=24)
-    fleet, slots = ragged_fleet(layer, (1, 63, 333), gqa_group=gqa_group)
-    check_step(fleet, dict.fromkeys(slots, 1))
-    check_step(fleet, dict.fromkeys(slots, 4))
+    fleet, seq_ids = ragged_fleet(layer, (1, 63, 333), gqa_group=gqa_group)
+    check_step(fleet, dict.fromkeys(seq_ids, 1))
+    check_step(fleet, dict.fromkeys(seq_ids, 4))
 
 
 # -- options ------------------------------------------------------------------------------------
@@ -237,32 +237,32 @@ SINK_OPTIONS = {
 @pytest.mark.parametrize("options", (OPTIONS | SINK_OPTIONS).values(), ids=OPTIONS | SINK_OPTIONS)
 @BASE_FORMATS
 def test_every_option_matches_the_oracle(kv_format, options):
-    fleet, slots = ragged_fleet(layer_of(kv_format), (0, 63, 450), new_tokens=200)
-    check_step(fleet, dict.fromkeys(slots, 150), **options)
-    check_step(fleet, dict.fromkeys(slots, 1), **options)
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format), (0, 63, 450), new_tokens=200)
+    check_step(fleet, dict.fromkeys(seq_ids, 150), **options)
+    check_step(fleet, dict.fromkeys(seq_ids, 1), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [OPTIONS["softcap"], SINK_OPTIONS["sink logits, window"]])
 def test_options_in_half_precision_match_the_oracle(options, dtype):
-    fleet, slots = ragged_fleet(layer_of(INT4), (63, 450), dtype=dtype)
-    check_step(fleet, dict.fromkeys(slots, 30), limit=tolerance(dtype), **options)
-    check_step(fleet, dict.fromkeys(slots, 1), limit=tolerance(dtype), **options)
+    fleet, seq_ids = ragged_fleet(layer_of(INT4), (63, 450), dtype=dtype)
+    check_step(fleet, dict.fromkeys(seq_ids, 30), limit=tolerance(dtype), **options)
+    check_step(fleet, dict.fromkeys(seq_ids, 1), limit=tolerance(dtype), **options)
 
 
 @pytest.mark.parametrize("num_new", [1, 20])
 def test_scores_of_thousands_do_not_overflow(num_new):
-    fleet, slots = ragged_fleet(layer_of(INT8), (63, 450))
-    check_step(fleet, dict.fromkeys(slots, num_new), scale=500.0)
+    fleet, seq_ids = ragged_fleet(layer_of(INT8), (63, 450))
+    check_step(fleet, dict.fromkeys(seq_ids, num_new), scale=500.0)
 
 
 # -- the oracle can tell ------------------------------------------------------------------------
 
 
-def error_of_step(fleet: Fleet, slot: int, real: dict, assumed: dict, num_new: int = 1) -> float:
+def error_of_step(fleet: Fleet, seq_id: int, real: dict, assumed: dict, num_new: int = 1) -> float:
     """Error of a step with options `real` against an oracle with options `assumed`."""
-    expected = expected_outputs(fleet, {slot: num_new}, **assumed)[slot]
-    return relative_error(fleet.step({slot: num_new}, **real)[slot][0], expected)
+    expected = expected_outputs(fleet, {seq_id: num_new}, **assumed)[seq_id]
+    return relative_error(fleet.step({seq_id: num_new}, **real)[seq_id][0], expected)
 
 
 @pytest.mark.parametrize("num_new", [1, 7])
@@ -280,8 +280,8 @@ def error_of_step(fleet: Fleet, slot: int, real: dict, assumed: dict, num_new: i
 )
 @BASE_FORMATS
 def test_another_option_gives_a_clearly_different_output(kv_format, real, assumed, num_new):
-    fleet, slots = ragged_fleet(layer_of(kv_format), (450,))
-    assert error_of_step(fleet, slots[0], real, assumed, num_new) > CLEARLY_DIFFERENT
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format), (450,))
+    assert error_of_step(fleet, seq_ids[0], real, assumed, num_new) > CLEARLY_DIFFERENT
 
 
 @pytest.mark.parametrize(
@@ -297,24 +297,24 @@ def test_another_option_gives_a_clearly_different_output(kv_format, real, assume
     ids=lambda value: getattr(value, "name", value),
 )
 def test_sharing_a_block_by_mistake_gives_a_clearly_different_output(kv_format, table):
-    fleet, slots = ragged_fleet(layer_of(kv_format), (450, 460))
-    counts = dict.fromkeys(slots, 1)
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format), (450, 460))
+    counts = dict.fromkeys(seq_ids, 1)
     expected = expected_outputs(fleet, counts)
     plan = fleet.plan(counts)
     getattr(plan, table)[1, 1] = getattr(plan, table)[0, 1]
     outputs = fleet.run(plan)
-    first, second = slots
+    first, second = seq_ids
     assert relative_error(outputs[first][0], expected[first]) <= FLOAT32_TOLERANCE
     assert relative_error(outputs[second][0], expected[second]) > CLEARLY_DIFFERENT
 
 
 @BASE_FORMATS
 def test_a_block_that_was_freed_too_early_gives_a_clearly_different_output(kv_format):
-    fleet, slots = ragged_fleet(layer_of(kv_format), (450,))
-    expected = expected_outputs(fleet, {slots[0]: 1})
-    fleet.poison_blocks(fleet.manager.block_ids(slots[0])[1:2])
-    output = fleet.step({slots[0]: 1})[slots[0]][0]
-    assert relative_error(output, expected[slots[0]]) > CLEARLY_DIFFERENT
+    fleet, seq_ids = ragged_fleet(layer_of(kv_format), (450,))
+    expected = expected_outputs(fleet, {seq_ids[0]: 1})
+    fleet.poison_blocks(fleet.manager.block_ids(seq_ids[0])[1:2])
+    output = fleet.step({seq_ids[0]: 1})[seq_ids[0]][0]
+    assert relative_error(output, expected[seq_ids[0]]) > CLEARLY_DIFFERENT
 
 
 # -- calling it ---------------------------------------------------------------------------------
@@ -340,8 +340,8 @@ def test_a_block_that_was_freed_too_early_gives_a_clearly_different_output(kv_fo
 def test_bad_shape_is_refused_by_name_and_shape_before_anything_is_stored(name, shape):
     layer = layer_of(INT8, key_dim=32, value_dim=16)
     fleet = Fleet([layer])
-    slot = fleet.add(make_stream([layer], 3, 0, torch.float32))
-    step = fleet.cache.begin(fleet.plan({slot: 3}))
+    seq_id = fleet.add(make_stream([layer], 3, 0, torch.float32))
+    step = fleet.cache.begin(fleet.plan({seq_id: 3}))
     tensors = {
         "query": torch.zeros(3, 4, 32),
         "key": torch.zeros(3, 2, 32),
@@ -383,8 +383,8 @@ def test_mixed_dtypes_are_refused_before_anything_is_stored(name):
 def test_bad_mask_is_refused_before_anything_is_stored(masks, named):
     layer = layer_of(INT8, key_dim=32, value_dim=16)
     fleet = Fleet([layer])
-    slot = fleet.add(make_stream([layer], 3, 0, torch.float32))
-    step = fleet.cache.begin(fleet.plan({slot: 3}))
+    seq_id = fleet.add(make_stream([layer], 3, 0, torch.float32))
+    step = fleet.cache.begin(fleet.plan({seq_id: 3}))
     before = fleet.cache.arenas[0].clone()
     with pytest.raises(ConfigError, match=named):
         paged_attention(
@@ -403,8 +403,8 @@ def test_bad_mask_is_refused_before_anything_is_stored(masks, named):
 def test_output_has_the_dtype_of_the_query_and_the_size_of_the_values(dtype):
     layer = layer_of(INT8, key_dim=32, value_dim=48)
     fleet = Fleet([layer], dtype=torch.bfloat16)
-    slot = fleet.add(make_stream([layer], 10, 0, dtype, gqa_group=3))
-    output = fleet.step({slot: 10})[slot][0]
+    seq_id = fleet.add(make_stream([layer], 10, 0, dtype, gqa_group=3))
+    output = fleet.step({seq_id: 10})[seq_id][0]
     assert output.dtype == dtype
     assert output.shape == (10, 6, 48)
 

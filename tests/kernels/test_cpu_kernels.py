@@ -26,22 +26,22 @@ from torch import Tensor
 
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
-from paged_kv.cache.kv_cache import LayerSpec, layer_records
-from paged_kv.kernels.block_views import LayerRecords
+from paged_kv.cache.kv_cache import LayerSpec, layer_blocks
+from paged_kv.kernels.block_views import LayerBlocks
 from paged_kv.kernels.cpu import attention as cpu_attention
 from paged_kv.kernels.cpu import microkernels as cpu_microkernels
-from paged_kv.kernels.cpu import native as cpu_native
+from paged_kv.kernels.cpu import native_code as cpu_native
 from paged_kv.kernels.cpu import plan as cpu_plan
 from paged_kv.kernels.cpu import quantize as cpu_quantize
 from paged_kv.kernels.cpu import store as cpu_store
 from paged_kv.kernels.cpu import threads as cpu_threads
 from paged_kv.kernels.cpu import vectors as cpu_vectors
-from paged_kv.kernels.cpu import worker as cpu_worker
+from paged_kv.kernels.cpu import native_attention as cpu_worker
 from paged_kv.kernels.cpu.microkernels import TILE_TOKENS
 from paged_kv.kernels.cpu.native_attention import MAX_ITEM_ROWS, Item
 from paged_kv.kernels.cpu.plan import WorkItems, plan_items
 from paged_kv.kernels.eager import store
-from paged_kv.kernels.step_inputs import StepIndices
+from paged_kv.kernels.step_inputs import StepInputs
 from tests.support import attention_oracle, helpers
 from tests.support.attention_oracle import (
     FLOAT32_TOLERANCE,
@@ -347,7 +347,7 @@ def test_plain_threads_run_the_worker_as_often(num_threads, plain_threads):
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> StepIndices:
+def steps(draw: st.DrawFn) -> StepInputs:
     head = draw(st.sampled_from([0, 16, 64]))
     block_size = draw(st.sampled_from([64, 128]))
     query_lens, context_lens, num_sealed = [], [], []
@@ -361,7 +361,7 @@ def steps(draw: st.DrawFn) -> StepIndices:
     )
 
 
-def check_parts_of_rows(step: StepIndices, sequence: int, parts: NDArray[np.int64]) -> None:
+def check_parts_of_rows(step: StepInputs, sequence: int, parts: NDArray[np.int64]) -> None:
     """The items of the same rows: they cover the context once, and only the last one ends it."""
     context_len, sealed = step.context_lens_host[sequence], int(step.num_sealed[sequence])
     parts = parts[np.lexsort((parts[:, Item.END], parts[:, Item.START]))]
@@ -387,7 +387,7 @@ def check_parts_of_rows(step: StepIndices, sequence: int, parts: NDArray[np.int6
         assert len(set(parts[:, Item.COUNTER].tolist())) == 1
 
 
-def check_items(step: StepIndices, num_kv_heads: int, group_size: int, work: WorkItems) -> None:
+def check_items(step: StepInputs, num_kv_heads: int, group_size: int, work: WorkItems) -> None:
     items, counters, partials, *_ = work.arrays
     keys = (Item.SEQUENCE, Item.KV_HEAD, Item.FIRST_ROW, Item.NUM_ROWS)
     groups: dict[tuple[int, ...], list[NDArray[np.int64]]] = {}
@@ -450,7 +450,7 @@ SEALING_FORMATS = {
 
 def store_twice(
     kv_format: KVFormat, dtype: torch.dtype, dims: tuple[int, int], tokens: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, LayerRecords]:
+) -> tuple[Tensor, Tensor, LayerBlocks]:
     """Arenas after the torch reference and the CPU's kernels stored and sealed the same tokens.
 
     `tokens` are keys and values [blocks, block_size, heads, dim], one block each to seal. Tokens
@@ -476,7 +476,7 @@ def store_twice(
     num_new = int(is_new.sum())
     num_stored = min(num_new, 3 * size)
     none = torch.zeros(1, 1, dtype=torch.int64)
-    step = StepIndices(
+    step = StepInputs(
         query_lens=(num_new,),
         context_lens_host=(0,),
         context_lens=none[0],
@@ -494,12 +494,12 @@ def store_twice(
         num_head_tokens=0,
     )
     flat_keys, flat_values = keys.flatten(0, 1), values.flatten(0, 1)
-    before = layer_records(arena, layout, dtype, size)
+    before = layer_blocks(arena, layout, dtype, size)
     for open_blocks, flat in ((before.open_keys, flat_keys), (before.open_values, flat_values)):
         at = slots[is_open]
         open_blocks[at // size, :, at % size] = flat[is_open].to(dtype)
     arenas = arena.clone(), arena.clone()
-    records = [layer_records(copy, layout, dtype, size) for copy in arenas]
+    records = [layer_blocks(copy, layout, dtype, size) for copy in arenas]
     store.store_tokens(records[0], flat_keys[is_new], flat_values[is_new], step)
     cpu_store.store_tokens(records[1], flat_keys[is_new], flat_values[is_new], step)
     assert not torch.equal(arenas[0], arena)
@@ -591,7 +591,7 @@ def test_what_is_not_finite_is_sealed_as_in_the_reference(kv_format, dtype):
     layer = LayerSpec(kv_format=kv_format, num_kv_heads=2, key_dim=24, value_dim=24)
     layout = layer.record_layout(dtype)
     expected, stored = (
-        layer_records(arena, layout, dtype, layout.open_capacity).sealed for arena in arenas
+        layer_blocks(arena, layout, dtype, layout.open_capacity).sealed for arena in arenas
     )
     assert expected is not None
     assert stored is not None

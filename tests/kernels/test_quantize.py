@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paged_kv.cache.formats import INT2, INT4, INT8, KVFormat
-from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, layer_records
+from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, layer_blocks
 from paged_kv.kernels.eager.quantize import (
     dequantize_keys,
     dequantize_values,
@@ -203,7 +203,7 @@ def test_gpu_record_holds_keys_row_by_row_and_values_channel_by_channel(bits):
     layout = layer.record_layout(torch.bfloat16)
     shape = (3, HEADS, layout.record_bytes)
     not_cpu = torch.empty(shape, dtype=torch.uint8, device="meta")
-    views = layer_records(not_cpu, layout, torch.bfloat16, layout.open_capacity).sealed
+    views = layer_blocks(not_cpu, layout, torch.bfloat16, layout.open_capacity).sealed
     assert views is not None
 
     arena = torch.zeros(shape, dtype=torch.uint8)
@@ -240,7 +240,7 @@ def test_metadata_has_the_same_order_on_every_device(bits):
     sealed = {}
     for device in ("cpu", "meta"):
         arena = torch.empty((3, HEADS, layout.record_bytes), dtype=torch.uint8, device=device)
-        records = layer_records(arena, layout, torch.bfloat16, layout.open_capacity)
+        records = layer_blocks(arena, layout, torch.bfloat16, layout.open_capacity)
         sealed[device] = records.sealed._asdict()
     for name, view in sealed["cpu"].items():
         other = sealed["meta"][name]

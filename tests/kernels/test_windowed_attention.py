@@ -86,13 +86,13 @@ def softmax_output(query: Tensor, keys: Tensor, values: Tensor, **rules: float) 
     return torch.einsum("hk,khd->hd", scores.softmax(-1), values).numpy()
 
 
-def stored_context(fleet: Fleet, slot: int, num_new: int) -> tuple[Tensor, Tensor]:
+def stored_context(fleet: Fleet, seq_id: int, num_new: int) -> tuple[Tensor, Tensor]:
     """Keys and values [tokens, H, D] at their positions, those in the body as sealed blocks say."""
-    stream, length = fleet.streams[slot], fleet.length(slot)
+    stream, length = fleet.streams[seq_id], fleet.length(seq_id)
     keys, values = (t[0][: length + num_new].double() for t in (stream.keys, stream.values))
     manager = fleet.manager
-    first = manager.geometry.num_head_tokens + int(manager.num_evicted_tokens[slot])
-    for block_id in manager.body_ids(slot):
+    first = manager.geometry.num_head_tokens + int(manager.num_evicted_tokens[seq_id])
+    for block_id in manager.body_ids(seq_id):
         end = first + manager.geometry.block_size
         block = dequantized_block(fleet.cache, 0, int(block_id))
         keys[first:end], values[first:end] = map(torch.from_numpy, block)
@@ -105,25 +105,25 @@ def check_step(
 ) -> None:
     """Run a step, and hold each token to what it sees of what is stored."""
     expected = {}
-    for slot, count in counts.items():
-        keys, values = stored_context(fleet, slot, count)
-        stream, rows = fleet.streams[slot], []
-        for position in range(fleet.length(slot), fleet.length(slot) + count):
-            sinks = windows[slot] or SinkWindow(0, 1 << 30)
+    for seq_id, count in counts.items():
+        keys, values = stored_context(fleet, seq_id, count)
+        stream, rows = fleet.streams[seq_id], []
+        for position in range(fleet.length(seq_id), fleet.length(seq_id) + count):
+            sinks = windows[seq_id] or SinkWindow(0, 1 << 30)
             seen = seen_positions(position, sinks)
             scored = keys[seen]
             query = stream.queries[0][position].double()
-            if windows[slot] is not None:  # the difference of two queries on the sinks alone
+            if windows[seq_id] is not None:  # the difference of two queries on the sinks alone
                 near = stream.sink_queries[0][position].double()
                 is_sink = torch.from_numpy(seen < sinks.num_sink_tokens)
                 rows.append(two_query_output(query, near, scored, values[seen], is_sink))
             else:
                 rows.append(softmax_output(query, scored, values[seen]))
-        expected[slot] = np.stack(rows)
+        expected[seq_id] = np.stack(rows)
     outputs = fleet.step(counts)
-    for slot in counts:
-        error = relative_error(outputs[slot][0], expected[slot])
-        assert error <= limit, (slot, fleet.length(slot), error)
+    for seq_id in counts:
+        error = relative_error(outputs[seq_id][0], expected[seq_id])
+        assert error <= limit, (seq_id, fleet.length(seq_id), error)
     fleet.manager.check_integrity()
 
 
@@ -157,11 +157,11 @@ def test_native_streams_equal_rerotated_keys(backend):
     raw = make_stream([layer], 400, 3, torch.float32, gqa_group=2)
     sinks = fleet.manager.fitted_window(SinkWindow(4, 50))
     assert sinks == SinkWindow(16, 50)
-    slot = fleet.add(rotated_stream(raw, sinks), sinks)
+    seq_id = fleet.add(rotated_stream(raw, sinks), sinks)
     for position in range(400):
-        (output,) = fleet.step({slot: 1})[slot]
+        (output,) = fleet.step({seq_id: 1})[seq_id]
         assert relative_error(output[0], expected_from_raw(raw, sinks, position)) <= 1e-5
-        stored = int(fleet.manager.num_computed_tokens[slot])
+        stored = int(fleet.manager.num_computed_tokens[seq_id])
         assert stored <= sinks.num_visible_tokens + fleet.manager.geometry.block_size - 1
         fleet.manager.check_integrity()
 
@@ -174,37 +174,37 @@ def test_native_streams_equal_rerotated_keys(backend):
 def test_streams_see_exactly_sinks_and_window(kv_format, sinks, backend):
     """Prefill in chunks, verify and decode beside an ordinary sequence."""
     fleet = Fleet([layer_of(kv_format)], max_model_len=1200, backend=backend)
-    slots, windows = [], {}
+    seq_ids, windows = [], {}
     for seed, wanted in enumerate([sinks, None, sinks]):
-        slot, windows_of_slot = add_stream(fleet, wanted, 1100, seed)
-        slots.append(slot)
-        windows[slot] = windows_of_slot
+        seq_id, windows_of_seq_id = add_stream(fleet, wanted, 1100, seed)
+        seq_ids.append(seq_id)
+        windows[seq_id] = windows_of_seq_id
     limit = LIMITS[kv_format.name]
     chunks = [(100, 30, 1), (20, 200, 40), (100, 100, 100), (1, 1, 5), (120, 7, 100), (60, 1, 1)]
     for chunk in (*chunks, *[(1, 1, 1)] * 20, (130, 4, 90), *[(4, 3, 1)] * 5, (100, 9, 129)):
-        check_step(fleet, dict(zip(slots, chunk, strict=True)), windows, limit)
-    assert (fleet.manager.num_evicted_tokens[slots] > 0).tolist() == [True, False, True]
+        check_step(fleet, dict(zip(seq_ids, chunk, strict=True)), windows, limit)
+    assert (fleet.manager.num_evicted_tokens[seq_ids] > 0).tolist() == [True, False, True]
 
 
 @ON_EVERY_BACKEND
 def test_a_layer_with_a_window_of_its_own_keeps_it(backend):
     """Sinks are as far as in a sequence of just sinks and window."""
     fleet = Fleet([layer_of(NATIVE)], max_model_len=600, backend=backend)
-    slot, sinks = add_stream(fleet, SinkWindow(16, 64), 300, 1)
+    seq_id, sinks = add_stream(fleet, SinkWindow(16, 64), 300, 1)
     assert sinks is not None
-    fleet.step({slot: 80})
+    fleet.step({seq_id: 80})
     for own_window in (1, 40, 64, 70, 79, 80, 500):
         for count in (1, 3, 40):
-            start = fleet.length(slot)
+            start = fleet.length(seq_id)
             if start + count > 300:
                 break
-            keys, values = stored_context(fleet, slot, count)
+            keys, values = stored_context(fleet, seq_id, count)
             expected = []
             for position in range(start, start + count):
                 seen = seen_positions(position, sinks)
                 distances = np.arange(len(seen))[::-1]
                 seen = seen[distances < own_window]
-                stream = fleet.streams[slot]
+                stream = fleet.streams[seq_id]
                 expected.append(
                     two_query_output(
                         stream.queries[0][position].double(),
@@ -212,7 +212,7 @@ def test_a_layer_with_a_window_of_its_own_keeps_it(backend):
                         keys[seen], values[seen], torch.from_numpy(seen < 16),
                     )
                 )  # fmt: skip
-            (output,) = fleet.step({slot: count}, sliding_window=own_window)[slot]
+            (output,) = fleet.step({seq_id: count}, sliding_window=own_window)[seq_id]
             assert relative_error(output, np.stack(expected)) <= 1e-5, (own_window, count)
 
 
@@ -247,7 +247,7 @@ def test_streams_in_parts_on_two_threads(kv_format, num_sinks, parts):
     fleet = Fleet([layer_of(kv_format)], num_blocks=400, backend="cpu")
     windows = {}
     for seed, wanted in enumerate([SinkWindow(num_sinks, 900), None]):
-        slot, windows[slot] = add_stream(fleet, wanted, 1600, seed)
+        seq_id, windows[seq_id] = add_stream(fleet, wanted, 1600, seed)
     stream, other = windows
     for counts in ((40, 1), (200, 3), (200, 700), *[(200, 1)] * 5):
         fleet.step({stream: counts[0], other: counts[1]})
@@ -284,14 +284,14 @@ def test_rules_of_a_layer_go_with_streams_as_in_the_reference(kv_format, rules, 
     fleets = [Fleet([layer_of(kv_format)], dtype=dtype, backend=name) for name in ("torch", "cpu")]
     for fleet in fleets:
         for seed, wanted in enumerate([SinkWindow(30, 128), None, SinkWindow(16, 150)]):
-            slot, _ = add_stream(fleet, wanted, 700, seed)
+            seq_id, _ = add_stream(fleet, wanted, 700, seed)
     counts = [(5, 1, 16), (100, 40, 1), (30, 1, 60), (130, 300, 130), (1, 1, 1), (100, 1, 130)]
     limit = 2 * tolerance(dtype) if dtype != torch.float32 else LIMITS[kv_format.name]
     for chunk in (*counts, (1, 1, 1), (4, 9, 3), (40, 1, 33)):
         outputs = [fleet.step(dict(zip(fleet.streams, chunk, strict=True)), **rules)
                    for fleet in fleets]  # fmt: skip
-        for slot in outputs[0]:
-            expected, found = (output[slot][0].double() for output in outputs)
+        for seq_id in outputs[0]:
+            expected, found = (output[seq_id][0].double() for output in outputs)
             assert relative_error(found, expected.numpy()) <= limit
     evicted = fleets[1].manager.num_evicted_tokens[list(fleets[1].streams)] > 0
     assert evicted.tolist() == [True, False, True]
@@ -302,16 +302,16 @@ def test_rules_of_a_layer_go_with_streams_as_in_the_reference(kv_format, rules, 
 def test_new_sinks_are_sinks_beyond_the_window_too(num_stored, own_window):
     """More at once than the manager would let a stream have; kernels know only the definition."""
     fleet = Fleet([layer_of(NATIVE)], backend="cpu")
-    slot, _ = add_stream(fleet, None, 400, 1)
+    seq_id, _ = add_stream(fleet, None, 400, 1)
     if num_stored:
-        fleet.step({slot: num_stored})
+        fleet.step({seq_id: num_stored})
     count, records = 260, fleet.cache.records[0]
     step = replace(
-        fleet.cache.begin(fleet.plan({slot: count})).indices,
+        fleet.cache.begin(fleet.plan({seq_id: count})).indices,
         num_sink_tokens=torch.tensor([144]),
         window_sizes=torch.tensor([20]),
     )
-    stream = fleet.streams[slot]
+    stream = fleet.streams[seq_id]
     new = [tokens[0][num_stored : num_stored + count]
            for tokens in (stream.queries, stream.keys, stream.values)]  # fmt: skip
     expected, found = (
@@ -327,22 +327,22 @@ def test_new_sinks_are_sinks_beyond_the_window_too(num_stored, own_window):
 def test_no_second_query_is_seen():
     """Sinks at their true distance: not what the definition says."""
     fleet = Fleet([layer_of(NATIVE)], max_model_len=600, backend="torch")
-    slot, sinks = add_stream(fleet, SinkWindow(16, 64), 300, 1)
-    stream = fleet.streams[slot]
-    fleet.step({slot: 80})
-    fleet.step({slot: 100})
+    seq_id, sinks = add_stream(fleet, SinkWindow(16, 64), 300, 1)
+    stream = fleet.streams[seq_id]
+    fleet.step({seq_id: 80})
+    fleet.step({seq_id: 100})
     stream.sink_queries = stream.queries
     raw = make_stream(fleet.cache.layers, 300, 1, torch.float32, gqa_group=2)
     assert sinks is not None
-    (output,) = fleet.step({slot: 1})[slot]
+    (output,) = fleet.step({seq_id: 1})[seq_id]
     assert relative_error(output[0], expected_from_raw(raw, sinks, 180)) > 1e-3
 
 
 def test_a_missing_sink_query_is_refused():
     fleet = Fleet([layer_of(NATIVE)], max_model_len=600, backend="torch")
-    slot, _ = add_stream(fleet, SinkWindow(16, 64), 300, 1)
-    fleet.step({slot: 80})
-    plan = fleet.plan({slot: 1})
+    seq_id, _ = add_stream(fleet, SinkWindow(16, 64), 300, 1)
+    fleet.step({seq_id: 80})
+    plan = fleet.plan({seq_id: 1})
     new = torch.zeros(1, 2, 32)
     step = fleet.cache.begin(plan)
     with pytest.raises(ConfigError, match="sink_query is missing"):

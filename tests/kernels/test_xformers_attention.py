@@ -67,11 +67,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 @BASE_FORMATS
 def test_chunks_attend_to_themselves_by_xformers(kv_format, options, calls):
     """Two chunks, one of them first tokens, beside a decode; the output is rounded to bfloat16."""
-    fleet, slots = ragged_fleet(
+    fleet, seq_ids = ragged_fleet(
         layer_of(kv_format, heads=2, key_dim=64, value_dim=64), (63, 300, 17),
         gqa_group=2, dtype=torch.bfloat16, new_tokens=200,
     )  # fmt: skip
-    check_step(fleet, dict(zip(slots, (70, 1, 129), strict=True)), **options)
+    check_step(fleet, dict(zip(seq_ids, (70, 1, 129), strict=True)), **options)
     assert calls == [(1, 200, 2, 2, 64)]
 
 
@@ -81,8 +81,8 @@ def test_chunks_attend_to_themselves_by_xformers(kv_format, options, calls):
     ids=lambda options: "-".join(options),
 )
 def test_rules_that_xformers_does_not_know_stay_with_us(options, calls):
-    fleet, slots = ragged_fleet(layer_of(INT8), (63,), dtype=torch.bfloat16, new_tokens=80)
-    check_step(fleet, dict.fromkeys(slots, 70), **options)
+    fleet, seq_ids = ragged_fleet(layer_of(INT8), (63,), dtype=torch.bfloat16, new_tokens=80)
+    check_step(fleet, dict.fromkeys(seq_ids, 70), **options)
     assert not calls
 
 
@@ -93,14 +93,14 @@ def test_rules_that_xformers_does_not_know_stay_with_us(options, calls):
 )
 def test_tensors_that_xformers_does_not_know_stay_with_us(dims, dtype, calls):
     layer = layer_of(INT8, key_dim=dims[0], value_dim=dims[1])
-    fleet, slots = ragged_fleet(layer, (63,), dtype=dtype, new_tokens=80)
-    check_step(fleet, dict.fromkeys(slots, 70))
+    fleet, seq_ids = ragged_fleet(layer, (63,), dtype=dtype, new_tokens=80)
+    check_step(fleet, dict.fromkeys(seq_ids, 70))
     assert not calls
 
 
 def test_few_new_tokens_stay_with_us(calls):
-    fleet, slots = ragged_fleet(layer_of(INT8), (63, 200), dtype=torch.bfloat16)
-    check_step(fleet, dict.fromkeys(slots, 1))
+    fleet, seq_ids = ragged_fleet(layer_of(INT8), (63, 200), dtype=torch.bfloat16)
+    check_step(fleet, dict.fromkeys(seq_ids, 1))
     assert not calls
 
 

@@ -236,12 +236,12 @@ def test_control_altered_attention(
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_control_shared_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence that reads another's first block gets other tokens, and it alone."""
-    victim, lender = 6, 7  # slots are given out in the order of the prompts
+    victim, lender = 6, 7  # seq_ids are given out in the order of the prompts
     reserve = BlockManager.reserve
 
     def reserve_shared(manager: BlockManager, *args: Any) -> StepPlan | None:
         plan = reserve(manager, *args)
-        rows = {int(slot): row for row, slot in enumerate(plan.slots)} if plan else {}
+        rows = {int(seq_id): row for row, seq_id in enumerate(plan.seq_ids)} if plan else {}
         if plan and plan.open_table.shape[1] and {victim, lender} <= rows.keys():
             plan.open_table[rows[victim], 0] = plan.open_table[rows[lender], 0]
         return plan

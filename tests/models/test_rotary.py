@@ -178,14 +178,14 @@ def test_streams_equal_rerotated_keys_at_any_position(offset):
     )
     assert sink_query is not None
     fleet = Fleet([layer], max_model_len=512)
-    slot = fleet.add(Stream([query], [key], raw.values, [sink_query]), sinks)
-    fleet.step({slot: 16})
-    fleet.manager.num_evicted_tokens[slot] += offset
-    fleet.offsets[slot] = offset
-    fleet.step({slot: 64})
+    seq_id = fleet.add(Stream([query], [key], raw.values, [sink_query]), sinks)
+    fleet.step({seq_id: 16})
+    fleet.manager.num_evicted_tokens[seq_id] += offset
+    fleet.offsets[seq_id] = offset
+    fleet.step({seq_id: 64})
     for end in (100, 101, 180, 260):
-        count = end - fleet.length(slot) + offset
-        (output,) = fleet.step({slot: count})[slot]
+        count = end - fleet.length(seq_id) + offset
+        (output,) = fleet.step({seq_id: count})[seq_id]
         near = torch.arange(end - 64, end)
         seen = torch.cat([torch.arange(16), near])
         keys = rotated(raw.keys[0][seen], np.arange(80))

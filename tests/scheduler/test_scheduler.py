@@ -85,11 +85,11 @@ def add(scheduler: Scheduler, *args: object, **options: object) -> Request:
 
 def counts_of(scheduler: Scheduler, step: ScheduledStep) -> dict[str, int]:
     """New tokens of each request in a step."""
-    by_slot = {request.slot: request.request_id for request in running(scheduler)}
+    by_seq_id = {request.seq_id: request.request_id for request in running(scheduler)}
     return {
-        by_slot[slot]: count
-        for slot, count in zip(
-            step.plan.slots.tolist(), step.plan.num_scheduled_tokens.tolist(), strict=True
+        by_seq_id[seq_id]: count
+        for seq_id, count in zip(
+            step.plan.seq_ids.tolist(), step.plan.num_scheduled_tokens.tolist(), strict=True
         )
     }
 
@@ -133,7 +133,7 @@ def assert_nothing_is_held(scheduler: Scheduler) -> None:
     assert not scheduler.has_unfinished
     assert scheduler.num_running == scheduler.num_waiting == 0
     assert scheduler.manager.num_free_blocks == scheduler.manager.num_blocks
-    assert scheduler.manager.num_free_slots == scheduler.manager.max_num_seqs
+    assert scheduler.manager.num_free_seqs == scheduler.manager.max_num_seqs
 
 
 # -- budget, chunks, order ----------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_the_budget_goes_to_the_best_rank_of_the_running_requests_first():
     assert run_step(scheduler) == {"urgent": 1}
 
 
-def test_no_more_sequences_run_than_there_are_slots():
+def test_no_more_sequences_run_than_there_are_seq_ids():
     scheduler = make_scheduler(max_num_seqs=3)
     for index in range(5):
         add(scheduler, f"r{index}", 2)
@@ -266,7 +266,7 @@ def test_out_of_blocks_preempts_the_latest_arrival():
     step = scheduler.schedule()
     assert step.preempted == [b]
     assert counts_of(scheduler, step) == {"a": 1}
-    assert (b.status, b.num_preemptions, b.slot) == (RequestStatus.PREEMPTED, 1, None)
+    assert (b.status, b.num_preemptions, b.seq_id) == (RequestStatus.PREEMPTED, 1, None)
     assert (a.status, a.num_preemptions) == (RequestStatus.RUNNING, 0)
     assert scheduler.manager.num_free_blocks == 1
 
@@ -402,7 +402,7 @@ def test_abort_while_a_step_computes_the_request_frees_it_when_the_step_ends(geo
     else:
         complete(scheduler, step)
     scheduler.check_integrity()
-    assert target.slot is None
+    assert target.seq_id is None
     assert drain(scheduler) == [other]
     assert_nothing_is_held(scheduler)
 
@@ -466,7 +466,9 @@ def state_of(scheduler: Scheduler) -> dict[str, object]:
         "free": set(free.tolist()),
         "computed": manager.num_computed_tokens.tolist(),
         "sealed": manager.num_sealed.tolist(),
-        "blocks": {int(slot): manager.block_ids(slot).tolist() for slot in manager.active_slots},
+        "blocks": {
+            int(seq_id): manager.block_ids(seq_id).tolist() for seq_id in manager.living_seq_ids
+        },
         "tokens": {r.request_id: list(r.token_ids) for r in running(scheduler)},
         "running": scheduler.num_running,
         "waiting": scheduler.num_waiting,
@@ -517,8 +519,8 @@ def test_a_reservation_that_does_not_fit_changes_nothing(geometry):
     add(scheduler, "b", 5, max_tokens=9)
     run_step(scheduler)
     before = state_of(scheduler)
-    slots = scheduler.manager.active_slots
-    assert scheduler.manager.reserve(slots, np.array([1, 900])) is None
+    seq_ids = scheduler.manager.living_seq_ids
+    assert scheduler.manager.reserve(seq_ids, np.array([1, 900])) is None
     assert state_of(scheduler) == before
     scheduler.check_integrity()
 
@@ -716,10 +718,10 @@ class Traffic(RuleBasedStateMachine):
             assert request.rank > max(r.rank for r in now)
             del self.stored[request.request_id]
         starts = step.plan.query_start_loc.tolist()
-        by_slot = {request.slot: request for request in now}
+        by_seq_id = {request.seq_id: request for request in now}
         complete_now = []
-        for row, slot in enumerate(step.plan.slots.tolist()):
-            request, begin = by_slot[slot], self.stored[by_slot[slot].request_id]
+        for row, seq_id in enumerate(step.plan.seq_ids.tolist()):
+            request, begin = by_seq_id[seq_id], self.stored[by_seq_id[seq_id].request_id]
             end = begin + starts[row + 1] - starts[row]
             tokens = slice(starts[row], starts[row + 1])
             assert step.plan.positions[tokens].tolist() == list(range(begin, end))
@@ -765,8 +767,8 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert self.scheduler.has_unfinished == bool(self.requests)
         for name, count in self.stored.items():
-            slot = self.requests[name].slot
-            assert self.scheduler.manager.num_computed_tokens[slot] == count
+            seq_id = self.requests[name].seq_id
+            assert self.scheduler.manager.num_computed_tokens[seq_id] == count
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

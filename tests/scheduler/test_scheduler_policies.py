@@ -109,7 +109,7 @@ def assert_nothing_is_held(scheduler: Scheduler) -> None:
     assert not scheduler.has_unfinished
     assert scheduler.num_running == scheduler.num_waiting == 0
     assert manager.num_free_blocks == manager.num_blocks
-    assert manager.num_free_slots == manager.max_num_seqs
+    assert manager.num_free_seqs == manager.max_num_seqs
     assert manager.host_pool is None or manager.host_pool.num_allocated == 0
     assert manager.prefix_cache is None or not manager.prefix_cache._pending
 
@@ -346,7 +346,7 @@ def test_each_of_several_that_do_not_fit_is_passed():
     assert (big.times_passed, bigger.times_passed, huge.times_passed) == (1, 1, 0)
 
 
-def test_a_request_that_waits_for_a_slot_is_not_passed():
+def test_a_request_that_waits_for_a_seq_id_is_not_passed():
     scheduler = make_scheduler(max_num_seqs=1)
     add(scheduler, "a", 4)
     waiting = add(scheduler, "b", 4)
@@ -367,7 +367,7 @@ def test_of_64_equal_prompts_one_is_computed_and_shared_a_step_later():
     assert scheduler.statistics().num_hit_tokens == 0
     assert run_step(scheduler) == {f"r{index}": 1 for index in range(64)}
     assert scheduler.manager.pool.num_allocated == 8 + 64
-    assert scheduler.manager.pool.num_users[:8].tolist() == [64] * 8
+    assert scheduler.manager.pool.ref_counts[:8].tolist() == [64] * 8
     assert scheduler.statistics().num_hit_tokens == 63 * 32
     drain(scheduler)
     for request in requests:
@@ -521,7 +521,7 @@ def two_of_which_one_makes_room(**options: object) -> tuple[Scheduler, Request, 
     a, b = add(scheduler, "a", 4, 20), add(scheduler, "b", 4, 20)
     for _ in range(9):
         assert set(run_step(scheduler)) == {"a", "b"}
-    assert scheduler.manager.num_computed_tokens[[a.slot, b.slot]].tolist() == [12, 12]
+    assert scheduler.manager.num_computed_tokens[[a.seq_id, b.seq_id]].tolist() == [12, 12]
     assert scheduler.manager.num_free_blocks == 0
     return scheduler, a, b
 
@@ -535,7 +535,7 @@ def test_swapped_where_moving_twice_costs_less_than_computing_again(swap_cost, i
     assert (b.swapped is not None) == is_swapped
     assert len(step.swap_outs) == is_swapped
     assert scheduler.statistics().num_swapped == is_swapped
-    assert (b.status, b.num_preemptions, b.slot) == (RequestStatus.PREEMPTED, 1, None)
+    assert (b.status, b.num_preemptions, b.seq_id) == (RequestStatus.PREEMPTED, 1, None)
 
 
 @pytest.mark.parametrize(("num_host_blocks", "is_swapped"), [(0, False), (2, False), (3, True)])
@@ -561,7 +561,7 @@ def test_of_two_victims_the_one_for_which_the_host_has_room_is_swapped():
 def test_a_step_says_which_blocks_to_copy_where():
     scheduler, a, b = two_of_which_one_makes_room()
     manager = scheduler.manager
-    blocks = manager.block_ids(b.slot).tolist()
+    blocks = manager.block_ids(b.seq_id).tolist()
     step = scheduler.schedule()
     (copy,) = step.swap_outs
     assert copy.request_id == "b"
@@ -581,7 +581,7 @@ def test_a_step_says_which_blocks_to_copy_where():
     (copy,) = found
     assert copy.request_id == "b"
     assert copy.host_block_ids.tolist() == [0, 1, 2]
-    assert copy.device_block_ids.tolist() == manager.block_ids(b.slot).tolist()[:3]
+    assert copy.device_block_ids.tolist() == manager.block_ids(b.seq_id).tolist()[:3]
     assert manager.host_pool.num_allocated == 0
     assert last.plan.context_lens.tolist() == [12]  # only what was not computed before
     assert last.token_ids.tolist() == tokens[12:]
@@ -656,11 +656,11 @@ def follow(scheduler: Scheduler, contents: BlockContents, step: ScheduledStep) -
         contents.swap_in(copy.device_block_ids, copy.host_block_ids)
     manager, plan = scheduler.manager, step.plan
     values = [
-        prefix_values(manager.token_ids[slot, : start + count].tolist(), salt_of(scheduler, slot))[
-            start:
-        ]
-        for slot, start, count in zip(
-            plan.slots.tolist(),
+        prefix_values(
+            manager.token_ids[seq_id, : start + count].tolist(), salt_of(scheduler, seq_id)
+        )[start:]
+        for seq_id, start, count in zip(
+            plan.seq_ids.tolist(),
             plan.context_lens.tolist(),
             plan.num_scheduled_tokens.tolist(),
             strict=True,
@@ -671,13 +671,13 @@ def follow(scheduler: Scheduler, contents: BlockContents, step: ScheduledStep) -
 
 def check_contents(scheduler: Scheduler, contents: BlockContents) -> None:
     contents.poison_free()
-    for slot in scheduler.manager.active_slots.tolist():
-        contents.check(slot, salt_of(scheduler, slot))
+    for seq_id in scheduler.manager.living_seq_ids.tolist():
+        contents.check(seq_id, salt_of(scheduler, seq_id))
 
 
-def salt_of(scheduler: Scheduler, slot: int) -> int:
+def salt_of(scheduler: Scheduler, seq_id: int) -> int:
     """The salts of these tests are numbers."""
-    return sum(map(int, scheduler._by_slot[slot].extra_keys))
+    return sum(map(int, scheduler._by_seq_id[seq_id].extra_keys))
 
 
 # -- after a preemption -------------------------------------------------------------------------
@@ -754,7 +754,7 @@ def reach_waiting_for_a_prefix(scheduler: Scheduler) -> Request:
 def reach_mid_prefill(scheduler: Scheduler) -> Request:
     target = add(scheduler, "target", 90)
     run_step(scheduler)
-    assert 0 < scheduler.manager.num_computed_tokens[target.slot] < 90
+    assert 0 < scheduler.manager.num_computed_tokens[target.seq_id] < 90
     return target
 
 
@@ -859,7 +859,7 @@ def test_abort_in_any_state_frees_everything(geometry, reach, when):
     elif step is not None:
         scheduler.cancel(step)
     scheduler.check_integrity()
-    assert target.slot is None
+    assert target.seq_id is None
     assert target.swapped is None
     assert other in drain(scheduler)
     assert other.output_token_ids == [token_of("other", p) for p in range(30, 80)]
@@ -894,7 +894,7 @@ def test_a_child_goes_on_from_the_tokens_of_its_parent_with_a_token_of_its_own()
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])
-def test_children_without_a_slot_wait_and_are_served_later(prefix_caching):
+def test_children_without_a_seq_id_wait_and_are_served_later(prefix_caching):
     scheduler = make_scheduler(max_num_seqs=3, prefix_caching=prefix_caching)
     parent = add(scheduler, "parent", 10, max_tokens=5)
     children = fork_at_the_prompt(scheduler, parent, ["c0", "c1", "c2", "c3"], max_tokens=5)
@@ -915,7 +915,7 @@ def test_children_without_a_slot_wait_and_are_served_later(prefix_caching):
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 4])
-def test_children_that_want_one_token_end_with_the_step_whether_they_had_a_slot_or_not(
+def test_children_that_want_one_token_end_with_the_step_whether_they_had_a_seq_id_or_not(
     max_num_seqs,
 ):
     scheduler = make_scheduler(max_num_seqs=max_num_seqs)
@@ -953,7 +953,7 @@ def test_a_parent_that_is_aborted_in_mid_step_may_still_be_forked():
 @pytest.mark.parametrize("target", ["parent", "c0", "c3"])
 @pytest.mark.parametrize("when", ["between steps", "in a step"])
 def test_any_of_a_family_may_be_aborted(target, when):
-    """c3 has no slot when it is forked."""
+    """c3 has no seq_id when it is forked."""
     scheduler = make_scheduler(max_num_seqs=4)
     parent = add(scheduler, "parent", 10, max_tokens=6)
     family = [parent, *fork_at_the_prompt(scheduler, parent, ["c0", "c1", "c2", "c3"], 6)]
@@ -1212,14 +1212,16 @@ class Traffic:
 
     def step(self) -> None:
         rng, scheduler = self.rng, self.scheduler
-        was_running = {slot: scheduler._by_slot[slot] for slot in scheduler._running.tolist()}
+        was_running = {
+            seq_id: scheduler._by_seq_id[seq_id] for seq_id in scheduler._running.tolist()
+        }
         step = scheduler.schedule()
         if step is None:
             assert not self.expected
             return
         admitted = [
             request
-            for request in scheduler._by_slot[scheduler._running].tolist()
+            for request in scheduler._by_seq_id[scheduler._running].tolist()
             if request not in was_running.values()
         ]
         assert not (admitted and step.preempted)

@@ -71,12 +71,12 @@ def expected_outputs(
 ) -> dict[int, NDArray]:
     """What the next step has to return for each sequence; to be called before the step."""
     expected = {}
-    for slot, count in counts.items():
-        start, stream = fleet.length(slot), fleet.streams[slot]
-        keys, values = fleet.context(slot, layer)
+    for seq_id, count in counts.items():
+        start, stream = fleet.length(seq_id), fleet.streams[seq_id]
+        keys, values = fleet.context(seq_id, layer)
         new_keys = stream.keys[layer][start : start + count].double().numpy()
         new_values = stream.values[layer][start : start + count].double().numpy()
-        expected[slot] = oracle(
+        expected[seq_id] = oracle(
             stream.queries[layer][start : start + count],
             np.concatenate([keys, new_keys]),
             np.concatenate([values, new_values]),
@@ -93,9 +93,9 @@ def check_step(
     expected = [expected_outputs(fleet, counts, layer, **options) for layer in layers]
     outputs = fleet.step(counts, **options)
     for layer in layers:
-        for slot in counts:
-            error = relative_error(outputs[slot][layer], expected[layer][slot])
-            assert error <= limit, (layer, slot, error)
+        for seq_id in counts:
+            error = relative_error(outputs[seq_id][layer], expected[layer][seq_id])
+            assert error <= limit, (layer, seq_id, error)
     fleet.manager.check_integrity()
 
 
@@ -133,17 +133,19 @@ def ragged_fleet(
         backend=backend,
         device=device,
     )
-    slots = [
+    seq_ids = [
         fleet.add(make_stream([layer], length + new_tokens, seed, dtype, gqa_group))
         for seed, length in enumerate(lengths)
     ]
-    first = {slot: -(-length // 2) for slot, length in zip(slots, lengths, strict=True) if length}
+    first = {
+        seq_id: -(-length // 2) for seq_id, length in zip(seq_ids, lengths, strict=True) if length
+    }
     second = {
-        slot: length - first[slot]
-        for slot, length in zip(slots, lengths, strict=True)
+        seq_id: length - first[seq_id]
+        for seq_id, length in zip(seq_ids, lengths, strict=True)
         if length > 1
     }
     for counts in (first, second):
         if counts:
             fleet.step(counts)
-    return fleet, slots
+    return fleet, seq_ids

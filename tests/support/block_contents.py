@@ -43,7 +43,7 @@ class BlockContents:
     def apply(self, plan: StepPlan, values: NDArray[np.int64]) -> None:
         """Do what a plan orders, `values` [T] being its new tokens. Before the step ends."""
         opened, sealed = self.pool
-        assert (self.manager.pool.num_users[plan.copy_targets] == 1).all()
+        assert (self.manager.pool.ref_counts[plan.copy_targets] == 1).all()
         opened[plan.copy_targets] = opened[plan.copy_sources]
         cells = opened.reshape(-1)
         sources = plan.seal_sources
@@ -59,7 +59,7 @@ class BlockContents:
 
     def _check_may_be_written(self, block_ids: NDArray[np.int64]) -> None:
         """A block that is written has one user, and nobody can find it."""
-        assert (self.manager.pool.num_users[block_ids] == 1).all(), "a shared block is written"
+        assert (self.manager.pool.ref_counts[block_ids] == 1).all(), "a shared block is written"
         cache = self.manager.prefix_cache
         assert cache is None or not cache.is_cached[block_ids].any(), "a cached block is written"
 
@@ -73,24 +73,24 @@ class BlockContents:
 
     def poison_free(self) -> None:
         """Lose what free blocks hold, unless they are cached."""
-        is_free = self.manager.pool.num_users == 0
+        is_free = self.manager.pool.ref_counts == 0
         if self.manager.prefix_cache is not None:
             is_free = is_free & ~self.manager.prefix_cache.is_cached
         for pool in self.pool:
             pool[is_free] = FREE
 
-    def stored(self, slot: int) -> NDArray[np.int64]:
+    def stored(self, seq_id: int) -> NDArray[np.int64]:
         """What the blocks of a sequence hold, in the order of its tokens."""
         geometry, tables = self.manager.geometry, self.manager.tables
         opened, sealed = self.pool
-        row = opened[tables.head_and_tail_ids(slot)]
-        num_head = geometry.num_head_blocks if tables.num_sealed[slot] else 0
-        body = sealed[tables.body_ids(slot)]
+        row = opened[tables.head_and_tail_ids(seq_id)]
+        num_head = geometry.num_head_blocks if tables.num_sealed[seq_id] else 0
+        body = sealed[tables.body_ids(seq_id)]
         parts = [row[:num_head].reshape(-1), body.reshape(-1), row[num_head:].reshape(-1)]
-        return np.concatenate(parts)[: int(self.manager.num_computed_tokens[slot])]
+        return np.concatenate(parts)[: int(self.manager.num_computed_tokens[seq_id])]
 
-    def check(self, slot: int, salt: int = 0) -> None:
+    def check(self, seq_id: int, salt: int = 0) -> None:
         """Every stored token of a sequence is where its tables say."""
-        length = int(self.manager.num_computed_tokens[slot])
-        expected = prefix_values(self.manager.token_ids[slot, :length].tolist(), salt)
-        np.testing.assert_array_equal(self.stored(slot), expected)
+        length = int(self.manager.num_computed_tokens[seq_id])
+        expected = prefix_values(self.manager.token_ids[seq_id, :length].tolist(), salt)
+        np.testing.assert_array_equal(self.stored(seq_id), expected)

@@ -20,7 +20,7 @@ from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, cache_geometry
-from paged_kv.kernels.step_inputs import StepIndices
+from paged_kv.kernels.step_inputs import StepInputs
 
 NAN_BYTE = 0xFF  # an arena full of it reads as NaN in float32, bfloat16 and float16
 
@@ -106,20 +106,20 @@ class Fleet:
         self.offsets: dict[int, int] = {}  # positions that a stream's tokens are told to be on
 
     def add(self, stream: Stream, sink_window: SinkWindow | None = None) -> int:
-        slot = self.manager.add_sequence(self.manager.chain_tokens((), sink_window=sink_window))
-        self.streams[slot] = stream
-        return slot
+        seq_id = self.manager.add_sequence(self.manager.chain_tokens((), sink_window=sink_window))
+        self.streams[seq_id] = stream
+        return seq_id
 
-    def remove(self, slot: int) -> None:
-        freed = self.manager.block_ids(slot)
-        self.manager.remove_sequence(slot)
-        del self.streams[slot]
+    def remove(self, seq_id: int) -> None:
+        freed = self.manager.block_ids(seq_id)
+        self.manager.remove_sequence(seq_id)
+        del self.streams[seq_id]
         self.poison_blocks(freed)
 
-    def length(self, slot: int) -> int:
+    def length(self, seq_id: int) -> int:
         """Tokens that are computed, evicted ones included."""
         manager = self.manager
-        return int(manager.num_computed_tokens[slot] + manager.num_evicted_tokens[slot])
+        return int(manager.num_computed_tokens[seq_id] + manager.num_evicted_tokens[seq_id])
 
     def plan(self, counts: dict[int, int]) -> StepPlan:
         plan = self.manager.reserve(ids(*counts), ids(*counts.values()))
@@ -127,20 +127,20 @@ class Fleet:
         return plan
 
     def step(self, counts: dict[int, int], **options: object) -> dict[int, list[Tensor]]:
-        """Compute `counts[slot]` more tokens of each sequence; outputs by slot, then by layer."""
+        """Compute `counts[seq_id]` more tokens of each; outputs by seq_id, then by layer."""
         return self.run(self.plan(counts), **options)
 
     def run(self, plan: StepPlan, **options: object) -> dict[int, list[Tensor]]:
         """Run and commit a plan over all layers."""
         step = self.cache.begin(plan)
-        outputs: dict[int, list[Tensor]] = {int(slot): [] for slot in plan.slots}
+        outputs: dict[int, list[Tensor]] = {int(seq_id): [] for seq_id in plan.seq_ids}
         starts = plan.positions[plan.query_start_loc[:-1]]
-        starts = starts - [self.offsets.get(int(slot), 0) for slot in plan.slots]
+        starts = starts - [self.offsets.get(int(seq_id), 0) for seq_id in plan.seq_ids]
         for layer in range(len(self.cache.layers)):
             query, key, value, sink_query = (
-                torch.cat([tokens(self.streams[int(slot)])[layer][start : start + count]
-                           for slot, start, count in zip(
-                               plan.slots, starts, plan.num_scheduled_tokens, strict=True)]
+                torch.cat([tokens(self.streams[int(seq_id)])[layer][start : start + count]
+                           for seq_id, start, count in zip(
+                               plan.seq_ids, starts, plan.num_scheduled_tokens, strict=True)]
                           ).to(self.cache.device)
                 for tokens in (lambda s: s.queries, lambda s: s.keys, lambda s: s.values,
                                lambda s: s.sink_queries or s.queries)
@@ -149,8 +149,8 @@ class Fleet:
                 options["sink_query"] = sink_query
             output = paged_attention(query, key, value, self.cache, layer, step, **options)
             parts = output.cpu().split(plan.num_scheduled_tokens.tolist())
-            for slot, part in zip(plan.slots, parts, strict=True):
-                outputs[int(slot)].append(part)
+            for seq_id, part in zip(plan.seq_ids, parts, strict=True):
+                outputs[int(seq_id)].append(part)
         evicted_ids = self.manager.commit(plan)
         self.poison_blocks(plan.freed_block_ids)
         self.poison_blocks(evicted_ids)
@@ -159,29 +159,29 @@ class Fleet:
     def feed(self, counts: dict[int, Sequence[int]]) -> None:
         """Feed each sequence its chunks, one chunk of every sequence a step."""
         for turn in range(max(map(len, counts.values()))):
-            self.step({slot: c[turn] for slot, c in counts.items() if turn < len(c)})
+            self.step({seq_id: c[turn] for seq_id, c in counts.items() if turn < len(c)})
 
     def poison_blocks(self, block_ids: NDArray[np.int32]) -> None:
         for arena in self.cache.arenas:
             arena[torch.as_tensor(block_ids, dtype=torch.int64)] = self.poison
 
-    def sealed_bytes(self, slot: int, layer: int = 0) -> Tensor:
+    def sealed_bytes(self, seq_id: int, layer: int = 0) -> Tensor:
         """Every byte of the sealed records of a sequence: [blocks, heads, record_bytes]."""
-        body = torch.as_tensor(self.manager.body_ids(slot), dtype=torch.int64)
+        body = torch.as_tensor(self.manager.body_ids(seq_id), dtype=torch.int64)
         return self.cache.arenas[layer][body].clone()
 
-    def context(self, slot: int, layer: int = 0) -> tuple[NDArray, NDArray]:
+    def context(self, seq_id: int, layer: int = 0) -> tuple[NDArray, NDArray]:
         """Stored keys and values [tokens, heads, dim] in float64, in the order of positions.
 
         Head and tail are the stream's own tokens in the stored precision, not what the cache
         holds; the body is what the sealed records say.
         """
-        length = self.length(slot)
-        stream = self.streams[slot]
+        length = self.length(seq_id)
+        stream = self.streams[seq_id]
         keys = stream.keys[layer][:length].to(self.cache.dtype).double().numpy()
         values = stream.values[layer][:length].to(self.cache.dtype).double().numpy()
         position = self.manager.geometry.num_head_tokens
-        for block_id in self.manager.body_ids(slot):
+        for block_id in self.manager.body_ids(seq_id):
             end = position + self.manager.geometry.block_size
             keys[position:end], values[position:end] = dequantized_block(
                 self.cache, layer, int(block_id)
@@ -234,12 +234,12 @@ def step_of(
     *,
     num_head_tokens: int,
     block_size: int = 128,
-) -> StepIndices:
+) -> StepInputs:
     """A step without blocks, for what reads only its lengths."""
     none = torch.zeros(len(query_lens), 1, dtype=torch.int64)
     table = none.expand(-1, -(-max(context_lens, default=0) // 16))
     starts = np.concatenate([[0], np.cumsum(query_lens)])
-    return StepIndices(
+    return StepInputs(
         query_lens=tuple(query_lens),
         context_lens_host=tuple(context_lens),
         context_lens=torch.tensor(context_lens),

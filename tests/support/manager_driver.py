@@ -27,7 +27,7 @@ from paged_kv.errors import InvalidStepError, OutOfBlocksError
 from tests.support.reference_manager import (
     Content,
     ExtraKeys,
-    NoSlotError,
+    NoSeqIdError,
     ReferenceManager,
     Sequence,
     Shape,
@@ -238,7 +238,7 @@ class ManagerPair:
         self.parked: deque[Parked] = deque(maxlen=4)
         self.swapped: list[tuple[SwappedSequence, Swapped]] = []
         self.tally: Counter[str] = Counter()
-        self._kept_slots: dict[tuple[int, ...], NDArray[np.int64]] = {}
+        self._kept_seq_ids: dict[tuple[int, ...], NDArray[np.int64]] = {}
 
     @property
     def living(self) -> list[int]:
@@ -273,27 +273,27 @@ class ManagerPair:
             sequence.extend(tokens)
             assert self.manager.find_prefix(chain) == self.reference.find(sequence)
         try:
-            slot = self.reference.add(tokens, root)
-        except NoSlotError:
+            seq_id = self.reference.add(tokens, root)
+        except NoSeqIdError:
             with refused(OutOfBlocksError):
                 self.manager.add_sequence(chain)
-            self.tally["no slot"] += 1
+            self.tally["no seq_id"] += 1
             return
-        assert self.manager.add_sequence(chain) == slot
-        self.tally["hits"] += self.reference.sequences[slot].num_computed > 0
+        assert self.manager.add_sequence(chain) == seq_id
+        self.tally["hits"] += self.reference.sequences[seq_id].num_computed > 0
 
     def append(
         self, chosen: int, branch: int | None, count: int = 1, *, at_once: bool = False
     ) -> None:
         """More tokens for the living sequences whose bit is set."""
         tokens = {}
-        for index, slot in enumerate(self.living):
+        for index, seq_id in enumerate(self.living):
             if chosen >> index & 1:
-                after = self.reference.sequences[slot].copy()
+                after = self.reference.sequences[seq_id].copy()
                 end = min(after.num_known + count, self.settings.max_model_len)
                 while len(after.tokens) < end:
                     after.extend([next_token(after.tokens, branch)])
-                tokens[slot] = after.tokens[after.num_known : end]
+                tokens[seq_id] = after.tokens[after.num_known : end]
         self._append(tokens, at_once=at_once)
 
     def _append(self, tokens: dict[int, list[int]], *, at_once: bool) -> None:
@@ -301,55 +301,55 @@ class ManagerPair:
         if at_once:
             flat = [token for row in tokens.values() for token in row]
             self.manager.append_tokens(list(tokens), flat, [len(row) for row in tokens.values()])
-            for slot, row in tokens.items():
-                self.reference.append(slot, row)
+            for seq_id, row in tokens.items():
+                self.reference.append(seq_id, row)
             return
         for turn in range(max(map(len, tokens.values()), default=0)):
-            told = {slot: row[turn] for slot, row in tokens.items() if turn < len(row)}
+            told = {seq_id: row[turn] for seq_id, row in tokens.items() if turn < len(row)}
             self.manager.append_tokens(list(told), list(told.values()))
-            for slot, token in told.items():
-                self.reference.append(slot, [token])
+            for seq_id, token in told.items():
+                self.reference.append(seq_id, [token])
 
     def fork(self, which: int) -> None:
-        slot = self.pick(which)
-        if slot is None:
+        seq_id = self.pick(which)
+        if seq_id is None:
             return
         try:
-            child = self.reference.fork(slot)
-        except NoSlotError:
+            child = self.reference.fork(seq_id)
+        except NoSeqIdError:
             with refused(OutOfBlocksError):
-                self.manager.fork(slot)
-            self.tally["no slot"] += 1
+                self.manager.fork(seq_id)
+            self.tally["no seq_id"] += 1
             return
-        assert self.manager.fork(slot) == child
+        assert self.manager.fork(seq_id) == child
         self.tally["forks"] += 1
 
     def remove(self, which: int) -> None:
-        slot = self.pick(which)
-        if slot is not None:
-            self.manager.remove_sequence(slot)
-            self.reference.remove(slot)
+        seq_id = self.pick(which)
+        if seq_id is not None:
+            self.manager.remove_sequence(seq_id)
+            self.reference.remove(seq_id)
 
     def preempt(self, which: int) -> None:
         """Remove a sequence, and keep what is needed to compute it again."""
-        slot = self.pick(which)
-        if slot is None:
+        seq_id = self.pick(which)
+        if seq_id is None:
             return
-        chain = self.manager.chain_of(slot)
-        self.manager.remove_sequence(slot)
-        sequence = self.reference.remove(slot)
+        chain = self.manager.chain_of(seq_id)
+        self.manager.remove_sequence(seq_id)
+        sequence = self.reference.remove(seq_id)
         tokens = sequence.tokens[: sequence.num_known]
         self.parked.append(Parked(chain, tokens, sequence.root))
 
     # -- rules: swap and the cache --------------------------------------------------------------
 
     def swap_out(self, which: int) -> None:
-        slot = self.pick(which)
-        if slot is None:
+        seq_id = self.pick(which)
+        if seq_id is None:
             return
-        block_ids = self.reference.sequences[slot].block_ids
-        swapped = self.manager.swap_out(slot)
-        expected = self.reference.swap_out(slot)
+        block_ids = self.reference.sequences[seq_id].block_ids
+        swapped = self.manager.swap_out(seq_id)
+        expected = self.reference.swap_out(seq_id)
         if swapped is None or expected is None:
             assert swapped is expected, "one has host blocks and the other has not"
             self.tally["refused swaps"] += 1
@@ -365,14 +365,14 @@ class ManagerPair:
         if not self.swapped:
             return
         swapped, expected = self.swapped[which % len(self.swapped)]
-        slot = self.reference.swap_in(expected)
+        seq_id = self.reference.swap_in(expected)
         result = self.manager.swap_in(swapped)
-        if result is None or slot is None:
-            assert result is slot, "one has blocks and the other has not"
+        if result is None or seq_id is None:
+            assert result is seq_id, "one has blocks and the other has not"
             self.tally["refused swaps"] += 1
             return
         block_ids = result[1].tolist()
-        assert (result[0], block_ids) == (slot, self.reference.sequences[slot].block_ids)
+        assert (result[0], block_ids) == (seq_id, self.reference.sequences[seq_id].block_ids)
         self.host_contents.move(expected.host_ids, self.contents, block_ids)
         self.swapped.remove((swapped, expected))
         self._refuse_again(swapped)
@@ -386,17 +386,17 @@ class ManagerPair:
         sequence = self.reference.sequences[source].copy()
         source_ids = sequence.block_ids
         placed = (chain, sequence.num_computed, sequence.num_sealed)
-        slot = self.reference.place(sequence)
-        if slot is None:
+        seq_id = self.reference.place(sequence)
+        if seq_id is None:
             with refused(OutOfBlocksError):
                 self.manager.place_sequence(*placed)
             return
         result = self.manager.place_sequence(*placed)
-        assert (result[0], result[1].tolist()) == (slot, sequence.block_ids)
+        assert (result[0], result[1].tolist()) == (seq_id, sequence.block_ids)
         self.contents.move(source_ids, self.contents, sequence.block_ids)
         if publishes:
             self.check()
-            self.manager.publish_sequence(slot)
+            self.manager.publish_sequence(seq_id)
             self.reference.publish(sequence)
         self.tally["placed"] += 1
 
@@ -423,9 +423,9 @@ class ManagerPair:
             self.reference.reset_cache()
 
     def remove_all(self, *, reset: bool) -> None:
-        for slot in self.living:
-            self.manager.remove_sequence(slot)
-            self.reference.remove(slot)
+        for seq_id in self.living:
+            self.manager.remove_sequence(seq_id)
+            self.reference.remove(seq_id)
         if reset:
             self.reset_cache()
 
@@ -476,23 +476,23 @@ class ManagerPair:
         *,
         commits: bool = True,
         meanwhile: Callable[[], None] | None = None,
-        slots_as: int = 0,
+        seq_ids_as: int = 0,
         with_drafts: bool = True,
         tells: Literal["each", "all", "later"] = "each",
     ) -> bool:
         """A step of some sequences; `meanwhile` happens while it is under way. False: no blocks."""
         parts = self._parts(wanted, with_drafts)
         wishes = [part.wish for part in parts]
-        slots = self._slots(tuple(wish.slot for wish in wishes), slots_as)
+        seq_ids = self._seq_ids(tuple(wish.seq_id for wish in wishes), seq_ids_as)
         num_new = [wish.num_new for wish in wishes]
         num_drafts = [wish.num_drafts for wish in wishes] if with_drafts else None
-        undrafted = self.reference.plan_rows([Wish(wish.slot, wish.num_new) for wish in wishes])
+        undrafted = self.reference.plan_rows([Wish(wish.seq_id, wish.num_new) for wish in wishes])
         needed = self.manager.blocks_needed(
-            np.array(slots, dtype=np.int64), np.array(num_new, dtype=np.int64)
+            np.array(seq_ids, dtype=np.int64), np.array(num_new, dtype=np.int64)
         )
         assert needed.tolist() == [row.num_new_blocks for row in undrafted]
         step = self.reference.reserve(wishes)
-        plan = self.manager.reserve(slots, num_new, num_drafts)
+        plan = self.manager.reserve(seq_ids, num_new, num_drafts)
         if plan is None or step is None:
             assert plan is step, "one has blocks and the other has not"
             self.tally["failed reservations"] += 1
@@ -523,23 +523,23 @@ class ManagerPair:
         """
         chosen: dict[int, Wanted] = {}
         for want in wanted:
-            slot = self.pick(want.which)
-            if slot is not None:
-                chosen.setdefault(slot, want)
+            seq_id = self.pick(want.which)
+            if seq_id is not None:
+                chosen.setdefault(seq_id, want)
         sequences = self.reference.sequences
         max_len, is_told = self.settings.max_model_len, self.settings.prefix_caching
         chosen = {s: want for s, want in chosen.items() if sequences[s].num_computed < max_len}
         if is_told:
             unknown = {}
-            for slot, want in chosen.items():
-                sequence = sequences[slot]
+            for seq_id, want in chosen.items():
+                sequence = sequences[seq_id]
                 if sequence.num_known <= sequence.num_computed:
                     kept_drafts = sequence.tokens[sequence.num_known :]
-                    unknown[slot] = [*kept_drafts, next_token(sequence.tokens, want.branch)]
+                    unknown[seq_id] = [*kept_drafts, next_token(sequence.tokens, want.branch)]
             self._append(unknown, at_once=max(map(len, unknown.values()), default=0) > 1)
         parts = []
-        for slot, want in chosen.items():
-            after = sequences[slot].copy()
+        for seq_id, want in chosen.items():
+            after = sequences[seq_id].copy()
             start = after.num_computed
             room = (after.num_known if is_told else max_len) - start
             num_certain = min(max(want.num_new, 1), room)
@@ -550,7 +550,7 @@ class ManagerPair:
                 after.extend([next_token(after.tokens, want.branch)])
             parts.append(
                 Part(
-                    wish=Wish(slot, num_certain + num_drafts, num_drafts),
+                    wish=Wish(seq_id, num_certain + num_drafts, num_drafts),
                     tokens=after.tokens[:end],
                     histories=after.histories[start:end],
                     num_kept_drafts=min(want.num_kept, num_drafts),
@@ -558,15 +558,15 @@ class ManagerPair:
             )
         return parts
 
-    def _slots(self, slots: tuple[int, ...], slots_as: int) -> list[int] | NDArray[np.int64]:
-        """A list, an array, or a read-only array that is the same for the same slots."""
-        if slots_as == 0:
-            return list(slots)
-        array = np.array(slots, dtype=np.int64)
-        if slots_as == 1:
+    def _seq_ids(self, seq_ids: tuple[int, ...], seq_ids_as: int) -> list[int] | NDArray[np.int64]:
+        """A list, an array, or a read-only array that is the same for the same seq_ids."""
+        if seq_ids_as == 0:
+            return list(seq_ids)
+        array = np.array(seq_ids, dtype=np.int64)
+        if seq_ids_as == 1:
             return array
         array.flags.writeable = False
-        return self._kept_slots.setdefault(slots, array)
+        return self._kept_seq_ids.setdefault(seq_ids, array)
 
     def _commit(
         self, plan: StepPlan, step: Step, parts: list[Part], tells: Literal["each", "all", "later"]
@@ -575,12 +575,12 @@ class ManagerPair:
         num_kept = []
         unknown: dict[int, list[int]] = {}
         for part in parts:
-            sequence = self.reference.sequences[part.wish.slot]
+            sequence = self.reference.sequences[part.wish.seq_id]
             num_dropped = part.wish.num_drafts - part.num_kept_drafts
             num_kept.append(part.wish.num_new - num_dropped)
             end = sequence.num_computed + num_kept[-1]
             sequence.extend(part.tokens[len(sequence.tokens) : end])
-            unknown[part.wish.slot] = sequence.tokens[sequence.num_known : end]
+            unknown[part.wish.seq_id] = sequence.tokens[sequence.num_known : end]
             self.tally["kept drafts"] += part.num_kept_drafts
             self.tally["dropped drafts"] += num_dropped
         if self.settings.prefix_caching and tells != "later":
@@ -603,7 +603,7 @@ class ManagerPair:
         sequences = [row.sequence for row in step.rows]
         num_new = [row.wish.num_new for row in step.rows]
         starts = [sequence.num_computed for sequence in sequences]
-        assert plan.slots.tolist() == [row.wish.slot for row in step.rows]
+        assert plan.seq_ids.tolist() == [row.wish.seq_id for row in step.rows]
         assert plan.new_block_ids.tolist() == step.new_ids
         assert plan.seal_block_ids.tolist() == step.seal_ids
         assert plan.copy_sources.tolist() == [source for source, _ in step.copies]
@@ -632,7 +632,7 @@ class ManagerPair:
         """Calls that make no sense raise and change nothing, which `check` sees."""
         manager = self.manager
         too_long = TokenChain(np.zeros(self.settings.max_model_len + 1, dtype=np.int32), b"")
-        dead = (*self.reference.free_slots, self.settings.max_num_seqs)[0]
+        dead = (*self.reference.free_seq_ids, self.settings.max_num_seqs)[0]
         for call in (
             lambda: manager.remove_sequence(dead),
             lambda: manager.fork(dead),
@@ -646,42 +646,42 @@ class ManagerPair:
         ):
             with refused(InvalidStepError):
                 call()
-        slot = self.pick(which)
-        if slot is None:
+        seq_id = self.pick(which)
+        if seq_id is None:
             return
-        sequence = self.reference.sequences[slot]
+        sequence = self.reference.sequences[seq_id]
         size, limit = self.shape.block_size, self.settings.max_model_len
         calls: list[Callable[[], object]] = [
-            lambda: manager.append_tokens([slot], [1, 2]),
-            lambda: manager.append_tokens([slot], [1], [2]),
-            lambda: manager.append_tokens([slot], [], [-1]),
-            lambda: manager.reserve([slot], [0]),
-            lambda: manager.reserve([slot], [limit - sequence.num_computed + 1]),
-            lambda: manager.reserve([slot, slot], [1, 1]),
-            lambda: manager.reserve([slot], [2], [2]),
-            lambda: manager.reserve([slot], [size + 2], [size + 1]),
+            lambda: manager.append_tokens([seq_id], [1, 2]),
+            lambda: manager.append_tokens([seq_id], [1], [2]),
+            lambda: manager.append_tokens([seq_id], [], [-1]),
+            lambda: manager.reserve([seq_id], [0]),
+            lambda: manager.reserve([seq_id], [limit - sequence.num_computed + 1]),
+            lambda: manager.reserve([seq_id, seq_id], [1, 1]),
+            lambda: manager.reserve([seq_id], [2], [2]),
+            lambda: manager.reserve([seq_id], [size + 2], [size + 1]),
         ]
         if self.settings.prefix_caching:
             too_many = max(sequence.num_known - sequence.num_computed, 0)
             too_many += self.shape.open_block_size
-            calls.append(lambda: manager.reserve([slot], [too_many]))
+            calls.append(lambda: manager.reserve([seq_id], [too_many]))
         for call in calls:
             with refused(InvalidStepError):
                 call()
 
     def refuse_under_way(self, which: int) -> None:
         """What has to wait for the end of a step."""
-        slot = self.pick(which)
-        if slot is None:
+        seq_id = self.pick(which)
+        if seq_id is None:
             return
         manager = self.manager
         for call in (
-            lambda: manager.remove_sequence(slot),
-            lambda: manager.fork(slot),
-            lambda: manager.swap_out(slot),
-            lambda: manager.reserve([slot], [1]),
-            lambda: manager.place_sequence(manager.chain_of(slot), 0, 0),
-            lambda: manager.publish_sequence(slot),
+            lambda: manager.remove_sequence(seq_id),
+            lambda: manager.fork(seq_id),
+            lambda: manager.swap_out(seq_id),
+            lambda: manager.reserve([seq_id], [1]),
+            lambda: manager.place_sequence(manager.chain_of(seq_id), 0, 0),
+            lambda: manager.publish_sequence(seq_id),
         ):
             with refused(InvalidStepError):
                 call()
@@ -692,7 +692,7 @@ class ManagerPair:
 
     def _fits(self, swapped: Swapped) -> bool:
         reference = self.reference
-        return len(swapped.host_ids) <= reference.num_free and bool(reference.free_slots)
+        return len(swapped.host_ids) <= reference.num_free and bool(reference.free_seq_ids)
 
     # -- invariants -----------------------------------------------------------------------------
 
@@ -701,11 +701,11 @@ class ManagerPair:
         manager, reference = self.manager, self.reference
         manager.check_integrity()
         assert manager.num_free_blocks == reference.num_free
-        assert manager.pool.num_users.tolist() == reference.num_users
+        assert manager.pool.ref_counts.tolist() == reference.ref_counts
         assert manager.pool.peak_allocated == reference.peak
         assert manager.num_cached_blocks == len(reference.cached)
-        assert manager.num_free_slots == len(reference.free_slots)
-        assert manager.active_slots.tolist() == self.living
+        assert manager.num_free_seqs == len(reference.free_seq_ids)
+        assert manager.living_seq_ids.tolist() == self.living
         if manager.prefix_cache is not None:
             assert manager.prefix_cache.num_idle == len(reference.idle)
             assert np.flatnonzero(manager.prefix_cache.is_cached).tolist() == sorted(
@@ -717,23 +717,23 @@ class ManagerPair:
         assert statistics.num_queries == reference.num_queries
         assert statistics.num_query_tokens == reference.num_query_tokens
         assert statistics.num_hit_tokens == reference.num_hit_tokens
-        for slot, sequence in reference.sequences.items():
-            self._check_sequence(slot, sequence)
+        for seq_id, sequence in reference.sequences.items():
+            self._check_sequence(seq_id, sequence)
 
-    def _check_sequence(self, slot: int, sequence: Sequence) -> None:
+    def _check_sequence(self, seq_id: int, sequence: Sequence) -> None:
         manager = self.manager
         assert tuple(sequence.blocks) == layout(
             self.shape, sequence.num_computed, sequence.num_sealed
         )
-        assert manager.num_computed_tokens[slot] == sequence.num_computed
-        assert manager.num_sealed[slot] == sequence.num_sealed
-        assert manager.num_tokens[slot] == sequence.num_known
+        assert manager.num_computed_tokens[seq_id] == sequence.num_computed
+        assert manager.num_sealed[seq_id] == sequence.num_sealed
+        assert manager.num_tokens[seq_id] == sequence.num_known
         known = sequence.tokens[: sequence.num_known]
-        assert manager.token_ids[slot, : sequence.num_known].tolist() == known
-        assert manager.last_token_ids[slot : slot + len(known[-1:])].tolist() == known[-1:]
-        assert manager.block_ids(slot).tolist() == sequence.block_ids
-        assert manager.head_and_tail_ids(slot).tolist() == sequence.ids_of("open")
-        assert manager.body_ids(slot).tolist() == sequence.ids_of("sealed")
+        assert manager.token_ids[seq_id, : sequence.num_known].tolist() == known
+        assert manager.last_token_ids[seq_id : seq_id + len(known[-1:])].tolist() == known[-1:]
+        assert manager.block_ids(seq_id).tolist() == sequence.block_ids
+        assert manager.head_and_tail_ids(seq_id).tolist() == sequence.ids_of("open")
+        assert manager.body_ids(seq_id).tolist() == sequence.ids_of("sealed")
         self.contents.check(sequence)
 
     def drain(self) -> None:
@@ -854,7 +854,7 @@ class RandomDriver:
             rows,
             commits=self.random.random() < 0.8,
             meanwhile=None if other is None else lambda: other(pair),
-            slots_as=choice([0, 1, 2]),
+            seq_ids_as=choice([0, 1, 2]),
             with_drafts=choice([False, True]),
             tells=choice(["each", "all", "later"]),
         )
@@ -867,7 +867,7 @@ class RandomDriver:
         self.random.shuffle(order)
         fits = pair.step(
             [self._wanted(which, [1]) for which in order],
-            slots_as=2,
+            seq_ids_as=2,
             with_drafts=self.random.random() < 0.3,
             tells=self.random.choice(["each", "all", "later"]),
         )

@@ -122,7 +122,7 @@ class Sequence:
     blocks: dict[Stretch, int] = field(default_factory=dict)  # in the order of its tokens
     num_expected: int = 0  # links of its first tokens, for which others may wait
     num_published: int = 0
-    is_fresh: bool = True  # no step since it got its slot
+    is_fresh: bool = True  # no step since it got its seq_id
 
     def extend(self, tokens: list[int]) -> None:
         for token in tokens:
@@ -151,7 +151,7 @@ class Sequence:
 class Wish(NamedTuple):
     """One sequence of a step: the last `num_drafts` of its `num_new` tokens may be dropped."""
 
-    slot: int
+    seq_id: int
     num_new: int
     num_drafts: int = 0
 
@@ -214,12 +214,12 @@ class Event(NamedTuple):
     block_id: int | None = None
 
 
-class NoSlotError(Exception):
-    """Every slot is taken."""
+class NoSeqIdError(Exception):
+    """Every seq_id is taken."""
 
 
 class ReferenceManager:
-    """Sequences by slot, over one pool."""
+    """Sequences by seq_id, over one pool."""
 
     def __init__(
         self,
@@ -233,8 +233,8 @@ class ReferenceManager:
         self.shape = shape
         self.prefix_caching = prefix_caching
         self.sequences: dict[int, Sequence] = {}
-        self.free_slots = list(reversed(range(max_num_seqs)))
-        self.num_users = [0] * num_blocks
+        self.free_seq_ids = list(reversed(range(max_num_seqs)))
+        self.ref_counts = [0] * num_blocks
         self.free = list(reversed(range(num_blocks)))  # the last is taken first
         self.idle: list[int] = []  # the first is evicted first
         self.num_host_blocks = num_host_blocks
@@ -263,24 +263,24 @@ class ReferenceManager:
             self.events.append(Event("removed", content, evicted))
             ids.append(evicted)
         for block_id in ids:
-            self.num_users[block_id] = 1
+            self.ref_counts[block_id] = 1
         self._note_peak()
         return ids
 
     def _share(self, ids: list[int]) -> None:
         for block_id in ids:
-            if not self.num_users[block_id]:
+            if not self.ref_counts[block_id]:
                 self.idle.remove(block_id)
-            self.num_users[block_id] += 1
+            self.ref_counts[block_id] += 1
         self._note_peak()
 
     def _note_peak(self) -> None:
-        self.peak = max(self.peak, len(self.num_users) - self.num_free)
+        self.peak = max(self.peak, len(self.ref_counts) - self.num_free)
 
     def _release(self, ids: list[int]) -> None:
         for block_id in reversed(ids):
-            self.num_users[block_id] -= 1
-            if not self.num_users[block_id]:
+            self.ref_counts[block_id] -= 1
+            if not self.ref_counts[block_id]:
                 (self.idle if block_id in self.content_of else self.free).append(block_id)
 
     # -- sequences ------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class ReferenceManager:
             num_tokens=wanted[len(hits) - 1].end if hits else 0,
             num_blocks=len(hits),
             num_sealed=sum(stretch.kind == "sealed" for stretch in hits),
-            num_idle=sum(not self.num_users[block_id] for block_id in hits.values()),
+            num_idle=sum(not self.ref_counts[block_id] for block_id in hits.values()),
             is_pending=any(
                 other.num_published <= len(hits) < other.num_expected
                 and other.content(link) == sequence.content(link)
@@ -313,12 +313,12 @@ class ReferenceManager:
         return hits
 
     def add(self, tokens: list[int], root: ExtraKeys) -> int:
-        slot = self._take_slot()
+        seq_id = self._take_seq_id()
         sequence = Sequence(root, num_known=len(tokens))
         sequence.extend(tokens)
-        self.sequences[slot] = sequence
+        self.sequences[seq_id] = sequence
         if not self.prefix_caching:
-            return slot
+            return seq_id
         match = self.find(sequence)
         sequence.blocks = self._hits(sequence)
         self._share(sequence.block_ids)
@@ -328,31 +328,31 @@ class ReferenceManager:
         self.num_queries += 1
         self.num_query_tokens += len(tokens)
         self.num_hit_tokens += match.num_tokens
-        return slot
+        return seq_id
 
-    def _take_slot(self) -> int:
-        if not self.free_slots:
-            raise NoSlotError
-        return self.free_slots.pop()
+    def _take_seq_id(self) -> int:
+        if not self.free_seq_ids:
+            raise NoSeqIdError
+        return self.free_seq_ids.pop()
 
-    def append(self, slot: int, tokens: list[int]) -> None:
+    def append(self, seq_id: int, tokens: list[int]) -> None:
         """The manager is told more tokens; the first of them may be computed already."""
-        sequence = self.sequences[slot]
+        sequence = self.sequences[seq_id]
         sequence.extend(tokens[len(sequence.tokens) - sequence.num_known :])
         sequence.num_known += len(tokens)
 
-    def fork(self, slot: int) -> int:
-        child = self._take_slot()
-        parent = self.sequences[slot]
+    def fork(self, seq_id: int) -> int:
+        child = self._take_seq_id()
+        parent = self.sequences[seq_id]
         self._share(parent.block_ids)
         self.sequences[child] = parent.copy()
         parent.is_fresh = True
         return child
 
-    def remove(self, slot: int) -> Sequence:
-        sequence = self.sequences.pop(slot)
+    def remove(self, seq_id: int) -> Sequence:
+        sequence = self.sequences.pop(seq_id)
         self._release(sequence.block_ids)
-        self.free_slots.append(slot)
+        self.free_seq_ids.append(seq_id)
         return sequence
 
     # -- steps ----------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ class ReferenceManager:
         rows = []
         num_copied: dict[int, int] = {}
         for wish in wishes:
-            sequence = self.sequences[wish.slot]
+            sequence = self.sequences[wish.seq_id]
             after = sequence.num_computed + wish.num_new
             certain = after - wish.num_drafts
             num_sealed = max(sequence.num_sealed, num_sealable(self.shape, certain))
@@ -382,7 +382,7 @@ class ReferenceManager:
             last = self._block_with_room(sequence)
             if last in needed:
                 block_id = sequence.blocks[last]
-                if self.num_users[block_id] - num_copied.get(block_id, 0) > 1:
+                if self.ref_counts[block_id] - num_copied.get(block_id, 0) > 1:
                     num_copied[block_id] = num_copied.get(block_id, 0) + 1
                     row.copied = last
             row.is_changed |= row.num_new_blocks > 0
@@ -412,14 +412,14 @@ class ReferenceManager:
             if row.copied is not None:
                 source, row.given[row.copied] = row.sequence.blocks[row.copied], next(ids)
                 step.copies.append((source, row.given[row.copied]))
-                self.num_users[source] -= 1
+                self.ref_counts[source] -= 1
         return step
 
     def rollback(self, step: Step) -> None:
         """Blocks that were evicted for the step stay forgotten."""
         self._release(step.new_ids)
         for source, _ in step.copies:
-            self.num_users[source] += 1
+            self.ref_counts[source] += 1
 
     def commit(self, step: Step, num_kept: list[int]) -> None:
         unused, left = [], step.left_ids
@@ -456,32 +456,32 @@ class ReferenceManager:
 
     # -- swap, and the cache as a whole ---------------------------------------------------------
 
-    def swap_out(self, slot: int) -> Swapped | None:
-        num_blocks = len(self.sequences[slot].blocks)
+    def swap_out(self, seq_id: int) -> Swapped | None:
+        num_blocks = len(self.sequences[seq_id].blocks)
         if not self.num_host_blocks or num_blocks > len(self.host_free):
             return None
         host_ids = [self.host_free.pop() for _ in range(num_blocks)]
-        return Swapped(self.remove(slot), host_ids)
+        return Swapped(self.remove(seq_id), host_ids)
 
     def swap_in(self, swapped: Swapped) -> int | None:
-        slot = self.place(swapped.sequence)
-        if slot is not None:
+        seq_id = self.place(swapped.sequence)
+        if seq_id is not None:
             self.discard(swapped)
-        return slot
+        return seq_id
 
     def place(self, sequence: Sequence) -> int | None:
-        """A sequence computed elsewhere, in new blocks; None where blocks or slots lack."""
-        if len(sequence.blocks) > self.num_free or not self.free_slots:
+        """A sequence computed elsewhere, in new blocks; None where blocks or seq_ids lack."""
+        if len(sequence.blocks) > self.num_free or not self.free_seq_ids:
             return None
-        slot = self._take_slot()
+        seq_id = self._take_seq_id()
         stretches = list(sequence.blocks)
         ids = self._allocate(len(stretches))
         sequence.blocks = dict(zip(stretches, ids, strict=True))
         sequence.is_fresh, sequence.num_published = True, 0
         if self.prefix_caching:
             sequence.num_expected = len(shareable_links(self.shape, sequence.num_known))
-        self.sequences[slot] = sequence
-        return slot
+        self.sequences[seq_id] = sequence
+        return seq_id
 
     def discard(self, swapped: Swapped) -> None:
         self.host_free += reversed(swapped.host_ids)
