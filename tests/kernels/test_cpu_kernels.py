@@ -30,13 +30,13 @@ from paged_kv.cache.kv_cache import LayerSpec, layer_blocks
 from paged_kv.kernels.block_views import LayerBlocks
 from paged_kv.kernels.cpu import attention as cpu_attention
 from paged_kv.kernels.cpu import microkernels as cpu_microkernels
+from paged_kv.kernels.cpu import native_attention as cpu_worker
 from paged_kv.kernels.cpu import native_code as cpu_native
 from paged_kv.kernels.cpu import plan as cpu_plan
 from paged_kv.kernels.cpu import quantize as cpu_quantize
 from paged_kv.kernels.cpu import store as cpu_store
 from paged_kv.kernels.cpu import threads as cpu_threads
 from paged_kv.kernels.cpu import vectors as cpu_vectors
-from paged_kv.kernels.cpu import native_attention as cpu_worker
 from paged_kv.kernels.cpu.microkernels import TILE_TOKENS
 from paged_kv.kernels.cpu.native_attention import MAX_ITEM_ROWS, Item
 from paged_kv.kernels.cpu.plan import WorkItems, plan_items
