@@ -2,9 +2,9 @@
 
     python bench/bench_block_manager.py --json bench/results/block_manager.json
 
-vLLM 0.33.0 takes part when its python files are importable (its docstring in bench/peers says how),
-else it is left out and the report says so. Both sides serve the same lengths; every request decodes one
-token a step. Ours runs int8's geometry (blocks of 128 tokens, open blocks of 64) with prefix
+vLLM 0.33.0 takes part when its python files are importable (bench/peers says how), else it is left
+out and the report says so. Both sides serve the same lengths; every request decodes one token a
+step. Ours runs int8's geometry (blocks of 128 tokens, open blocks of 64) with prefix
 caching; int2 and native beside it. vLLM runs blocks of 16 tokens with prefix caching, its defaults.
 
 What the peer's step covers and ours does not: vLLM's schedule() also builds the lists for its model
