@@ -51,7 +51,8 @@ from torch.nn import functional
 
 from paged_kv.blocks.geometry import BlockGeometry, IntArray
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
-from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, Step, cache_geometry
+from paged_kv.cache.kv_cache import PagedKVCache, Step
+from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
 from paged_kv.kernels.cpu.native_code import address_of, fetch_add, load_long, store_long
 from paged_kv.kernels.cpu.threads import run_worker
 from paged_kv.kernels.eager import attention as reference

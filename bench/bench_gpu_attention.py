@@ -31,7 +31,8 @@ from torch import Tensor
 
 from paged_kv.cache.backend import Backend, choose_backend
 from paged_kv.cache.formats import FORMATS
-from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, cache_geometry
+from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
 from paged_kv.kernels.block_views import LayerBlocks
 from paged_kv.kernels.step_inputs import StepInputs
 

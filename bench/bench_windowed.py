@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.cache.formats import FORMATS, KVFormat
-from paged_kv.cache.kv_cache import PagedKVCache, cache_geometry
+from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.cache.layer_spec import cache_geometry
 from paged_kv.engine.sampling_params import SamplingParams
 from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.llm import LLM

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from .cache.formats import INT8 as INT8
     from .cache.formats import NATIVE as NATIVE
     from .cache.formats import KVFormat as KVFormat
-    from .cache.kv_cache import LayerSpec as LayerSpec
-    from .cache.kv_cache import MemoryStats as MemoryStats
     from .cache.kv_cache import PagedKVCache as PagedKVCache
-    from .cache.kv_cache import cache_geometry as cache_geometry
-    from .cache.kv_cache import num_blocks_for as num_blocks_for
+    from .cache.layer_spec import LayerSpec as LayerSpec
+    from .cache.layer_spec import cache_geometry as cache_geometry
+    from .cache.layer_spec import num_blocks_for as num_blocks_for
+    from .cache.memory_stats import MemoryStats as MemoryStats
     from .cache.transfer import export_sequence as export_sequence
     from .cache.transfer import import_sequence as import_sequence
     from .engine.beam_search import BeamSearchParams as BeamSearchParams
@@ -78,8 +78,8 @@ _HOME = {
     "Completion": "entrypoints.llm",
     "Fork": "scheduler.scheduler",
     "KVFormat": "cache.formats",
-    "LayerSpec": "cache.kv_cache",
-    "MemoryStats": "cache.kv_cache",
+    "LayerSpec": "cache.layer_spec",
+    "MemoryStats": "cache.memory_stats",
     "PagedKVCache": "cache.kv_cache",
     "Request": "scheduler.request",
     "RequestOutput": "entrypoints.llm",
@@ -92,10 +92,10 @@ _HOME = {
     "StreamEvent": "entrypoints.llm",
     "SwappedSequence": "blocks.host_blocks",
     "TokenChain": "blocks.token_chain",
-    "cache_geometry": "cache.kv_cache",
+    "cache_geometry": "cache.layer_spec",
     "export_sequence": "cache.transfer",
     "import_sequence": "cache.transfer",
-    "num_blocks_for": "cache.kv_cache",
+    "num_blocks_for": "cache.layer_spec",
     "paged_attention": "cache.attention",
 }
 _EXTRA_PACKAGES = ("transformers", "tokenizers", "safetensors", "rich")

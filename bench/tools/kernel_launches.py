@@ -17,8 +17,9 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from paged_kv.cache.backend import choose_backend
+from paged_kv.cache.block_views import layer_blocks
 from paged_kv.cache.formats import KVFormat
-from paged_kv.cache.kv_cache import LayerSpec, cache_geometry, layer_blocks
+from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
 from paged_kv.kernels.step_inputs import StepInputs
 from paged_kv.kernels.triton import attention as triton_attention
 from paged_kv.kernels.triton import launch as triton_launch

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import ConfigError
-from .kv_cache import LayerSpec, PagedKVCache, Step
+from .kv_cache import PagedKVCache, Step
+from .layer_spec import LayerSpec
 
 
 def paged_attention(

@@ -18,58 +18,15 @@ import torch
 from torch import Tensor
 
 from ..blocks.block_manager import BlockManager
-from ..blocks.block_tables import ragged_arange
-from ..blocks.geometry import BlockGeometry, BlockIds
+from ..blocks.geometry import BlockIds
 from ..blocks.step_plan import StepPlan
-from ..errors import ConfigError, OutOfBlocksError
-from ..kernels.block_views import LayerBlocks, SealedViews
+from ..errors import ConfigError
+from ..kernels.block_views import LayerBlocks
 from ..kernels.step_inputs import NO_WINDOW, StepInputs
 from .backend import choose_backend
-from .formats import KVFormat, RecordLayout, block_geometry
-
-FULL_PRECISION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSpec:
-    """What one attention layer stores for each token."""
-
-    kv_format: KVFormat
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-
-    def __post_init__(self) -> None:
-        if self.num_kv_heads < 1:
-            raise ConfigError(f"num_kv_heads must be at least 1, got {self.num_kv_heads}")
-
-    def record_layout(self, dtype: torch.dtype) -> RecordLayout:
-        return RecordLayout(
-            kv_format=self.kv_format,
-            key_dim=self.key_dim,
-            value_dim=self.value_dim,
-            itemsize=dtype.itemsize,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryStats:
-    """Bytes over all layers. `allocated = used + wasted`, `total = allocated + free`.
-
-    Blocks that several sequences share count once. `used` counts the records of sealed blocks and
-    the tokens that open blocks hold; the rest of the open blocks' records is `wasted`. `cached`, a
-    part of `free`, still holds prefixes that can be hit.
-    """
-
-    total: int
-    free: int
-    allocated: int
-    used: int
-    wasted: int
-    head: int
-    body: int
-    tail: int
-    cached: int
+from .block_views import layer_blocks
+from .layer_spec import LayerSpec, block_bytes, cache_geometry
+from .memory_stats import MemoryStats, measure_memory
 
 
 @dataclass(frozen=True)
@@ -235,39 +192,7 @@ class PagedKVCache:
 
     def memory_stats(self, manager: BlockManager) -> MemoryStats:
         """What the pool of `manager`, which hands out this cache's blocks, holds now."""
-        geometry, tables, seq_ids = self.geometry, manager.tables, manager.living_seq_ids
-        rows, columns = ragged_arange(tables.num_sealed[seq_ids])
-        num_sealed = len(np.unique(tables.sealed[seq_ids[rows], columns]))
-        rows, columns = ragged_arange(tables.num_open[seq_ids])
-        rows = seq_ids[rows]
-        open_ids, first = np.unique(tables.open[rows, columns], return_index=True)
-        rows, columns = rows[first], columns[first]
-        is_head = columns < geometry.num_head_blocks
-        index = columns + np.where(
-            is_head, 0, tables.num_sealed[rows] * geometry.open_blocks_per_block
-        )
-        filled = tables.num_computed_tokens[rows] - index * geometry.open_block_size
-        open_tokens = int(filled.clip(max=geometry.open_block_size).sum())
-        num_head = int(is_head.sum())
-        token_bytes = sum(
-            layer.num_kv_heads * layer.record_layout(self.dtype).token_bytes
-            for layer in self.layers
-        )
-        allocated = manager.pool.num_allocated * self.block_bytes
-        used = num_sealed * self.block_bytes + open_tokens * token_bytes
-        total = sum(arena.nbytes for arena in self.arenas)
-        num_idle = 0 if manager.prefix_cache is None else manager.prefix_cache.num_idle
-        return MemoryStats(
-            total=total,
-            free=total - allocated,
-            allocated=allocated,
-            used=used,
-            wasted=allocated - used,
-            head=num_head * self.block_bytes,
-            body=num_sealed * self.block_bytes,
-            tail=(len(open_ids) - num_head) * self.block_bytes,
-            cached=num_idle * self.block_bytes,
-        )
+        return measure_memory(self, manager)
 
 
 def runs_of(block_ids: BlockIds) -> list[tuple[int, int]]:
@@ -283,105 +208,3 @@ def zeroed_bytes(shape: tuple[int, ...], device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(shape, dtype=np.uint8))
     return torch.zeros(shape, dtype=torch.uint8, device=device)
-
-
-def cache_geometry(layers: Sequence[LayerSpec], dtype: torch.dtype) -> BlockGeometry:
-    """The block geometry that these layers share; what a `BlockManager` is made with."""
-    if not layers:
-        raise ConfigError("a cache needs at least one layer, got none")
-    if dtype not in FULL_PRECISION_DTYPES:
-        raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    return block_geometry([layer.record_layout(dtype) for layer in layers])
-
-
-def block_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers."""
-    return sum(layer.num_kv_heads * layer.record_layout(dtype).record_bytes for layer in layers)
-
-
-def sequence_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype, num_tokens: int) -> int:
-    """Bytes of all blocks that a sequence of `num_tokens` holds: head, body and tail."""
-    geometry = cache_geometry(layers, dtype)
-    return geometry.blocks_held(num_tokens) * block_bytes(layers, dtype)
-
-
-def num_blocks_for(memory_bytes: int, layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
-    """Blocks that fit in `memory_bytes`; raises `OutOfBlocksError` when not even one does."""
-    size = block_bytes(layers, dtype)
-    if memory_bytes < size:
-        raise OutOfBlocksError(f"{memory_bytes} bytes hold no block; one takes {size} bytes")
-    return memory_bytes // size
-
-
-def layer_blocks(
-    arena: Tensor, layout: RecordLayout, dtype: torch.dtype, open_block_size: int
-) -> LayerBlocks:
-    """Typed views over an arena [num_blocks, num_kv_heads, record_bytes].
-
-    The inner order follows the device, the logical views are the same: on a GPU both dot products
-    contract along memory (key codes [rows, D], value codes [D, rows]), on a CPU both accumulate
-    vertically (keys, open ones too, [D, rows], values [rows, D]).
-    """
-    kv_format = layout.kv_format
-    key_dim, value_dim, block_size = layout.key_dim, layout.value_dim, kv_format.block_size
-    on_cpu = arena.device.type == "cpu"
-    value_offset = open_block_size * key_dim * dtype.itemsize
-    open_keys = matrix_view(arena, dtype, 0, (open_block_size, key_dim), on_cpu)
-    open_values = record_view(arena, dtype, value_offset, (open_block_size, value_dim))
-    if kv_format.is_native:
-        return LayerBlocks(open_keys=open_keys, open_values=open_values, sealed=None)
-
-    def codes(section: str, dim: int, channel_major: bool) -> Tensor:
-        shape = (layout.num_code_rows, dim)
-        return matrix_view(arena, torch.uint8, layout.offset(section), shape, channel_major)
-
-    def metadata(section: str, *shape: int) -> Tensor:
-        return record_view(arena, torch.float16, layout.offset(section), shape)
-
-    asymmetric = kv_format.is_asymmetric
-    key_shape = (kv_format.num_key_groups, key_dim) if asymmetric else (block_size,)
-    sealed = SealedViews(
-        key_codes=codes("key_codes", key_dim, on_cpu),
-        value_codes=codes("value_codes", value_dim, not on_cpu),
-        key_scale=metadata("key_scale", *key_shape),
-        key_zero=metadata("key_zero", *key_shape) if asymmetric else None,
-        value_scale=metadata("value_scale", block_size),
-        value_zero=metadata("value_zero", block_size) if asymmetric else None,
-    )
-    assert kv_format.bits is not None
-    return LayerBlocks(
-        open_keys=open_keys,
-        open_values=open_values,
-        sealed=sealed,
-        bits=kv_format.bits,
-        key_clip=kv_format.key_clip,
-        value_clip=kv_format.value_clip,
-    )
-
-
-def matrix_view(
-    arena: Tensor,
-    dtype: torch.dtype,
-    byte_offset: int,
-    shape: tuple[int, int],
-    is_transposed: bool,
-) -> Tensor:
-    """A matrix in every record, [NB, H, *shape]; transposed, its rows are adjacent in memory."""
-    if not is_transposed:
-        return record_view(arena, dtype, byte_offset, shape)
-    return record_view(arena, dtype, byte_offset, shape[::-1]).transpose(-1, -2)
-
-
-def record_view(
-    arena: Tensor, dtype: torch.dtype, byte_offset: int, inner_shape: tuple[int, ...]
-) -> Tensor:
-    """`inner_shape` elements of `dtype` at an offset of every record: [NB, H, *inner_shape]."""
-    typed = arena.view(dtype)
-    inner_strides = [1]
-    for size in reversed(inner_shape[1:]):
-        inner_strides.insert(0, inner_strides[0] * size)
-    return typed.as_strided(
-        (*typed.shape[:2], *inner_shape),
-        (typed.stride(0), typed.stride(1), *inner_strides),
-        byte_offset // dtype.itemsize,
-    )

@@ -37,7 +37,8 @@ from ..blocks.geometry import BlockGeometry, BlockIds
 from ..blocks.token_chain import ExtraKey, TokenChain
 from ..errors import TransferError
 from .formats import RecordLayout
-from .kv_cache import LayerSpec, PagedKVCache
+from .kv_cache import PagedKVCache
+from .layer_spec import LayerSpec
 
 MAGIC: Final = b"paged_kv"
 VERSION: Final = 2

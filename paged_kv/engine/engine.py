@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from ..blocks.block_manager import ENDLESS, BlockManager
 from ..blocks.sink_window import SinkWindow
 from ..cache.formats import resolve_format
-from ..cache.kv_cache import PagedKVCache, cache_geometry, num_blocks_for
+from ..cache.kv_cache import PagedKVCache
+from ..cache.layer_spec import cache_geometry, num_blocks_for
 from ..errors import (
     InvalidRequestError,
     NonFiniteLogitsError,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..blocks.geometry import IntArray
 from ..cache.formats import KVFormat
-from ..cache.kv_cache import PagedKVCache, cache_geometry
+from ..cache.kv_cache import PagedKVCache
+from ..cache.layer_spec import cache_geometry
 from ..models.huggingface import PagedModel
 
 

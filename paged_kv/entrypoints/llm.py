@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks.sink_window import SinkWindow
 from ..cache.formats import KVFormat
-from ..cache.kv_cache import MemoryStats
+from ..cache.memory_stats import MemoryStats
 from ..engine.beam_search import BeamSearchParams, Hypothesis, search_beams
 from ..engine.config import EngineConfig
 from ..engine.engine import SequenceUpdate, build_engine

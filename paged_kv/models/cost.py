@@ -11,7 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..cache.formats import FORMATS, KVFormat
-from ..cache.kv_cache import LayerSpec, block_bytes, cache_geometry, sequence_bytes
+from ..cache.layer_spec import (
+    LayerSpec,
+    block_bytes,
+    cache_geometry,
+    sequence_bytes,
+)
 from ..errors import ModelNotFoundError
 from .huggingface import PagedModel
 from .loading import check_model_path

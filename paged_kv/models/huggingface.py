@@ -24,7 +24,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ..cache.attention import paged_attention
 from ..cache.formats import KVFormat
-from ..cache.kv_cache import LayerSpec, PagedKVCache, Step
+from ..cache.kv_cache import PagedKVCache, Step
+from ..cache.layer_spec import LayerSpec
 from ..errors import PagedKVError, UnsupportedModelError
 from .rotary import Rotation, StepTurns, find_rotation
 

@@ -20,7 +20,8 @@ from paged_kv.blocks.host_blocks import SwappedSequence
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
-from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache
+from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.errors import InvalidStepError
 from tests.support.helpers import Fleet, Stream, ids, make_stream
 

@@ -24,7 +24,8 @@ from paged_kv.blocks.prefix_cache import PrefixCache
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.blocks.token_chain import ExtraKey, TokenChain, link_hash, root_hash
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
-from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache
+from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.errors import InvalidStepError, OutOfBlocksError
 from tests.support.block_contents import BlockContents, prefix_values
 from tests.support.helpers import ids

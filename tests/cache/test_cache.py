@@ -8,13 +8,12 @@ import torch
 
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
-from paged_kv.cache.kv_cache import (
+from paged_kv.cache.kv_cache import PagedKVCache, runs_of
+from paged_kv.cache.layer_spec import (
     LayerSpec,
-    PagedKVCache,
     block_bytes,
     cache_geometry,
     num_blocks_for,
-    runs_of,
 )
 from paged_kv.errors import ConfigError, OutOfBlocksError
 from tests.support.helpers import (

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from paged_kv.blocks.token_chain import TokenChain, root_hash
 from paged_kv.cache import transfer
 from paged_kv.cache.backend import TORCH_BACKEND
+from paged_kv.cache.block_views import layer_blocks
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat, RecordLayout
-from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, layer_blocks
+from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.cache.transfer import (
     DIGEST_BYTES,
     FRAME,

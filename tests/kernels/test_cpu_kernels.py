@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paged_kv.cache.attention import paged_attention
+from paged_kv.cache.block_views import layer_blocks
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
-from paged_kv.cache.kv_cache import LayerSpec, layer_blocks
+from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.kernels.block_views import LayerBlocks
 from paged_kv.kernels.cpu import attention as cpu_attention
 from paged_kv.kernels.cpu import microkernels as cpu_microkernels

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from paged_kv.cache.block_views import layer_blocks
 from paged_kv.cache.formats import INT2, INT4, INT8, KVFormat
-from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, layer_blocks
+from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.kernels.eager.quantize import (
     dequantize_keys,
     dequantize_values,

@@ -20,7 +20,8 @@ from torch import Tensor
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.backend import TORCH_BACKEND, choose_backend
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
-from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache
+from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.kernels.triton import attention as triton_attention
 from paged_kv.kernels.triton import codes as triton_codes
 from paged_kv.kernels.triton import plan as triton_plan

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paged_kv.cache.formats import KVFormat
-from paged_kv.cache.kv_cache import LayerSpec
+from paged_kv.cache.layer_spec import LayerSpec
 from tests.support.helpers import Fleet, make_stream
 
 FLOAT32_TOLERANCE = 1e-5

@@ -19,7 +19,8 @@ from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
-from paged_kv.cache.kv_cache import LayerSpec, PagedKVCache, cache_geometry
+from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
 from paged_kv.kernels.step_inputs import StepInputs
 
 NAN_BYTE = 0xFF  # an arena full of it reads as NaN in float32, bfloat16 and float16

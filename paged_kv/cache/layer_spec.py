@@ -1,0 +1,65 @@
+"""What an attention layer stores, and what layers cost together. Knows sizes, never tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from ..blocks.geometry import BlockGeometry
+from ..errors import ConfigError, OutOfBlocksError
+from .formats import KVFormat, RecordLayout, block_geometry
+
+FULL_PRECISION_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """What one attention layer stores for each token."""
+
+    kv_format: KVFormat
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1:
+            raise ConfigError(f"num_kv_heads must be at least 1, got {self.num_kv_heads}")
+
+    def record_layout(self, dtype: torch.dtype) -> RecordLayout:
+        return RecordLayout(
+            kv_format=self.kv_format,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            itemsize=dtype.itemsize,
+        )
+
+
+def cache_geometry(layers: Sequence[LayerSpec], dtype: torch.dtype) -> BlockGeometry:
+    """The block geometry that these layers share; what a `BlockManager` is made with."""
+    if not layers:
+        raise ConfigError("a cache needs at least one layer, got none")
+    if dtype not in FULL_PRECISION_DTYPES:
+        raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    return block_geometry([layer.record_layout(dtype) for layer in layers])
+
+
+def block_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return sum(layer.num_kv_heads * layer.record_layout(dtype).record_bytes for layer in layers)
+
+
+def sequence_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype, num_tokens: int) -> int:
+    """Bytes of all blocks that a sequence of `num_tokens` holds: head, body and tail."""
+    geometry = cache_geometry(layers, dtype)
+    return geometry.blocks_held(num_tokens) * block_bytes(layers, dtype)
+
+
+def num_blocks_for(memory_bytes: int, layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
+    """Blocks that fit in `memory_bytes`; raises `OutOfBlocksError` when not even one does."""
+    size = block_bytes(layers, dtype)
+    if memory_bytes < size:
+        raise OutOfBlocksError(f"{memory_bytes} bytes hold no block; one takes {size} bytes")
+    return memory_bytes // size

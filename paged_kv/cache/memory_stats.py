@@ -1,0 +1,68 @@
+"""What a cache's memory is used for. Knows counts of blocks and tokens, never what they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..blocks.block_manager import BlockManager
+from ..blocks.block_tables import ragged_arange
+
+if TYPE_CHECKING:
+    from .kv_cache import PagedKVCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryStats:
+    """Bytes over all layers. `allocated = used + wasted`, `total = allocated + free`.
+
+    Blocks that several sequences share count once. `used` counts the records of sealed blocks and
+    the tokens that open blocks hold; the rest of the open blocks' records is `wasted`. `cached`, a
+    part of `free`, still holds prefixes that can be hit.
+    """
+
+    total: int
+    free: int
+    allocated: int
+    used: int
+    wasted: int
+    head: int
+    body: int
+    tail: int
+    cached: int
+
+
+def measure_memory(cache: PagedKVCache, manager: BlockManager) -> MemoryStats:
+    """What the pool of `manager`, which hands out the blocks of `cache`, holds now."""
+    geometry, tables, seq_ids = cache.geometry, manager.tables, manager.living_seq_ids
+    rows, columns = ragged_arange(tables.num_sealed[seq_ids])
+    num_sealed = len(np.unique(tables.sealed[seq_ids[rows], columns]))
+    rows, columns = ragged_arange(tables.num_open[seq_ids])
+    rows = seq_ids[rows]
+    open_ids, first = np.unique(tables.open[rows, columns], return_index=True)
+    rows, columns = rows[first], columns[first]
+    is_head = columns < geometry.num_head_blocks
+    index = columns + np.where(is_head, 0, tables.num_sealed[rows] * geometry.open_blocks_per_block)
+    filled = tables.num_computed_tokens[rows] - index * geometry.open_block_size
+    open_tokens = int(filled.clip(max=geometry.open_block_size).sum())
+    num_head = int(is_head.sum())
+    token_bytes = sum(
+        layer.num_kv_heads * layer.record_layout(cache.dtype).token_bytes for layer in cache.layers
+    )
+    allocated = manager.pool.num_allocated * cache.block_bytes
+    used = num_sealed * cache.block_bytes + open_tokens * token_bytes
+    total = sum(arena.nbytes for arena in cache.arenas)
+    num_idle = 0 if manager.prefix_cache is None else manager.prefix_cache.num_idle
+    return MemoryStats(
+        total=total,
+        free=total - allocated,
+        allocated=allocated,
+        used=used,
+        wasted=allocated - used,
+        head=num_head * cache.block_bytes,
+        body=num_sealed * cache.block_bytes,
+        tail=(len(open_ids) - num_head) * cache.block_bytes,
+        cached=num_idle * cache.block_bytes,
+    )
