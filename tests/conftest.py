@@ -10,13 +10,17 @@ import pytest
 import torch
 
 NEEDED_PACKAGE = {
+    "kernels/test_cpu_code.py": "numba",
     "kernels/test_cpu_kernels.py": "numba",
+    "kernels/test_cpu_store.py": "numba",
+    "kernels/test_cpu_threads.py": "numba",
     "kernels/test_machine_code.py": "triton",
     "kernels/test_triton_kernels.py": "triton",
     "kernels/test_triton_machine_code.py": "triton",
     "kernels/test_triton_windowed.py": "triton",
     "kernels/test_tune.py": "triton",
 }
+pytest.register_assert_rewrite("tests.support")
 collect_ignore = [name for name, package in NEEDED_PACKAGE.items() if not find_spec(package)]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported

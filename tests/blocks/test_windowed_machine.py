@@ -28,8 +28,8 @@ from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.blocks.host_blocks import SwappedSequence
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.errors import InvalidStepError
+from tests.support.arrays import ids
 from tests.support.block_contents import BlockContents, prefix_values
-from tests.support.helpers import ids
 
 
 def geometry_of(block_size: int, open_block_size: int, head: int, tail: int) -> BlockGeometry:

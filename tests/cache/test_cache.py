@@ -9,21 +9,11 @@ import torch
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
 from paged_kv.cache.kv_cache import PagedKVCache, runs_of
-from paged_kv.cache.layer_spec import (
-    LayerSpec,
-    block_bytes,
-    cache_geometry,
-    num_blocks_for,
-)
+from paged_kv.cache.layer_spec import LayerSpec, block_bytes, cache_geometry, num_blocks_for
 from paged_kv.errors import ConfigError, OutOfBlocksError
-from tests.support.helpers import (
-    FORMATS_BY_LABEL,
-    QUANTIZED_LABELS,
-    Fleet,
-    Stream,
-    dequantized_block,
-    make_stream,
-)
+from tests.support.fleets import Fleet, dequantized_block
+from tests.support.kv_formats import FORMATS_BY_LABEL, QUANTIZED_LABELS
+from tests.support.token_streams import Stream, make_stream
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 ALL_FORMATS = pytest.mark.parametrize("kv_format", FORMATS_BY_LABEL.values(), ids=FORMATS_BY_LABEL)

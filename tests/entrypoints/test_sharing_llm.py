@@ -25,12 +25,11 @@ from paged_kv.errors import (
     GenerationError,
     InvalidRequestError,
     InvalidStepError,
+    PagedKVError,
 )
-from tests.entrypoints import test_llm as small
-from tests.entrypoints.test_llm import assert_nothing_is_held, params_of, sampling, tokens_of
+from tests.support import small_llm as small
+from tests.support.small_llm import assert_nothing_is_held, params_of, sampling, tokens_of
 
-make_llm, model, pristine_model = small.make_llm, small.model, small.pristine_model
-tokenizer, prompts, greedy = small.tokenizer, small.prompts, small.greedy
 every_format = small.every_format
 EXCERPT = Path(__file__).parents[1] / "support" / "data" / "persuasion-excerpt.txt"
 
@@ -604,7 +603,7 @@ def test_a_copy_that_fails_loses_only_the_requests_it_belongs_to(
 
 @pytest.mark.parametrize("swap_space", ["lots", -1, 1])
 def test_a_swap_space_that_holds_nothing_is_refused(model, swap_space):
-    with pytest.raises(small.PagedKVError):
+    with pytest.raises(PagedKVError):
         LLM(model, swap_space=swap_space)
 
 

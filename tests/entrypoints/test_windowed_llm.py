@@ -18,16 +18,11 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from paged_kv import LLM, SamplingParams, SinkWindow
 from paged_kv.cache.transfer import export_sequence
-from paged_kv.errors import (
-    ConfigError,
-    InvalidRequestError,
-    TransferError,
-    UnsupportedModelError,
-)
+from paged_kv.errors import ConfigError, InvalidRequestError, TransferError, UnsupportedModelError
 from paged_kv.scheduler.request import Request
 from paged_kv.scheduler.scheduler import Scheduler
-from tests.models.test_huggingface import open_llm, preempted
 from tests.support import zoo
+from tests.support.paged_models import open_llm, preempted
 
 __all__ = ["preempted"]  # a fixture
 

@@ -26,7 +26,10 @@ from tests.support.attention_oracle import (
     relative_error,
     tolerance,
 )
-from tests.support.helpers import FORMATS_BY_LABEL, QUANTIZED_LABELS, Fleet, make_stream, step_of
+from tests.support.fleets import Fleet
+from tests.support.kv_formats import FORMATS_BY_LABEL, QUANTIZED_LABELS
+from tests.support.step_inputs import step_of
+from tests.support.token_streams import make_stream
 
 CLEARLY_DIFFERENT = 1e-2  # a thousand times the tolerance
 ALL_FORMATS = pytest.mark.parametrize("kv_format", FORMATS_BY_LABEL.values(), ids=FORMATS_BY_LABEL)

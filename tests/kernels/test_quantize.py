@@ -22,7 +22,7 @@ from paged_kv.kernels.eager.quantize import (
     unpack_planes,
 )
 from paged_kv.kernels.eager.store import seal_keys, seal_values
-from tests.support.helpers import dequantized_block
+from tests.support.fleets import dequantized_block
 
 FP16_EPS = 2.0**-11  # relative error of rounding to fp16
 BITS_AND_GROUP = [(8, 128), (4, 128), (4, 64), (4, 32), (2, 128), (2, 64), (2, 32)]

@@ -1,14 +1,9 @@
-"""Triton's kernels against the oracle: interpreted where there is no GPU, and on one where it is.
-
-Blocks hold NaN before their first use and after they are freed, partial results and outputs before
-they are written, so whatever leaks shows.
-"""
+"""Triton's kernels against the oracle: interpreted where there is no GPU, on one where there is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,98 +14,33 @@ from torch import Tensor
 
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.backend import TORCH_BACKEND, choose_backend
-from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
-from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.cache.formats import INT2, INT4, INT8, KVFormat
 from paged_kv.cache.layer_spec import LayerSpec
-from paged_kv.kernels.triton import attention as triton_attention
 from paged_kv.kernels.triton import codes as triton_codes
-from paged_kv.kernels.triton import plan as triton_plan
 from paged_kv.kernels.triton.launch import tile_rows
 from paged_kv.kernels.triton.plan import FEW_ROWS, TritonPlan, plan_rows
-from tests.support import attention_oracle, helpers
-from tests.support.attention_oracle import (
-    FLOAT32_TOLERANCE,
-    expected_outputs,
-    layer_of,
-    relative_error,
+from tests.support import triton_fleet
+from tests.support.attention_oracle import layer_of
+from tests.support.step_inputs import step_of
+from tests.support.token_streams import in_float32_only, make_stream, tokens_of_every_kind
+from tests.support.triton_fleet import (
+    ALL_FORMATS,
+    BASE_FORMATS,
+    DEVICE,
+    DTYPES,
+    SINKS,
+    Cache,
+    Fleet,
+    check_step,
+    on_triton,
+    ragged_fleet,
 )
-from tests.support.helpers import (
-    FORMATS_BY_LABEL,
-    in_float32_only,
-    make_stream,
-    step_of,
-    tokens_of_every_kind,
-)
 
-pytestmark = [
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret and not torch.cuda.is_available(),
-        reason="needs TRITON_INTERPRET=1 or a GPU",
-    ),
-    # What NumPy says of the interpreter's own scalars and of infinities that kernels mean.
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
-ALL_FORMATS = pytest.mark.parametrize("kv_format", FORMATS_BY_LABEL.values(), ids=FORMATS_BY_LABEL)
-BASE_FORMATS = pytest.mark.parametrize(
-    "kv_format", [NATIVE, INT8, INT4, INT2], ids=lambda kv_format: kv_format.name
-)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Cache = partial(PagedKVCache, device=DEVICE)
-Fleet = partial(helpers.Fleet, device=DEVICE)
-ragged_fleet = partial(attention_oracle.ragged_fleet, device=DEVICE)
-SINKS = torch.tensor([-1.0, 0.5, 3.0, 20.0], device=DEVICE)
+poison = triton_fleet.poison
+many_splits = triton_fleet.many_splits
 
 
-def limit_of(kv_format: KVFormat, dtype: torch.dtype) -> float:
-    """Relative error: fp16 queries and weights of codes, and the output's own rounding."""
-    codes = FLOAT32_TOLERANCE if kv_format.is_native else 2e-3 if kv_format.is_asymmetric else 5e-4
-    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    return codes + rounding
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contexts are written by the torch reference, and nothing that is allocated is zero."""
-    monkeypatch.setenv("PAGED_KV_BACKEND", "torch")
-    allocate = TritonPlan.partials
-
-    def poisoned(plan: TritonPlan, *shape: int) -> tuple[Tensor, Tensor]:
-        tensors = allocate(plan, *shape)
-        for tensor in tensors:
-            tensor.fill_(torch.nan)
-        return tensors
-
-    monkeypatch.setattr(TritonPlan, "partials", poisoned)
-
-
-@pytest.fixture
-def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More splits than most contexts have blocks, of a block or a tile each."""
-    monkeypatch.setattr(triton_plan, "num_processors", lambda device: 4)
-    monkeypatch.setattr(triton_attention, "MIN_SPLIT_TOKENS", 1)
-
-
-def on_triton(fleet: helpers.Fleet) -> helpers.Fleet:
-    object.__setattr__(fleet.cache, "backend", choose_backend(fleet.cache.device, "triton"))
-    return fleet
-
-
-def check_step(fleet: helpers.Fleet, counts: dict[int, int], **options: Any) -> None:
-    """Run one step on Triton's kernels over every sequence and layer, and hold it to the oracle."""
-    layers = range(len(fleet.cache.layers))
-    expected = [expected_outputs(fleet, counts, layer, **options) for layer in layers]
-    outputs = on_triton(fleet).step(counts, **options)
-    for layer, spec in enumerate(fleet.cache.layers):
-        limit = limit_of(spec.kv_format, fleet.cache.dtype)
-        for slot in counts:
-            error = relative_error(outputs[slot][layer], expected[layer][slot])
-            assert error <= limit, (layer, slot, error)
-    fleet.manager.check_integrity()
-
-
-# -- what is read -------------------------------------------------------------------------------
+# -- what is read ---------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -286,7 +216,7 @@ def test_a_captured_graph_follows_lengths_and_queries(kv_format):
         assert torch.equal(replayed, attend(query, *rest, TritonPlan(step.indices)))
 
 
-# -- what is written ----------------------------------------------------------------------------
+# -- what is written ------------------------------------------------------------------------------
 
 
 def store_on_both(
@@ -377,7 +307,7 @@ def test_attention_alone_stores_nothing():
     assert torch.equal(fleet.cache.arenas[0], before)
 
 
-# -- codes --------------------------------------------------------------------------------------
+# -- codes ----------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -404,7 +334,7 @@ def test_every_byte_is_unpacked_exactly(bits):
         assert torch.equal(out[plane].double().cpu(), expected)
 
 
-# -- tests that can fail ------------------------------------------------------------------------
+# -- tests that can fail --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

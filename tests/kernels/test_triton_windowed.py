@@ -8,21 +8,21 @@ import torch
 
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.cache.formats import NATIVE
-from tests.kernels import test_triton_kernels
-from tests.kernels.test_triton_kernels import BASE_FORMATS, SINKS, Fleet, limit_of, on_triton
-from tests.kernels.test_windowed_attention import (
+from tests.support import triton_fleet
+from tests.support.attention_oracle import layer_of, relative_error
+from tests.support.token_streams import make_stream
+from tests.support.triton_fleet import BASE_FORMATS, SINKS, Fleet, limit_of, on_triton
+from tests.support.windowed_oracle import (
     add_stream,
     check_step,
     seen_positions,
     stored_context,
     two_query_output,
 )
-from tests.support.attention_oracle import layer_of, relative_error
-from tests.support.helpers import make_stream
 
-poison = test_triton_kernels.poison
-many_splits = test_triton_kernels.many_splits
-pytestmark = test_triton_kernels.pytestmark
+poison = triton_fleet.poison
+many_splits = triton_fleet.many_splits
+pytestmark = triton_fleet.pytestmark
 
 
 @pytest.mark.parametrize("splits", ["few", "many"])

@@ -1,8 +1,4 @@
-"""Streams: every step's output is what StreamingLLM defines, whatever was evicted before.
-
-The oracles know tokens, positions and the definition, nothing of block tables. Blocks are poisoned
-as soon as a stream lets go of them.
-"""
+"""Windowed sequences: every step's output is what StreamingLLM defines, whatever was evicted."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from paged_kv.blocks.sink_window import SinkWindow
@@ -25,128 +20,28 @@ from paged_kv.kernels.cpu import plan as cpu_plan
 from paged_kv.kernels.cpu.microkernels import TILE_TOKENS
 from paged_kv.kernels.cpu.native_attention import Item
 from paged_kv.kernels.cpu.plan import WorkItems, plan_items
-from tests.support import helpers
+from tests.support import fleets
 from tests.support.attention_oracle import layer_of, relative_error, tolerance
-from tests.support.helpers import Fleet, Stream, dequantized_block, make_stream
+from tests.support.fleets import Fleet
+from tests.support.token_streams import make_stream
+from tests.support.windowed_oracle import (
+    LIMITS,
+    add_stream,
+    check_step,
+    expected_from_raw,
+    rotated_stream,
+    seen_positions,
+    stored_context,
+    two_query_output,
+)
 
 BACKENDS = ("torch", "cpu")
+
 ON_EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+
 FORMATS = pytest.mark.parametrize(
     "kv_format", [NATIVE, INT8, INT4, INT2], ids=lambda kv_format: kv_format.name
 )
-LIMITS = {"native": 1e-5, "int8": 1e-5, "int4": 1e-4, "int2": 1e-4}
-BASE = 10000.0
-
-
-def rotated(tokens: Tensor, positions: NDArray[np.int64]) -> Tensor:
-    """RoPE of tokens [T, H, D] in halves, with angles in float64."""
-    half = tokens.shape[-1] // 2
-    angles = np.outer(positions, BASE ** (-np.arange(half) / half))
-    cos, sin = (torch.from_numpy(f(angles))[:, None] for f in (np.cos, np.sin))
-    first, second = tokens.double().split(half, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def seen_positions(position: int, sinks: SinkWindow) -> NDArray[np.int64]:
-    """Where the tokens are that one at `position` sees, by the definition."""
-    all_positions = np.arange(position + 1)
-    is_near = all_positions > position - sinks.window_size
-    return all_positions[is_near | (all_positions < sinks.num_sink_tokens)]
-
-
-def rotated_stream(raw: Stream, sinks: SinkWindow, offset: int = 0) -> Stream:
-    """What a model would give for raw tokens: its rotary embedding at every position.
-
-    From the second token behind sinks and window on, positions are `offset` more.
-    """
-    positions = np.arange(len(raw))
-    evicted = np.maximum(positions + 1 - sinks.num_visible_tokens, 0)
-    dtype = raw.keys[0].dtype
-    return Stream(
-        [rotated(query, positions).to(dtype) for query in raw.queries],
-        [rotated(key, positions).to(dtype) for key in raw.keys],
-        raw.values,
-        [rotated(query, positions - evicted).to(dtype) for query in raw.queries],
-    )
-
-
-def expected_from_raw(raw: Stream, sinks: SinkWindow, position: int, layer: int = 0) -> NDArray:
-    """Output [Hq, D] of one token: keys before RoPE, rotated to their place in the cache."""
-    seen = seen_positions(position, sinks)
-    keys = rotated(raw.keys[layer][seen], np.arange(len(seen)))
-    query = rotated(raw.queries[layer][[position]], np.array([len(seen) - 1]))[0]
-    return softmax_output(query, keys, raw.values[layer][seen].double())
-
-
-def softmax_output(query: Tensor, keys: Tensor, values: Tensor, **rules: float) -> NDArray:
-    """[Hq, D] of one query [Hq, D] over keys and values [K, H, D] that it sees."""
-    keys = keys.repeat_interleave(query.shape[0] // keys.shape[1], 1)
-    values = values.repeat_interleave(query.shape[0] // values.shape[1], 1)
-    scores = torch.einsum("hd,khd->hk", query, keys) * query.shape[1] ** -0.5
-    return torch.einsum("hk,khd->hd", scores.softmax(-1), values).numpy()
-
-
-def stored_context(fleet: Fleet, seq_id: int, num_new: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [tokens, H, D] at their positions, those in the body as sealed blocks say."""
-    stream, length = fleet.streams[seq_id], fleet.length(seq_id)
-    keys, values = (t[0][: length + num_new].double() for t in (stream.keys, stream.values))
-    manager = fleet.manager
-    first = manager.geometry.num_head_tokens + int(manager.num_evicted_tokens[seq_id])
-    for block_id in manager.body_ids(seq_id):
-        end = first + manager.geometry.block_size
-        block = dequantized_block(fleet.cache, 0, int(block_id))
-        keys[first:end], values[first:end] = map(torch.from_numpy, block)
-        first = end
-    return keys, values
-
-
-def check_step(
-    fleet: Fleet, counts: dict[int, int], windows: dict[int, SinkWindow | None], limit: float
-) -> None:
-    """Run a step, and hold each token to what it sees of what is stored."""
-    expected = {}
-    for seq_id, count in counts.items():
-        keys, values = stored_context(fleet, seq_id, count)
-        stream, rows = fleet.streams[seq_id], []
-        for position in range(fleet.length(seq_id), fleet.length(seq_id) + count):
-            sinks = windows[seq_id] or SinkWindow(0, 1 << 30)
-            seen = seen_positions(position, sinks)
-            scored = keys[seen]
-            query = stream.queries[0][position].double()
-            if windows[seq_id] is not None:  # the difference of two queries on the sinks alone
-                near = stream.sink_queries[0][position].double()
-                is_sink = torch.from_numpy(seen < sinks.num_sink_tokens)
-                rows.append(two_query_output(query, near, scored, values[seen], is_sink))
-            else:
-                rows.append(softmax_output(query, scored, values[seen]))
-        expected[seq_id] = np.stack(rows)
-    outputs = fleet.step(counts)
-    for seq_id in counts:
-        error = relative_error(outputs[seq_id][0], expected[seq_id])
-        assert error <= limit, (seq_id, fleet.length(seq_id), error)
-    fleet.manager.check_integrity()
-
-
-def two_query_output(
-    query: Tensor, sink_query: Tensor, keys: Tensor, values: Tensor, is_sink: Tensor
-) -> NDArray:
-    """As `softmax_output`, sinks scored by a query of their own."""
-    group = query.shape[0] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = torch.einsum("hd,khd->hk", query, keys)
-    scores = torch.where(is_sink, torch.einsum("hd,khd->hk", sink_query, keys), scores)
-    weights = (scores * query.shape[1] ** -0.5).softmax(-1)
-    return torch.einsum("hk,khd->hd", weights, values).numpy()
-
-
-def add_stream(
-    fleet: Fleet, sinks: SinkWindow | None, length: int, seed: int
-) -> tuple[int, SinkWindow | None]:
-    raw = make_stream(fleet.cache.layers, length, seed, fleet.cache.dtype, gqa_group=2)
-    if sinks is None:
-        return fleet.add(raw), None
-    sinks = fleet.manager.fitted_window(sinks)
-    return fleet.add(rotated_stream(raw, sinks), sinks), sinks
 
 
 @ON_EVERY_BACKEND
@@ -216,7 +111,7 @@ def test_a_layer_with_a_window_of_its_own_keeps_it(backend):
             assert relative_error(output, np.stack(expected)) <= 1e-5, (own_window, count)
 
 
-# -- the CPU's own kernels ----------------------------------------------------------------------
+# -- the CPU's own kernels ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -271,7 +166,7 @@ RULES = {
 @FORMATS
 def test_rules_of_a_layer_go_with_streams_as_in_the_reference(kv_format, rules, dtype, monkeypatch):
     """From the first sinks on, which come in two steps; second queries in another layout."""
-    attention = helpers.paged_attention
+    attention = fleets.paged_attention
     if not kv_format.is_native:
         kv_format = kv_format.with_options(num_sink_tokens=40)
 
@@ -280,20 +175,20 @@ def test_rules_of_a_layer_go_with_streams_as_in_the_reference(kv_format, rules, 
             sink_query = sink_query.transpose(0, 1).contiguous().transpose(0, 1)
         return attention(*args, sink_query=sink_query, **rules)
 
-    monkeypatch.setattr(helpers, "paged_attention", attention_heads_first)
-    fleets = [Fleet([layer_of(kv_format)], dtype=dtype, backend=name) for name in ("torch", "cpu")]
-    for fleet in fleets:
+    monkeypatch.setattr(fleets, "paged_attention", attention_heads_first)
+    both = [Fleet([layer_of(kv_format)], dtype=dtype, backend=name) for name in ("torch", "cpu")]
+    for fleet in both:
         for seed, wanted in enumerate([SinkWindow(30, 128), None, SinkWindow(16, 150)]):
             seq_id, _ = add_stream(fleet, wanted, 700, seed)
     counts = [(5, 1, 16), (100, 40, 1), (30, 1, 60), (130, 300, 130), (1, 1, 1), (100, 1, 130)]
     limit = 2 * tolerance(dtype) if dtype != torch.float32 else LIMITS[kv_format.name]
     for chunk in (*counts, (1, 1, 1), (4, 9, 3), (40, 1, 33)):
         outputs = [fleet.step(dict(zip(fleet.streams, chunk, strict=True)), **rules)
-                   for fleet in fleets]  # fmt: skip
+                   for fleet in both]  # fmt: skip
         for seq_id in outputs[0]:
             expected, found = (output[seq_id][0].double() for output in outputs)
             assert relative_error(found, expected.numpy()) <= limit
-    evicted = fleets[1].manager.num_evicted_tokens[list(fleets[1].streams)] > 0
+    evicted = both[1].manager.num_evicted_tokens[list(both[1].streams)] > 0
     assert evicted.tolist() == [True, False, True]
 
 
@@ -321,7 +216,7 @@ def test_new_sinks_are_sinks_beyond_the_window_too(num_stored, own_window):
     assert relative_error(found, expected.double().numpy()) <= 1e-5
 
 
-# -- what must not go unnoticed -----------------------------------------------------------------
+# -- what must not go unnoticed -------------------------------------------------------------------
 
 
 def test_no_second_query_is_seen():

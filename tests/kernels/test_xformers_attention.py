@@ -15,18 +15,18 @@ from torch import Tensor
 
 from paged_kv.cache.backend import choose_backend
 from paged_kv.cache.formats import INT8
-from tests.kernels import test_triton_kernels
-from tests.kernels.test_triton_kernels import DEVICE, SINKS, check_step, ragged_fleet
+from tests.support import triton_fleet
 from tests.support.attention_oracle import layer_of
+from tests.support.triton_fleet import DEVICE, SINKS, check_step, ragged_fleet
 
 fmha = pytest.importorskip("xformers.ops.fmha")
 
 # Behind the line that skips all of this where xformers is missing.
 from paged_kv.kernels.triton import xformers_attention  # noqa: E402
 
-poison = test_triton_kernels.poison
-pytestmark = test_triton_kernels.pytestmark
-BASE_FORMATS = test_triton_kernels.BASE_FORMATS
+poison = triton_fleet.poison
+pytestmark = triton_fleet.pytestmark
+BASE_FORMATS = triton_fleet.BASE_FORMATS
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     monkeypatch.setattr(xformers_attention, "memory_efficient_attention_partial", noting)
     choose = choose_backend
     monkeypatch.setattr(
-        test_triton_kernels, "choose_backend", lambda device, name: choose(device, "xformers")
+        triton_fleet, "choose_backend", lambda device, name: choose(device, "xformers")
     )
     return seen
 

@@ -1,8 +1,7 @@
 """Hugging Face models on paged blocks: the same tokens as their own `generate`, or a refusal.
 
 Everything runs on tiny random models (see zoo.py). Controls break one detail of the attention at a
-time and demand other tokens: they show that the equalities here would notice.
-"""
+time and demand other tokens: they show that the equalities here would notice."""
 
 from __future__ import annotations
 
@@ -25,41 +24,22 @@ from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.errors import PagedKVError, UnsupportedModelError
 from paged_kv.models.huggingface import IMPLEMENTATION, PagedModel
 from paged_kv.scheduler.request import Request
-from paged_kv.scheduler.scheduler import Scheduler
-from tests.support import zoo
+from tests.support import paged_models, zoo
+from tests.support.paged_models import POOL, open_llm
 
-NAN_BYTE = 0xFF
-POOL = 80  # native blocks: room for every sequence of a test at once
+preempted = paged_models.preempted
+
 SMALL_POOL = 20  # the prompts alone need 37 blocks of 16 tokens, the longest sequence 11
+
 SETTINGS: dict[str, dict[str, int]] = {
     "one-go": {"token_budget": 1024, "num_blocks": POOL},
     "chunked": {"token_budget": 40, "num_blocks": POOL},
     "preempted": {"token_budget": 1024, "num_blocks": SMALL_POOL},
 }
+
 FORMATS = ("native", "int8", "int4", "int2")
+
 QUANTIZED_FORMATS = FORMATS[1:]
-
-
-@pytest.fixture
-def preempted(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
-    """Requests in the order in which schedulers preempt them."""
-    requests: list[Request] = []
-    preempt = Scheduler._preempt
-
-    def record(scheduler: Scheduler, request: Request) -> None:
-        requests.append(request)
-        preempt(scheduler, request)
-
-    monkeypatch.setattr(Scheduler, "_preempt", record)
-    return requests
-
-
-def open_llm(model: PreTrainedModel, **settings: Any) -> LLM:
-    """An LLM whose blocks are full of NaN: reading what was never written shows."""
-    llm = LLM(model, **{"kv_format": "native", "max_num_seqs": 8, "num_blocks": POOL, **settings})
-    for arena in llm.engine.cache.arenas:
-        arena.fill_(NAN_BYTE)
-    return llm
 
 
 def greedy(
@@ -78,7 +58,7 @@ def paged_tokens(name: str, **settings: Any) -> list[list[int]]:
         return greedy(llm, zoo.prompts())
 
 
-# -- the same tokens ----------------------------------------------------------------------------
+# -- the same tokens ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -176,7 +156,7 @@ def check_quantized(model: PreTrainedModel, kv_format: str) -> None:
     assert all(0 <= token < zoo.VOCAB_SIZE for tokens in runs[0] for token in tokens)
 
 
-# -- controls: what is broken must show ---------------------------------------------------------
+# -- controls: what is broken must show -----------------------------------------------------------
 
 
 def alter(monkeypatch: pytest.MonkeyPatch, argument: str, change: Callable[[Any], Any]) -> None:
@@ -253,9 +233,10 @@ def test_control_shared_block(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert tokens[victim][0] == expected[victim][0]  # prefill in one go reads no block
 
 
-# -- refusals -----------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------
 
 RECURRENT = r"recurrent layers"
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "falcon": ("FalconForCausalLM", {}, r"FalconForCausalLM never calls .*attention interface"),
     "bloom": ("BloomForCausalLM", {}, r"BloomForCausalLM never calls .*attention interface"),
@@ -434,7 +415,7 @@ def test_served_exactly_or_refused(name: str) -> None:
     assert tokens == zoo.generate_alone(model, zoo.prompts())
 
 
-# -- attached and given back --------------------------------------------------------------------
+# -- attached and given back ----------------------------------------------------------------------
 
 TOKEN_IDS = torch.tensor([[5, 6, 7, 8]])
 

@@ -13,10 +13,11 @@ from paged_kv.cache.formats import NATIVE
 from paged_kv.errors import UnsupportedModelError
 from paged_kv.models.huggingface import PagedModel
 from paged_kv.models.rotary import MODEL_PERIOD, Rotation, StepTurns, find_rotation
-from tests.kernels.test_windowed_attention import BASE, rotated, softmax_output
 from tests.support import zoo
 from tests.support.attention_oracle import layer_of, relative_error
-from tests.support.helpers import Fleet, Stream, make_stream
+from tests.support.fleets import Fleet
+from tests.support.token_streams import Stream, make_stream
+from tests.support.windowed_oracle import BASE, rotated, softmax_output
 
 FREQUENCIES = torch.from_numpy(BASE ** (-np.arange(16) / 16))
 LAYOUTS = {  # first channel, interleaved; of 40 channels 32 turn

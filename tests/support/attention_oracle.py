@@ -9,7 +9,8 @@ from torch import Tensor
 
 from paged_kv.cache.formats import KVFormat
 from paged_kv.cache.layer_spec import LayerSpec
-from tests.support.helpers import Fleet, make_stream
+from tests.support.fleets import Fleet
+from tests.support.token_streams import make_stream
 
 FLOAT32_TOLERANCE = 1e-5
 

@@ -1,4 +1,4 @@
-"""What several test files share: streams of tokens, and a fleet of sequences over one cache.
+"""A fleet of sequences over one cache, whose unused blocks are poisoned.
 
 Reads stored blocks with code of its own (numpy, float64), so that tests do not compare the
 library with itself.
@@ -7,7 +7,6 @@ library with itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,62 +17,12 @@ from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.cache.attention import paged_attention
-from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
-from paged_kv.kernels.step_inputs import StepInputs
+from tests.support.arrays import ids
+from tests.support.token_streams import Stream
 
 NAN_BYTE = 0xFF  # an arena full of it reads as NaN in float32, bfloat16 and float16
-
-FORMATS_BY_LABEL = {
-    "native": NATIVE,
-    "int8": INT8,
-    "int4": INT4,
-    "int2": INT2,
-    "int8-block64": INT8.with_options(block_size=64, key_group_size=64, min_tail_tokens=5),
-    "int4-g64-clipped": INT4.with_options(key_group_size=64, key_clip=0.9, value_clip=0.95),
-    "int2-g32-clipped": INT2.with_options(key_group_size=32, key_clip=0.75, value_clip=0.8),
-    "int2-min-max-no-head-no-tail": INT2.with_options(
-        key_clip=1.0, value_clip=1.0, num_sink_tokens=0, min_tail_tokens=0
-    ),
-}
-QUANTIZED_LABELS = [label for label in FORMATS_BY_LABEL if label != "native"]
-
-
-def ids(*values: int) -> NDArray[np.int64]:
-    return np.array(values, dtype=np.int64)
-
-
-@dataclass
-class Stream:
-    """The tokens of one sequence: for each layer, query, key and value [length, heads, dim]."""
-
-    queries: list[Tensor]
-    keys: list[Tensor]
-    values: list[Tensor]
-    sink_queries: list[Tensor] = field(default_factory=list)  # of one that has a SinkWindow
-
-    def __len__(self) -> int:
-        return len(self.keys[0])
-
-
-def make_stream(
-    layers: Sequence[LayerSpec], length: int, seed: int, dtype: torch.dtype, gqa_group: int = 1
-) -> Stream:
-    """Random tokens whose keys have a mean and a spread for each channel, as real keys do."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    stream = Stream([], [], [])
-    for layer in layers:
-        heads, key_dim = layer.num_kv_heads, layer.key_dim
-        keys = normal(length, heads, key_dim) * normal(heads, key_dim) + normal(heads, key_dim)
-        stream.queries.append(normal(length, heads * gqa_group, key_dim).to(dtype))
-        stream.keys.append(keys.to(dtype))
-        stream.values.append(normal(length, heads, layer.value_dim).to(dtype))
-    return stream
 
 
 class Fleet:
@@ -226,81 +175,3 @@ def dequantized_block(
         keys.append(codes["key"] * scale["key"][group] + key_zero[group])
         values.append(codes["value"] * scale["value"][:, None] + value_zero[:, None])
     return np.stack(keys, axis=1), np.stack(values, axis=1)
-
-
-def step_of(
-    query_lens: list[int],
-    context_lens: list[int],
-    num_sealed: list[int],
-    *,
-    num_head_tokens: int,
-    block_size: int = 128,
-) -> StepInputs:
-    """A step without blocks, for what reads only its lengths."""
-    none = torch.zeros(len(query_lens), 1, dtype=torch.int64)
-    table = none.expand(-1, -(-max(context_lens, default=0) // 16))
-    starts = np.concatenate([[0], np.cumsum(query_lens)])
-    return StepInputs(
-        query_lens=tuple(query_lens),
-        context_lens_host=tuple(context_lens),
-        context_lens=torch.tensor(context_lens),
-        query_start_loc=torch.from_numpy(starts),
-        positions=torch.zeros(sum(query_lens), dtype=torch.int64),
-        open_table=table,
-        sealed_table=table,
-        num_sealed=torch.tensor(num_sealed),
-        stored_tokens=none[0],
-        stored_slots=none[0],
-        seal_block_ids=none[0],
-        seal_sources=none,
-        block_size=block_size,
-        open_block_size=16,
-        num_head_tokens=num_head_tokens,
-    )
-
-
-def tokens_of_every_kind(length: int, heads: int, dim: int, seed: int) -> Tensor:
-    """[blocks, length, heads, dim]: each block another kind of numbers.
-
-    Groups of zeros of both signs are left out: which of them is the least is not defined.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal() -> Tensor:
-        return torch.randn(length, heads, dim, generator=generator)
-
-    outliers = normal()
-    outliers[:, :, ::5] *= 1000.0
-    some_equal = normal()
-    some_equal[::3] = 0.25  # constant tokens
-    some_equal[:, :, ::4] = -3.3  # constant channels
-    halves = torch.randint(-127, 128, (length, heads, dim), generator=generator) * 0.5
-    zeros_of_both_signs = normal().abs()
-    zeros_of_both_signs[normal() > 0] = -0.0
-    zeros_of_both_signs[normal() > 1] = 0.0
-    zeros_of_both_signs[:, :, :2] = 1.0
-    zeros_of_both_signs[:2] = 1.0
-    return torch.stack(
-        [
-            normal(),
-            outliers,
-            some_equal,
-            halves,  # ties, to be rounded to even
-            zeros_of_both_signs,
-            torch.full((length, heads, dim), -0.0),
-            torch.zeros(length, heads, dim),
-            torch.full((length, heads, dim), 0.37),
-            normal() * 1e-6,  # scales that are no normal halves
-            normal() * 3e4,  # scales beyond those of halves, which saturate
-        ]
-    )
-
-
-def in_float32_only(length: int, heads: int, dim: int, seed: int) -> Tensor:
-    """As above: numbers that are infinite, or zero, in half precision."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(3, length, heads, dim, generator=generator)
-    factors = torch.tensor([1e30, 1e-40, 3e38]).view(-1, 1, 1, 1)
-    values = normal * factors
-    values[2] = normal[2].sign() * 3e38
-    return torch.cat([values, torch.full((1, length, heads, dim), -1e30)])

@@ -1,0 +1,68 @@
+"""What a block manager's blocks hold, as its plans, copies and swaps say."""
+
+from __future__ import annotations
+
+from paged_kv.blocks.step_plan import StepPlan
+from tests.support.reference_manager import Sequence
+
+
+class Contents:
+    """What each block holds: open or sealed, and for each token the history that ends with it."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.kinds: list[str | None] = [None] * num_blocks
+        self.cells: list[list[int | None]] = [[] for _ in range(num_blocks)]
+
+    def put(self, block_id: int, kind: str | None, cells: list[int | None]) -> None:
+        self.kinds[block_id], self.cells[block_id] = kind, cells
+
+    def move(self, block_ids: list[int], other: Contents, other_ids: list[int]) -> None:
+        for block_id, other_id in zip(block_ids, other_ids, strict=True):
+            other.put(other_id, self.kinds[block_id], self.cells[block_id].copy())
+
+    def apply(self, plan: StepPlan, histories: list[int], open_block_size: int) -> None:
+        """Do the writes of a plan, whose new tokens are named by `histories`.
+
+        What is sealed and what is written may come in any order: no cell is part of both.
+        """
+        for block_id in plan.new_block_ids.tolist():
+            self.put(block_id, None, [])  # whatever it held must not be read again
+        self.move(plan.copy_sources.tolist(), self, plan.copy_targets.tolist())
+        read = set()
+        num_sealed_new = 0
+        for block_id, sources in zip(
+            plan.seal_block_ids.tolist(), plan.seal_sources.tolist(), strict=True
+        ):
+            cells: list[int | None] = []
+            for source in sources:
+                if source < 0:
+                    cells.append(histories[~source])
+                    num_sealed_new += 1
+                    continue
+                source_id, offset = divmod(source, open_block_size)
+                assert self.kinds[source_id] == "open", "a block is sealed from a sealed one"
+                cells.append(self.cells[source_id][offset])
+                read.add(source)
+            self.put(block_id, "sealed", cells)
+        targets = plan.slot_mapping.tolist()
+        written = [target for target in targets if target >= 0]
+        assert len(targets) == len(histories)
+        assert len(targets) - len(written) == num_sealed_new, "a new token has two places or none"
+        assert len(set(written)) == len(written), "two tokens are written to one cell"
+        assert not read & set(written), "a cell is sealed and written in one step"
+        for target, history in zip(targets, histories, strict=True):
+            if target < 0:
+                continue
+            block_id, offset = divmod(target, open_block_size)
+            if self.kinds[block_id] is None:
+                self.put(block_id, "open", [None] * open_block_size)
+            assert self.kinds[block_id] == "open", "a sealed block is written"
+            self.cells[block_id][offset] = history
+
+    def check(self, sequence: Sequence) -> None:
+        """Every block holds what its user computed."""
+        for stretch, block_id in sequence.blocks.items():
+            cells = self.cells[block_id]
+            expected = sequence.histories[: sequence.num_computed][stretch.start :][: len(cells)]
+            assert self.kinds[block_id] == stretch.kind
+            assert cells[: len(expected)] == expected, f"block {block_id} holds other tokens"

@@ -1,0 +1,38 @@
+"""Models on paged blocks that are full of NaN, and who was preempted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from paged_kv import LLM
+from paged_kv.scheduler.request import Request
+from paged_kv.scheduler.scheduler import Scheduler
+
+NAN_BYTE = 0xFF
+
+POOL = 80  # native blocks: room for every sequence of a test at once
+
+
+@pytest.fixture
+def preempted(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Requests in the order in which schedulers preempt them."""
+    requests: list[Request] = []
+    preempt = Scheduler._preempt
+
+    def record(scheduler: Scheduler, request: Request) -> None:
+        requests.append(request)
+        preempt(scheduler, request)
+
+    monkeypatch.setattr(Scheduler, "_preempt", record)
+    return requests
+
+
+def open_llm(model: PreTrainedModel, **settings: Any) -> LLM:
+    """An LLM whose blocks are full of NaN: reading what was never written shows."""
+    llm = LLM(model, **{"kv_format": "native", "max_num_seqs": 8, "num_blocks": POOL, **settings})
+    for arena in llm.engine.cache.arenas:
+        arena.fill_(NAN_BYTE)
+    return llm

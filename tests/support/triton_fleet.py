@@ -1,0 +1,96 @@
+"""Fleets on Triton's kernels, interpreted where there is no GPU, held to the oracle."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from paged_kv.cache.backend import choose_backend
+from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
+from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.kernels.triton import attention as triton_attention
+from paged_kv.kernels.triton import plan as triton_plan
+from paged_kv.kernels.triton.plan import TritonPlan
+from tests.support import attention_oracle, fleets
+from tests.support.attention_oracle import FLOAT32_TOLERANCE, expected_outputs, relative_error
+from tests.support.kv_formats import FORMATS_BY_LABEL
+
+pytestmark = [
+    pytest.mark.skipif(
+        not triton.knobs.runtime.interpret and not torch.cuda.is_available(),
+        reason="needs TRITON_INTERPRET=1 or a GPU",
+    ),
+    # What NumPy says of the interpreter's own scalars and of infinities that kernels mean.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+ALL_FORMATS = pytest.mark.parametrize("kv_format", FORMATS_BY_LABEL.values(), ids=FORMATS_BY_LABEL)
+
+BASE_FORMATS = pytest.mark.parametrize(
+    "kv_format", [NATIVE, INT8, INT4, INT2], ids=lambda kv_format: kv_format.name
+)
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+Cache = partial(PagedKVCache, device=DEVICE)
+
+Fleet = partial(fleets.Fleet, device=DEVICE)
+
+ragged_fleet = partial(attention_oracle.ragged_fleet, device=DEVICE)
+
+SINKS = torch.tensor([-1.0, 0.5, 3.0, 20.0], device=DEVICE)
+
+
+def limit_of(kv_format: KVFormat, dtype: torch.dtype) -> float:
+    """Relative error: fp16 queries and weights of codes, and the output's own rounding."""
+    codes = FLOAT32_TOLERANCE if kv_format.is_native else 2e-3 if kv_format.is_asymmetric else 5e-4
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    return codes + rounding
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts are written by the torch reference, and nothing that is allocated is zero."""
+    monkeypatch.setenv("PAGED_KV_BACKEND", "torch")
+    allocate = TritonPlan.partials
+
+    def poisoned(plan: TritonPlan, *shape: int) -> tuple[Tensor, Tensor]:
+        tensors = allocate(plan, *shape)
+        for tensor in tensors:
+            tensor.fill_(torch.nan)
+        return tensors
+
+    monkeypatch.setattr(TritonPlan, "partials", poisoned)
+
+
+@pytest.fixture
+def many_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More splits than most contexts have blocks, of a block or a tile each."""
+    monkeypatch.setattr(triton_plan, "num_processors", lambda device: 4)
+    monkeypatch.setattr(triton_attention, "MIN_SPLIT_TOKENS", 1)
+
+
+def on_triton(fleet: fleets.Fleet) -> fleets.Fleet:
+    object.__setattr__(fleet.cache, "backend", choose_backend(fleet.cache.device, "triton"))
+    return fleet
+
+
+def check_step(fleet: fleets.Fleet, counts: dict[int, int], **options: Any) -> None:
+    """Run one step on Triton's kernels over every sequence and layer, and hold it to the oracle."""
+    layers = range(len(fleet.cache.layers))
+    expected = [expected_outputs(fleet, counts, layer, **options) for layer in layers]
+    outputs = on_triton(fleet).step(counts, **options)
+    for layer, spec in enumerate(fleet.cache.layers):
+        limit = limit_of(spec.kv_format, fleet.cache.dtype)
+        for slot in counts:
+            error = relative_error(outputs[slot][layer], expected[layer][slot])
+            assert error <= limit, (layer, slot, error)
+    fleet.manager.check_integrity()
