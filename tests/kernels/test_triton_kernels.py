@@ -36,6 +36,7 @@ from tests.support.triton_fleet import (
     ragged_fleet,
 )
 
+pytestmark = triton_fleet.pytestmark
 poison = triton_fleet.poison
 many_splits = triton_fleet.many_splits
 
