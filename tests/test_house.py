@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import paged_kv
+from paged_kv import code_cache
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "paged_kv"
@@ -92,6 +93,17 @@ def test_no_imports_go_in_a_circle() -> None:
         free = {module for module, needed in waiting.items() if not needed & waiting.keys()}
         assert free, f"these import each other: {sorted(waiting)}"
         waiting = {module: needed for module, needed in waiting.items() if module not in free}
+
+
+def test_all_that_compiled_code_is_made_of_is_in_the_name_of_its_folder() -> None:
+    folders = {folder.removeprefix(".") for folder in code_cache.FOLDERS_OF_SOURCES}
+    waiting = {module for module in MODULES if "code_cache" in imported_modules(module)}
+    seen: set[str] = set()
+    while waiting - seen:
+        seen |= waiting
+        waiting = {imported for module in waiting for imported in imported_modules(module)}
+    assert {"blocks.growth", "kernels.cpu.vectors", "code_cache"} <= seen
+    assert {module.rpartition(".")[0] for module in seen} <= folders
 
 
 def loaded_packages(statement: str) -> set[str]:
