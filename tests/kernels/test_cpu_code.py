@@ -1,4 +1,4 @@
-"""The CPU's compiled code: its arithmetic. `test_code_cache` looks at what is kept of it on disk."""
+"""The CPU's compiled code: its arithmetic. What is kept on disk is for test_code_cache."""
 
 from __future__ import annotations
 
