@@ -240,12 +240,21 @@ def source_hash() -> str | None:
     settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
     digest = sha256(repr((versions, settings)).encode())
     for folder in FOLDERS_OF_SOURCES:
-        spec = find_spec(f"{__package__}{folder}")
-        places = list(spec.submodule_search_locations or ()) if spec is not None else []
-        paths = sorted(Path(places[0]).glob("*.py")) if places else []
-        if not paths:
+        sources = _sources_of(folder)
+        if not sources:
             return None
-        for path in paths:
-            source = path.read_bytes()
-            digest.update(f"{folder} {path.name} {len(source)}\n".encode() + source)
+        for name, source in sources:
+            digest.update(f"{folder} {name} {len(source)}\n".encode() + source)
     return f"sources-{digest.hexdigest()[:32]}"
+
+
+def _sources_of(folder: str) -> list[tuple[str, bytes]]:
+    """Names and contents of a folder's modules; empty where one of them is not to be read."""
+    spec = find_spec(f"{__package__}{folder}")
+    places = spec.submodule_search_locations if spec is not None else None
+    if not places:
+        return []
+    try:
+        return [(path.name, path.read_bytes()) for path in sorted(Path(places[0]).glob("*.py"))]
+    except OSError:
+        return []
