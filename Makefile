@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak structure lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -13,6 +13,16 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 -q
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
+
+# Random operations on the block manager beside a reference; a mismatch says how to repeat it.
+STEPS ?= 1000000
+SEED ?= 0
+soak: $(VENV)/.installed
+	PYTHONPATH=bench $(BIN)/python -m tests.soak.soak_block_manager --steps $(STEPS) --seed $(SEED)
+
+# Every file in one line, from what it says of itself.
+structure:
+	$(PYTHON) bench/tools/house.py --tree > docs/structure.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

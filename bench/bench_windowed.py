@@ -1,13 +1,13 @@
-"""Streams far beyond a model's trained length: perplexity, memory and time for each token.
+"""Windowed sequences far beyond a model's trained length: perplexity, memory, time a token.
 
     python bench/bench_windowed.py --books a.txt b.txt --json bench/results/windowed.json
 
 The books are one text, teacher-forced: a step computes several tokens, of which each sees exactly
-its own sinks and window. Beside streams with sinks: dense attention within the trained length,
+its own sinks and window. Beside sequences with sinks: dense attention within the trained length,
 windows without sinks, and windows that are computed anew (`recomputed`, the costly ideal). Then
-one stream generates, one token a step, and each step is timed (also in CPU time, which other
-programs on the machine disturb less). `--picture` draws both from the
-JSON, also of an earlier run (`--from`).
+one sequence generates, one token a step, and each step is timed (also in CPU time, which other
+programs on the machine disturb less). `--picture` draws both from the JSON, also of an earlier
+run (`--from`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.llm import LLM
 from paged_kv.models.huggingface import PagedModel
 
-STREAMS = {
+WINDOWED = {
     "sinks + window, native": ("native", True),
     "sinks + window, int8": ("int8", True),
     "sinks + window, int4": ("int4", True),
@@ -57,14 +57,14 @@ def kept_sinks(kv_format: KVFormat, window: SinkWindow) -> KVFormat:
 
 
 @torch.inference_mode()
-def streamed(
+def windowed(
     model: PagedModel,
     kv_format: KVFormat,
     window: SinkWindow,
     token_ids: NDArray[np.int64],
     tokens_per_step: int,
 ) -> tuple[Losses, NDArray[np.int64]]:
-    """Loss of each next token of a stream, and the bytes of K/V that it holds after each step."""
+    """Loss of each next token of a windowed sequence, and the bytes it holds after each step."""
     layers = model.layers(kept_sinks(kv_format, window))
     num_blocks = 2 * window.fitted(cache_geometry(layers, model.dtype)).max_stored(
         cache_geometry(layers, model.dtype)
@@ -148,7 +148,7 @@ def quality_rows(
 
 
 def generation_rows(model: PreTrainedModel, window: SinkWindow, num_tokens: int) -> list[Row]:
-    """One stream that generates `num_tokens`, one a step: milliseconds and memory in tenths."""
+    """A windowed sequence generates `num_tokens`, one a step: milliseconds and memory in tenths."""
     rows = []
     for name in ("native", "int8"):
         with LLM(model, kv_format=name, sink_window=window, max_num_seqs=1) as llm:
@@ -206,7 +206,7 @@ def draw(report: dict[str, object], picture: Path) -> None:
     axes[0].legend(fontsize=8, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.22))
     axes[1].set_ylabel("K/V held (KiB)")
     axes[1].set_ylim(bottom=0)
-    axes[1].set_xlabel("position in the stream (tokens)")
+    axes[1].set_xlabel("position in the text (tokens)")
     figure.savefig(picture, dpi=90)
 
 
@@ -238,7 +238,7 @@ def main() -> None:
     if arguments.generate:
         window = SinkWindow(arguments.sinks, arguments.window)
         rows += generation_rows(model, window, arguments.generate)
-    write_report("streaming", rows, arguments.json)
+    write_report("windowed", rows, arguments.json)
     if arguments.picture and arguments.json:
         draw(json.loads(arguments.json.read_text()), arguments.picture)
 
@@ -256,11 +256,11 @@ def text_rows(model: PreTrainedModel, arguments: argparse.Namespace) -> list[Row
     anew = recomputed(model, ids[: min(len(ids), 20_000)], length, bos)
     rows += quality_rows("window recomputed, first part", anew, reference, first=length)
     token_ids = np.insert(ids, 0, bos)
-    for name, (format_name, has_sinks) in STREAMS.items():
+    for name, (format_name, has_sinks) in WINDOWED.items():
         sinks = arguments.sinks if has_sinks else 0
         window = SinkWindow(sinks, arguments.window + arguments.sinks - sinks)
         paged = PagedModel(model)
-        losses, held = streamed(
+        losses, held = windowed(
             paged, FORMATS[format_name], window, token_ids, arguments.tokens_per_step
         )
         paged.close()

@@ -6,7 +6,11 @@ no transformers.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import (
@@ -115,6 +119,31 @@ __all__ = [
     "UnsupportedModelError",
     *_HOME,
 ]
+
+_HERE = Path(__file__).parent
+# A checkout on Windows, a zip and a source distribution have no symbolic links: what should lead to
+# these two folders is a small text file there, or nothing.
+_LINKED_FOLDERS = ("kernels", "scheduler")
+
+
+def _find_beside(folder: str) -> None:
+    """Import `paged_kv.<folder>` from beside the package, as a package without an __init__.py.
+
+    `__path__` stays as it is: with the checkout in it, `paged_kv.tests` could be imported too.
+    Raises ImportError where the folder is not there either: an installation without it.
+    """
+    beside = _HERE.parent / folder
+    is_checkout = (_HERE.parent / "pyproject.toml").is_file()
+    if not (is_checkout and beside.is_dir()):
+        raise ImportError(f"paged_kv is incomplete: neither {_HERE / folder} nor {beside} is there")
+    spec = ModuleSpec(f"{__name__}.{folder}", None, is_package=True)
+    spec.submodule_search_locations = [str(beside)]
+    globals()[folder] = sys.modules[spec.name] = module_from_spec(spec)
+
+
+for _folder in _LINKED_FOLDERS:
+    if not (_HERE / _folder).is_dir():
+        _find_beside(_folder)
 
 
 def __getattr__(name: str) -> object:

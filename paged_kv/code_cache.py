@@ -1,22 +1,260 @@
-"""Machine code for the few loops over blocks where numba is installed, the same loops where not."""
+"""Compiled code: loops of the package as machine code, kept on disk for the next start.
+
+Knows numba and the one folder where machine code lies, nothing of what the code does. Whoever can
+write to that folder can run anything as its owner, so it is private or it is not used: code is
+then compiled at every start. It has a sub-folder for each state of the sources: numba itself looks
+only at the file of the function, and would run a helper of another file as it was before.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import pickle
+import shutil
+import stat
+import sys
+import time
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from contextlib import suppress
+from functools import cache
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import mkstemp
+from typing import Any, Final, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+FOLDER_VARIABLE: Final = "PAGED_KV_CACHE_DIR"
+DIGEST_BYTES: Final = 32
+DAYS_KEPT_UNUSED: Final = 30
+# All that compiled code is made of; the ground floor's modules are beside this one.
+FOLDERS_OF_SOURCES: Final = ("", ".blocks", ".kernels", ".kernels.eager", ".kernels.cpu")
+OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+
+logger = logging.getLogger("paged_kv")
+
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile a function over arrays and numbers, kept on disk for the next start."""
+    """Compile a function over arrays and numbers where numba is installed, or return it as it is.
+
+    It is compiled, or read from the disk, when it is first called.
+    """
     try:
         from numba import njit
     except ImportError:
         return function
+    source_hash()  # of what is being imported now, not of what is there when it is compiled
+    machine_code: Any = njit(nogil=True)(function)
+    keep_on_disk(machine_code, function)
+    result: Callable[P, R] = machine_code
+    return result
+
+
+def keep_on_disk(machine_code: Any, function: Callable[..., Any]) -> None:
+    """Let numba look for a function's machine code in our folder before it compiles it.
+
+    `machine_code` is numba's object for it. A numba that looks elsewhere compiles at every start.
+    """
+    machine_code._cache = NumbaCache(function)
+
+
+class NumbaCache:
+    """What numba asks of the cache of one function."""
+
+    cache_path = None  # numba prints it in its statistics
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        line = function.__code__.co_firstlineno
+        self._function = f"{function.__module__} {function.__qualname__} {line}"
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        """Machine code for these types on this processor; None where it must be compiled."""
+        target.refresh()
+        data = read_code(self._file(signature, target.codegen()))
+        if data is None:
+            return None
+        try:
+            from numba.core.compiler import CompileResult
+
+            rebuild: Any = CompileResult._rebuild
+            return rebuild(target, *pickle.loads(data))
+        except Exception:  # whatever numba says to what another build of it has written
+            logger.debug("%s is compiled again", self._function, exc_info=True)
+            return None
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        """Keep what was compiled, unless it holds addresses of this process."""
+        try:
+            from numba.core import serialize
+
+            dumps: Any = serialize.dumps
+            if result.library.has_dynamic_globals or any(not f.can_cache for f in result.lifted):
+                return
+            write_code(self._file(signature, result.codegen), dumps(result._reduce()))
+        except Exception:  # whatever numba says when it has changed
+            logger.debug("%s is not kept", self._function, exc_info=True)
+
+    def flush(self) -> None:
+        """Numba is about to compile again: what is on disk is written over."""
+
+    def _file(self, signature: Any, codegen: Any) -> str:
+        parts = (self._function, str(signature), codegen.magic_tuple())
+        return f"{sha256(repr(parts).encode()).hexdigest()}.nbc"
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+def read_code(name: str) -> bytes | None:
+    """What was written under a name; None where it is not there, damaged, or another's."""
+    folder = code_folder()
+    if folder is None:
+        return None
     try:
-        machine_code: Callable[P, R] = njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no folder can be written
-        machine_code = njit(nogil=True)(function)
-    return machine_code
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(folder / name, flags | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or not _is_private(status):
+                return None
+            data = file.read()
+    except OSError:
+        return None
+    checksum, code = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    return code if sha256(code).digest() == checksum else None
+
+
+def write_code(name: str, code: bytes) -> None:
+    """Keep machine code whole or not at all; what cannot be written costs the next start.
+
+    Nothing is kept once the sources are others than those that were imported.
+    """
+    folder = code_folder()
+    if folder is None or source_hash.__wrapped__() != source_hash():
+        return
+    with suppress(OSError):
+        descriptor, partial = mkstemp(dir=folder, prefix=".partial-")
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(sha256(code).digest() + code)
+            os.replace(partial, folder / name)
+        except BaseException:
+            os.unlink(partial)
+            raise
+
+
+@cache
+def code_folder() -> Path | None:
+    """The folder for these sources and versions, private to its owner; None where none can be."""
+    root, sources = _root_folder(), source_hash()
+    if root is None or sources is None:
+        return None
+    # Where its parents really are; the folder itself must be no link.
+    root = Path(os.path.realpath(root.parent)) / root.name
+    folder = root / sources
+    is_new = not folder.exists()
+    reason = _make_private(folder, root)
+    if reason is not None:
+        logger.warning(
+            "compiled code is not kept: %s; %s can name another folder", reason, FOLDER_VARIABLE
+        )
+        return None
+    with suppress(OSError):
+        os.utime(folder)  # so that it is not taken for unused
+    if is_new:
+        _remove_unused(root)
+    return folder
+
+
+def _make_private(folder: Path, root: Path) -> str | None:
+    """Make a folder of the root folder, and the root; why neither may be used, None if they may."""
+    for path in (*reversed(root.parents), root, folder):
+        try:
+            path.mkdir(mode=0o700, exist_ok=True)
+            status = path.lstat()
+        except OSError as error:
+            return f"{path} cannot be made ({error.strerror})"
+        if not stat.S_ISDIR(status.st_mode):
+            return f"{path} is a symbolic link"
+        if path not in (root, folder):
+            if not _is_safe_parent(status):
+                return f"others can write to {path}, above {root}"
+        elif not _is_private(status):
+            return f"{path} belongs to another user, or others can write to it"
+    return None
+
+
+def _root_folder() -> Path | None:
+    """PAGED_KV_CACHE_DIR, or the user's cache folder; None where nobody's home."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    if chosen:
+        return Path(chosen).absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder.absolute() / "paged_kv"
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Whether only we can write; Windows guards a user's folders by other means."""
+    if not hasattr(os, "getuid"):
+        return True
+    return status.st_uid == os.getuid() and not status.st_mode & OTHERS_WRITE
+
+
+def _is_safe_parent(status: os.stat_result) -> bool:
+    """Whether nobody but us and the system can put another folder in the place of ours."""
+    if not hasattr(os, "getuid"):
+        return True
+    is_ours = status.st_uid in (0, os.getuid())
+    return is_ours and (bool(status.st_mode & stat.S_ISVTX) or not status.st_mode & OTHERS_WRITE)
+
+
+def _remove_unused(root: Path) -> None:
+    """Remove folders for sources that nobody has started with for a while."""
+    oldest = time.time() - DAYS_KEPT_UNUSED * 24 * 3600
+    for path in root.glob("sources-*"):
+        with suppress(OSError):
+            status = path.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_mtime < oldest:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@cache
+def source_hash() -> str | None:
+    """Name of the folder for the sources that compiled code is made of, and for who compiles it.
+
+    None where the sources are not to be seen (an archive, byte code alone) or numba is missing.
+    """
+    try:
+        import llvmlite
+        import numba
+        import numpy
+    except ImportError:
+        return None
+    versions = (sys.version, numba.__version__, llvmlite.__version__, numpy.__version__)
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
+    digest = sha256(repr((versions, settings)).encode())
+    for folder in FOLDERS_OF_SOURCES:
+        sources = _sources_of(folder)
+        if not sources:
+            return None
+        for name, source in sources:
+            digest.update(f"{folder} {name} {len(source)}\n".encode() + source)
+    return f"sources-{digest.hexdigest()[:32]}"
+
+
+def _sources_of(folder: str) -> list[tuple[str, bytes]]:
+    """Names and contents of a folder's modules; empty where one of them is not to be read."""
+    spec = find_spec(f"{__package__}{folder}")
+    places = spec.submodule_search_locations if spec is not None else None
+    if not places:
+        return []
+    try:
+        return [(path.name, path.read_bytes()) for path in sorted(Path(places[0]).glob("*.py"))]
+    except OSError:
+        return []

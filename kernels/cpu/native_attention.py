@@ -29,7 +29,6 @@ from .native_code import (
     load_float,
     load_long,
     native,
-    source_hash,
     store_float,
     store_long,
     worker,
@@ -683,13 +682,8 @@ def run_items(p: int) -> None:
 @cache
 def attention_worker() -> int:
     """The address of the worker, compiled when first asked for and kept on disk."""
-    return int(compile_attention_worker(source_hash()).address)
+    return int(worker(run_items_of).address)
 
 
-def compile_attention_worker(sources: int) -> Any:
-    @worker
-    def attention_worker(parameters: Any) -> None:
-        if sources:  # so that they are a part of its key
-            run_items(address_of(parameters))
-
-    return attention_worker
+def run_items_of(parameters: Any) -> None:
+    run_items(address_of(parameters))

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
@@ -22,6 +19,7 @@ from numba.extending import intrinsic as numba_intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...code_cache import keep_on_disk
 from .vectors import CACHE_LINE, FLOAT, LONG
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -70,21 +68,14 @@ def worker(function: Callable[[Any], None]) -> Any:
     """Compile a function of one pointer for native callers; kept on disk where that can be."""
     signature = types.void(types.voidptr)
     try:
-        return numba.cfunc(signature, cache=True)(function)
-    except RuntimeError:  # no folder can be written
+        from numba.core.ccallback import CFunc
+
+        callback: Any = CFunc(function, (signature.args, signature.return_type), {}, {})
+        keep_on_disk(callback, function)
+    except (ImportError, AttributeError, TypeError):  # a numba that makes them otherwise
         return numba.cfunc(signature)(function)
-
-
-@cache
-def source_hash() -> int:
-    """Of all sources that workers are compiled from, for the key of a worker on disk.
-
-    Numba looks only at the file of the worker itself, and keys by what its closure holds.
-    """
-    digest = sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return int.from_bytes(digest.digest()[:7], "little") | 1
+    callback.compile()
+    return callback
 
 
 @intrinsic

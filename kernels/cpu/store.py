@@ -27,7 +27,6 @@ from .native_code import (
     load_long,
     native,
     row_addresses,
-    source_hash,
     thread_scratch,
     worker,
 )
@@ -210,16 +209,11 @@ def run_store(p: int) -> None:
 @cache
 def store_worker() -> int:
     """The address of the worker, compiled when first asked for and kept on disk."""
-    return int(compile_store_worker(source_hash()).address)
+    return int(worker(run_store_of).address)
 
 
-def compile_store_worker(sources: int) -> Any:
-    @worker
-    def store_worker(parameters: Any) -> None:
-        if sources:  # so that they are a part of its key
-            run_store(address_of(parameters))
-
-    return store_worker
+def run_store_of(parameters: Any) -> None:
+    run_store(address_of(parameters))
 
 
 def store_tokens(records: LayerBlocks, keys: Tensor, values: Tensor, step: StepInputs) -> None:

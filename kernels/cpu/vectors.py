@@ -1,26 +1,25 @@
-"""Write machine code with explicit vectors: a small emitter over LLVM, and compiled code on disk.
+"""Write machine code with explicit vectors: a small emitter over LLVM.
 
-Knows vectors, loops and files, nothing of attention. LLVM comes with numba (llvmlite), so no
+Knows vectors and loops, nothing of attention. LLVM comes with numba (llvmlite), so no
 compiler is needed. Where a machine has no vectors, LLVM turns them into plain instructions.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, Final
 
 import llvmlite
 import numpy as np
 from llvmlite import binding, ir
 
+from ...code_cache import read_code, write_code
+
 CACHE_LINE: Final = 64
-DIGEST_BYTES: Final = 32
 BYTE: Final = ir.IntType(8)
 SHORT: Final = ir.IntType(16)
 INT: Final = ir.IntType(32)
@@ -255,9 +254,9 @@ def _compile(text: str) -> binding.ExecutionEngine:
         cpu=host_name(), features=",".join(host_features()), opt=3, jit=True
     )
     key = "\n".join([text, host_name(), *host_features(), llvmlite.__version__])
-    file = cache_folder() / f"{sha256(key.encode()).hexdigest()}.o"
+    name = f"{sha256(key.encode()).hexdigest()}.o"
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
-    stored = _read(file)
+    stored = read_code(name)
     if stored is not None:
         engine.add_object_file(binding.ObjectFileRef.from_data(stored))
     else:
@@ -267,42 +266,7 @@ def _compile(text: str) -> binding.ExecutionEngine:
         passes = binding.create_pass_builder(machine, options)
         passes.getModulePassManager().run(module, passes)
         code = machine.emit_object(module)
-        _write(file, code)
+        write_code(name, code)
         engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return engine
-
-
-@cache
-def cache_folder() -> Path:
-    """Where compiled code lies: PAGED_KV_CACHE_DIR, or the user's cache folder."""
-    chosen = os.environ.get("PAGED_KV_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(base) if base else Path.home() / ".cache"
-    except RuntimeError:  # nobody's home
-        folder = Path(tempfile.gettempdir())
-    return folder / "paged_kv" / "kernels"
-
-
-def _read(file: Path) -> bytes | None:
-    """Stored code; None where there is none, or where its checksum is not that in front of it."""
-    try:
-        data = file.read_bytes()
-    except OSError:
-        return None
-    checksum, code = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
-    return code if sha256(code).digest() == checksum else None
-
-
-def _write(file: Path, code: bytes) -> None:
-    """Store code whole or not at all; a folder that cannot be written costs the next start."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(sha256(code).digest() + code)
-        partial.replace(file)
-    except OSError:
-        return

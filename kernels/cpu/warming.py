@@ -6,25 +6,21 @@ import logging
 from collections.abc import Sequence
 from hashlib import sha256
 
-import llvmlite
-import numba
-
+from ...code_cache import read_code, write_code
 from ..block_views import LayerBlocks
 from .attention import layer_fields as attention_fields
 from .native_attention import attention_worker
-from .native_code import source_hash
 from .store import layer_fields as store_fields
 from .store import store_worker
-from .vectors import cache_folder, host_features, host_name
+from .vectors import host_features, host_name
 
 logger = logging.getLogger("paged_kv")
 
 
 def warm_up(layers: Sequence[LayerBlocks]) -> None:
     """Compile the workers, and the microkernels of these layers, or read them from the disk."""
-    parts = (source_hash(), numba.__version__, llvmlite.__version__, host_name(), host_features())
-    stamp = cache_folder() / f"compiled-{sha256(repr(parts).encode()).hexdigest()}"
-    is_first = not stamp.exists()
+    host = sha256(repr((host_name(), host_features())).encode()).hexdigest()
+    is_first = read_code(f"{host}.warm") is None
     if is_first:
         logger.warning("compiling the CPU kernels, once on this machine: about 5 seconds")
     attention_worker()
@@ -33,7 +29,4 @@ def warm_up(layers: Sequence[LayerBlocks]) -> None:
         attention_fields(records, has_softcap=False)
         store_fields(records)
     if is_first:
-        try:
-            stamp.touch()
-        except OSError:
-            return  # a folder that cannot be written: told and compiled again at the next start
+        write_code(f"{host}.warm", b"")

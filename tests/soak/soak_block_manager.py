@@ -1,8 +1,9 @@
 """Random operations on the block manager, each compared with the reference model of the tests.
 
-    python bench/soak_block_manager.py --steps 1000000 --seed 0 --json bench/results/soak.json
+    make soak        or, from the checkout:
+    PYTHONPATH=bench python -m tests.soak.soak_block_manager --steps 1000000 --json soak.json
 
-Every operation is one step: it is done by the manager and by tests/reference_manager.py, then
+Every operation is one step: the manager and `tests/support/reference_manager` do it, then
 `check_integrity` runs and all that can be observed is compared, block ids and contents included.
 Turns of 1000 steps go round all geometries, with prefix caching and without. A mismatch is printed
 with how to repeat it, ends its turn, and makes the exit status 1.
@@ -18,9 +19,8 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
-from report import ROOT, Row, write_report
+from report import Row, write_report
 
-sys.path.insert(0, str(ROOT))
 from tests.support.manager_driver import GEOMETRIES, RandomDriver
 
 TURN = 1000  # steps
