@@ -480,7 +480,6 @@ def profile_rows(label: str, llm: LLM, tasks: Tasks) -> list[Row]:
         (engine.scheduler, "schedule", "scheduler and bookkeeping"),
         (engine.scheduler, "update", "scheduler and bookkeeping"),
         (engine.cache, "begin", "index arrays of the step"),
-        (engine, "_prepare_logits", "sampling"),
         (paged_kv.engine.engine, "sample", "sampling"),
     ]
     steps_before = engine.num_steps

@@ -59,11 +59,11 @@ if TYPE_CHECKING:
     from .entrypoints.llm import RequestOutput as RequestOutput
     from .entrypoints.llm import StreamEvent as StreamEvent
     from .scheduler.request import Request as Request
-    from .scheduler.scheduler import BlockCopy as BlockCopy
-    from .scheduler.scheduler import Fork as Fork
-    from .scheduler.scheduler import ScheduledStep as ScheduledStep
     from .scheduler.scheduler import Scheduler as Scheduler
-    from .scheduler.scheduler import SchedulerStatistics as SchedulerStatistics
+    from .scheduler.statistics import SchedulerStatistics as SchedulerStatistics
+    from .scheduler.step import BlockCopy as BlockCopy
+    from .scheduler.step import Fork as Fork
+    from .scheduler.step import ScheduledStep as ScheduledStep
 
 _HOME = {
     "FORMATS": "cache.formats",
@@ -73,14 +73,14 @@ _HOME = {
     "LLM": "entrypoints.llm",
     "NATIVE": "cache.formats",
     "BeamSearchParams": "engine.beam_search",
-    "BlockCopy": "scheduler.scheduler",
+    "BlockCopy": "scheduler.step",
     "BlockGeometry": "blocks.geometry",
     "BlockManager": "blocks.block_manager",
     "BlockRemoved": "blocks.events",
     "BlockStored": "blocks.events",
     "CacheCleared": "blocks.events",
     "Completion": "entrypoints.llm",
-    "Fork": "scheduler.scheduler",
+    "Fork": "scheduler.step",
     "KVFormat": "cache.formats",
     "LayerSpec": "cache.layer_spec",
     "MemoryStats": "cache.memory_stats",
@@ -88,9 +88,9 @@ _HOME = {
     "Request": "scheduler.request",
     "RequestOutput": "entrypoints.llm",
     "SamplingParams": "engine.sampling_params",
-    "ScheduledStep": "scheduler.scheduler",
+    "ScheduledStep": "scheduler.step",
     "Scheduler": "scheduler.scheduler",
-    "SchedulerStatistics": "scheduler.scheduler",
+    "SchedulerStatistics": "scheduler.statistics",
     "SinkWindow": "blocks.sink_window",
     "StepPlan": "blocks.step_plan",
     "StreamEvent": "entrypoints.llm",

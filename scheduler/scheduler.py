@@ -7,15 +7,13 @@ each sequence's computed tokens catch up with its tokens, and a step hands out a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from paged_kv.blocks.block_manager import BlockManager
-from paged_kv.blocks.geometry import BlockIds, IntArray
+from paged_kv.blocks.geometry import IntArray
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.errors import (
@@ -26,68 +24,14 @@ from paged_kv.errors import (
     PromptTooLongError,
 )
 
+from .admission import Room, find_admissible
 from .request import Request, RequestStatus
+from .statistics import SchedulerStatistics
+from .step import BlockCopy, Fork, ScheduledStep
 from .waiting_queue import WaitingQueue
 
 ARRIVAL_BITS: Final = 40  # of a rank packed into one integer; the rest is the priority
 MAX_PRIORITY: Final = 1 << 22
-MAX_TIMES_PASSED: Final = 16  # then nobody passes a request any more until it is admitted
-MAX_SKIPPED: Final = 64  # waiting requests that a step looks at in vain
-
-
-class BlockCopy(NamedTuple):
-    """Blocks of a request to copy between the pool and host memory, before the step writes."""
-
-    request_id: str
-    device_block_ids: BlockIds
-    host_block_ids: BlockIds
-
-
-class Fork(NamedTuple):
-    """`child` goes on from the tokens that `parent` has before this step's sample."""
-
-    parent: Request
-    child: Request
-    token_id: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduledStep:
-    """What to compute: the plan's T tokens, and the M sequences that then sample a token.
-
-    The copies come first: out of the pool, then into it, even if the step is cancelled later.
-    """
-
-    plan: StepPlan
-    token_ids: IntArray  # [T]
-    sampled_seq_ids: IntArray  # [M]
-    sampled_token_index: IntArray  # [M] place among the T of each one's last token
-    preempted: list[Request]
-    swap_outs: list[BlockCopy] = field(default_factory=list)
-    swap_ins: list[BlockCopy] = field(default_factory=list)
-    requests_by_seq_id: NDArray[np.object_] = field(repr=False)
-
-    @cached_property
-    def sampled_requests(self) -> list[Request]:
-        """[M] The requests that sample; to be read before the step ends."""
-        requests: list[Request] = self.requests_by_seq_id[self.sampled_seq_ids].tolist()
-        return requests
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerStatistics:
-    """A snapshot. Counts of requests and blocks now; the rest since the scheduler was made."""
-
-    num_running: int
-    num_waiting: int
-    num_swapped: int  # of those waiting, with their blocks in host memory
-    num_free_blocks: int
-    num_cached_blocks: int
-    num_steps: int
-    num_scheduled_tokens: int
-    num_preemptions: int
-    num_query_tokens: int  # of sequences that were looked up in the prefix cache when they started
-    num_hit_tokens: int  # of these, found there
 
 
 class Scheduler:
@@ -352,75 +296,33 @@ class Scheduler:
         return self.manager.num_computable(self._running)
 
     def _admit(self, seq_ids: IntArray, num_new: IntArray) -> tuple[IntArray, IntArray]:
-        """Add waiting requests while seq_ids, budget and blocks for their whole prompts last."""
-        manager = self.manager
-        budget = self.token_budget - int(num_new.sum())
-        free_now = manager.num_free_blocks - int(manager.blocks_needed(seq_ids, num_new).sum())
-        if free_now < 0:
+        """Add waiting requests while sequences, budget and blocks for their whole prompts last."""
+        room = self._room_beside(seq_ids, num_new)
+        if room.blocks_now < 0:
             return seq_ids, num_new
-        to_catch_up = manager.blocks_needed(self._running, self._num_remaining())
-        free_later = manager.num_free_blocks - int(to_catch_up.sum()) - self._watermark_blocks
         admitted: list[Request] = []
         counts: list[int] = []
-        did_not_fit: list[Request] = []
-        num_skipped = 0
-        for request in self.waiting:
-            if budget <= 0 or not manager.num_free_seqs:
-                break
-            is_alone = not len(self._running) and not admitted
-            if num_skipped == MAX_SKIPPED:
-                break
-            need = self._need(request, budget, may_wait=not is_alone)
-            if need is None:
-                num_skipped += 1
-                continue
-            if is_alone:  # it may shrink to a chunk of one token, but not below
-                least = self._need(request, 1, may_wait=False)
-                fits = least is not None and least.now <= free_now
-            else:
-                fits = need.now <= free_now and need.later <= free_later
-            if not fits:
-                if request.times_passed >= MAX_TIMES_PASSED:
-                    break
-                num_skipped += 1
-                did_not_fit.append(request)
-                continue
-            if any(waiting.times_passed >= MAX_TIMES_PASSED for waiting in did_not_fit):
-                break  # reached in this step
-            for waiting in did_not_fit:
-                waiting.times_passed += 1
+        for request, num_tokens in find_admissible(self.waiting, room, self.manager):
             self._start(request)
             admitted.append(request)
-            counts.append(need.num_tokens)
-            budget -= need.num_tokens
-            free_now -= need.now
-            free_later -= need.later
+            counts.append(num_tokens)
         if not admitted:
             return seq_ids, num_new
         admitted_seq_ids = seq_ids_of(admitted)
         self._enter(admitted_seq_ids)
         return np.concatenate([seq_ids, admitted_seq_ids]), np.concatenate([num_new, counts])
 
-    def _need(self, request: Request, budget: int, *, may_wait: bool) -> _Need | None:
-        """What admitting a request takes; None where a running one is about to share blocks."""
-        geometry = self.manager.geometry
-        length, swapped = len(request.tokens.token_ids), request.swapped
-        if swapped is not None:
-            length -= swapped.num_evicted_tokens
-            start, num_sealed = swapped.num_computed_tokens, swapped.num_sealed
-            taken = len(swapped.host_block_ids)
-        else:
-            match = self.manager.find_prefix(request.tokens)
-            if match.is_pending and may_wait:
-                return None
-            start, num_sealed, taken = match.num_tokens, match.num_sealed, match.num_idle_blocks
-        if request.tokens.sink_window is not None:
-            length = min(length, request.tokens.sink_window.max_storable(geometry, start))
-        num_tokens = min(length - start, budget)
-        return _Need(
-            num_tokens,
-            now=taken + geometry.blocks_to_grow(start, num_sealed, start + num_tokens),
-            later=taken + geometry.blocks_to_grow(start, num_sealed, length),
+    def _room_beside(self, seq_ids: IntArray, num_new: IntArray) -> Room:
+        """What is left beside running sequences that compute so many tokens in this step."""
+        manager = self.manager
+        to_compute = manager.blocks_needed(seq_ids, num_new)
+        to_catch_up = manager.blocks_needed(self._running, self._num_remaining())
+        return Room(
+            num_tokens=self.token_budget - int(num_new.sum()),
+            num_seqs=manager.num_free_seqs,
+            blocks_now=manager.num_free_blocks - int(to_compute.sum()),
+            blocks_later=manager.num_free_blocks - int(to_catch_up.sum()) - self._watermark_blocks,
+            is_empty=not len(self._running),
         )
 
     def _start(self, request: Request) -> None:
@@ -543,14 +445,6 @@ class Scheduler:
         for request, seq_id in zip(running, self._running.tolist(), strict=True):
             assert request.seq_id == seq_id
             assert (request.status is RequestStatus.RUNNING) != (request in self._ending)
-
-
-class _Need(NamedTuple):
-    """What a waiting request takes when it is admitted."""
-
-    num_tokens: int  # to compute in this step
-    now: int  # free blocks for these, shared ones that nobody uses at present included
-    later: int  # free blocks until all its tokens are computed
 
 
 def seq_ids_of(requests: Sequence[Request]) -> IntArray:

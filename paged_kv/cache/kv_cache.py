@@ -7,18 +7,19 @@ and sealed blocks are two readings of the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..blocks.block_manager import BlockManager
-from ..blocks.geometry import BlockIds
+from ..blocks.geometry import BlockIds, IntArray
 from ..blocks.step_plan import StepPlan
 from ..errors import ConfigError
 from ..kernels.block_views import LayerBlocks
@@ -27,6 +28,10 @@ from .backend import choose_backend
 from .block_views import layer_blocks
 from .layer_spec import LayerSpec, block_bytes, cache_geometry
 from .memory_stats import MemoryStats, measure_memory
+from .step_staging import StagedArray, to_device
+
+NO_NUMBERS: Final[IntArray] = np.empty(0, dtype=np.int64)
+NO_ARRAYS: Final[Mapping[str, StagedArray]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class Step:
 
     indices: StepInputs
     plan: Any  # the backend's own
+    token_ids: Tensor  # [T] those that `begin` was given
+    positions: Tensor  # [T] of each token in its sequence
+    logit_tokens: Tensor  # [M] those that `begin` was given
+    extra: dict[str, Tensor]  # those that `begin` was given
     # Of a step with streams:
     is_stream: Tensor | None  # [T]
     head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`; None where all are 0
@@ -140,10 +149,19 @@ class PagedKVCache:
     def _ids(self, block_ids: BlockIds) -> Tensor:
         return torch.from_numpy(block_ids.astype(np.int64)).to(self.device)
 
-    def begin(self, plan: StepPlan) -> Step:
+    def begin(
+        self,
+        plan: StepPlan,
+        *,
+        token_ids: IntArray = NO_NUMBERS,
+        logit_tokens: IntArray = NO_NUMBERS,
+        extra: Mapping[str, StagedArray] = NO_ARRAYS,
+    ) -> Step:
         """Copy shared blocks that are about to be written, and bring a plan's arrays to the device.
 
-        Once for each step, before the plan is committed.
+        Once for each step, before the plan is committed. Whoever runs a model on it lets the step's
+        `token_ids` [T], the places among them whose logits are wanted, `logit_tokens` [M], and any
+        `extra` arrays travel along.
         """
         self.copy_blocks(plan.copy_sources, plan.copy_targets)
 
@@ -177,6 +195,10 @@ class PagedKVCache:
         return Step(
             indices=indices,
             plan=self.backend.plan(indices),
+            token_ids=on_device(token_ids),
+            positions=on_device(plan.positions),
+            logit_tokens=on_device(logit_tokens),
+            extra=to_device(extra, self.device),
             is_stream=None if is_stream is None else torch.from_numpy(is_stream).to(self.device),
             head_shifts=None if shifts is None else on_device(shifts),
         )

@@ -334,15 +334,10 @@ class BeamSearchRun:
 
     def _run_model(self, plan: StepPlan, rows: IntArray) -> Tensor:
         """Logits [M, V] in float32 of the last token of the sequences `rows` of the plan."""
-        device = self.engine.cache.device
         token_ids = self.manager.token_ids[plan.seq_ids[plan.token_rows], plan.positions]
-        return self.engine.model.forward(
-            torch.from_numpy(token_ids.astype(np.int64)).to(device),
-            torch.from_numpy(plan.positions).to(device),
-            torch.from_numpy(plan.query_start_loc[1:][rows] - 1).to(device),
-            self.engine.cache,
-            self.engine.cache.begin(plan),
-        ).float()
+        logit_tokens = plan.query_start_loc[1:][rows] - 1
+        logits, _ = self.engine.runner.run(plan, token_ids.astype(np.int64), logit_tokens)
+        return logits
 
     def _replace_beams(self, search: PromptSearch, going_on: Sequence[Candidate]) -> None:
         """Make a search's sequences those of the beams that go on, with new tokens not yet known.

@@ -19,6 +19,7 @@ from ..cache.formats import KVFormat
 from ..cache.kv_cache import PagedKVCache
 from ..cache.layer_spec import cache_geometry
 from ..models.huggingface import PagedModel
+from .model_runner import ModelRunner
 
 
 @dataclass
@@ -53,12 +54,10 @@ class TeacherForcing:
         num_windows, length = windows.shape
         # Twice what a sequence holds: a chunk may take new blocks before its old ones are freed.
         num_blocks = num_windows * 2 * geometry.max_blocks(length)
-        self._model = model
         self._windows = windows
-        self._cache = PagedKVCache(
-            layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device
-        )
-        self._manager = self._cache.new_manager(max_num_seqs=num_windows, max_model_len=length)
+        cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
+        self._runner = ModelRunner(model, cache)
+        self._manager = cache.new_manager(max_num_seqs=num_windows, max_model_len=length)
         self._seq_ids = np.array([self._manager.add_sequence() for _ in windows])
 
     @torch.inference_mode()
@@ -66,17 +65,10 @@ class TeacherForcing:
         """Compute tokens start:end of every window; log-probabilities [windows, end - start, V]."""
         plan = self._manager.reserve(self._seq_ids, np.full(len(self._seq_ids), end - start))
         assert plan is not None
-        token_ids = torch.from_numpy(self._windows[:, start:end].reshape(-1))
-        device = self._cache.device
-        logits = self._model.forward(
-            token_ids.to(device),
-            torch.from_numpy(plan.positions).to(device),
-            torch.arange(len(token_ids), device=device),
-            self._cache,
-            self._cache.begin(plan),
-        )
+        token_ids = self._windows[:, start:end].reshape(-1).astype(np.int64)
+        logits, _ = self._runner.run(plan, token_ids, np.arange(len(token_ids)))
         self._manager.commit(plan)
-        return logits.float().log_softmax(-1).reshape(len(self._seq_ids), end - start, -1)
+        return logits.log_softmax(-1).reshape(len(self._seq_ids), end - start, -1)
 
 
 def compare_formats(

@@ -1,8 +1,13 @@
-"""Choose the next token of every sequence from its logits. Knows logits, never blocks."""
+"""Choose the next token of every sequence from its logits. Knows logits, never blocks or requests.
+
+What the choice needs is known before the model runs, as arrays that travel to the device with the
+step; all that was chosen, and what cannot be, comes back in one transfer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -10,100 +15,267 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..cache.step_staging import StagedArray
+from ..errors import InvalidRequestError, NonFiniteLogitsError, PagedKVError
 from .sampling_params import SamplingParams
 
 GOLDEN_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
 NUM_CANDIDATES: Final = 256  # tokens that are put in order before all are
+NOT_FINITE: Final = "the model's logits are not finite"
+NOTHING_LEFT: Final = "logits processors and min_tokens leave no token to sample"
 
 
-def find_unusable_rows(logits: Tensor) -> NDArray[np.bool_]:
-    """Rows of logits [M, V] from which nothing can be sampled: NaN, +inf, or nothing but -inf."""
-    highest = logits.amax(-1)  # NaN if any is NaN
-    return (~highest.isfinite()).cpu().numpy()
+@dataclass(eq=False, kw_only=True, slots=True)
+class Draw:
+    """A token to be drawn from a row of logits, and then what was drawn.
+
+    Several draws may share a row. The rules of the request, which change the row, stand at one of
+    them: `token_ids`, all its tokens so far, where it has processors, and `forbidden_ids`.
+    """
+
+    row: int
+    params: SamplingParams
+    uniform: float = 0.0  # in [0, 1): decides the token, unless that is greedy
+    token_ids: Sequence[int] | None = None
+    forbidden_ids: Sequence[int] = ()
+    token_id: int = 0
+    log_probability: float | None = None  # of the token, where `best_of` compares them
+    error: PagedKVError | None = None  # why nothing can be drawn; the token is no choice then
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether unlikely tokens are excluded: only then does the order of the tokens matter."""
+        params = self.params
+        return params.top_k is not None or params.top_p < 1 or params.min_p > 0
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Shortlist:
+    """The likeliest tokens of a row of logits are wanted, at least `count`; best first."""
+
+    row: int
+    count: int
+    token_ids: Sequence[int] = ()
+    log_probabilities: Sequence[float] = ()
+    error: PagedKVError | None = None
+
+
+def sampling_arrays(
+    draws: Sequence[Draw], shortlists: Sequence[Shortlist] = ()
+) -> dict[str, StagedArray]:
+    """What `sample` needs on the device beside the logits; nothing where every row is greedy.
+
+    `draw_rows` [M] rows of the draws, unless draw m is of row m; `free_rows`, `free_draws` [F] rows
+    and numbers of those drawn from all tokens, and `free_numbers` [2, F] float64 their temperatures
+    and uniform numbers; `limited_*` [L] likewise, with top_k (0: all), top_p and min_p as well;
+    `scored_rows`, `scored_draws` [S] where log-probabilities are wanted; `forbidden` [2, K] rows
+    and tokens; `shortlist_rows` [B].
+    """
+    arrays: dict[str, StagedArray] = {}
+    rows = [draw.row for draw in draws]
+    if rows != list(range(len(rows))):
+        arrays["draw_rows"] = np.array(rows)
+    random = [place for place, draw in enumerate(draws) if not draw.params.is_greedy]
+    limited = [place for place in random if draws[place].is_limited]
+    free = [place for place in random if not draws[place].is_limited]
+    scored = [place for place, draw in enumerate(draws) if draw.params.best_of is not None]
+    for name, places in (("free", free), ("limited", limited), ("scored", scored)):
+        if places:
+            arrays[f"{name}_draws"] = np.array(places)
+            arrays[f"{name}_rows"] = np.array([rows[place] for place in places])
+    if free:
+        numbers = [(draws[place].params.temperature, draws[place].uniform) for place in free]
+        arrays["free_numbers"] = np.array(numbers, dtype=np.float64).T.copy()
+    if limited:
+        arrays["limited_numbers"] = np.array(
+            [
+                (p.temperature, draws[place].uniform, p.top_k or 0, p.top_p, p.min_p)
+                for place in limited
+                for p in [draws[place].params]
+            ],
+            dtype=np.float64,
+        ).T.copy()
+    forbidden = [(draw.row, token_id) for draw in draws for token_id in draw.forbidden_ids]
+    if forbidden:
+        arrays["forbidden"] = np.array(forbidden).T.copy()
+    if shortlists:
+        arrays["shortlist_rows"] = np.array([shortlist.row for shortlist in shortlists])
+    return arrays
 
 
 def sample(
-    logits: Tensor, params: Sequence[SamplingParams], uniforms: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """Token ids [M] for logits [M, V], params of each row and one uniform number of each row.
+    logits: Tensor,
+    inputs: Mapping[str, Tensor],
+    draws: Sequence[Draw],
+    shortlists: Sequence[Shortlist] = (),
+) -> None:
+    """Draw every token and find every shortlist: what comes of it is written into them.
 
-    One uniform number through the inverse of the cumulative distribution decides a token, so a
-    row's token depends on nothing but its own logits, params and number.
+    `logits` [M, V] float32 may be changed; `inputs` are `sampling_arrays` of the same draws. One
+    uniform number through the inverse of the cumulative distribution decides a token, so it depends
+    on nothing but its own row, params and number.
     """
-    tokens = logits.argmax(-1)
-    rows = [row for row, p in enumerate(params) if not p.is_greedy]
-    if rows:
-        index = torch.tensor(rows, device=logits.device)
-        numbers = torch.from_numpy(uniforms[rows]).to(logits.device)
-        tokens[index] = draw(logits[index], [params[row] for row in rows], numbers)
-    return tokens.cpu().numpy()
+    if not draws and not shortlists:
+        return
+    flags = [find_unusable_rows(logits)]
+    failures = apply_processors(logits, draws)
+    if "forbidden" in inputs:
+        logits.index_put_(inputs["forbidden"].unbind(), logits.new_full((), -torch.inf))
+    if "forbidden" in inputs or any(draw.token_ids is not None for draw in draws):
+        flags.append(find_unusable_rows(logits))  # most steps need no second look
+    listed = find_likeliest(logits, inputs, shortlists) if shortlists else []
+    # One more than may be kept, to see that it is excluded.
+    num_candidates = max([NUM_CANDIDATES, *((draw.params.top_k or 0) + 1 for draw in draws)])
+    while True:
+        chosen = choose(logits, inputs, len(draws), num_candidates)
+        *results, token_ids, scores, is_open = read_back([*flags, *listed, *chosen])
+        if not is_open.any():
+            break
+        num_candidates = logits.shape[1]  # some row may keep more than the candidates
+    scored = iter(scores.tolist())
+    for draw, token_id in zip(draws, token_ids.tolist(), strict=True):
+        draw.token_id = int(token_id)
+        if draw.params.best_of is not None:
+            draw.log_probability = next(scored)
+        if results[0][draw.row]:
+            draw.error = NonFiniteLogitsError(NOT_FINITE)
+        elif draw.row in failures:
+            draw.error = failures[draw.row]
+        elif len(flags) > 1 and results[1][draw.row]:
+            draw.error = NonFiniteLogitsError(NOTHING_LEFT)
+    if shortlists:
+        values, ids = results[-2].tolist(), results[-1].astype(np.int64).tolist()
+        for place, shortlist in enumerate(shortlists):
+            shortlist.log_probabilities, shortlist.token_ids = values[place], ids[place]
+            if results[0][shortlist.row]:
+                shortlist.error = NonFiniteLogitsError(NOT_FINITE)
 
 
-def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Tensor) -> Tensor:
-    """Tokens [M] of sampled (not greedy) rows; `uniforms` [M] are float64 in [0, 1)."""
+def read_back(tensors: Sequence[Tensor]) -> list[NDArray[np.float64]]:
+    """Tensors as float64 arrays of the same shapes, in one transfer; token ids are exact in it."""
+    together = torch.cat([tensor.reshape(-1).double() for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    parts = np.split(together, ends[:-1])
+    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def find_unusable_rows(logits: Tensor) -> Tensor:
+    """Of logits [M, V], the rows [M] to draw nothing from: NaN, +inf, or nothing but -inf."""
+    return ~logits.amax(-1).isfinite()  # NaN if any is NaN
+
+
+def apply_processors(logits: Tensor, draws: Sequence[Draw]) -> dict[int, PagedKVError]:
+    """Let requests' own processors change their rows of logits [M, V]; the errors, by row."""
+    failures: dict[int, PagedKVError] = {}
+    for draw in draws:
+        if draw.token_ids is not None:
+            try:
+                logits[draw.row] = process_logits(logits[draw.row], draw.token_ids, draw.params)
+            except Exception as error:  # the caller's code: it ends this request alone
+                failures[draw.row] = InvalidRequestError(f"a logits processor failed: {error!r}")
+    return failures
+
+
+def process_logits(logits: Tensor, token_ids: Sequence[int], params: SamplingParams) -> Tensor:
+    """One row of logits [V] after the request's own processors, given all its tokens so far."""
+    scores = logits[None]
+    ids = torch.tensor([list(token_ids)], device=logits.device)
+    for processor in params.logits_processors:
+        scores = processor(ids, scores)
+    return scores[0]
+
+
+def find_likeliest(
+    logits: Tensor, inputs: Mapping[str, Tensor], shortlists: Sequence[Shortlist]
+) -> list[Tensor]:
+    """Log-probabilities and ids [B, K] of the likeliest tokens, K the greatest count asked for."""
+    count = min(max(shortlist.count for shortlist in shortlists), logits.shape[1])
+    return list(logits[inputs["shortlist_rows"]].log_softmax(-1).topk(count))
+
+
+def choose(
+    logits: Tensor, inputs: Mapping[str, Tensor], num_draws: int, num_candidates: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids [M], log-probabilities [S] of those scored, and what is left open [L].
+
+    Of limited rows only `num_candidates` tokens are put in order; a token is open where more may
+    have to be.
+    """
+    token_ids = logits.argmax(-1)
+    rows = inputs.get("draw_rows")
+    token_ids = token_ids[:num_draws] if rows is None else token_ids[rows]
+    scores, is_open = logits.new_empty(0), logits.new_empty(0)
+    if "free_rows" in inputs:
+        temperatures, uniforms = inputs["free_numbers"]
+        scaled = scale(logits[inputs["free_rows"]], temperatures)
+        token_ids[inputs["free_draws"]] = pick(scaled.softmax(-1), uniforms)
+    if "limited_rows" in inputs:
+        numbers = inputs["limited_numbers"]
+        scaled = scale(logits[inputs["limited_rows"]], numbers[0])
+        drawn, is_open = draw_likeliest(scaled, numbers[1:], num_candidates)
+        token_ids[inputs["limited_draws"]] = drawn
+    if "scored_rows" in inputs:
+        likelihoods = logits[inputs["scored_rows"]].double().log_softmax(-1)
+        chosen = token_ids[inputs["scored_draws"]][:, None]
+        scores = likelihoods.gather(-1, chosen)[:, 0]
+    return token_ids, scores, is_open
+
+
+def scale(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Logits [M, V] by temperature, less the maximum: so none, however small, overflows."""
     logits = logits.double()
-    # Less the maximum, so that no temperature, however small, overflows.
-    scaled = logits - logits.amax(-1, keepdim=True)
-    scaled /= column([p.temperature for p in params], logits.device)
-    tokens = torch.empty(len(params), dtype=torch.int64, device=logits.device)
-    # The order of the tokens matters only where something is excluded by it, and costs most.
-    is_limited = torch.tensor([p.top_k is not None or p.top_p < 1 or p.min_p > 0 for p in params])
-    free, limited = (~is_limited).nonzero()[:, 0], is_limited.nonzero()[:, 0]
-    if len(free):
-        tokens[free] = pick(scaled[free].softmax(-1), uniforms[free])
-    if len(limited):
-        its_params = [params[row] for row in limited.tolist()]
-        tokens[limited] = draw_likeliest(scaled[limited], its_params, uniforms[limited])
-    return tokens
-
-
-def column(values: list[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+    return (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
 
 
 def pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The index [M] whose part of the cumulative probabilities [M, K] a uniform number hits."""
+    """The index [M] whose part of the cumulative probabilities [M, K] a uniform number hits.
+
+    Some index, where the probabilities are NaN.
+    """
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
     # Below the total even where the product is rounded up to it.
     threshold = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    found = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return found.clamp_(max=probabilities.shape[1] - 1)
 
 
-def draw_likeliest(scaled: Tensor, params: Sequence[SamplingParams], uniforms: Tensor) -> Tensor:
-    """`draw` for rows of scaled logits [M, V] that exclude unlikely tokens."""
+def draw_likeliest(scaled: Tensor, numbers: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """Tokens [M] for rows of scaled logits [M, V] that exclude unlikely ones, and which are open.
+
+    `numbers` [4, M] are the uniform numbers, top_k (0: all), top_p and min_p.
+    """
     vocab_size = scaled.shape[1]
-    top_k = column([p.top_k or vocab_size for p in params], scaled.device)
-    top_p = column([p.top_p for p in params], scaled.device)
-    min_p = column([p.min_p for p in params], scaled.device)
+    uniforms, *limits = numbers
+    top_k, top_p, min_p = (limit[:, None] for limit in limits)
+    top_k = torch.where(top_k > 0, top_k, vocab_size)
     total = scaled.exp().sum(-1, keepdim=True)
-    count = max(NUM_CANDIDATES, *(p.top_k or 0 for p in params))
-    while True:
-        ordered, token_ids = likeliest(scaled, count)
-        places = torch.arange(ordered.shape[1], device=scaled.device)
-        weights = ordered.exp().masked_fill_(places >= top_k, 0.0)
-        in_top_k = torch.where(top_k < vocab_size, weights.sum(-1, keepdim=True), total)
-        probabilities = weights / in_top_k
-        likelier = probabilities.cumsum(-1) - probabilities
-        excluded = (likelier >= top_p) | (probabilities < min_p * probabilities[:, :1])
-        excluded |= places >= top_k
-        if count >= vocab_size or bool(excluded[:, -1].all()):
-            break
-        count = vocab_size  # some row may keep more than the candidates
+    ordered, token_ids = likeliest(scaled, num_candidates)
+    places = torch.arange(ordered.shape[1], device=scaled.device)
+    weights = ordered.exp().masked_fill_(places >= top_k, 0.0)
+    in_top_k = torch.where(top_k < vocab_size, weights.sum(-1, keepdim=True), total)
+    probabilities = weights / in_top_k
+    likelier = probabilities.cumsum(-1) - probabilities
+    excluded = (likelier >= top_p) | (probabilities < min_p * probabilities[:, :1])
+    excluded |= places >= top_k
     chosen = pick(probabilities.masked_fill(excluded, 0.0), uniforms)
-    return token_ids.gather(-1, chosen[:, None])[:, 0]
+    is_open = torch.zeros_like(chosen, dtype=torch.bool)
+    if num_candidates < vocab_size:
+        # More tokens may be kept, or kept ones equal some that are no candidates.
+        lowest, is_kept = ordered[:, -1:], ~excluded & (weights > 0)
+        has_equals = (scaled >= lowest).sum(-1) > num_candidates
+        is_open = is_kept[:, -1] | (has_equals & (is_kept & (ordered == lowest)).any(-1))
+    return token_ids.gather(-1, chosen[:, None])[:, 0], is_open
 
 
 def likeliest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """At least the `count` highest of each row [M, V] in order, of equal ones the first; and ids.
+    """The `count` highest of each row [M, V] in order, of equal ones the first; and their ids.
 
-    All that equal the last one are among them, so that none is preferred by chance.
+    Which ones of those that equal the last are among them is chance.
     """
     if count >= scaled.shape[1]:
-        ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
-        return ordered, ids
-    lowest = scaled.topk(count).values[:, -1:]
-    ids = scaled.topk(int((scaled >= lowest).sum(-1).max())).indices.sort(dim=-1).values
+        return scaled.sort(dim=-1, descending=True, stable=True)
+    ids = scaled.topk(count).indices.sort(dim=-1).values
     ordered, order = scaled.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     return ordered, ids.gather(-1, order)
 
@@ -127,12 +299,3 @@ def scrambled(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
     return bits ^ (bits >> np.uint64(31))
-
-
-def process_logits(logits: Tensor, token_ids: Sequence[int], params: SamplingParams) -> Tensor:
-    """One row of logits [V] after the request's own processors, given all its tokens so far."""
-    scores = logits[None]
-    ids = torch.tensor([list(token_ids)], device=logits.device)
-    for processor in params.logits_processors:
-        scores = processor(ids, scores)
-    return scores[0]

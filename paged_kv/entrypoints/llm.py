@@ -16,10 +16,11 @@ from ..blocks.sink_window import SinkWindow
 from ..cache.formats import KVFormat
 from ..cache.memory_stats import MemoryStats
 from ..engine.beam_search import BeamSearchParams, Hypothesis, search_beams
+from ..engine.build import build_engine
 from ..engine.config import EngineConfig
-from ..engine.engine import SequenceUpdate, build_engine
+from ..engine.output_processor import OutputProcessor, TextUpdate
 from ..engine.sampling_params import SamplingParams
-from ..engine.text import ChatMessages, Detokenizer, Prompt, encode_prompt
+from ..engine.text import ChatMessages, Prompt, encode_prompt
 from ..errors import (
     ConfigError,
     GenerationError,
@@ -28,7 +29,7 @@ from ..errors import (
 )
 from ..models.huggingface import PagedModel
 from ..models.loading import load_model, load_tokenizer
-from ..scheduler.scheduler import SchedulerStatistics
+from ..scheduler.statistics import SchedulerStatistics
 from ..validation import is_integer
 from .progress import Progress
 
@@ -133,13 +134,14 @@ class LLM:
             )
         self._model = PagedModel(model)
         try:
-            self.engine = build_engine(self._model, config, tokenizer, device)
+            self.engine = build_engine(self._model, config, device)
         except BaseException:
             self._model.close()
             raise
         self.tokenizer = tokenizer
         self._request_numbers = itertools.count()
-        self._mailboxes: dict[str, deque[SequenceUpdate]] = {}
+        self._processor = OutputProcessor(tokenizer)
+        self._mailboxes: dict[str, deque[TextUpdate]] = {}
 
     def __enter__(self) -> LLM:
         return self
@@ -276,13 +278,10 @@ class LLM:
 
     def _complete(self, prompt_token_ids: list[int], hypothesis: Hypothesis) -> Completion:
         """A hypothesis with its text, to which a token that ends it adds nothing."""
-        detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, ())
         is_stop = hypothesis.finish_reason == "stop"
-        for token_id in hypothesis.token_ids[: -1 if is_stop else None]:
-            detokenizer.append(token_id, may_stop=False)
-        detokenizer.finish()
+        token_ids = hypothesis.token_ids[: -1 if is_stop else None]
         return Completion(
-            text=detokenizer.text,
+            text=self._processor.text_of(prompt_token_ids, token_ids),
             token_ids=hypothesis.token_ids,
             finish_reason=hypothesis.finish_reason,
             log_probability=hypothesis.score,
@@ -292,6 +291,7 @@ class LLM:
         """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot."""
         token_ids = encode_prompt(prompt, self.tokenizer)
         self.engine.check_request("", token_ids, params, priority=priority)
+        self._processor.check(params)
         return token_ids
 
     def _check_all(
@@ -319,7 +319,7 @@ class LLM:
         Updates of requests that other iterators wait for go to their mailboxes.
         """
         places: dict[str, tuple[int, int]] = {}
-        mailbox: deque[SequenceUpdate] = deque()
+        mailbox: deque[TextUpdate] = deque()
         try:
             for prompt_index, (token_ids, p) in enumerate(zip(prompts, params, strict=True)):
                 request_ids = [str(next(self._request_numbers)) for _ in range(p.num_samples)]
@@ -328,13 +328,10 @@ class LLM:
                 for sample_index, request_id in enumerate(request_ids):
                     places[request_id] = (prompt_index, sample_index)
                     self._mailboxes[request_id] = mailbox
+                    self._processor.add_request(request_id, token_ids, p)
             while places:
                 if not mailbox:
-                    updates = self.engine.step()
-                    if not updates and not self.engine.has_unfinished:
-                        raise PagedKVError(f"{len(places)} requests were aborted by somebody else")
-                    for update in updates:
-                        self._mailboxes[update.request_id].append(update)
+                    self._step(len(places))
                     continue
                 update = mailbox.popleft()
                 prompt_index, sample_index = places[update.request_id]
@@ -344,7 +341,7 @@ class LLM:
                     prompt_index=prompt_index,
                     sample_index=sample_index,
                     token_id=update.token_id,
-                    text=update.new_text,
+                    text=update.text,
                     finish_reason=update.finish_reason,
                     log_probability=update.log_probability,
                     error=update.error,
@@ -352,10 +349,25 @@ class LLM:
         finally:
             self._abort(places)
 
+    def _step(self, num_waiting_for: int) -> None:
+        """Step the engine, and put what it did into the mailboxes of those who wait for it."""
+        updates = self.engine.step()
+        if not updates and not self.engine.has_unfinished:
+            raise PagedKVError(f"{num_waiting_for} requests were aborted by somebody else")
+        for update in updates:
+            mailbox = self._mailboxes.get(update.request_id)
+            if mailbox is None:
+                continue  # its iterator was closed in the middle of the step
+            processed = self._processor.process(update)
+            if processed.finish_reason != update.finish_reason:
+                self.engine.abort(update.request_id)  # a stop string ends it
+            mailbox.append(processed)
+
     def _abort(self, request_ids: dict[str, tuple[int, int]]) -> None:
         for request_id in request_ids:
             self.engine.abort(request_id)
             self._mailboxes.pop(request_id, None)
+            self._processor.drop_request(request_id)
 
 
 def mean_log_probability(completion: Completion) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -22,9 +23,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from paged_kv.engine.sampler import find_unusable_rows, process_logits, sample, uniform_numbers
+from paged_kv.cache.step_staging import to_device
+from paged_kv.engine import sampler
+from paged_kv.engine.sampler import (
+    Draw,
+    Shortlist,
+    find_unusable_rows,
+    process_logits,
+    sampling_arrays,
+    uniform_numbers,
+)
 from paged_kv.engine.sampling_params import SamplingParams
 from paged_kv.errors import ConfigError, PagedKVError
+from tests.support.transfers import TransferCounter
 
 VOCAB_SIZE = 60
 NAN, INF = math.nan, math.inf
@@ -33,6 +44,20 @@ NAN, INF = math.nan, math.inf
 def random_logits(num_rows: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((num_rows, vocab_size), generator=generator) * 3
+
+
+def sample(
+    logits: Tensor, params: Sequence[SamplingParams], uniforms: np.ndarray, device: str = "cpu"
+) -> np.ndarray:
+    """Tokens [M] for logits [M, V], one uniform number of each row."""
+    draws = [
+        Draw(row=row, params=p, uniform=uniform)
+        for row, (p, uniform) in enumerate(zip(params, uniforms.tolist(), strict=True))
+    ]
+    inputs = to_device(sampling_arrays(draws), torch.device(device))
+    sampler.sample(logits.clone(), inputs, draws)
+    assert not any(draw.error for draw in draws)
+    return np.array([draw.token_id for draw in draws])
 
 
 def uniform_number(seed: int, sample_index: int, position: int) -> float:
@@ -315,6 +340,56 @@ def test_rows_that_cannot_be_sampled_are_found_beside_rows_that_can(row, is_unus
 
 def test_no_rows_are_no_unusable_rows():
     assert find_unusable_rows(torch.zeros(0, 5)).tolist() == []
+
+
+def test_a_row_that_cannot_be_sampled_fails_alone():
+    """Whether it is greedy, drawn from all tokens or from a few; the others get their tokens."""
+    logits = random_logits(9)
+    logits[1], logits[4, 7], logits[7] = -INF, NAN, INF
+    kinds = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9, "top_k": 7}]
+    params = [SamplingParams(best_of=2, **kinds[row // 3]) for row in range(9)]
+    draws = [Draw(row=row, params=p, uniform=0.4) for row, p in enumerate(params)]
+    looks = [Shortlist(row=row, count=4) for row in (0, 4, 8)]
+    inputs = to_device(sampling_arrays(draws, looks), torch.device("cpu"))
+    sampler.sample(logits.clone(), inputs, draws, looks)
+    for row, draw in enumerate(draws):
+        assert (str(draw.error) == sampler.NOT_FINITE) == (row in (1, 4, 7))
+        if draw.error is None:
+            assert [draw.token_id] == sample(logits[row : row + 1], [params[row]], np.array([0.4]))
+            log_probabilities = logits[row].double().log_softmax(-1)
+            assert draw.log_probability == pytest.approx(float(log_probabilities[draw.token_id]))
+    assert [look.error is None for look in looks] == [True, False, True]
+    expected = logits[8].log_softmax(-1).topk(4)
+    assert looks[2].token_ids == expected.indices.tolist()
+    assert looks[2].log_probabilities == pytest.approx(expected.values.tolist())
+
+
+# -- transfers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [60, 1000])
+def test_one_transfer_brings_everything_back(vocab_size):
+    """Of greedy, drawn, limited and scored rows, shared ones, forbidden tokens and shortlists."""
+    kinds = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.5, "top_k": 5, "best_of": 3},
+        {"top_p": 0.5, "min_p": 0.1, "temperature": 2.0},
+    ]
+    params = [SamplingParams(**kind) for kind in kinds]
+    draws = [Draw(row=row, params=p, forbidden_ids=[3, row]) for row, p in enumerate(params)]
+    draws += [Draw(row=2, params=params[2], uniform=0.9)]
+    looks = [Shortlist(row=row, count=row) for row in (4, 5)]
+    with TransferCounter() as counter:
+        inputs = to_device(sampling_arrays(draws, looks), torch.device("meta"))
+        sampler.sample(torch.empty(6, vocab_size, device="meta"), inputs, draws, looks)
+    assert len(counter.to_device) == 1
+    assert len(counter.to_host) == 1
+
+
+def test_greedy_rows_need_nothing_on_the_device():
+    draws = [Draw(row=row, params=SamplingParams()) for row in range(5)]
+    assert sampling_arrays(draws) == {}
 
 
 # -- the request's own processors ---------------------------------------------------------------

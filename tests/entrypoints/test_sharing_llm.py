@@ -264,9 +264,9 @@ def test_a_sample_may_be_aborted_while_the_first_tokens_are_drawn(
     """As when a stream is closed by the garbage collector, at any moment."""
     llm = make_llm()
 
-    def abort_and_sample(*args: Any) -> np.ndarray:
+    def abort_and_sample(*args: Any) -> None:
         llm.engine.abort(name)
-        return sample(*args)
+        sample(*args)
 
     monkeypatch.setattr("paged_kv.engine.engine.sample", abort_and_sample)
     params = sampling(seed=SEED, n=NUM_SAMPLES, max_tokens=NUM_TOKENS)

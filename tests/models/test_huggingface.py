@@ -21,6 +21,7 @@ import paged_kv.models.huggingface
 from paged_kv import LLM, SamplingParams
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.step_plan import StepPlan
+from paged_kv.engine.sampler import Draw
 from paged_kv.errors import PagedKVError, UnsupportedModelError
 from paged_kv.models.huggingface import IMPLEMENTATION, PagedModel
 from paged_kv.scheduler.request import Request
@@ -96,10 +97,10 @@ def test_every_step_sees_the_logits_of_a_full_forward_pass(
     prompt_of = {id(p): index for index, p in enumerate(params)}
     sample = paged_kv.engine.engine.sample
 
-    def record(logits: Tensor, params: Sequence[SamplingParams], *rest: Any) -> Any:
-        for row, p in zip(logits, params, strict=True):
-            seen[prompt_of[id(p)]].append(row.clone())
-        return sample(logits, params, *rest)
+    def record(logits: Tensor, inputs: Any, draws: Sequence[Draw], *rest: Any) -> None:
+        for draw in draws:
+            seen[prompt_of[id(draw.params)]].append(logits[draw.row].clone())
+        sample(logits, inputs, draws, *rest)
 
     monkeypatch.setattr(paged_kv.engine.engine, "sample", record)
     model = zoo.model(name)

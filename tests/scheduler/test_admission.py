@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from paged_kv.errors import ConfigError
+from paged_kv.scheduler.admission import MAX_TIMES_PASSED
 from paged_kv.scheduler.request import Request
-from paged_kv.scheduler.scheduler import MAX_TIMES_PASSED, Scheduler
+from paged_kv.scheduler.scheduler import Scheduler
 from tests.support.scheduler_policies import add, make_scheduler, run_step
 
 # -- who is let in --------------------------------------------------------------------------------

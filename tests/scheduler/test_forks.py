@@ -6,7 +6,8 @@ import pytest
 
 from paged_kv.errors import InvalidRequestError, InvalidStepError, PromptTooLongError
 from paged_kv.scheduler.request import RequestStatus
-from paged_kv.scheduler.scheduler import Fork, ScheduledStep, Scheduler
+from paged_kv.scheduler.scheduler import Scheduler
+from paged_kv.scheduler.step import Fork, ScheduledStep
 from tests.support.scheduler_policies import (
     add,
     assert_nothing_is_held,

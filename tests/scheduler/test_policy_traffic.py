@@ -11,7 +11,7 @@ import pytest
 from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.errors import PromptTooLongError
 from paged_kv.scheduler.request import Request
-from paged_kv.scheduler.scheduler import Fork
+from paged_kv.scheduler.step import Fork
 from tests.support.block_contents import BlockContents
 from tests.support.scheduler_policies import (
     GEOMETRIES,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from paged_kv.errors import ConfigError, InvalidRequestError, PromptTooLongError
+from paged_kv.scheduler.admission import MAX_TIMES_PASSED
 from paged_kv.scheduler.request import RequestStatus
-from paged_kv.scheduler.scheduler import MAX_TIMES_PASSED
 from tests.support.scheduler_steps import (
     add,
     assert_nothing_is_held,

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.errors import PromptTooLongError
 from paged_kv.scheduler.request import Request, RequestStatus
-from paged_kv.scheduler.scheduler import ScheduledStep
+from paged_kv.scheduler.step import ScheduledStep
 from tests.support.scheduler_steps import (
     NATIVE,
     NO_HEAD_NO_TAIL,

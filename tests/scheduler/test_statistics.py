@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from paged_kv.scheduler.scheduler import SchedulerStatistics
+from paged_kv.scheduler.statistics import SchedulerStatistics
 from tests.support.scheduler_policies import (
     add,
     assert_nothing_is_held,

@@ -11,7 +11,8 @@ from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.blocks.token_chain import ExtraKey
 from paged_kv.scheduler.request import Request
-from paged_kv.scheduler.scheduler import Fork, ScheduledStep, Scheduler
+from paged_kv.scheduler.scheduler import Scheduler
+from paged_kv.scheduler.step import Fork, ScheduledStep
 from tests.support.block_contents import BlockContents, prefix_values
 from tests.support.scheduler_steps import complete, counts_of, geometry_of, token_of
 

@@ -8,7 +8,8 @@ import pytest
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.scheduler.request import Request, RequestStatus
-from paged_kv.scheduler.scheduler import ScheduledStep, Scheduler
+from paged_kv.scheduler.scheduler import Scheduler
+from paged_kv.scheduler.step import ScheduledStep
 
 
 def geometry_of(block: int, open_block: int, head: int, min_tail: int) -> BlockGeometry:

@@ -1,0 +1,53 @@
+"""The one place that runs the model: a plan to logits.
+
+Knows a model, its cache and plans; never requests, nor what becomes of the logits. The engine,
+beam search and evaluation all run the model through this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..blocks.geometry import IntArray
+from ..blocks.step_plan import StepPlan
+from ..cache.kv_cache import NO_ARRAYS, PagedKVCache
+from ..cache.step_staging import StagedArray
+from ..models.huggingface import PagedModel
+from ..scheduler.step import BlockCopy
+
+
+class ModelRunner:
+    """A model on the blocks of a cache."""
+
+    def __init__(self, model: PagedModel, cache: PagedKVCache) -> None:
+        self.model = model
+        self.cache = cache
+
+    def copy_swapped(self, swap_outs: Sequence[BlockCopy], swap_ins: Sequence[BlockCopy]) -> None:
+        """Copy blocks to the host, then from it, before anything is written to the pool."""
+        for copy in swap_outs:
+            self.cache.swap_out(copy.device_block_ids, copy.host_block_ids)
+        for copy in swap_ins:
+            self.cache.swap_in(copy.device_block_ids, copy.host_block_ids)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        plan: StepPlan,
+        token_ids: IntArray,
+        logit_tokens: IntArray,
+        extra: Mapping[str, StagedArray] = NO_ARRAYS,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute a plan's tokens [T] and store their keys and values.
+
+        Returns logits [M, V] in float32 of the tokens at the places `logit_tokens` [M] among them,
+        and the `extra` arrays on the device, where they arrive together with the plan.
+        """
+        step = self.cache.begin(plan, token_ids=token_ids, logit_tokens=logit_tokens, extra=extra)
+        logits = self.model.forward(
+            step.token_ids, step.positions, step.logit_tokens, self.cache, step
+        )
+        return logits.float(), step.extra

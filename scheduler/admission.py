@@ -1,0 +1,107 @@
+"""Which waiting requests may start. Knows what they need and what there is; starts none itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from paged_kv.blocks.block_manager import BlockManager
+
+from .request import Request
+from .waiting_queue import WaitingQueue
+
+MAX_TIMES_PASSED: Final = 16  # then nobody passes a request any more until it is admitted
+MAX_SKIPPED: Final = 64  # waiting requests that a step looks at in vain
+
+
+class Need(NamedTuple):
+    """What a waiting request takes when it is admitted."""
+
+    num_tokens: int  # to compute in this step
+    blocks_now: int  # free ones for these, shared ones that nobody uses at present included
+    blocks_later: int  # free ones until all its tokens are computed
+
+
+@dataclass(eq=False, kw_only=True)
+class Room:
+    """What a step has left for requests that wait."""
+
+    num_tokens: int
+    num_seqs: int
+    blocks_now: int
+    blocks_later: int  # when those who run have computed all their tokens
+    is_empty: bool  # nobody runs
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.num_tokens <= 0 or self.num_seqs <= 0
+
+    def fits(self, request: Request, need: Need, manager: BlockManager) -> bool:
+        """Whether a request may start. Alone it may shrink to a chunk of one token."""
+        if not self.is_empty:
+            return need.blocks_now <= self.blocks_now and need.blocks_later <= self.blocks_later
+        least = find_need(request, 1, manager, may_wait=False)
+        return least is not None and least.blocks_now <= self.blocks_now
+
+    def take(self, need: Need) -> None:
+        self.num_tokens -= need.num_tokens
+        self.num_seqs -= 1
+        self.blocks_now -= need.blocks_now
+        self.blocks_later -= need.blocks_later
+        self.is_empty = False
+
+
+def find_admissible(
+    waiting: WaitingQueue, room: Room, manager: BlockManager
+) -> Iterator[tuple[Request, int]]:
+    """Requests that may start now, best rank first, and how many tokens each computes.
+
+    Each has to be started before the next is asked for: others may wait for what it will store. A
+    request that does not fit may be passed by later ones that do, a limited number of times.
+    """
+    did_not_fit: list[Request] = []
+    num_skipped = 0
+    for request in waiting:
+        if room.is_used_up or num_skipped == MAX_SKIPPED:
+            return
+        need = find_need(request, room.num_tokens, manager, may_wait=not room.is_empty)
+        if need is None:
+            num_skipped += 1
+        elif not room.fits(request, need, manager):
+            if request.times_passed >= MAX_TIMES_PASSED:
+                return
+            num_skipped += 1
+            did_not_fit.append(request)
+        else:
+            if any(passed.times_passed >= MAX_TIMES_PASSED for passed in did_not_fit):
+                return  # reached in this step
+            for passed in did_not_fit:
+                passed.times_passed += 1
+            room.take(need)
+            yield request, need.num_tokens
+
+
+def find_need(
+    request: Request, budget: int, manager: BlockManager, *, may_wait: bool
+) -> Need | None:
+    """What admitting a request takes; None where a running one is about to share blocks with it."""
+    geometry = manager.geometry
+    length, swapped = len(request.tokens.token_ids), request.swapped
+    if swapped is not None:
+        length -= swapped.num_evicted_tokens
+        start, num_sealed = swapped.num_computed_tokens, swapped.num_sealed
+        taken = len(swapped.host_block_ids)
+    else:
+        match = manager.find_prefix(request.tokens)
+        if match.is_pending and may_wait:
+            return None
+        start, num_sealed, taken = match.num_tokens, match.num_sealed, match.num_idle_blocks
+    if request.tokens.sink_window is not None:
+        length = min(length, request.tokens.sink_window.max_storable(geometry, start))
+    num_tokens = min(length - start, budget)
+    return Need(
+        num_tokens,
+        blocks_now=taken + geometry.blocks_to_grow(start, num_sealed, start + num_tokens),
+        blocks_later=taken + geometry.blocks_to_grow(start, num_sealed, length),
+    )
