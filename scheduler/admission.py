@@ -1,4 +1,4 @@
-"""Which waiting requests may start. Knows what they need and what there is; starts none itself."""
+"""Which requests can be served, and which may start. Knows needs and room; starts none itself."""
 
 from __future__ import annotations
 
@@ -7,20 +7,79 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.sink_window import SinkWindow
+from paged_kv.errors import ConfigError, InvalidRequestError, PromptTooLongError
 
-from .request import Request
+from .request import Branching, Request, RequestStatus
 from .waiting_queue import WaitingQueue
 
+MAX_PRIORITY: Final = 1 << 22
 MAX_TIMES_PASSED: Final = 16  # then nobody passes a request any more until it is admitted
 MAX_SKIPPED: Final = 64  # waiting requests that a step looks at in vain
+
+
+def check_servable(request: Request, manager: BlockManager) -> None:
+    """Raise `InvalidRequestError` for a request that can never be served."""
+    name, max_tokens = request.request_id, request.max_tokens
+    if not request.num_prompt_tokens:
+        raise InvalidRequestError(f"request {name!r} has an empty prompt")
+    if request.status is not RequestStatus.WAITING or request.has_arrived:
+        raise InvalidRequestError(f"request {name!r} was served before")
+    if abs(request.priority) >= MAX_PRIORITY:
+        raise InvalidRequestError(f"priority must be within {MAX_PRIORITY}, got {request.priority}")
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidRequestError(f"max_tokens must be at least 1, got {max_tokens}")
+    if request.sink_window is not None:
+        check_window(request, request.sink_window, manager)
+        return
+    if max_tokens is None:
+        raise InvalidRequestError(f"request {name!r} has neither max_tokens nor a window")
+    total = request.num_prompt_tokens + max_tokens
+    if total > manager.max_model_len:
+        raise PromptTooLongError(
+            f"{request.num_prompt_tokens} prompt tokens and max_tokens={max_tokens} "
+            f"exceed the model length of {manager.max_model_len}"
+        )
+    # The last sampled token is never stored.
+    needed = manager.geometry.max_blocks(total - 1)
+    if needed > manager.num_blocks:
+        raise PromptTooLongError(
+            f"{request.num_prompt_tokens} prompt tokens and max_tokens={max_tokens} "
+            f"need {needed} blocks; the pool has {manager.num_blocks}"
+        )
+    if request.branching is not None:
+        check_branching(request, request.branching, manager)
+
+
+def check_window(request: Request, sink_window: SinkWindow, manager: BlockManager) -> None:
+    """Whatever its length, a windowed request needs no more than its window does."""
+    name = request.request_id
+    if request.branching is not None:
+        raise InvalidRequestError(f"request {name!r} branches, which a windowed one cannot")
+    try:
+        manager.fitted_window(sink_window)
+    except ConfigError as error:
+        raise InvalidRequestError(f"request {name!r} cannot be windowed: {error}") from error
+
+
+def check_branching(request: Request, branching: Branching, manager: BlockManager) -> None:
+    """There must be room for all its sequences, where it is alone."""
+    limits = {"max_seqs": manager.max_num_seqs, "max_blocks": manager.num_blocks}
+    for name, limit in limits.items():
+        value = getattr(branching, name)
+        if value > limit:
+            raise InvalidRequestError(
+                f"request {request.request_id!r} branches with {name}={value}; there are {limit}"
+            )
 
 
 class Need(NamedTuple):
     """What a waiting request takes when it is admitted."""
 
+    num_seqs: int
     num_tokens: int  # to compute in this step
     blocks_now: int  # free ones for these, shared ones that nobody uses at present included
-    blocks_later: int  # free ones until all its tokens are computed
+    blocks_later: int  # free ones until all its tokens are computed, or all its branches are
 
 
 @dataclass(eq=False, kw_only=True)
@@ -30,7 +89,7 @@ class Room:
     num_tokens: int
     num_seqs: int
     blocks_now: int
-    blocks_later: int  # when those who run have computed all their tokens
+    blocks_later: int  # when those who run have computed all their tokens, and branched
     is_empty: bool  # nobody runs
 
     @property
@@ -40,13 +99,17 @@ class Room:
     def fits(self, request: Request, need: Need, manager: BlockManager) -> bool:
         """Whether a request may start. Alone it may shrink to a chunk of one token."""
         if not self.is_empty:
-            return need.blocks_now <= self.blocks_now and need.blocks_later <= self.blocks_later
+            return (
+                need.num_seqs <= self.num_seqs
+                and need.blocks_now <= self.blocks_now
+                and need.blocks_later <= self.blocks_later
+            )
         least = find_need(request, 1, manager, may_wait=False)
         return least is not None and least.blocks_now <= self.blocks_now
 
     def take(self, need: Need) -> None:
         self.num_tokens -= need.num_tokens
-        self.num_seqs -= 1
+        self.num_seqs -= need.num_seqs
         self.blocks_now -= need.blocks_now
         self.blocks_later -= need.blocks_later
         self.is_empty = False
@@ -100,8 +163,12 @@ def find_need(
     if request.tokens.sink_window is not None:
         length = min(length, request.tokens.sink_window.max_storable(geometry, start))
     num_tokens = min(length - start, budget)
+    branching = request.branching
     return Need(
-        num_tokens,
+        num_seqs=1 if branching is None else branching.max_seqs,
+        num_tokens=num_tokens,
         blocks_now=taken + geometry.blocks_to_grow(start, num_sealed, start + num_tokens),
-        blocks_later=taken + geometry.blocks_to_grow(start, num_sealed, length),
+        blocks_later=taken + geometry.blocks_to_grow(start, num_sealed, length)
+        if branching is None
+        else branching.max_blocks,
     )

@@ -21,28 +21,48 @@ class RequestStatus(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Branching:
+    """A request that goes on as several sequences, as a beam search does.
+
+    They are admitted, preempted and ended together: it starts when there is room for all of them,
+    and starts again with its prompt when it was preempted.
+    """
+
+    max_seqs: int  # at once
+    max_blocks: int  # that they hold at once
+
+    def __post_init__(self) -> None:
+        for name in ("max_seqs", "max_blocks"):
+            value = getattr(self, name)
+            if not is_integer(value) or value < 1:
+                raise InvalidRequestError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt and how far to continue it.
 
     Lower `priority` is served first, then earlier `arrival`, which the scheduler assigns. Requests
     share cached blocks only where their `extra_keys` are equal too: an adapter's name, the hash of
-    an image, a tenant's salt.
+    an image, a tenant's salt. `max_tokens` None is without end, which takes a `sink_window`.
     """
 
     request_id: str
     prompt_token_ids: Sequence[int] | TokenIds
-    max_tokens: int
+    max_tokens: int | None
     priority: int = 0
     extra_keys: Sequence[ExtraKey] = ()
-    sink_window: SinkWindow | None = None  # of a stream
-    arrival: int = -1
-    status: RequestStatus = RequestStatus.WAITING
-    seq_id: int | None = None
+    sink_window: SinkWindow | None = None
+    branching: Branching | None = None
+    arrival: int | None = field(default=None, init=False)
+    status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
+    seq_ids: list[int] = field(default_factory=list, init=False)  # while it runs
     num_preemptions: int = 0
     times_passed: int = 0  # later requests that were admitted because this one did not fit
     num_prompt_tokens: int = field(init=False)
-    # While it does not run: all its tokens, and its blocks if they lie in host memory.
+    # While it does not run: all its tokens, of a branching one the prompt; and its blocks, if they
+    # lie in host memory.
     tokens: TokenChain = field(init=False, repr=False)
     swapped: SwappedSequence | None = field(default=None, init=False, repr=False)
     manager: BlockManager | None = field(default=None, init=False, repr=False)
@@ -51,21 +71,29 @@ class Request:
         token_ids = as_token_ids(self.prompt_token_ids)
         self.prompt_token_ids = token_ids
         self.num_prompt_tokens = len(token_ids)
-        for name in ("priority", "max_tokens"):
-            value = getattr(self, name)
-            if not is_integer(value):
-                raise InvalidRequestError(f"{name} must be an integer, got {value!r}")
-            setattr(self, name, int(value))  # a numpy integer could overflow in a rank
+        if not is_integer(self.priority):
+            raise InvalidRequestError(f"priority must be an integer, got {self.priority!r}")
+        self.priority = int(self.priority)  # a numpy integer could overflow in a rank
+        if self.max_tokens is not None:
+            if not is_integer(self.max_tokens):
+                raise InvalidRequestError(f"max_tokens must be an integer, got {self.max_tokens!r}")
+            self.max_tokens = int(self.max_tokens)
         self.tokens = TokenChain(token_ids, root=b"")
 
     @property
     def has_arrived(self) -> bool:
         """Whether a scheduler knows it, or has known it."""
-        return self.arrival >= 0
+        return self.arrival is not None
+
+    @property
+    def seq_id(self) -> int | None:
+        """Of its sequence, or the first of them; None while it does not run."""
+        return self.seq_ids[0] if self.seq_ids else None
 
     @property
     def rank(self) -> tuple[int, int]:
         """Smaller ranks are scheduled first and preempted last."""
+        assert self.arrival is not None, "a scheduler ranks those that it knows"
         return self.priority, self.arrival
 
     @property

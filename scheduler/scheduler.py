@@ -14,24 +14,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.geometry import IntArray
-from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.errors import (
     ConfigError,
     InvalidRequestError,
     InvalidStepError,
     OutOfBlocksError,
-    PromptTooLongError,
 )
 
-from .admission import Room, find_admissible
+from .admission import Room, check_servable, find_admissible
 from .request import Request, RequestStatus
 from .statistics import SchedulerStatistics
-from .step import BlockCopy, Fork, ScheduledStep
+from .step import BlockCopy, Branches, Fork, ScheduledStep
 from .waiting_queue import WaitingQueue
 
 ARRIVAL_BITS: Final = 40  # of a rank packed into one integer; the rest is the priority
-MAX_PRIORITY: Final = 1 << 22
+NO_LIMIT: Final = np.iinfo(np.int64).max  # tokens of a sequence that is not ended by their number
 
 
 class Scheduler:
@@ -40,12 +38,15 @@ class Scheduler:
     A step computes at most `token_budget` tokens; long prompts are computed in chunks. A request is
     admitted when its whole prompt fits and leaves a fraction `watermark` of the pool free for the
     growth of others. One that does not fit may be passed by later ones that do, a limited number of
-    times. A request whose next blocks a running one is about to share waits for them.
+    times. A request whose next blocks a running one is about to share waits for them. A branching
+    request keeps room for all its sequences; of these the ones that have nothing to compute, while
+    others catch up, are left out of a step.
 
-    When blocks run out, the running sequence of the worst rank is preempted, the newest of the
+    When blocks run out, the running request of the worst rank is preempted, the newest of the
     lowest priority, and nobody is admitted in that step. It is swapped to host blocks if these have
     room and moving its blocks there and back costs less than computing its tokens again: a block
-    moved costs as much as `swap_cost` computed tokens. Otherwise it is recomputed.
+    moved costs as much as `swap_cost` computed tokens. Otherwise it is recomputed, as a branching
+    one always is.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Scheduler:
         self._rank: IntArray = np.zeros(seq_ids, dtype=np.int64)  # by seq_id, as all that follow
         self._max_tokens: IntArray = np.zeros(seq_ids, dtype=np.int64)  # prompt and output
         self._by_seq_id: NDArray[np.object_] = np.full(seq_ids, None, dtype=np.object_)
+        self._is_branch: NDArray[np.bool_] = np.zeros(seq_ids, dtype=np.bool_)
+        self._branching: list[Request] = []  # running ones
 
     @property
     def has_unfinished(self) -> bool:
@@ -128,41 +131,7 @@ class Scheduler:
         """Raise `InvalidRequestError` if this request can never be served."""
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is already in use")
-        if not request.num_prompt_tokens:
-            raise InvalidRequestError(f"request {request.request_id!r} has an empty prompt")
-        if request.status is not RequestStatus.WAITING or request.has_arrived:
-            raise InvalidRequestError(f"request {request.request_id!r} was served before")
-        if abs(request.priority) >= MAX_PRIORITY:
-            raise InvalidRequestError(
-                f"priority must be within {MAX_PRIORITY}, got {request.priority}"
-            )
-        if request.max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens must be at least 1, got {request.max_tokens}")
-        total = request.num_prompt_tokens + request.max_tokens
-        if request.sink_window is not None:
-            self._check_window(request, request.sink_window)
-            return
-        if total > self.manager.max_model_len:
-            raise PromptTooLongError(
-                f"{request.num_prompt_tokens} prompt tokens and max_tokens={request.max_tokens} "
-                f"exceed the model length of {self.manager.max_model_len}"
-            )
-        # The last sampled token is never stored.
-        needed = self.manager.geometry.max_blocks(total - 1)
-        if needed > self.manager.num_blocks:
-            raise PromptTooLongError(
-                f"{request.num_prompt_tokens} prompt tokens and max_tokens={request.max_tokens} "
-                f"need {needed} blocks; the pool has {self.manager.num_blocks}"
-            )
-
-    def _check_window(self, request: Request, sink_window: SinkWindow) -> None:
-        """Whatever its length, a stream needs no more than its window does."""
-        try:
-            self.manager.fitted_window(sink_window)
-        except ConfigError as error:
-            raise InvalidRequestError(
-                f"request {request.request_id!r} cannot stream: {error}"
-            ) from error
+        check_servable(request, self.manager)
 
     def abort(self, request_id: str) -> Request | None:
         """End a request in whatever state it is; None when it is not known or already over."""
@@ -188,23 +157,31 @@ class Scheduler:
     def _stop_running(self, requests: Sequence[Request]) -> None:
         for request in requests:
             assert request.seq_id is not None
-            request.tokens = self.manager.chain_of(request.seq_id)
-            self.manager.remove_sequence(request.seq_id)
-        self._vacate(requests)
+            if request.branching is None:  # or it has the tokens of its prompt
+                request.tokens = self.manager.chain_of(request.seq_id)
+            for seq_id in request.seq_ids:
+                self.manager.remove_sequence(seq_id)
+            self._vacate(request)
 
-    def _vacate(self, requests: Sequence[Request]) -> None:
-        """The seq_ids of running requests are no longer theirs."""
-        for request in requests:
-            self._by_seq_id[request.seq_id] = None
-            self._set_running(self._running[self._running != request.seq_id])
-            request.seq_id = None
+    def _vacate(self, request: Request) -> None:
+        """The sequences of a running request are no longer its own."""
+        for seq_id in request.seq_ids:
+            self._leave(seq_id)
+        request.seq_ids = []
+        if request.branching is not None:
+            self._branching.remove(request)
+
+    def _leave(self, seq_id: int) -> None:
+        self._by_seq_id[seq_id] = None
+        self._is_branch[seq_id] = False
+        self._set_running(self._running[self._running != seq_id])
 
     def _preempt(self, request: Request) -> None:
         assert request.seq_id is not None
         manager, seq_id = self.manager, request.seq_id
         num_blocks = int(manager.tables.num_open[seq_id] + manager.tables.num_sealed[seq_id])
         num_computed = manager.num_computed_tokens[seq_id] + manager.num_evicted_tokens[seq_id]
-        if 2 * num_blocks * self.swap_cost < num_computed:
+        if request.branching is None and 2 * num_blocks * self.swap_cost < num_computed:
             request.swapped = manager.swap_out(seq_id)
         if request.swapped is None:
             self._stop_running([request])
@@ -214,7 +191,7 @@ class Scheduler:
             self._swap_outs.append(
                 BlockCopy(request.request_id, swapped.device_block_ids, swapped.host_block_ids)
             )
-            self._vacate([request])
+            self._vacate(request)
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         self._num_preemptions += 1
@@ -237,11 +214,12 @@ class Scheduler:
         preempted: list[Request] = []
         budget = self.token_budget
         while plan is None:
-            if len(self._running) > 1:
-                preempted.append(self._by_seq_id[self._running[-1]])
-                self._preempt(preempted[-1])
-            elif num_new[0] > 1:  # alone in the pool: a smaller chunk always fits
-                budget = int(num_new[0]) // 2
+            worst = self._by_seq_id[self._running[-1]]
+            if len(self._running) > len(worst.seq_ids):
+                preempted.append(worst)
+                self._preempt(worst)
+            elif num_new.sum() > 1:  # alone in the pool: a smaller step always fits
+                budget = int(num_new.sum()) // 2
             else:  # requests are checked on arrival: one token would fit
                 raise self._held_by_others()
             seq_ids, num_new = self._share_budget(budget)
@@ -283,17 +261,15 @@ class Scheduler:
         )
 
     def _share_budget(self, budget: int) -> tuple[IntArray, IntArray]:
-        """SeqIds and new tokens of the running sequences, best rank first."""
-        seq_ids, num_new = self._running, self._num_remaining()
+        """Running sequences that have tokens to compute, best rank first, and how many of them."""
+        seq_ids, num_new = self._running, self.manager.num_computable(self._running)
+        if self._branching:
+            seq_ids, num_new = seq_ids[num_new > 0], num_new[num_new > 0]
         if int(num_new.sum()) > budget:
             budget_left = budget - (np.cumsum(num_new) - num_new)
             num_new = np.minimum(num_new, budget_left)
             seq_ids, num_new = seq_ids[num_new > 0], num_new[num_new > 0]
         return seq_ids, num_new
-
-    def _num_remaining(self) -> IntArray:
-        """Tokens that each running sequence has to compute, as far as a step may."""
-        return self.manager.num_computable(self._running)
 
     def _admit(self, seq_ids: IntArray, num_new: IntArray) -> tuple[IntArray, IntArray]:
         """Add waiting requests while sequences, budget and blocks for their whole prompts last."""
@@ -314,14 +290,22 @@ class Scheduler:
 
     def _room_beside(self, seq_ids: IntArray, num_new: IntArray) -> Room:
         """What is left beside running sequences that compute so many tokens in this step."""
-        manager = self.manager
+        manager, running = self.manager, self._running
+        num_free_seqs, blocks_later = manager.num_free_seqs, manager.num_free_blocks
+        if self._branching:
+            running = running[~self._is_branch[running]]
+        for request in self._branching:
+            assert request.branching is not None
+            held = np.unique(np.concatenate([manager.block_ids(n) for n in request.seq_ids]))
+            num_free_seqs -= request.branching.max_seqs - len(request.seq_ids)
+            blocks_later -= max(request.branching.max_blocks - len(held), 0)
         to_compute = manager.blocks_needed(seq_ids, num_new)
-        to_catch_up = manager.blocks_needed(self._running, self._num_remaining())
+        to_catch_up = manager.blocks_needed(running, manager.num_computable(running))
         return Room(
             num_tokens=self.token_budget - int(num_new.sum()),
-            num_seqs=manager.num_free_seqs,
+            num_seqs=num_free_seqs,
             blocks_now=manager.num_free_blocks - int(to_compute.sum()),
-            blocks_later=manager.num_free_blocks - int(to_catch_up.sum()) - self._watermark_blocks,
+            blocks_later=blocks_later - int(to_catch_up.sum()) - self._watermark_blocks,
             is_empty=not len(self._running),
         )
 
@@ -341,11 +325,19 @@ class Scheduler:
         self._run_in(request, seq_id)
 
     def _run_in(self, request: Request, seq_id: int) -> None:
-        request.seq_id = seq_id
+        """A sequence of this request runs."""
+        priority, arrival = request.rank
+        if request.branching is not None and not request.seq_ids:
+            self._branching.append(request)
+        request.seq_ids.append(seq_id)
         request.status = RequestStatus.RUNNING
-        self._rank[seq_id] = (request.priority << ARRIVAL_BITS) + request.arrival
-        self._max_tokens[seq_id] = request.num_prompt_tokens + request.max_tokens
+        self._rank[seq_id] = (priority << ARRIVAL_BITS) + arrival
+        # The scheduler does not end branches: whoever makes them does.
+        self._max_tokens[seq_id] = NO_LIMIT
+        if request.max_tokens is not None and request.branching is None:
+            self._max_tokens[seq_id] = request.num_prompt_tokens + request.max_tokens
         self._by_seq_id[seq_id] = request
+        self._is_branch[seq_id] = request.branching is not None
 
     def _enter(self, seq_ids: IntArray) -> None:
         """Take seq_ids into the running ones, in the order of ranks."""
@@ -361,12 +353,15 @@ class Scheduler:
         step: ScheduledStep,
         sampled_token_ids: ArrayLike,
         forks: Sequence[Fork] = (),
+        branches: Sequence[Branches] = (),
     ) -> list[Request]:
         """The step is done: commit its blocks and append the sampled tokens [M].
 
         Each of `forks` starts a new request from a sampled one, with a token of its own; it shares
-        the parent's blocks, or waits where no sequence is free. Returns the requests that have
-        reached their `max_tokens`; the caller finishes them, and any other it wants to stop.
+        the parent's blocks, or waits where no sequence is free. A branching request gets its tokens
+        by `branches` alone, in whatever step: what it sampled is not looked at. Returns the
+        requests that have reached their `max_tokens`; the caller finishes them, and any other it
+        wants to stop.
         """
         tokens = np.asarray(sampled_token_ids, dtype=np.int64)
         if tokens.shape != step.sampled_seq_ids.shape:
@@ -376,8 +371,13 @@ class Scheduler:
             )
         self._require_step(step)
         self._check_forks(step, forks)
+        for branch in branches:
+            branch.check()
         self.manager.commit(step.plan)
         seq_ids = step.sampled_seq_ids
+        if self._branching:
+            is_ours = ~self._is_branch[seq_ids]
+            seq_ids, tokens = seq_ids[is_ours], tokens[is_ours]
         started = [fork for fork in forks if self._fork(fork)]
         if started:
             forked_seq_ids = seq_ids_of([fork.child for fork in started])
@@ -385,10 +385,11 @@ class Scheduler:
             seq_ids = np.concatenate([seq_ids, forked_seq_ids])
             tokens = np.concatenate([tokens, [fork.token_id for fork in started]])
         self.manager.append_tokens(seq_ids, tokens)
+        for branch in branches:
+            self._branch(branch)
         at_limit = self.manager.num_tokens[seq_ids] >= self._max_tokens[seq_ids]
         requests: list[Request] = self._by_seq_id[seq_ids[at_limit]].tolist()
-        waiting = [fork.child for fork in forks if fork.child.seq_id is None]
-        requests += [child for child in waiting if child.num_output_tokens >= child.max_tokens]
+        requests += [fork.child for fork in forks if is_waiting_at_limit(fork.child)]
         self._end_step()
         return [request for request in requests if request.status is not RequestStatus.FINISHED]
 
@@ -417,6 +418,29 @@ class Scheduler:
         self.waiting.push(child)
         return False
 
+    def _branch(self, branches: Branches) -> None:
+        """Replace a request's sequences: those that go on several times are forked."""
+        request, parents, token_ids = branches
+        before, request.seq_ids = request.seq_ids, []
+        for index, seq_id in enumerate(before):
+            if index not in parents:
+                self.manager.remove_sequence(seq_id)
+                self._leave(seq_id)
+        forked: list[int] = []
+        for index, parent in enumerate(parents):
+            if parent in parents[:index]:
+                forked.append(self.manager.fork(before[parent]))
+                self._run_in(request, forked[-1])
+            else:
+                request.seq_ids.append(before[parent])
+        if forked:
+            self._enter(np.array(forked))
+        self.manager.append_tokens(
+            request.seq_ids,
+            [token_id for tokens in token_ids for token_id in tokens],
+            [len(tokens) for tokens in token_ids],
+        )
+
     def cancel(self, step: ScheduledStep) -> None:
         """The step failed: its tokens count as not computed. Admissions and preemptions stay."""
         self._require_step(step)
@@ -437,14 +461,25 @@ class Scheduler:
         """Assert every invariant; for tests and debugging."""
         self.manager.check_integrity()
         assert np.array_equal(np.sort(self._running), self.manager.living_seq_ids)
-        num_known = len(self._requests) + len(self._ending)
-        assert len(self._running) + len(self.waiting) == num_known
+        known = [*self._requests.values(), *self._ending]
+        num_running = sum(len(request.seq_ids) for request in known)
+        assert len(self._running) == num_running
+        assert len(self.waiting) == sum(not request.seq_ids for request in known)
         running = self._by_seq_id[self._running].tolist()
         ranks = [request.rank for request in running]
         assert ranks == sorted(ranks)
         for request, seq_id in zip(running, self._running.tolist(), strict=True):
-            assert request.seq_id == seq_id
+            assert seq_id in request.seq_ids
             assert (request.status is RequestStatus.RUNNING) != (request in self._ending)
+            is_branch = request.branching is not None
+            assert self._is_branch[seq_id] == is_branch == (request in self._branching)
+
+
+def is_waiting_at_limit(request: Request) -> bool:
+    """Whether a request that waits has all its tokens."""
+    if request.seq_ids or request.max_tokens is None:
+        return False
+    return request.num_output_tokens >= request.max_tokens
 
 
 def seq_ids_of(requests: Sequence[Request]) -> IntArray:

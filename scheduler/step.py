@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from paged_kv.blocks.geometry import BlockIds, IntArray
 from paged_kv.blocks.step_plan import StepPlan
+from paged_kv.errors import InvalidStepError
 
 from .request import Request
 
@@ -29,6 +31,35 @@ class Fork(NamedTuple):
     parent: Request
     child: Request
     token_id: int
+
+
+class Branches(NamedTuple):
+    """The sequences with which a branching request goes on, instead of those that it has.
+
+    Each continues one of them, `parents[i]` among its `seq_ids`, with `token_ids[i]`.
+    """
+
+    request: Request
+    parents: Sequence[int]
+    token_ids: Sequence[Sequence[int]]
+
+    def check(self) -> None:
+        """Raise `InvalidStepError` for what cannot be done."""
+        request, branching = self.request, self.request.branching
+        name, num_seqs = request.request_id, len(request.seq_ids)
+        if branching is None or not num_seqs:
+            raise InvalidStepError(f"request {name!r} does not run, or does not branch")
+        if not 1 <= len(self.parents) <= branching.max_seqs:
+            raise InvalidStepError(
+                f"request {name!r} may have 1 to {branching.max_seqs} sequences, got "
+                f"{len(self.parents)}"
+            )
+        if not all(0 <= parent < num_seqs for parent in self.parents):
+            raise InvalidStepError(
+                f"request {name!r} has {num_seqs} sequences, got parents {list(self.parents)}"
+            )
+        if len(self.token_ids) != len(self.parents) or not all(map(len, self.token_ids)):
+            raise InvalidStepError(f"request {name!r} needs tokens for each of its sequences")
 
 
 @dataclass(frozen=True, kw_only=True)

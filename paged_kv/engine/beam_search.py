@@ -1,7 +1,8 @@
-"""Beam search: the likeliest continuations of prompts, on beams that share blocks.
+"""Beam search: the likeliest continuations of a prompt, on beams that share blocks.
 
-Knows the engine's model, cache and manager, never its requests. A prompt is computed once and its
-beams are forks of it: what they have in common is stored once, and a fork copies at most one block.
+Knows tokens and their likelihoods, never logits, blocks or the engine. A prompt is computed once,
+by a request that then goes on as several sequences, one for each beam: what they have in common is
+stored once. Beams advance in lockstep: one whose likeliest tokens are known waits for the others.
 What goes on, what is finished and when a search ends is as in transformers' `generate`.
 """
 
@@ -15,22 +16,13 @@ from numbers import Real
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..blocks.block_manager import BlockManager
-from ..blocks.geometry import BlockGeometry, IntArray
-from ..blocks.step_plan import StepPlan
-from ..blocks.token_chain import TokenChain
-from ..errors import (
-    InvalidStepError,
-    NonFiniteLogitsError,
-    OutOfBlocksError,
-    PagedKVError,
-)
+from ..blocks.geometry import BlockGeometry
+from ..errors import OutOfBlocksError, PagedKVError
+from ..scheduler.request import Branching, Request
+from ..scheduler.step import Branches
 from ..validation import is_integer, require
-from .engine import Engine
-from .sampler import find_unusable_rows
+from .sampler import Shortlist
 from .sampling_params import SamplingParams
 
 MAX_LENGTH_PENALTY: Final = 16.0  # powers of any length stay finite
@@ -117,32 +109,101 @@ class Candidate(NamedTuple):
     log_probability: float  # of all tokens after the prompt
 
 
+@dataclass(eq=False)
+class Beam:
+    """A continuation that is not finished, and what may follow it, once that is known."""
+
+    token_ids: list[int]
+    log_probability: float
+    shortlist: Shortlist | None = None
+
+
 @dataclass(eq=False, kw_only=True)
-class PromptSearch:
+class BeamSearch:
     """The beams of one prompt, best first, and the best `num_beams` hypotheses, best first.
 
-    Before the prompt is computed it is the only beam; a search that is over has none.
+    While it runs, `request.seq_ids` are the sequences of its beams, in their order; before the
+    prompt is computed, that of the prompt. A search that is over has no beams.
     """
 
     params: BeamSearchParams
-    prompt: TokenChain
+    request: Request
     max_tokens: int
     end_token_ids: frozenset[int]
-    max_blocks: int
-    seq_ids: list[int] = field(default_factory=list)
-    log_probabilities: list[float] = field(default_factory=lambda: [0.0])
+    beams: list[Beam] = field(default_factory=lambda: [Beam([], 0.0)])
     num_generated: int = 0
     hypotheses: list[Hypothesis] = field(default_factory=list)
     error: PagedKVError | None = None
 
-    def advance(self, candidates: Sequence[Candidate], manager: BlockManager) -> list[Candidate]:
+    @property
+    def is_over(self) -> bool:
+        return not self.beams
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens of a beam to look at: so many that `num_beams` of them do not end it."""
+        return self.params.num_beams + len(self.end_token_ids)
+
+    @property
+    def output(self) -> BeamOutput:
+        """What was found, when it is over."""
+        return BeamOutput(hypotheses=self.hypotheses[: self.params.num_return], error=self.error)
+
+    def advance(self) -> Branches | None:
+        """How the sequences go on, once every shortlist is known; None before, and at the end.
+
+        A search that was preempted, of which only the prompt is computed again, restores its beams.
+        """
+        request = self.request
+        if request.num_tokens < request.num_prompt_tokens + self.num_generated:
+            for beam in self.beams:
+                beam.shortlist = None
+            parents = [0] * len(self.beams)
+        elif any(beam.shortlist is None for beam in self.beams):
+            return None
+        else:
+            going_on = self._account_for(self._find_candidates())
+            parents = [candidate.beam for candidate in going_on]
+            self.beams = [
+                Beam([*self.beams[c.beam].token_ids, c.token_id], c.log_probability)
+                for c in going_on
+            ]
+            if self.is_over:
+                return None
+            return Branches(request, parents, [beam.token_ids[-1:] for beam in self.beams])
+        return Branches(request, parents, [beam.token_ids for beam in self.beams])
+
+    def _find_candidates(self) -> list[Candidate]:
+        """What may follow the beams, best first; nothing where logits are unusable."""
+        candidates: list[Candidate] = []
+        for index, beam in enumerate(self.beams):
+            shortlist = beam.shortlist
+            assert shortlist is not None
+            if shortlist.error is not None:
+                self.error = type(shortlist.error)(
+                    f"after {self.request.num_prompt_tokens} prompt and {self.num_generated} "
+                    f"output tokens: {shortlist.error}"
+                )
+                return []
+            # In the precision of the logits, as in transformers: ties are the same.
+            totals = np.array(shortlist.log_probabilities, dtype=np.float32)
+            totals += np.float32(beam.log_probability)
+            candidates += [
+                Candidate(index, token_id, total)
+                for token_id, total in zip(shortlist.token_ids, totals.tolist(), strict=True)
+                if total > -math.inf
+            ]
+        candidates.sort(key=lambda candidate: -candidate.log_probability)
+        return candidates
+
+    def _account_for(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Account for one more token. Returns the beams that go on; none when the search is over.
 
-        `candidates` are as `find_candidates` gives them. Those among the best `num_beams` that end
-        become hypotheses; others that end are dropped.
+        Candidates among the best `num_beams` that end become hypotheses; others that end are
+        dropped.
         """
         if not candidates:
-            self._fail()
+            self.hypotheses.clear()
             return []
         num_beams = self.params.num_beams
         self.num_generated += 1
@@ -153,23 +214,14 @@ class PromptSearch:
             if not is_end and not is_at_limit:
                 going_on.append(candidate)
             elif rank < num_beams:
-                self._finish(candidate, "stop" if is_end else "length", manager)
+                self._finish(candidate, "stop" if is_end else "length")
         if not going_on or not self._can_improve(going_on[0].log_probability):
             return []
         return going_on[:num_beams]
 
-    def _fail(self) -> None:
-        self.hypotheses.clear()
-        self.error = NonFiniteLogitsError(
-            f"after {len(self.prompt.token_ids)} prompt and {self.num_generated} output tokens: "
-            "the model's logits are not finite"
-        )
-
-    def _finish(self, candidate: Candidate, reason: str, manager: BlockManager) -> None:
-        seq_id = self.seq_ids[candidate.beam]
-        stored = manager.token_ids[seq_id, len(self.prompt.token_ids) : manager.num_tokens[seq_id]]
+    def _finish(self, candidate: Candidate, reason: str) -> None:
         hypothesis = Hypothesis(
-            token_ids=[*stored.tolist(), candidate.token_id],
+            token_ids=[*self.beams[candidate.beam].token_ids, candidate.token_id],
             score=self.params.score(candidate.log_probability, self.num_generated),
             finish_reason=reason,
         )
@@ -188,52 +240,24 @@ class PromptSearch:
         return params.score(log_probability, length) > self.hypotheses[-1].score
 
 
-def search_beams(
-    engine: Engine, prompts: Sequence[Sequence[int]], params: BeamSearchParams
-) -> list[BeamOutput]:
-    """Continue every prompt by beam search, as many at a time as seq_ids and blocks surely suffice.
+def find_branching(
+    geometry: BlockGeometry, request: Request, num_beams: int, *, max_seqs: int, num_blocks: int
+) -> Branching:
+    """What the beams of a request may take at once; raises `OutOfBlocksError` if that is too much.
 
-    Raises before anything is computed: `InvalidStepError` while the engine has requests,
-    `InvalidRequestError` for a prompt that cannot be served, `OutOfBlocksError` where the beams of
-    one prompt might not fit. Whatever happens, no block is held afterwards.
+    At most `max_seqs` sequences and `num_blocks` blocks.
     """
-    if engine.has_unfinished:
-        raise InvalidStepError("beam search needs the engine to itself; requests are unfinished")
-    searches = [check_prompt(engine, prompt, params) for prompt in prompts]
-    run = BeamSearchRun(engine, searches)
-    try:
-        while run.waiting or run.running:
-            run.step()
-    finally:
-        for seq_id in engine.manager.living_seq_ids.tolist():
-            engine.manager.remove_sequence(seq_id)
-    return [
-        BeamOutput(hypotheses=search.hypotheses[: params.num_return], error=search.error)
-        for search in searches
-    ]
-
-
-def check_prompt(engine: Engine, prompt: Sequence[int], params: BeamSearchParams) -> PromptSearch:
-    """The search of a prompt before it starts; raises where it cannot be served."""
-    request = engine.check_request("", prompt, params.request_params())
-    manager, num_beams = engine.manager, params.num_beams
-    if num_beams > manager.max_num_seqs:
-        raise OutOfBlocksError(f"{num_beams} beams exceed max_num_seqs ({manager.max_num_seqs})")
     num_prompt_tokens, max_tokens = request.num_prompt_tokens, request.max_tokens
-    max_blocks = max_blocks_of_beams(manager.geometry, num_prompt_tokens, max_tokens, num_beams)
-    if max_blocks > manager.num_blocks:
+    assert max_tokens is not None, "only windowed requests have no end"
+    if num_beams > max_seqs:
+        raise OutOfBlocksError(f"{num_beams} beams exceed max_num_seqs ({max_seqs})")
+    max_blocks = max_blocks_of_beams(geometry, num_prompt_tokens, max_tokens, num_beams)
+    if max_blocks > num_blocks:
         raise OutOfBlocksError(
             f"{num_beams} beams of {num_prompt_tokens} prompt tokens and max_tokens={max_tokens} "
-            f"may need {max_blocks} blocks; the pool has {manager.num_blocks}"
+            f"may need {max_blocks} blocks; the pool has {num_blocks}"
         )
-    ends = frozenset() if params.ignore_eos else engine.end_token_ids
-    return PromptSearch(
-        params=params,
-        prompt=manager.chain_tokens(request.prompt_token_ids, request.extra_keys),
-        max_tokens=max_tokens,
-        end_token_ids=frozenset(params.stop_token_ids) | ends,
-        max_blocks=max_blocks,
-    )
+    return Branching(max_seqs=num_beams, max_blocks=max_blocks)
 
 
 def max_blocks_of_beams(
@@ -253,136 +277,3 @@ def max_blocks_of_beams(
         num_shared = min(num_complete, geometry.num_head_blocks) + num_sealed
     num_own = geometry.max_blocks(end, start) - num_shared
     return max(geometry.max_blocks(start), num_shared + num_beams * num_own)
-
-
-class BeamSearchRun:
-    """Steps over many searches: those whose prompts are computed, then the others that have begun.
-
-    A step computes one token of every beam, and chunks of prompts within the token budget.
-    """
-
-    def __init__(self, engine: Engine, searches: Sequence[PromptSearch]) -> None:
-        self.engine = engine
-        self.manager = engine.manager
-        self.waiting = list(searches)
-        self.running: list[PromptSearch] = []
-
-    @torch.inference_mode()
-    def step(self) -> None:
-        """Compute one step; every search whose beams are computed chooses how they go on."""
-        self._admit()
-        plan = self._reserve()
-        ends = plan.context_lens + plan.num_scheduled_tokens
-        rows = np.flatnonzero(ends == self.manager.num_tokens[plan.seq_ids])
-        ready_seq_ids = set(plan.seq_ids[rows].tolist())
-        ready = [search for search in self.running if search.seq_ids[0] in ready_seq_ids]
-        try:
-            logits = self._run_model(plan, rows)
-            candidates = find_candidates(logits, ready)
-        except BaseException:
-            self.manager.rollback(plan)
-            raise
-        self.manager.commit(plan)
-        seq_ids: list[int] = []
-        token_ids: list[int] = []
-        for search, found in zip(ready, candidates, strict=True):
-            going_on = search.advance(found, self.manager)
-            self._replace_beams(search, going_on)
-            seq_ids += search.seq_ids
-            token_ids += [candidate.token_id for candidate in going_on]
-        self.manager.append_tokens(seq_ids, token_ids)
-        self.running = [search for search in self.running if search.seq_ids]
-
-    def _admit(self) -> None:
-        """Start searches, in order, while seq_ids and blocks suffice for all their beams.
-
-        A prompt whose next blocks another one is about to store waits to share them.
-        """
-        manager = self.manager
-        num_blocks = manager.num_blocks - sum(search.max_blocks for search in self.running)
-        num_seqs = manager.max_num_seqs - sum(s.params.num_beams for s in self.running)
-        for search in self.waiting.copy():
-            num_blocks -= search.max_blocks
-            num_seqs -= search.params.num_beams
-            if num_blocks < 0 or num_seqs < 0:
-                break
-            if self.running and manager.find_prefix(search.prompt).is_pending:
-                continue
-            self.waiting.remove(search)
-            self.running.append(search)
-            search.seq_ids = [manager.add_sequence(search.prompt)]
-
-    def _reserve(self) -> StepPlan:
-        """Plan as large a step as there are blocks for: large chunks may need more at once."""
-        budget = self.engine.scheduler.token_budget
-        while True:
-            plan = self.manager.reserve(*self._share_budget(budget))
-            if plan is not None:
-                return plan
-            assert budget > 1, "single tokens always fit; searches start only where they do"
-            budget //= 2
-
-    def _share_budget(self, budget: int) -> tuple[IntArray, IntArray]:
-        """SeqIds and new tokens: one of every beam, and of prompts what the budget leaves."""
-        manager = self.manager
-        seq_ids = np.array([seq_id for search in self.running for seq_id in search.seq_ids])
-        num_new = manager.num_tokens[seq_ids] - manager.num_computed_tokens[seq_ids]
-        num_beams = sum(len(search.seq_ids) for search in self.running if search.num_generated)
-        budget_left = max(budget, num_beams) - (np.cumsum(num_new) - num_new)
-        num_new = np.minimum(num_new, budget_left)
-        return seq_ids[num_new > 0], num_new[num_new > 0]
-
-    def _run_model(self, plan: StepPlan, rows: IntArray) -> Tensor:
-        """Logits [M, V] in float32 of the last token of the sequences `rows` of the plan."""
-        token_ids = self.manager.token_ids[plan.seq_ids[plan.token_rows], plan.positions]
-        logit_tokens = plan.query_start_loc[1:][rows] - 1
-        logits, _ = self.engine.runner.run(plan, token_ids.astype(np.int64), logit_tokens)
-        return logits
-
-    def _replace_beams(self, search: PromptSearch, going_on: Sequence[Candidate]) -> None:
-        """Make a search's sequences those of the beams that go on, with new tokens not yet known.
-
-        Beams that go on several times are forked, those that do not are removed.
-        """
-        parents = [candidate.beam for candidate in going_on]
-        for beam, seq_id in enumerate(search.seq_ids):
-            if beam not in parents:
-                self.manager.remove_sequence(seq_id)
-        search.seq_ids = [
-            self.manager.fork(search.seq_ids[parent])
-            if parent in parents[:index]
-            else search.seq_ids[parent]
-            for index, parent in enumerate(parents)
-        ]
-        search.log_probabilities = [candidate.log_probability for candidate in going_on]
-
-
-def find_candidates(logits: Tensor, searches: Sequence[PromptSearch]) -> list[list[Candidate]]:
-    """What may follow the beams of each search, best first; nothing where logits are unusable.
-
-    `logits` [M, V] in float32 are those of all beams, search by search. Of each beam there are as
-    many candidates that `num_beams` of them do not end, where the vocabulary has so many.
-    """
-    if not searches:
-        return []
-    so_far = [number for search in searches for number in search.log_probabilities]
-    beams = torch.tensor(so_far, dtype=torch.float32, device=logits.device)
-    totals = logits.log_softmax(-1) + beams[:, None]
-    count = max(search.params.num_beams + len(search.end_token_ids) for search in searches)
-    best = totals.topk(min(count, totals.shape[-1]))
-    values, token_ids = best.values.tolist(), best.indices.tolist()
-    is_unusable = find_unusable_rows(logits)
-    found: list[list[Candidate]] = []
-    start = 0
-    for search in searches:
-        end = start + len(search.log_probabilities)
-        candidates = [
-            Candidate(row - start, token_id, total)
-            for row in range(start, end)
-            for total, token_id in zip(values[row], token_ids[row], strict=True)
-            if total > -math.inf
-        ]
-        candidates.sort(key=lambda candidate: -candidate.log_probability)
-        found.append([] if is_unusable[start:end].any() else candidates)
-        start = end
-    return found

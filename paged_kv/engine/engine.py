@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..blocks.block_manager import ENDLESS
 from ..blocks.sink_window import SinkWindow
 from ..cache.step_staging import StagedArray
 from ..errors import InvalidRequestError, PagedKVError, PromptTooLongError
 from ..scheduler.request import Request, RequestStatus
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import Fork, ScheduledStep
+from .beam_search import Beam, BeamOutput, BeamSearch, BeamSearchParams, find_branching
 from .model_runner import ModelRunner
-from .sampler import Draw, sample, sampling_arrays, uniform_numbers
+from .sampler import Draw, Shortlist, sample, sampling_arrays, uniform_numbers
 from .sampling_params import SamplingParams
 
 
@@ -34,6 +34,14 @@ class SequenceUpdate:
     finish_reason: str | None
     log_probability: float | None = None  # of the token, where the request asks for `best_of`
     error: PagedKVError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchUpdate:
+    """A beam search is over."""
+
+    request_id: str
+    output: BeamOutput
 
 
 @dataclass(eq=False)
@@ -67,8 +75,16 @@ class TokenDraw(Draw):
         return self.live.request.status is not RequestStatus.FINISHED
 
 
+@dataclass(eq=False, kw_only=True, slots=True)
+class BeamShortlist(Shortlist):
+    """What a beam may go on with."""
+
+    search: BeamSearch
+    beam: Beam
+
+
 class Engine:
-    """Decodes many requests at once on one model, one cache and one pool."""
+    """Decodes many requests and beam searches at once on one model, one cache and one pool."""
 
     def __init__(
         self,
@@ -85,6 +101,7 @@ class Engine:
         self.sink_window = sink_window
         self.end_token_ids = frozenset(t for t in end_token_ids if 0 <= t < self.model.vocab_size)
         self._live: dict[str, LiveRequest] = {}
+        self._searches: dict[str, BeamSearch] = {}
         self.num_steps = 0
 
     @property
@@ -113,8 +130,7 @@ class Engine:
         ends = frozenset() if params.ignore_eos else self.end_token_ids
         samples = []
         for sample_index, request_id in enumerate(ids):
-            if request_id in self._live:
-                raise InvalidRequestError(f"request id {request_id!r} is already in use")
+            self._check_id(request_id)
             samples.append(
                 LiveRequest(
                     request=self.check_request(
@@ -130,6 +146,15 @@ class Engine:
         self.scheduler.add(samples[0].request)
         self._live |= {live.request.request_id: live for live in samples}
 
+    def add_search(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: BeamSearchParams
+    ) -> None:
+        """Queue a beam search; raises as `check_search` does, and queues nothing then."""
+        self._check_id(request_id)
+        search = self.check_search(request_id, prompt_token_ids, params)
+        self.scheduler.add(search.request)
+        self._searches[request_id] = search
+
     def check_request(
         self,
         request_id: str,
@@ -142,21 +167,61 @@ class Engine:
         sink_window = params.sink_window or self.sink_window
         if sink_window is not None:
             _ = self.model.rotations  # or it raises
+        return self._checked_request(request_id, prompt_token_ids, params, priority, sink_window)
+
+    def check_search(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: BeamSearchParams
+    ) -> BeamSearch:
+        """The search as it would be queued; it is not windowed, whatever the engine's setting.
+
+        Raises `InvalidRequestError` for a prompt that cannot be served, `OutOfBlocksError` where
+        its beams might not fit.
+        """
+        request = self._checked_request(request_id, prompt_token_ids, params.request_params())
+        request.branching = find_branching(
+            self.manager.geometry,
+            request,
+            params.num_beams,
+            max_seqs=self.manager.max_num_seqs,
+            num_blocks=self.manager.num_blocks,
+        )
+        assert request.max_tokens is not None
+        ends = frozenset() if params.ignore_eos else self.end_token_ids
+        return BeamSearch(
+            params=params,
+            request=request,
+            max_tokens=request.max_tokens,
+            end_token_ids=frozenset(params.stop_token_ids) | ends,
+        )
+
+    def _checked_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        sink_window: SinkWindow | None = None,
+    ) -> Request:
         self._check_prompt(prompt_token_ids, is_windowed=sink_window is not None)
         self._check_in_vocabulary(params.stop_token_ids)
-        room = ENDLESS
+        max_tokens = params.max_tokens
         if sink_window is None:
             room = self.manager.max_model_len - len(prompt_token_ids)
+            max_tokens = room if max_tokens is None else min(max_tokens, room)
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            max_tokens=max_tokens,
             priority=priority,
             extra_keys=() if params.cache_salt is None else (params.cache_salt,),
             sink_window=sink_window,
         )
         self.scheduler.check(request)
         return request
+
+    def _check_id(self, request_id: str) -> None:
+        if request_id in self._live or request_id in self._searches:
+            raise InvalidRequestError(f"request id {request_id!r} is already in use")
 
     def _check_prompt(self, prompt_token_ids: Sequence[int], *, is_windowed: bool) -> None:
         if not prompt_token_ids:
@@ -177,7 +242,11 @@ class Engine:
                 )
 
     def abort(self, request_id: str) -> bool:
-        """End a request and free its blocks; False when it is not known or already over."""
+        """End a request or a search and free its blocks; False when it is not known, or over."""
+        search = self._searches.pop(request_id, None)
+        if search is not None:
+            self.scheduler.finish(search.request)
+            return True
         live = self._live.pop(request_id, None)
         if live is None:
             return False
@@ -195,26 +264,32 @@ class Engine:
     # -- steps ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> list[SequenceUpdate]:
-        """Compute one step for as many requests as fit, and report those that got a token."""
+    def step(self) -> list[SequenceUpdate | SearchUpdate]:
+        """Compute one step for as many requests as fit.
+
+        Reports those that got a token or failed, and the searches that are over.
+        """
         scheduled = self.scheduler.schedule()
         if scheduled is None:
             return []
         try:
-            draws = self._draws_of(scheduled)
-            logits, inputs = self._run_model(scheduled, sampling_arrays(draws))
-            sample(logits, inputs, draws)
+            draws, shortlists = self._draws_of(scheduled), self._shortlists_of(scheduled)
+            logits, inputs = self._run_model(scheduled, sampling_arrays(draws, shortlists))
+            sample(logits, inputs, draws, shortlists)
         except BaseException:
             self.scheduler.cancel(scheduled)
             raise
-        return self._update(scheduled, draws)
+        return self._update(scheduled, draws, shortlists)
 
     def _draws_of(self, scheduled: ScheduledStep) -> list[TokenDraw]:
         """The tokens to draw: of every request whose tokens are computed, then of siblings."""
-        leaders = [self._live[request.request_id] for request in scheduled.sampled_requests]
-        draws = []
-        for row, live in enumerate(leaders):
-            request, params = live.request, live.params
+        draws: list[TokenDraw] = []
+        first_draws: list[TokenDraw] = []
+        for row, request in enumerate(scheduled.sampled_requests):
+            live = self._live.get(request.request_id)
+            if live is None:  # a beam search
+                continue
+            params = live.params
             has_few = params.min_tokens > 0 and request.num_output_tokens < params.min_tokens
             draws.append(
                 TokenDraw(
@@ -225,9 +300,11 @@ class Engine:
                     forbidden_ids=list(live.end_token_ids) if has_few else (),
                 )
             )
-        for row, leader in enumerate(leaders):
-            for sibling in leader.siblings:
-                draws.append(TokenDraw(row=row, params=leader.params, live=sibling, leader=leader))
+            first_draws += [
+                TokenDraw(row=row, params=params, live=sibling, leader=live)
+                for sibling in live.siblings
+            ]
+        draws += first_draws
         random = [draw for draw in draws if not draw.params.is_greedy]
         if random:
             uniforms = uniform_numbers(
@@ -238,6 +315,20 @@ class Engine:
             for draw, uniform in zip(random, uniforms.tolist(), strict=True):
                 draw.uniform = uniform
         return draws
+
+    def _shortlists_of(self, scheduled: ScheduledStep) -> list[BeamShortlist]:
+        """Of every beam whose tokens are computed."""
+        if not self._searches:
+            return []
+        shortlists = []
+        seq_ids = scheduled.sampled_seq_ids.tolist()
+        for row, request in enumerate(scheduled.sampled_requests):
+            search = self._searches.get(request.request_id)
+            if search is not None:
+                beam = search.beams[request.seq_ids.index(seq_ids[row])]
+                count = search.num_candidates
+                shortlists.append(BeamShortlist(row=row, count=count, search=search, beam=beam))
+        return shortlists
 
     def _run_model(
         self, scheduled: ScheduledStep, extra: dict[str, StagedArray]
@@ -253,9 +344,14 @@ class Engine:
             scheduled.plan, scheduled.token_ids, scheduled.sampled_token_index, extra
         )
 
-    def _update(self, scheduled: ScheduledStep, draws: Sequence[TokenDraw]) -> list[SequenceUpdate]:
+    def _update(
+        self,
+        scheduled: ScheduledStep,
+        draws: Sequence[TokenDraw],
+        shortlists: Sequence[BeamShortlist],
+    ) -> list[SequenceUpdate | SearchUpdate]:
         """Commit the step: requests get their tokens, siblings start, who is done is finished."""
-        token_ids = np.empty(len(scheduled.sampled_seq_ids), dtype=np.int64)
+        token_ids = np.zeros(len(scheduled.sampled_seq_ids), dtype=np.int64)
         forks: list[Fork] = []
         wanted: list[TokenDraw] = []
         for draw in draws:
@@ -265,17 +361,38 @@ class Engine:
                 forks.append(Fork(draw.leader.request, draw.live.request, draw.token_id))
             if draw.is_wanted:
                 wanted.append(draw)
-        at_limit = set(self.scheduler.update(scheduled, token_ids, forks))
+        searches = self._collect(shortlists)
+        branches = [b for b in (search.advance() for search in searches) if b is not None]
+        at_limit = set(self.scheduler.update(scheduled, token_ids, forks, branches))
+        self.num_steps += 1
         for draw in draws:
             if draw.leader is not None:
                 draw.leader.siblings = []
-        self.num_steps += 1
-        return [
+        updates: list[SequenceUpdate | SearchUpdate] = [
             self._fail(draw, draw.error)
             if draw.error is not None
             else self._advance(draw, draw.live.request in at_limit)
             for draw in wanted
+            if draw.live.request.status is not RequestStatus.FINISHED
         ]
+        updates += [self._end_search(search) for search in searches if search.is_over]
+        return updates
+
+    def _collect(self, shortlists: Sequence[BeamShortlist]) -> list[BeamSearch]:
+        """Give beams their shortlists; the searches that these belong to, but aborted ones."""
+        searches: dict[str, BeamSearch] = {}
+        for shortlist in shortlists:
+            name = shortlist.search.request.request_id
+            if self._searches.get(name) is shortlist.search:
+                shortlist.beam.shortlist = shortlist
+                searches[name] = shortlist.search
+        return list(searches.values())
+
+    def _end_search(self, search: BeamSearch) -> SearchUpdate:
+        name = search.request.request_id
+        self.scheduler.finish(search.request)
+        del self._searches[name]
+        return SearchUpdate(request_id=name, output=search.output)
 
     def _advance(self, draw: TokenDraw, is_at_limit: bool) -> SequenceUpdate:
         """Account for one drawn token, which may end its request."""

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..blocks.sink_window import SinkWindow
 from ..cache.formats import KVFormat
 from ..cache.memory_stats import MemoryStats
-from ..engine.beam_search import BeamSearchParams, Hypothesis, search_beams
+from ..engine.beam_search import BeamOutput, BeamSearchParams, Hypothesis
 from ..engine.build import build_engine
 from ..engine.config import EngineConfig
+from ..engine.engine import SearchUpdate
 from ..engine.output_processor import OutputProcessor, TextUpdate
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import ChatMessages, Prompt, encode_prompt
@@ -142,6 +143,7 @@ class LLM:
         self._request_numbers = itertools.count()
         self._processor = OutputProcessor(tokenizer)
         self._mailboxes: dict[str, deque[TextUpdate]] = {}
+        self._found: dict[str, BeamOutput] = {}  # by beam searches that are over
 
     def __enter__(self) -> LLM:
         return self
@@ -252,14 +254,16 @@ class LLM:
 
         Their `log_probability` is the score by which they are ordered. Every prompt is checked
         before any is computed, and `GenerationError` tells of those that failed, as `generate`
-        does. Raises `InvalidStepError` while requests run.
+        does.
         """
         params = BeamSearchParams() if params is None else params
         if not isinstance(params, BeamSearchParams):
             raise ConfigError(f"params must be BeamSearchParams, got {params!r}")
         batch = as_batch(prompts)
         token_ids = [encode_prompt(prompt, self.tokenizer) for prompt in batch]
-        found = search_beams(self.engine, token_ids, params)
+        for ids in token_ids:
+            self.engine.check_search("", ids, params)
+        found = self._search(token_ids, params)
         outputs = [
             RequestOutput(
                 prompt=prompt,
@@ -275,6 +279,21 @@ class LLM:
                 f"{len(errors)} of {len(batch)} prompts failed: {errors[0]}", outputs
             ) from errors[0]
         return outputs
+
+    def _search(self, prompts: Sequence[list[int]], params: BeamSearchParams) -> list[BeamOutput]:
+        """Queue searches and step the engine until they are over."""
+        names: list[str] = []
+        try:
+            for token_ids in prompts:
+                names.append(str(next(self._request_numbers)))
+                self.engine.add_search(names[-1], token_ids, params)
+            while not all(name in self._found for name in names):
+                self._step(len(names))
+            return [self._found[name] for name in names]
+        finally:
+            for name in names:
+                self.engine.abort(name)
+                self._found.pop(name, None)
 
     def _complete(self, prompt_token_ids: list[int], hypothesis: Hypothesis) -> Completion:
         """A hypothesis with its text, to which a token that ends it adds nothing."""
@@ -355,6 +374,9 @@ class LLM:
         if not updates and not self.engine.has_unfinished:
             raise PagedKVError(f"{num_waiting_for} requests were aborted by somebody else")
         for update in updates:
+            if isinstance(update, SearchUpdate):
+                self._found[update.request_id] = update.output
+                continue
             mailbox = self._mailboxes.get(update.request_id)
             if mailbox is None:
                 continue  # its iterator was closed in the middle of the step

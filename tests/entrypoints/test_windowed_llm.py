@@ -335,6 +335,6 @@ def test_a_scheduler_checks_streams_too():
     with open_llm(zoo.model("llama")) as llm:
         scheduler = Scheduler(llm.engine.manager, token_budget=8)
         request = Request("a", [1], 5, sink_window=SinkWindow(4, 3))
-        with pytest.raises(InvalidRequestError, match="request 'a' cannot stream"):
+        with pytest.raises(InvalidRequestError, match="request 'a' cannot be windowed"):
             scheduler.add(request)
         assert not scheduler.has_unfinished
