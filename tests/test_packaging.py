@@ -32,6 +32,12 @@ for name in ("tests", "bench", "paged_kv", "docs"):
     assert importlib.util.find_spec(f"paged_kv.{name}") is None, name
 assert paged_kv.kernels.__file__ is None
 """
+# The interpreter that runs the tests mostly has paged_kv installed already.
+FORGET_INSTALLATIONS = """
+import sys, pathlib
+sys.path = [path for path in sys.path if not (pathlib.Path(path) / "paged_kv").exists()]
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
+"""
 
 
 def run(*command: str, cwd: Path, path: Path | None = None) -> str:
@@ -129,6 +135,18 @@ def test_a_checkout_without_links_runs_and_builds_whole(tmp_path: Path, checkout
     with zipfile.ZipFile(wheel) as file:
         file.extractall(tmp_path / "installed")
     run("-c", IMPORTS, str(tmp_path / "installed"), cwd=tmp_path, path=tmp_path / "installed")
+
+
+def test_an_editable_install_without_links_finds_both_folders(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="builds need it")
+    folder, site = without_links(tmp_path / "checkout"), tmp_path / "site"
+    site.mkdir()
+    run("-c", f"from setuptools.build_meta import *; build_editable({str(site)!r})", cwd=folder)
+    (wheel,) = site.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(site)
+    install = FORGET_INSTALLATIONS + f"import site; site.addsitedir({str(site)!r})\n"
+    run("-c", install + IMPORTS, str(folder), cwd=site)
 
 
 def test_a_checkout_without_a_folder_is_no_wheel_and_says_so(tmp_path: Path) -> None:
