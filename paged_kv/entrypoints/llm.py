@@ -1,4 +1,9 @@
-"""Text in, text out: a model, its quantized cache and the engine behind two methods."""
+"""Text in, text out: a model, its quantized cache and the engine behind three methods.
+
+Knows prompts and texts, and steps the engine; never blocks or logits.
+
+Many arguments because the settings of an `LLM` are keywords of its own, not of a second object.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ Knows transformers, never requests. A step is one flattened ragged batch (1, T):
 attention call lands in `paged_attention_forward`, which finds the step through a context variable,
 because keyword arguments do not reach the attention of every architecture. No attention mask is
 registered, so transformers builds none.
+
+Many arguments because transformers calls `paged_attention_forward` with them.
 """
 
 from __future__ import annotations

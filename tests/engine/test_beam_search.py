@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from paged_kv import LLM, BeamSearchParams, RequestOutput, SamplingParams
-from paged_kv.engine.beam_search import BeamOutput, max_blocks_of_beams
-from paged_kv.engine.engine import Engine, SearchUpdate, SequenceUpdate
+from paged_kv import LLM, BeamSearchParams, SamplingParams
+from paged_kv.engine.beam_search import max_blocks_of_beams
 from paged_kv.entrypoints.demo import MODEL_FOLDER, demo_prompts
 from paged_kv.errors import (
     ConfigError,
@@ -32,155 +28,32 @@ from paged_kv.errors import (
     PromptTooLongError,
 )
 from tests.support import zoo
-
-SMALL_VOCABULARY = 20
-ENDS = [3, 7]
-PROMPT_LENGTHS = (1, 17, 40)
-Searched = list[tuple[list[list[int]], list[float]]]  # of each prompt: tokens, scores
+from tests.support.beam_searches import (
+    ENDS,
+    SMALL_VOCABULARY,
+    assert_nothing_is_held,
+    assert_same,
+    engine_of,
+    expected_of,
+    intercept,
+    params_of,
+    prompts_of,
+    replace_logits,
+    scores_alone,
+    search_beams,
+    searched,
+    small_model,
+)
 
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    """Two of its 20 tokens end a sequence, so that most beams meet one."""
-    made = zoo.build(
-        "LlamaForCausalLM",
-        vocab_size=SMALL_VOCABULARY,
-        num_hidden_layers=2,
-        initializer_range=0.2,
-        max_position_embeddings=1024,
-    )
-    made.generation_config.eos_token_id = ENDS
-    return made
+    return small_model()
 
 
 @pytest.fixture(scope="module")
 def demo_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
-
-
-def prompts_of(lengths: tuple[int, ...] = PROMPT_LENGTHS) -> list[list[int]]:
-    numbers = random.Random(1)
-    return [[numbers.randrange(8, SMALL_VOCABULARY) for _ in range(n)] for n in lengths]
-
-
-def params_of(**options: Any) -> BeamSearchParams:
-    return BeamSearchParams(**{"num_beams": 3, "num_return": 3, "max_tokens": 12, **options})
-
-
-@contextmanager
-def engine_of(model: PreTrainedModel, **options: Any) -> Iterator[LLM]:
-    """An LLM whose invariants hold at every step, and that holds nothing in the end."""
-    with LLM(model, **{"kv_format": "native", "max_num_seqs": 20, **options}) as llm:
-        intercept(llm, lambda logits: logits)
-        yield llm
-        assert_nothing_is_held(llm)
-
-
-def intercept(llm: LLM, change: Callable[[Tensor], Tensor]) -> None:
-    """Pass all logits [M, V] through a function."""
-    forward = llm.engine.model.forward
-
-    def changed(*arguments: Any) -> Tensor:
-        llm.engine.manager.check_integrity()
-        return change(forward(*arguments))
-
-    llm.engine.model.forward = changed  # type: ignore[method-assign]
-
-
-def replace_logits(llm: LLM, make: Callable[[Tensor, int], Tensor]) -> None:
-    """Let `make(token_ids, num_rows)` be the model; nothing is stored."""
-
-    def forward(token_ids: Tensor, positions: Tensor, rows: Tensor, *rest: Any) -> Tensor:
-        llm.engine.manager.check_integrity()
-        return make(token_ids[rows], len(rows))
-
-    llm.engine.model.forward = forward  # type: ignore[method-assign]
-
-
-def assert_nothing_is_held(llm: LLM) -> None:
-    manager = llm.engine.manager
-    llm.engine.scheduler.check_integrity()
-    assert manager.num_free_blocks == manager.num_blocks
-    assert manager.num_free_seqs == manager.max_num_seqs
-    assert not manager.prefix_cache or not manager.prefix_cache._pending
-
-
-def search_beams(
-    engine: Engine, prompts: list[list[int]], params: BeamSearchParams
-) -> list[BeamOutput]:
-    """Search from all prompts at once; whatever happens, nothing is held afterwards."""
-    names = [f"search {index}" for index in range(len(prompts))]
-    for name, prompt in zip(names, prompts, strict=True):
-        engine.check_search(name, prompt, params)
-    found = {}
-    try:
-        for name, prompt in zip(names, prompts, strict=True):
-            engine.add_search(name, prompt, params)
-        while engine.has_unfinished:
-            for update in engine.step():
-                assert isinstance(update, SearchUpdate)
-                found[update.request_id] = update.output
-            engine.scheduler.check_integrity()
-    finally:
-        for name in names:
-            engine.abort(name)
-    return [found[name] for name in names]
-
-
-def searched(outputs: list[BeamOutput]) -> Searched:
-    assert all(output.error is None for output in outputs)
-    return [
-        ([h.token_ids for h in output.hypotheses], [h.score for h in output.hypotheses])
-        for output in outputs
-    ]
-
-
-def expected_of(
-    model: PreTrainedModel, prompts: list[list[int]], params: BeamSearchParams
-) -> Searched:
-    return [expected_for(model, prompt, params) for prompt in prompts]
-
-
-def expected_for(
-    model: PreTrainedModel, prompt: list[int], params: BeamSearchParams
-) -> tuple[list[list[int]], list[float]]:
-    """What the model's own `generate` finds for one prompt alone."""
-    options: dict[str, Any] = {}
-    if params.num_beams > 1:
-        options = {"length_penalty": params.length_penalty, "early_stopping": params.early_stopping}
-    ids = torch.tensor([prompt])
-    found = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=params.max_tokens,
-        do_sample=False,
-        num_beams=params.num_beams,
-        num_return_sequences=params.num_return,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **options,
-    )
-    sequences = found.sequences[:, len(prompt) :].tolist()
-    if params.num_beams == 1:  # greedy search, which scores nothing
-        return sequences, [scores_alone(model, prompt, sequences[0], params.length_penalty)]
-    lengths = (found.beam_indices >= 0).sum(1).tolist()
-    trimmed = [tokens[:length] for tokens, length in zip(sequences, lengths, strict=True)]
-    return trimmed, found.sequences_scores.tolist()
-
-
-def scores_alone(
-    model: PreTrainedModel, prompt: list[int], output: list[int], length_penalty: float
-) -> float:
-    """The score of an output by one full forward pass."""
-    log_probabilities = zoo.logits_alone(model, prompt, output).log_softmax(-1)
-    total = log_probabilities.gather(-1, torch.tensor(output)[:, None]).sum()
-    return float(total) / len(output) ** length_penalty
-
-
-def assert_same(found: Searched, expected: Searched) -> None:
-    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
-    for (_, scores), (_, expected_scores) in zip(found, expected, strict=True):
-        assert scores == pytest.approx(expected_scores, rel=1e-5, abs=1e-4)
 
 
 # -- equal to transformers ----------------------------------------------------------------------
@@ -490,152 +363,6 @@ def test_max_tokens_none_ends_with_the_model_length(model):
         params = params_of(max_tokens=None, ignore_eos=True)
         (output,) = search_beams(llm.engine, prompts_of((17,)), params)
     assert [len(h.token_ids) for h in output.hypotheses] == [13] * 3
-
-
-# -- beside requests ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, id="roomy"),
-        pytest.param({"token_budget": 5}, id="chunks"),
-        pytest.param({"max_num_seqs": 5}, id="few sequences"),
-        pytest.param({"num_blocks": 16}, id="few blocks"),
-        pytest.param({"num_blocks": 16, "prefix_caching": False, "token_budget": 9}, id="tight"),
-    ],
-)
-def test_searches_and_requests_do_not_change_each_other(model, settings):
-    """Requests that run when the search begins, and one that begins while it runs."""
-    prompts, params = prompts_of((30, 17, 40)), params_of(max_tokens=20)
-    greedy = SamplingParams(max_tokens=40, ignore_eos=True)
-    with engine_of(model) as llm:
-        beams = searched(search_beams(llm.engine, prompts, params))
-        expected = [output.token_ids for output in llm.generate(prompts, greedy)]
-    with engine_of(model, **settings) as llm:
-        stream = llm.stream(prompts, greedy)
-        tokens: list[list[int]] = [[], [], []]
-        for _ in range(5):
-            event = next(stream)
-            tokens[event.prompt_index].append(event.token_id)
-        steps, step, later = itertools.count(), llm.engine.step, llm.stream(prompts[1], greedy)
-        later_tokens: list[int | None] = []
-
-        def step_and_begin_another() -> Any:
-            if next(steps) == 7:
-                later_tokens.append(next(later).token_id)
-            return step()
-
-        llm.engine.step = step_and_begin_another  # type: ignore[method-assign]
-        outputs = llm.beam_search(prompts, params)
-        assert_same([(found_tokens(output), found_scores(output)) for output in outputs], beams)
-        for event in stream:
-            tokens[event.prompt_index].append(event.token_id)
-        assert tokens == expected
-        assert [*later_tokens, *(event.token_id for event in later)] == expected[1]
-
-
-def found_tokens(output: RequestOutput) -> list[list[int]]:
-    return [completion.token_ids for completion in output.completions]
-
-
-def found_scores(output: RequestOutput) -> list[float]:
-    return [float(completion.log_probability or 0.0) for completion in output.completions]
-
-
-@pytest.mark.parametrize("prefix_caching", [True, False])
-@pytest.mark.parametrize("token_budget", [1024, 6])
-def test_preempted_searches_find_the_same(model, prefix_caching, token_budget):
-    """At random, in every state: with part of the prompt, before and after beams have parted."""
-    prompts, params = prompts_of((40, 17, 1)), params_of(max_tokens=20)
-    numbers = random.Random(2)
-    with engine_of(model) as llm:
-        expected = searched(search_beams(llm.engine, prompts, params))
-    with engine_of(model, prefix_caching=prefix_caching, token_budget=token_budget) as llm:
-        preempted = []
-        schedule = llm.engine.scheduler.schedule
-
-        def preempt_and_schedule() -> Any:
-            scheduler = llm.engine.scheduler
-            for search in list(llm.engine._searches.values()):
-                request = search.request
-                if request.seq_ids and numbers.random() < 0.2 and len(preempted) < 40:
-                    preempted.append((len(request.seq_ids), search.num_generated))
-                    scheduler._preempt(request)
-                    scheduler.check_integrity()
-            return schedule()
-
-        llm.engine.scheduler.schedule = preempt_and_schedule  # type: ignore[method-assign]
-        assert_same(searched(search_beams(llm.engine, prompts, params)), expected)
-    # A prompt that fits a step has parted into beams when the next one comes.
-    assert {num_seqs for num_seqs, _ in preempted} == ({3} if token_budget == 1024 else {1, 3})
-    assert len({num_generated for _, num_generated in preempted}) >= 4
-
-
-def test_requests_of_a_better_rank_preempt_a_search(model):
-    """They grow until its beams have no room; it begins again when they are done."""
-    prompts, params = prompts_of((30, 17, 17, 18, 19)), params_of(max_tokens=60, ignore_eos=True)
-    greedy = SamplingParams(max_tokens=100, ignore_eos=True)
-    with engine_of(model) as llm:
-        expected = searched(search_beams(llm.engine, prompts[:1], params))
-        outputs = llm.generate(prompts, greedy)
-    with engine_of(model, num_blocks=30, prefix_caching=False) as llm:
-        engine = llm.engine
-        found: dict[str, list[int | None]] = {name: [] for name in "abcde"}
-        for name, prompt in zip(found, prompts, strict=True):
-            engine.add_request(name, prompt, greedy)
-        engine.add_search("search", prompts[0], params)
-        search = engine._searches["search"]
-        while engine.has_unfinished:
-            for update in engine.step():
-                if isinstance(update, SequenceUpdate):
-                    found[update.request_id].append(update.token_id)
-            engine.scheduler.check_integrity()
-    assert search.request.num_preemptions > 0
-    assert_same(searched([search.output]), expected)
-    assert list(found.values()) == [output.token_ids for output in outputs]
-
-
-def test_an_aborted_search_leaves_the_others_alone(model):
-    """In any state, from the queue to parted beams; also while its own step runs."""
-    prompts, params = prompts_of((30, 17)), params_of(ignore_eos=True)
-    with engine_of(model) as llm:
-        expected = searched(search_beams(llm.engine, prompts[1:], params))
-        for last_step in (0, 1, 2, 5):
-            for is_within in (False, True):
-                engine, steps = llm.engine, itertools.count()
-                engine.add_search("aborted", prompts[0], params)
-                engine.add_search("other", prompts[1], params)
-                search = engine._searches["other"]
-                intercept(llm, lambda logits: logits)
-                forward = engine.model.forward
-
-                def abort_within(*arguments: Any) -> Tensor:
-                    if is_within and next(steps) == last_step:  # noqa: B023 -- called in this turn
-                        assert engine.abort("aborted")  # noqa: B023
-                    return forward(*arguments)  # noqa: B023
-
-                engine.model.forward = abort_within  # type: ignore[method-assign]
-                for number in itertools.count():
-                    if not is_within and number == last_step:
-                        assert engine.abort("aborted")
-                    if not engine.has_unfinished:
-                        break
-                    assert all(update.request_id == "other" for update in engine.step())
-                    engine.scheduler.check_integrity()
-                engine.model.forward = forward
-                assert not engine.abort("aborted")
-                assert_same(searched([search.output]), expected)
-
-
-def test_searches_and_requests_share_ids(model):
-    with engine_of(model) as llm:
-        llm.engine.add_search("a", [1, 2], params_of())
-        with pytest.raises(InvalidRequestError, match="'a' is already in use"):
-            llm.engine.add_search("a", [1, 2], params_of())
-        with pytest.raises(InvalidRequestError, match="'a' is already in use"):
-            llm.engine.add_request("a", [1, 2], SamplingParams())
-        assert llm.engine.abort("a")
 
 
 # -- what goes wrong while it runs --------------------------------------------------------------
