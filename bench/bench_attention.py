@@ -490,7 +490,7 @@ def needed_bytes(paged: Paged) -> int:
     indices, layer = paged.step.indices, paged.cache.layers[0]
     layout = layer.record_layout(paged.cache.dtype)
     num_sealed = int(indices.num_sealed.sum())
-    num_open_tokens = sum(indices.context_lens_host) - num_sealed * indices.block_size
+    num_open_tokens = int(indices.context_lens_host.sum()) - num_sealed * indices.block_size
     sealed_bytes = num_sealed * sum(layout.section_bytes.values())
     return layer.num_kv_heads * (sealed_bytes + num_open_tokens * layout.token_bytes)
 
@@ -735,7 +735,7 @@ class Bench:
 def contiguous_copy(case: Case, paged: Paged) -> OfLayer:
     """Writes the step's new tokens where they belong in the contiguous K/V."""
     rows = torch.arange(len(case.lengths))
-    positions = paged.step.indices.positions
+    positions = paged.step.indices.cache_positions
     contents = paged.contents
 
     def copy(layer: int) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from traceback import format_exception_only
 
+import numpy as np
 import torch
 from peers.gpu_attention import CONTIGUOUS, PEERS, Contents, Peer, relative_error
 from report import Row, add_arguments, write_report
@@ -98,6 +99,13 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
     ids = torch.randperm(num_blocks, device=device)
     open_ids = ids[: case.batch * num_open].view(case.batch, num_open)
     sealed_ids = ids[case.batch * num_open :][: case.batch * num_sealed]
+    places_of_block, num_head = geometry.open_blocks_per_block, geometry.num_head_blocks
+    width = num_open + num_sealed * places_of_block
+    block_table = torch.zeros(case.batch, width, dtype=torch.int64, device=device)
+    block_table[:, :num_head] = open_ids[:, :num_head]
+    block_table[:, width - num_open + num_head :] = open_ids[:, num_head:]
+    places = num_head + torch.arange(num_sealed, device=device) * places_of_block
+    block_table[:, places] = sealed_ids.view(case.batch, num_sealed)
     # Open blocks after sealed ones: metadata of the one must not be tokens of the other.
     for section in () if records.sealed is None else records.sealed[2:]:
         if section is not None:
@@ -113,13 +121,12 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
 
     none = torch.zeros(0, dtype=torch.int64, device=device)
     step = StepInputs(
-        query_lens=(1,) * case.batch,
-        context_lens_host=(case.context,) * case.batch,
+        query_lens=np.ones(case.batch, dtype=np.int64),
+        context_lens_host=np.full(case.batch, case.context),
         context_lens=longs(case.context),
         query_start_loc=torch.arange(case.batch + 1, device=device),
-        positions=longs(case.context),
-        open_table=open_ids,
-        sealed_table=sealed_ids.view(case.batch, num_sealed),
+        cache_positions=longs(case.context),
+        block_table=block_table,
         num_sealed=longs(num_sealed),
         stored_tokens=none,
         stored_slots=none,

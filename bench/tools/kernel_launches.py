@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from tools.machine_code import MachineCode, compile_kernel, disassemble, instructions_per_byte
 from torch import Tensor
@@ -136,13 +137,12 @@ def record_launches(
     count, num_tokens = len(query_lens), sum(query_lens)
     num_seals = 0 if kv_format.is_native else 1
     step = StepInputs(
-        query_lens=tuple(query_lens),
-        context_lens_host=(1024,) * count,
+        query_lens=np.array(query_lens, dtype=np.int64),
+        context_lens_host=np.full(count, 1024),
         context_lens=longs(count),
         query_start_loc=longs(count + 1),
-        positions=longs(num_tokens),
-        open_table=longs(count, 32),
-        sealed_table=longs(count, 32),
+        cache_positions=longs(num_tokens),
+        block_table=longs(count, 1024 // geometry.open_block_size),
         num_sealed=longs(count),
         stored_tokens=longs(num_tokens),
         stored_slots=longs(num_tokens),

@@ -49,10 +49,8 @@ class Field(IntEnum):
     CONTEXT_LENS = auto()
     NUM_SEALED = auto()
     QUERY_START_LOC = auto()
-    OPEN_TABLE = auto()
-    OPEN_WIDTH = auto()
-    SEALED_TABLE = auto()
-    SEALED_WIDTH = auto()
+    BLOCK_TABLE = auto()  # [N, TABLE_WIDTH]
+    TABLE_WIDTH = auto()
     BLOCK_SIZE = auto()
     OPEN_BLOCK_SIZE = auto()
     NUM_HEAD_TOKENS = auto()
@@ -326,6 +324,13 @@ def soften(
 
 
 @native
+def table_of(p: int, item: int) -> int:
+    """The row of the item's sequence in the block table."""
+    row = load_long(p, Field.TABLE_WIDTH) * load_long(item, Item.SEQUENCE)
+    return load_long(p, Field.BLOCK_TABLE) + 8 * row
+
+
+@native
 def ahead_of(p: int, item: int, scratch: int, position: int, wants_values: bool) -> int:
     """Where the keys or values of a context token lie; beyond the item's end, in the next item."""
     if position >= load_long(item, Item.END):
@@ -337,16 +342,13 @@ def ahead_of(p: int, item: int, scratch: int, position: int, wants_values: bool)
     num_head_tokens, size = load_long(p, Field.NUM_HEAD_TOKENS), load_long(p, Field.BLOCK_SIZE)
     num_body_tokens = load_long(load_long(p, Field.NUM_SEALED), sequence) * size
     if num_head_tokens <= position < num_head_tokens + num_body_tokens:
-        width, table = load_long(p, Field.SEALED_WIDTH), load_long(p, Field.SEALED_TABLE)
-        index = (position - num_head_tokens) // size
+        position -= (position - num_head_tokens) % size  # where its block stands in the table
         address = load_long(p, Field.VALUE_CODES if wants_values else Field.KEY_CODES)
     else:
-        if position >= num_head_tokens:
-            position -= num_body_tokens
-        width, table = load_long(p, Field.OPEN_WIDTH), load_long(p, Field.OPEN_TABLE)
-        index = min(position // load_long(p, Field.OPEN_BLOCK_SIZE), width - 1)
         address = load_long(p, Field.OPEN_VALUES if wants_values else Field.OPEN_KEYS)
-    block = load_long(table + 8 * width * sequence, index)
+    width = load_long(p, Field.TABLE_WIDTH)
+    index = min(position // load_long(p, Field.OPEN_BLOCK_SIZE), width - 1)
+    block = load_long(table_of(p, item), index)
     return address + block * load_long(p, Field.BLOCK_STRIDE) + head
 
 
@@ -366,11 +368,10 @@ def fetch_tail(p: int, item: int, scratch: int, position: int, wants_values: boo
 
 
 @native
-def attend_open(p: int, item: int, scratch: int, position: int, slot: int, num_tokens: int) -> None:
-    """Attend to `num_tokens` tokens of open blocks, from a slot of the sequence's table on."""
+def attend_open(p: int, item: int, scratch: int, position: int, num_tokens: int) -> None:
+    """Attend to `num_tokens` tokens of open blocks, which follow each other in the table."""
     size, piece = load_long(p, Field.OPEN_BLOCK_SIZE), load_long(p, Field.OPEN_PIECE)
-    width = load_long(p, Field.OPEN_WIDTH)
-    table = load_long(p, Field.OPEN_TABLE) + 8 * width * load_long(item, Item.SEQUENCE)
+    table = table_of(p, item)
     block_stride = load_long(p, Field.BLOCK_STRIDE)
     head = load_long(item, Item.KV_HEAD) * load_long(p, Field.HEAD_STRIDE)
     keys, values = load_long(p, Field.OPEN_KEYS) + head, load_long(p, Field.OPEN_VALUES) + head
@@ -385,7 +386,7 @@ def attend_open(p: int, item: int, scratch: int, position: int, slot: int, num_t
         rows = rows_of_tile(item, tile)
         score = kernel_for(p, Kernel.SCORE_OPEN, rows)
         for index in range(num_pieces):
-            block, offset = divmod(slot + index * piece, size)
+            block, offset = divmod(position + index * piece, size)
             record = load_long(table, block) * block_stride
             at_key = keys + record + offset * (key_stride // size)
             scores = scratch + 4 * (SCORES + index * piece)
@@ -394,7 +395,7 @@ def attend_open(p: int, item: int, scratch: int, position: int, slot: int, num_t
         soften(p, load_long(p, Field.SOFTMAX), item, scratch, tile, num_tokens, 0)
         add = kernel_for(p, Kernel.VALUE_OPEN, rows)
         for index in range(num_pieces):
-            block, offset = divmod(slot + index * piece, size)
+            block, offset = divmod(position + index * piece, size)
             at_value = values + load_long(table, block) * block_stride + offset * value_stride
             weights = scratch + 4 * (SCORES + index * piece)
             count = min(num_tokens - index * piece, piece)
@@ -403,20 +404,19 @@ def attend_open(p: int, item: int, scratch: int, position: int, slot: int, num_t
 
 
 @native
-def attend_sealed(p: int, item: int, scratch: int, position: int, index: int) -> None:
-    """Attend to one sealed block."""
+def attend_sealed(p: int, item: int, scratch: int, position: int) -> None:
+    """Attend to one sealed block, that of the tokens from `position` on."""
     num_tokens, num_rows = load_long(p, Field.BLOCK_SIZE), load_long(p, Field.NUM_CODE_ROWS)
-    sequence = load_long(item, Item.SEQUENCE)
-    width = load_long(p, Field.SEALED_WIDTH)
-    table = load_long(p, Field.SEALED_TABLE) + 8 * width * sequence
-    record = load_long(table, index) * load_long(p, Field.BLOCK_STRIDE)
+    block = load_long(table_of(p, item), position // load_long(p, Field.OPEN_BLOCK_SIZE))
+    record = block * load_long(p, Field.BLOCK_STRIDE)
     record += load_long(item, Item.KV_HEAD) * load_long(p, Field.HEAD_STRIDE)
     keys = load_long(p, Field.KEY_CODES) + record
     values = load_long(p, Field.VALUE_CODES) + record
     key_dim, value_dim = load_long(p, Field.KEY_DIM), load_long(p, Field.VALUE_DIM)
     num_groups, group_shift = load_long(p, Field.NUM_KEY_GROUPS), load_long(p, Field.GROUP_SHIFT)
-    is_last = index + 1 == load_long(load_long(p, Field.NUM_SEALED), sequence)
     end = position + num_tokens
+    num_sealed = load_long(load_long(p, Field.NUM_SEALED), load_long(item, Item.SEQUENCE))
+    is_last = end == load_long(p, Field.NUM_HEAD_TOKENS) + num_sealed * num_tokens
     keys_ahead = ahead_of(p, item, scratch, end, False)
     values_ahead = ahead_of(p, item, scratch, end, True)
     # The codes ahead are fetched by the microkernels as they go, scales and zero points here.
@@ -490,7 +490,7 @@ def attend_sinks(p: int, item: int, scratch: int, end: int) -> None:
     if load_long(p, Field.SINK_QUERY):
         load_queries(p, item, scratch, p + 8 * Field.SINK_QUERY)
     for position in range(load_long(item, Item.START), end, TILE_TOKENS):
-        attend_open(p, item, scratch, position, position, min(end - position, TILE_TOKENS))
+        attend_open(p, item, scratch, position, min(end - position, TILE_TOKENS))
     if load_long(p, Field.SINK_QUERY):
         load_queries(p, item, scratch, p + 8 * Field.QUERY)
 
@@ -510,15 +510,13 @@ def attend_context(p: int, item: int, scratch: int) -> None:
         attend_sinks(p, item, scratch, sinks_end)
         start = sinks_end
     for position in range(start, min(end, head_end), TILE_TOKENS):
-        attend_open(p, item, scratch, position, position, min(head_end - position, TILE_TOKENS))
+        attend_open(p, item, scratch, position, min(head_end - position, TILE_TOKENS))
     if num_sealed:
-        first = (max(start, head_end) - head_end) // block_size
-        last = (min(end, body_end) - head_end) // block_size
-        for index in range(first, last):
-            attend_sealed(p, item, scratch, head_end + index * block_size, index)
+        # Parts of a context begin and end between blocks.
+        for position in range(max(start, head_end), min(end, body_end), block_size):
+            attend_sealed(p, item, scratch, position)
     for position in range(max(start, body_end), end, TILE_TOKENS):
-        slot = position - num_sealed * block_size
-        attend_open(p, item, scratch, position, slot, min(end - position, TILE_TOKENS))
+        attend_open(p, item, scratch, position, min(end - position, TILE_TOKENS))
 
 
 @native

@@ -44,7 +44,7 @@ class CpuPlan:
         self.step = step
         self.num_threads = torch.get_num_threads()
         self.scratch = thread_scratch("attention", self.num_threads, 4 * SCRATCH_FLOATS)
-        self.has_chunks = max(step.query_lens, default=0) > 1
+        self.has_chunks = int(step.query_lens.max(initial=0)) > 1
         self._items: dict[tuple[int, int], WorkItems] = {}
 
     def items(self, num_kv_heads: int, group_size: int) -> WorkItems:
@@ -56,8 +56,8 @@ class CpuPlan:
 
 def plan_items(step: StepInputs, num_kv_heads: int, group_size: int, num_threads: int) -> WorkItems:
     """Cut a step into items: by sequence, kv head, query rows, and long contexts into parts."""
-    context_lens = np.array(step.context_lens_host, dtype=np.int64)
-    num_rows = np.array(step.query_lens, dtype=np.int64) * group_size
+    context_lens = step.context_lens_host
+    num_rows = step.query_lens * group_size
     num_row_tiles = -(-num_rows // MAX_ITEM_ROWS)
     unit_tokens, num_units = count_units(step, context_lens)
     num_parts = count_parts(context_lens, num_units, num_row_tiles, num_kv_heads, num_threads)
@@ -103,7 +103,7 @@ def plan_items(step: StepInputs, num_kv_heads: int, group_size: int, num_threads
         step.stored_tokens.data_ptr(),
         step.stored_slots.data_ptr(),
     ]
-    num_new = np.array(step.query_lens)[items[:, Item.SEQUENCE]]
+    num_new = step.query_lens[items[:, Item.SEQUENCE]]
     num_tokens = int((items[:, Item.END] - items[:, Item.START] + num_new).sum())
     return WorkItems(
         num_threads=min(num_threads, len(items), 1 + num_tokens // MIN_THREAD_TOKENS),
@@ -153,10 +153,8 @@ def step_fields(step: StepInputs, items: Longs, group_size: int) -> list[int]:
         step.context_lens.data_ptr(),
         step.num_sealed.data_ptr(),
         step.query_start_loc.data_ptr(),
-        step.open_table.data_ptr(),
-        step.open_table.shape[1],
-        step.sealed_table.data_ptr(),
-        step.sealed_table.shape[1],
+        step.block_table.data_ptr(),
+        step.block_table.stride(0),
         step.block_size,
         step.open_block_size,
         step.num_head_tokens,

@@ -49,16 +49,17 @@ def plan_groups(step: StepInputs) -> list[AnyGroup]:
 
     Context that is to be padded is within a factor of 2 in a group.
     """
-    lengths = [a + b for a, b in zip(step.query_lens, step.context_lens_host, strict=True)]
-    order = sorted(range(len(lengths)), key=lambda row: (step.query_lens[row], lengths[row]))
+    query_lens = step.query_lens.tolist()
+    lengths = (step.query_lens + step.context_lens_host).tolist()
+    order = sorted(range(len(lengths)), key=lambda row: (query_lens[row], lengths[row]))
     groups: list[list[int]] = []
     for row in order:
-        if groups and fits_group(step.query_lens, lengths, groups[-1], row):
+        if groups and fits_group(query_lens, lengths, groups[-1], row):
             groups[-1].append(row)
         else:
             groups.append([row])
     return [
-        (plan_flat_group if is_flat(step.query_lens[rows[0]]) else gather_group)(
+        (plan_flat_group if is_flat(query_lens[rows[0]]) else gather_group)(
             step, torch.tensor(rows, device=step.device)
         )
         for rows in groups
@@ -86,18 +87,20 @@ def gather_group(step: StepInputs, rows: Tensor) -> ContextGroup:
     """The index tensors of one group of step rows [N]."""
     context_lens = step.context_lens[rows, None]
     num_sealed = step.num_sealed[rows, None]
-    length = step.query_lens[int(rows[0])]
+    length = int(step.query_lens[int(rows[0])])
     token_ids = step.query_start_loc[rows, None] + torch.arange(length, device=step.device)
-    query_positions = step.positions[token_ids]
+    query_positions = step.cache_positions[token_ids]
 
     # Open blocks: the head's positions are their own, the tail's lie behind the sealed body.
     body_tokens = num_sealed * step.block_size
     num_open_blocks = -(-(context_lens - body_tokens) // step.open_block_size)
-    open_ids = step.open_table[rows][:, : int(num_open_blocks.max())]
+    columns = torch.arange(int(num_open_blocks.max()), device=step.device)
+    open_ids = step.open_block_ids(rows[:, None], columns)
     entries = torch.arange(open_ids.shape[1] * step.open_block_size, device=step.device)
     open_positions = entries + torch.where(entries < step.num_head_tokens, 0, body_tokens)
 
-    sealed_ids = step.sealed_table[rows][:, : int(num_sealed.max())]
+    columns = torch.arange(int(num_sealed.max()), device=step.device)
+    sealed_ids = step.sealed_block_ids(rows[:, None], columns)
     entries = torch.arange(sealed_ids.shape[1] * step.block_size, device=step.device)
     sealed_positions = step.num_head_tokens + entries.expand(len(rows), -1)
     key_positions = torch.cat(

@@ -56,9 +56,9 @@ class FlatGroup:
 
 def plan_flat_group(step: StepInputs, rows: Tensor) -> FlatGroup:
     """The index tensors of step rows [N] with equally many new tokens."""
-    length = step.query_lens[int(rows[0])]
+    length = int(step.query_lens[int(rows[0])])
     token_ids = step.query_start_loc[rows, None] + torch.arange(length, device=step.device)
-    positions = step.positions[token_ids]
+    positions = step.cache_positions[token_ids]
     sequences = torch.arange(len(rows), device=step.device)
     return FlatGroup(
         token_ids=token_ids,
@@ -78,12 +78,13 @@ def of_rows(numbers: Tensor | None, rows: Tensor) -> Tensor | None:
 
 def sealed_runs(step: StepInputs, rows: Tensor) -> BlockRuns:
     """Every sealed block of step rows [N] as a run of its own."""
-    columns = torch.arange(step.sealed_table.shape[1], device=step.device)
-    run_rows, run_columns = (columns < step.num_sealed[rows, None]).nonzero(as_tuple=True)
+    num_sealed = step.num_sealed[rows]
+    columns = torch.arange(int(num_sealed.max()), device=step.device)
+    run_rows, run_columns = (columns < num_sealed[:, None]).nonzero(as_tuple=True)
     first = step.num_head_tokens + run_columns * step.block_size
     return BlockRuns(
         rows=run_rows,
-        block_ids=step.sealed_table[rows[run_rows], run_columns, None],
+        block_ids=step.sealed_block_ids(rows[run_rows], run_columns)[:, None],
         positions=first[:, None] + torch.arange(step.block_size, device=step.device),
         num_full=len(run_rows),
     )
@@ -93,10 +94,10 @@ def open_runs(step: StepInputs, rows: Tensor) -> BlockRuns:
     """Open blocks of step rows [N], several a run, full runs before those with padding."""
     blocks_per_run = max(1, OPEN_RUN_TOKENS // step.open_block_size)
     run_tokens = blocks_per_run * step.open_block_size
-    table_width = step.open_table.shape[1]
     body_tokens = step.num_sealed[rows] * step.block_size
     open_tokens = step.context_lens[rows] - body_tokens
-    run_starts = torch.arange(-(-table_width // blocks_per_run), device=step.device) * run_tokens
+    num_runs = -(-int(open_tokens.max()) // run_tokens)
+    run_starts = torch.arange(num_runs, device=step.device) * run_tokens
     left = open_tokens[:, None] - run_starts
     full = (left >= run_tokens).nonzero()
     padded = ((left > 0) & (left < run_tokens)).nonzero()
@@ -111,7 +112,7 @@ def open_runs(step: StepInputs, rows: Tensor) -> BlockRuns:
     padding = entries >= open_tokens[run_rows, None]
     return BlockRuns(
         rows=run_rows,
-        block_ids=step.open_table[rows[run_rows, None], columns.clamp(max=table_width - 1)],
+        block_ids=step.open_block_ids(rows[run_rows, None], columns),
         positions=positions.masked_fill(padding, NOWHERE),
         num_full=len(full),
     )

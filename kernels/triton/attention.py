@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews, as_rows
@@ -35,7 +37,9 @@ class NewPart(NamedTuple):
 
 # Query, key, value, new tokens of each sequence and scale make the new part; or None, where its
 # kernels cannot: the query's and the value's shape and dtype are not theirs.
-Attender = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], float], tuple[Tensor, Tensor] | None]
+Attender = Callable[
+    [Tensor, Tensor, Tensor, NDArray[np.int64], float], tuple[Tensor, Tensor] | None
+]
 
 
 @dataclass(frozen=True)
@@ -208,8 +212,8 @@ def run_sealed(
         step.query_start_loc,
         step.context_lens,
         step.num_sealed,
-        step.sealed_table,
-        step.sealed_table.stride(0),
+        step.block_table,
+        step.block_table.stride(0),
         step.window_sizes,
         *partials,
         *call.rules,
@@ -218,6 +222,7 @@ def run_sealed(
         BITS=bits,
         BLOCK_SIZE=step.block_size,
         NUM_KEY_GROUPS=num_key_groups,
+        OPEN_BLOCK_SIZE=step.open_block_size,
         NUM_HEAD_TOKENS=step.num_head_tokens,
         RECORD_BYTES=sealed.key_codes.stride(1),
         ROWS=group.tile_rows,
@@ -257,8 +262,8 @@ def run_open(
         step.query_start_loc,
         step.context_lens,
         step.num_sealed,
-        step.open_table,
-        step.open_table.stride(0),
+        step.block_table,
+        step.block_table.stride(0),
         step.num_sink_tokens,
         step.window_sizes,
         *partials,

@@ -46,7 +46,7 @@ def attend_open(
     query_start_loc,
     context_lens,
     num_sealed,
-    open_table,
+    block_table,
     table_width,
     sink_counts,
     windows,
@@ -140,7 +140,9 @@ def attend_open(
     value_exists = as_column(value_channel < VALUE_DIM, TRANSPOSED)
     VALUES: tl.constexpr = OPEN_BLOCK_SIZE * KEY_DIM  # behind the record's keys
 
-    table = open_table + sequence * table_width
+    table = block_table + sequence * table_width
+    body_places = num_body_tokens // OPEN_BLOCK_SIZE
+    HEAD_BLOCKS: tl.constexpr = NUM_HEAD_TOKENS // OPEN_BLOCK_SIZE
     last_block = tl.cdiv(num_entries, OPEN_BLOCK_SIZE) - 1  # -1: there is none, perhaps no table
     if HAS_STREAMS:
         if split == 0:
@@ -150,7 +152,10 @@ def attend_open(
                 TRANSPOSED,
             )  # fmt: skip
             for index in range(tl.minimum(tl.cdiv(num_sinks, TILE), num_tiles)):
-                blocks = blocks_of_tile(table, index, last_block, TILE, OPEN_BLOCK_SIZE)
+                blocks = blocks_of_tile(
+                    table, index, last_block, body_places, TILE, OPEN_BLOCK_SIZE, HEAD_BLOCKS,
+                    HAS_BODY,
+                )  # fmt: skip
                 first_key, first_value = rows_of_tile(
                     open_blocks, blocks, index, entry_of_tile, head, NUM_HEADS, RECORD_SIZE,
                     VALUES, VALUE_DIM, KEY_STRIDES, TILE, OPEN_BLOCK_SIZE,
@@ -173,13 +178,17 @@ def attend_open(
         channel, GROUP_SIZE, KEY_DIM, query.dtype.element_ty, TRANSPOSED,
     )  # fmt: skip
     # The next blocks are looked up one turn ahead: what waits for another load is not pipelined.
-    following = blocks_of_tile(table, start, last_block, TILE, OPEN_BLOCK_SIZE)
+    following = blocks_of_tile(
+        table, start, last_block, body_places, TILE, OPEN_BLOCK_SIZE, HEAD_BLOCKS, HAS_BODY
+    )
     for index in range(start, end):
         first_key, first_value = rows_of_tile(
             open_blocks, following, index, entry_of_tile, head, NUM_HEADS, RECORD_SIZE, VALUES,
             VALUE_DIM, KEY_STRIDES, TILE, OPEN_BLOCK_SIZE,
         )  # fmt: skip
-        following = blocks_of_tile(table, index + 1, last_block, TILE, OPEN_BLOCK_SIZE)
+        following = blocks_of_tile(
+            table, index + 1, last_block, body_places, TILE, OPEN_BLOCK_SIZE, HEAD_BLOCKS, HAS_BODY
+        )
         at_keys = as_column(first_key, TRANSPOSED) + key_offsets
         at_values = as_row(first_value, TRANSPOSED) + value_offsets
         entries = index * TILE + entry_of_tile
@@ -231,13 +240,28 @@ def attend_open(
 
 
 @triton.jit
-def blocks_of_tile(table, tile, last_block, TILE: tl.constexpr, OPEN_BLOCK_SIZE: tl.constexpr):
-    """Ids of the blocks that a tile of entries lies in, a tuple of numbers."""
+def blocks_of_tile(
+    table,
+    tile,
+    last_block,
+    body_places,
+    TILE: tl.constexpr,
+    OPEN_BLOCK_SIZE: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr,
+    HAS_BODY: tl.constexpr,
+):
+    """Ids of the blocks that a tile of entries lies in, a tuple of numbers.
+
+    Entries are the tokens of open blocks, head and tail; between these the body has its places.
+    """
     blocks = ()
     for later in tl.static_range(max(TILE // OPEN_BLOCK_SIZE, 1)):
         index = tile * TILE // OPEN_BLOCK_SIZE + later
         index = tl.minimum(index, last_block)
-        blocks = blocks + (tl.load(table + index, mask=index >= 0, other=0),)
+        place = index
+        if HAS_BODY:
+            place = tl.where(index < HEAD_BLOCKS, index, index + body_places)
+        blocks = blocks + (tl.load(table + place, mask=index >= 0, other=0),)
     return blocks
 
 

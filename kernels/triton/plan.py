@@ -50,7 +50,7 @@ class TritonPlan:
         """[T] where in open blocks each new token is stored; -1: nowhere."""
         if self._slots is None:
             step = self.step
-            self._slots = torch.full_like(step.positions, -1)
+            self._slots = torch.full_like(step.cache_positions, -1)
             self._slots[step.stored_tokens] = step.stored_slots
         return self._slots
 
@@ -76,7 +76,7 @@ def plan_rows(
     step: StepInputs, num_kv_heads: int, group_size: int, tile_rows: TileRows
 ) -> list[RowGroup]:
     """The sequences with few new tokens, and those with many."""
-    num_rows = np.array(step.query_lens, dtype=np.int64) * group_size
+    num_rows = step.query_lens * group_size
     is_few = num_rows <= FEW_ROWS
     groups = []
     for chosen in (is_few, ~is_few):
@@ -107,7 +107,7 @@ def plan_group(
         axis=1,
     )
     tiles[:, 1] *= tile_rows
-    num_tokens = np.array(step.query_lens, dtype=np.int64)
+    num_tokens = step.query_lens
     starts = (np.cumsum(num_tokens) - num_tokens)[sequences]
     num_tokens = num_tokens[sequences]
     first_of_group = np.cumsum(num_tokens) - num_tokens

@@ -34,7 +34,7 @@ def paged_attention(
     In a step with streams that have evicted (`Step.head_shifts` is not None), `sink_query` is the
     query with positions that many tokens smaller (RoPE: rotated back by as many): it scores sinks.
     """
-    check_shapes(query, key, value, cache.layers[layer], len(step.indices.positions))
+    check_shapes(query, key, value, cache.layers[layer], len(step.indices.cache_positions))
     check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
     check_sink_query(query, sink_query, step, attention_chunk)
     return cache.backend.attend_and_store(

@@ -19,6 +19,7 @@ from paged_kv.kernels.cpu import store as cpu_store
 from paged_kv.kernels.eager import store
 from paged_kv.kernels.step_inputs import StepInputs
 from tests.support import cpu_kernels
+from tests.support.arrays import ids
 from tests.support.attention_oracle import layer_of, ragged_fleet
 from tests.support.cpu_kernels import ALL_FORMATS, BASE_FORMATS
 from tests.support.fleets import Fleet
@@ -68,13 +69,12 @@ def store_twice(
     num_stored = min(num_new, 3 * size)
     none = torch.zeros(1, 1, dtype=torch.int64)
     step = StepInputs(
-        query_lens=(num_new,),
-        context_lens_host=(0,),
+        query_lens=ids(num_new),
+        context_lens_host=ids(0),
         context_lens=none[0],
         query_start_loc=torch.tensor([0, num_new]),
-        positions=torch.arange(num_new),
-        open_table=none,
-        sealed_table=none,
+        cache_positions=torch.arange(num_new),
+        block_table=none,
         num_sealed=none[0],
         stored_tokens=torch.randperm(num_new, generator=generator)[:num_stored],
         stored_slots=(num_seals + num_open) * size + torch.randperm(4 * size)[:num_stored],
