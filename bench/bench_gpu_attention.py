@@ -35,6 +35,8 @@ from paged_kv.cache.formats import FORMATS
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
 from paged_kv.kernels.block_views import LayerBlocks
+from paged_kv.kernels.new_tokens import NewTokens
+from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.step_inputs import StepInputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,7 +73,7 @@ QUICK_CASES = [Case(kv_format, 2, 400, 4) for kv_format in ("native", "int8", "i
 class Layer:
     """A layer's records with contexts in them, and the step that is timed."""
 
-    records: LayerBlocks
+    blocks: LayerBlocks
     step: StepInputs
     num_bytes: int  # that the step has to read
 
@@ -88,7 +90,7 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
     geometry = cache_geometry([layer], torch.bfloat16)
     num_blocks = geometry.max_blocks(case.context) * case.batch
     cache = PagedKVCache([layer], num_blocks=num_blocks, dtype=torch.bfloat16, device=device)
-    records = cache.records[0]
+    blocks = cache.records[0]
     cache.arenas[0].random_(0, 256)
     num_sealed = 0
     if not layer.kv_format.is_native:
@@ -107,13 +109,13 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
     places = num_head + torch.arange(num_sealed, device=device) * places_of_block
     block_table[:, places] = sealed_ids.view(case.batch, num_sealed)
     # Open blocks after sealed ones: metadata of the one must not be tokens of the other.
-    for section in () if records.sealed is None else records.sealed[2:]:
+    for section in () if blocks.sealed is None else blocks.sealed[2:]:
         if section is not None:
             section.fill_(0.01)
-    for blocks in (records.open_keys, records.open_values):
+    for view in (blocks.open_keys, blocks.open_values):
         for part in open_ids.flatten().split(4096):
-            blocks[part] = torch.randn(
-                len(part), *blocks.shape[1:], dtype=torch.bfloat16, device=device
+            view[part] = torch.randn(
+                len(part), *view.shape[1:], dtype=torch.bfloat16, device=device
             )
 
     def longs(value: int) -> Tensor:
@@ -136,9 +138,9 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
         open_block_size=geometry.open_block_size,
         num_head_tokens=geometry.num_head_tokens,
     )
-    sealed_bytes = 0 if records.sealed is None else sum(layout.section_bytes.values())
+    sealed_bytes = 0 if blocks.sealed is None else sum(layout.section_bytes.values())
     per_head = num_sealed * sealed_bytes + num_open_tokens * layout.token_bytes
-    return Layer(records, step, case.batch * NUM_HEADS * per_head)
+    return Layer(blocks, step, case.batch * NUM_HEADS * per_head)
 
 
 def attend_of(case: Case, layer: Layer, backend: Backend) -> Callable[[], Tensor]:
@@ -147,7 +149,8 @@ def attend_of(case: Case, layer: Layer, backend: Backend) -> Callable[[], Tensor
     query = torch.randn(case.batch, heads, case.head_dim, dtype=torch.bfloat16, device=device)
     new = torch.randn(case.batch, NUM_HEADS, case.head_dim, dtype=torch.bfloat16, device=device)
     plan = backend.plan(layer.step)
-    return lambda: backend.attend(query, new, new, layer.records, plan, scale=case.head_dim**-0.5)
+    tokens, rules = NewTokens(query, new, new), ScoreRules(case.head_dim**-0.5)
+    return lambda: backend.attend(tokens, layer.blocks, plan, rules)
 
 
 def seconds_of(function: Callable[[], object]) -> float:

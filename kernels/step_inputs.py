@@ -8,7 +8,7 @@ others are not read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -81,3 +81,10 @@ class StepInputs:
         if not exists.any():  # the table may have no column
             return torch.zeros_like(exists, dtype=torch.int64)
         return self.block_table[rows, places * exists].where(exists, 0)
+
+
+class KernelPlan(Protocol):
+    """What a backend works out of a step once, for all layers; only that backend knows more."""
+
+    @property
+    def step(self) -> StepInputs: ...

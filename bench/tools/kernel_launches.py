@@ -21,6 +21,8 @@ from paged_kv.cache.backend import choose_backend
 from paged_kv.cache.block_views import layer_blocks
 from paged_kv.cache.formats import KVFormat
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
+from paged_kv.kernels.new_tokens import NewTokens
+from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.step_inputs import StepInputs
 from paged_kv.kernels.triton import attention as triton_attention
 from paged_kv.kernels.triton import launch as triton_launch
@@ -31,7 +33,7 @@ META = torch.device("meta")
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 KERNELS = (
     (triton_attention, "attend_sealed"),
-    (triton_attention, "attend_chunk"),
+    (triton_attention, "attend_prefill"),
     (triton_attention, "attend_open"),
     (triton_attention, "merge_parts"),
     (triton_store, "seal_blocks_kernel"),
@@ -118,7 +120,7 @@ def record_launches(
     query_lens: Sequence[int] = (1,),
     dtype: torch.dtype = torch.bfloat16,
     arch: int = 90,
-    has_streams: bool = False,
+    has_windows: bool = False,
     **rules: Any,
 ) -> list[Launch]:
     """One layer's attention and storing, with one block to be sealed, on a GPU of `arch`."""
@@ -129,7 +131,7 @@ def record_launches(
     geometry = cache_geometry([layer], dtype)
     layout = layer.record_layout(dtype)
     arena = torch.empty(16, num_kv_heads, layout.record_bytes, dtype=torch.uint8, device=META)
-    records = layer_blocks(arena, layout, dtype, geometry.open_block_size)
+    blocks = layer_blocks(arena, layout, dtype, geometry.open_block_size)
 
     def longs(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=META)
@@ -151,8 +153,8 @@ def record_launches(
         block_size=geometry.block_size,
         open_block_size=geometry.open_block_size,
         num_head_tokens=geometry.num_head_tokens,
-        num_sink_tokens=longs(count) if has_streams else None,
-        window_sizes=longs(count) if has_streams else None,
+        num_sink_tokens=longs(count) if has_windows else None,
+        window_sizes=longs(count) if has_windows else None,
     )
     heads = (num_kv_heads * group_size, num_kv_heads, num_kv_heads)
     dims = (head_dim, head_dim, value_dim)
@@ -163,14 +165,16 @@ def record_launches(
     rules = {"scale": head_dim**-0.5} | rules
     backend = choose_backend(torch.device("cuda"))
     with recorded_kernels(arch) as launches:
-        backend.attend_and_store(query, key, value, records, step, TritonPlan(step), **rules)
+        backend.attend_and_store(
+            NewTokens(query, key, value), blocks, TritonPlan(step), ScoreRules(**rules)
+        )
     return launches
 
 
 def bytes_of_tile(launch: Launch) -> int:
     """K/V bytes that one turn of an attention kernel's loop reads, metadata included."""
     constants = launch.arguments
-    if launch.name == "attend_chunk":
+    if launch.name == "attend_prefill":
         return int(constants["RECORD_BYTES"] * constants["TILE"] // constants["BLOCK_SIZE"])
     if launch.name == "attend_sealed":
         rows_of_codes = constants["BLOCK_SIZE"] * constants["BITS"] // 8

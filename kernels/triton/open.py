@@ -75,7 +75,7 @@ def attend_open(
     MIN_SPLIT_TILES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HIDES_CONTEXT: tl.constexpr,
-    HAS_STREAMS: tl.constexpr,
+    HAS_WINDOWS: tl.constexpr,
     ATTENDS_NEW: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
@@ -104,14 +104,14 @@ def attend_open(
     if HIDES_CONTEXT:
         positions = context_len + row_tokens
         first = first_seen(
-            positions, sequence, windows, sliding_window, attention_chunk, HAS_STREAMS
+            positions, sequence, windows, sliding_window, attention_chunk, HAS_WINDOWS
         )
         least = tl.min(first, 0)
     num_tiles = tl.cdiv(num_entries, TILE)
     first_tile = 0
     if not HAS_BODY:
         first_tile = tl.minimum(least // TILE, num_tiles)
-    if HAS_STREAMS:
+    if HAS_WINDOWS:
         # Sinks are as near as in a sequence of just sinks and window.
         num_sinks = tl.load(sink_counts + sequence).to(tl.int32)
         window = tl.load(windows + sequence).to(tl.int32)
@@ -144,7 +144,7 @@ def attend_open(
     body_places = num_body_tokens // OPEN_BLOCK_SIZE
     HEAD_BLOCKS: tl.constexpr = NUM_HEAD_TOKENS // OPEN_BLOCK_SIZE
     last_block = tl.cdiv(num_entries, OPEN_BLOCK_SIZE) - 1  # -1: there is none, perhaps no table
-    if HAS_STREAMS:
+    if HAS_WINDOWS:
         if split == 0:
             sink_queries = load_queries(
                 sink_query, token, sink_query_token_stride, sink_query_head_stride, head, rows,
@@ -199,7 +199,7 @@ def attend_open(
         if HIDES_CONTEXT:
             position = tl.where(entries < NUM_HEAD_TOKENS, entries, entries + num_body_tokens)
             is_visible = is_visible & (as_column(position, TRANSPOSED) >= as_row(first, TRANSPOSED))
-        if HAS_STREAMS:
+        if HAS_WINDOWS:
             is_visible = is_visible & as_column(entries >= num_sinks, TRANSPOSED)
         output, reference, totals = attend_tile(
             keys, values, queries, is_visible, output, reference, totals, factor,
@@ -226,7 +226,7 @@ def attend_open(
             if HIDES_CONTEXT:
                 position = as_column(context_len + tokens, TRANSPOSED)
                 seen = as_row(first, TRANSPOSED)
-                if HAS_STREAMS:
+                if HAS_WINDOWS:
                     seen = tl.where(position < num_sinks, as_row(first_sink, TRANSPOSED), seen)
                 is_visible = is_visible & (position >= seen)
             output, reference, totals = attend_tile(

@@ -30,7 +30,7 @@ class RowGroup:
     """Sequences whose query rows are cut alike."""
 
     tile_rows: int
-    is_chunk: bool  # many rows: queries are the left operand of products
+    is_prefill: bool  # many rows: queries are the left operand of products
     num_splits: int  # of each context
     tiles: Tensor  # [tiles, 2] sequence, first row
     places: Tensor  # [tokens, 3] token, first tile of its sequence, place among its new tokens
@@ -96,9 +96,9 @@ def plan_group(
 ) -> RowGroup:
     """Tiles for the query rows of sequences [N], which have `num_rows` [N] for each kv head."""
     most = int(num_rows.max())
-    is_chunk = most > FEW_ROWS
+    is_prefill = most > FEW_ROWS
     tile_rows = sizes.large
-    if not is_chunk:
+    if not is_prefill:
         tile_rows = next((rows for rows in sizes.small if most <= rows), sizes.small[-1])
     counts = -(-num_rows // tile_rows)
     first_tiles = np.cumsum(counts) - counts
@@ -120,7 +120,7 @@ def plan_group(
     num_splits = -(-wanted // (len(tiles) * num_kv_heads))
     return RowGroup(
         tile_rows=tile_rows,
-        is_chunk=is_chunk,
+        is_prefill=is_prefill,
         num_splits=min(1 << (num_splits - 1).bit_length(), MAX_SPLITS),
         tiles=torch.from_numpy(tiles).to(step.device),
         places=torch.from_numpy(places).to(step.device),

@@ -31,7 +31,7 @@ from .sealed import LEAST_SCALE, blocks_of_split
 
 
 @triton.jit
-def attend_chunk(
+def attend_prefill(
     query,
     query_token_stride,
     query_head_stride,
@@ -75,7 +75,7 @@ def attend_chunk(
     MIN_SPLIT_BLOCKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HIDES_CONTEXT: tl.constexpr,
-    HAS_STREAMS: tl.constexpr,
+    HAS_WINDOWS: tl.constexpr,
 ):
     """One tile of query rows, one kv head, one split of the body: grid (tiles, heads, splits).
 
@@ -89,7 +89,7 @@ def attend_chunk(
     part = (tile.to(tl.int64) * NUM_HEADS + head) * NUM_PARTS + NUM_PARTS - NUM_SPLITS + split
     first = first_seen(
         context_len + rows // GROUP_SIZE, sequence, windows, sliding_window, attention_chunk,
-        HAS_STREAMS,
+        HAS_WINDOWS,
     )  # fmt: skip
     start_block, end_block = blocks_of_split(
         tl.load(num_sealed + sequence).to(tl.int32), split, first, BLOCK_SIZE, NUM_HEAD_TOKENS,

@@ -80,7 +80,7 @@ def attend_sealed(
     MIN_SPLIT_BLOCKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HIDES_CONTEXT: tl.constexpr,
-    HAS_STREAMS: tl.constexpr,
+    HAS_WINDOWS: tl.constexpr,
 ):
     """One tile of query rows, one kv head, one split of the body: grid (tiles, heads, splits).
 
@@ -97,7 +97,7 @@ def attend_sealed(
     if HIDES_CONTEXT:
         first = first_seen(
             context_len + rows // GROUP_SIZE, sequence, windows, sliding_window, attention_chunk,
-            HAS_STREAMS,
+            HAS_WINDOWS,
         )  # fmt: skip
     start_block, end_block = blocks_of_split(
         tl.load(num_sealed + sequence).to(tl.int32), split, first, BLOCK_SIZE, NUM_HEAD_TOKENS,

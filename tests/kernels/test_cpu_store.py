@@ -17,6 +17,8 @@ from paged_kv.kernels.cpu import attention as cpu_attention
 from paged_kv.kernels.cpu import quantize as cpu_quantize
 from paged_kv.kernels.cpu import store as cpu_store
 from paged_kv.kernels.eager import store
+from paged_kv.kernels.new_tokens import NewTokens
+from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.step_inputs import StepInputs
 from tests.support import cpu_kernels
 from tests.support.arrays import ids
@@ -91,8 +93,9 @@ def store_twice(
         open_blocks[at // size, :, at % size] = flat[is_open].to(dtype)
     arenas = arena.clone(), arena.clone()
     records = [layer_blocks(copy, layout, dtype, size) for copy in arenas]
-    store.store_tokens(records[0], flat_keys[is_new], flat_values[is_new], step)
-    cpu_store.store_tokens(records[1], flat_keys[is_new], flat_values[is_new], step)
+    new = NewTokens(flat_keys[is_new], flat_keys[is_new], flat_values[is_new])
+    store.store_tokens(new, records[0], step)
+    cpu_store.store_tokens(new, records[1], step)
     assert not torch.equal(arenas[0], arena)
     return *arenas, records[0]
 
@@ -153,7 +156,9 @@ def test_attention_alone_stores_nothing():
     heads, dim = 2, fleet.cache.layers[0].key_dim
     before = fleet.cache.arenas[0].clone()
     new = torch.randn(2, heads, dim)
-    cpu_attention.attend(new, new, new, fleet.cache.records[0], step.plan, scale=1.0)
+    cpu_attention.attend(
+        NewTokens(new, new, new), fleet.cache.records[0], step.plan, ScoreRules(scale=1.0)
+    )
     assert torch.equal(fleet.cache.arenas[0], before)
 
 
