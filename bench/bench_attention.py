@@ -53,10 +53,12 @@ from paged_kv.blocks.geometry import BlockGeometry, IntArray
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
 from paged_kv.cache.kv_cache import PagedKVCache, Step
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
+from paged_kv.kernels import naive
 from paged_kv.kernels.cpu.native_code import address_of, fetch_add, load_long, store_long
 from paged_kv.kernels.cpu.threads import run_worker
-from paged_kv.kernels.eager import attention as reference
 from paged_kv.kernels.eager.quantize import dequantize_keys, dequantize_values
+from paged_kv.kernels.new_tokens import NewTokens
+from paged_kv.kernels.rules import ScoreRules
 
 FORMATS: dict[str, tuple[KVFormat, torch.dtype]] = {
     "native fp32": (NATIVE, torch.float32),
@@ -415,13 +417,10 @@ class Paged:
 
     def attend_and_store(self, layer: int) -> None:
         self.cache.backend.attend_and_store(
-            self.contents.queries[layer],
-            self.new_keys[layer],
-            self.new_values[layer],
+            NewTokens(self.contents.queries[layer], self.new_keys[layer], self.new_values[layer]),
             self.cache.records[layer],
-            self.step.indices,
             self.step.plan,
-            scale=self.cache.layers[layer].key_dim ** -0.5,
+            ScoreRules(self.cache.layers[layer].key_dim ** -0.5),
         )
 
     def store(self, layer: int) -> None:
@@ -432,13 +431,15 @@ def attend(
     cache: PagedKVCache, layer: int, query: Tensor, key: Tensor, value: Tensor, step: Step
 ) -> Tensor:
     """The attention call of the cache's backend, nothing around it."""
-    scale = query.shape[-1] ** -0.5
-    return cache.backend.attend(query, key, value, cache.records[layer], step.plan, scale=scale)
+    rules = ScoreRules(query.shape[-1] ** -0.5)
+    new = NewTokens(query, key, value)
+    return cache.backend.attend(new, cache.records[layer], step.plan, rules)
 
 
 def store(cache: PagedKVCache, layer: int, keys: Tensor, values: Tensor, step: Step) -> None:
     """The store call of the cache's backend."""
-    cache.backend.store_tokens(cache.records[layer], keys, values, step.indices)
+    new = NewTokens(keys, keys, values)  # no query is stored
+    cache.backend.store_tokens(new, cache.records[layer], step.indices)
 
 
 def new_cache(case: Case, label: str, backend: str) -> PagedKVCache:
@@ -490,7 +491,7 @@ def needed_bytes(paged: Paged) -> int:
     indices, layer = paged.step.indices, paged.cache.layers[0]
     layout = layer.record_layout(paged.cache.dtype)
     num_sealed = int(indices.num_sealed.sum())
-    num_open_tokens = sum(indices.context_lens_host) - num_sealed * indices.block_size
+    num_open_tokens = int(indices.context_lens_host.sum()) - num_sealed * indices.block_size
     sealed_bytes = num_sealed * sum(layout.section_bytes.values())
     return layer.num_kv_heads * (sealed_bytes + num_open_tokens * layout.token_bytes)
 
@@ -506,19 +507,16 @@ def attention_error(paged: Paged) -> float:
     """Against float64 attention over the dequantized cache, on layer 0 and some sequences."""
     indices = paged.step.indices
     last = len(indices.query_lens) - 1
-    rows = np.unique(np.linspace(0, last, NUM_CHECKED).astype(int)).tolist()
-    groups = [reference.gather_group(indices, torch.tensor([row])) for row in rows]
-    query = paged.contents.queries[0]
-    exact = reference.attend(
-        query.double(),
-        paged.new_keys[0].double(),
-        paged.new_values[0].double(),
-        paged.cache.records[0],
-        groups,
-        scale=query.shape[-1] ** -0.5,
-    )
-    token_ids = torch.cat([group.token_ids.flatten() for group in groups])
-    return relative_error(paged.attend(0)[token_ids], exact[token_ids])
+    rows = np.unique(np.linspace(0, last, NUM_CHECKED).astype(int))
+    new = NewTokens(paged.contents.queries[0], paged.new_keys[0], paged.new_values[0])
+    rules = ScoreRules(new.query.shape[-1] ** -0.5)
+    starts, found = indices.query_start_loc.tolist(), paged.attend(0)
+    parts = []
+    for row in rows.tolist():
+        tokens = slice(starts[row], starts[row + 1])
+        output = naive.attend_sequence(new, paged.cache.records[0], indices, row, rules)
+        parts.append((found[tokens], output))
+    return relative_error(*(torch.cat(side) for side in zip(*parts, strict=True)))
 
 
 def stored_tokens(paged: Paged) -> Tensor:
@@ -735,7 +733,7 @@ class Bench:
 def contiguous_copy(case: Case, paged: Paged) -> OfLayer:
     """Writes the step's new tokens where they belong in the contiguous K/V."""
     rows = torch.arange(len(case.lengths))
-    positions = paged.step.indices.positions
+    positions = paged.step.indices.cache_positions
     contents = paged.contents
 
     def copy(layer: int) -> None:

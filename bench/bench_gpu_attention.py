@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from traceback import format_exception_only
 
+import numpy as np
 import torch
 from peers.gpu_attention import CONTIGUOUS, PEERS, Contents, Peer, relative_error
 from report import Row, add_arguments, write_report
@@ -34,6 +35,8 @@ from paged_kv.cache.formats import FORMATS
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
 from paged_kv.kernels.block_views import LayerBlocks
+from paged_kv.kernels.new_tokens import NewTokens
+from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.step_inputs import StepInputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +73,7 @@ QUICK_CASES = [Case(kv_format, 2, 400, 4) for kv_format in ("native", "int8", "i
 class Layer:
     """A layer's records with contexts in them, and the step that is timed."""
 
-    records: LayerBlocks
+    blocks: LayerBlocks
     step: StepInputs
     num_bytes: int  # that the step has to read
 
@@ -87,7 +90,7 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
     geometry = cache_geometry([layer], torch.bfloat16)
     num_blocks = geometry.max_blocks(case.context) * case.batch
     cache = PagedKVCache([layer], num_blocks=num_blocks, dtype=torch.bfloat16, device=device)
-    records = cache.records[0]
+    blocks = cache.records[0]
     cache.arenas[0].random_(0, 256)
     num_sealed = 0
     if not layer.kv_format.is_native:
@@ -98,14 +101,21 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
     ids = torch.randperm(num_blocks, device=device)
     open_ids = ids[: case.batch * num_open].view(case.batch, num_open)
     sealed_ids = ids[case.batch * num_open :][: case.batch * num_sealed]
+    places_of_block, num_head = geometry.open_blocks_per_block, geometry.num_head_blocks
+    width = num_open + num_sealed * places_of_block
+    block_table = torch.zeros(case.batch, width, dtype=torch.int64, device=device)
+    block_table[:, :num_head] = open_ids[:, :num_head]
+    block_table[:, width - num_open + num_head :] = open_ids[:, num_head:]
+    places = num_head + torch.arange(num_sealed, device=device) * places_of_block
+    block_table[:, places] = sealed_ids.view(case.batch, num_sealed)
     # Open blocks after sealed ones: metadata of the one must not be tokens of the other.
-    for section in () if records.sealed is None else records.sealed[2:]:
+    for section in () if blocks.sealed is None else blocks.sealed[2:]:
         if section is not None:
             section.fill_(0.01)
-    for blocks in (records.open_keys, records.open_values):
+    for view in (blocks.open_keys, blocks.open_values):
         for part in open_ids.flatten().split(4096):
-            blocks[part] = torch.randn(
-                len(part), *blocks.shape[1:], dtype=torch.bfloat16, device=device
+            view[part] = torch.randn(
+                len(part), *view.shape[1:], dtype=torch.bfloat16, device=device
             )
 
     def longs(value: int) -> Tensor:
@@ -113,13 +123,12 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
 
     none = torch.zeros(0, dtype=torch.int64, device=device)
     step = StepInputs(
-        query_lens=(1,) * case.batch,
-        context_lens_host=(case.context,) * case.batch,
+        query_lens=np.ones(case.batch, dtype=np.int64),
+        context_lens_host=np.full(case.batch, case.context),
         context_lens=longs(case.context),
         query_start_loc=torch.arange(case.batch + 1, device=device),
-        positions=longs(case.context),
-        open_table=open_ids,
-        sealed_table=sealed_ids.view(case.batch, num_sealed),
+        cache_positions=longs(case.context),
+        block_table=block_table,
         num_sealed=longs(num_sealed),
         stored_tokens=none,
         stored_slots=none,
@@ -129,9 +138,9 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
         open_block_size=geometry.open_block_size,
         num_head_tokens=geometry.num_head_tokens,
     )
-    sealed_bytes = 0 if records.sealed is None else sum(layout.section_bytes.values())
+    sealed_bytes = 0 if blocks.sealed is None else sum(layout.section_bytes.values())
     per_head = num_sealed * sealed_bytes + num_open_tokens * layout.token_bytes
-    return Layer(records, step, case.batch * NUM_HEADS * per_head)
+    return Layer(blocks, step, case.batch * NUM_HEADS * per_head)
 
 
 def attend_of(case: Case, layer: Layer, backend: Backend) -> Callable[[], Tensor]:
@@ -140,7 +149,8 @@ def attend_of(case: Case, layer: Layer, backend: Backend) -> Callable[[], Tensor
     query = torch.randn(case.batch, heads, case.head_dim, dtype=torch.bfloat16, device=device)
     new = torch.randn(case.batch, NUM_HEADS, case.head_dim, dtype=torch.bfloat16, device=device)
     plan = backend.plan(layer.step)
-    return lambda: backend.attend(query, new, new, layer.records, plan, scale=case.head_dim**-0.5)
+    tokens, rules = NewTokens(query, new, new), ScoreRules(case.head_dim**-0.5)
+    return lambda: backend.attend(tokens, layer.blocks, plan, rules)
 
 
 def seconds_of(function: Callable[[], object]) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,9 +43,6 @@ class LayerBlocks:
     bits: int = 0
     key_clip: float = 1.0
     value_clip: float = 1.0
-    derived: dict[Any, Any] = field(
-        default_factory=dict, init=False, repr=False
-    )  # what a backend made of it
 
 
 def as_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,24 +1,22 @@
-"""Which keys a query sees and what becomes of a score: one layer's rules."""
+"""Which keys a query sees and what becomes of a score: one layer's rules. Knows positions only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from torch import Tensor
 
 NOWHERE: Final = 1 << 62  # position of a padding entry: after every query, so never attended
 
 
-@dataclass(frozen=True)
-class ScoreRules:
-    """A token sees itself and earlier ones, less what the options of `attend` take away."""
+class ScoreRules(NamedTuple):
+    """A token sees itself and earlier ones, less what the rules take away."""
 
-    scale: float
-    softcap: float | None = None
-    sliding_window: int | None = None
-    attention_chunk: int | None = None
-    sink_logits: Tensor | None = None  # [Hq]
+    scale: float  # of the product of a query and a key
+    softcap: float | None = None  # scores are bounded to it by tanh
+    sliding_window: int | None = None  # w: only the last w tokens, itself included, are seen
+    attention_chunk: int | None = None  # c: only tokens of the same position // c are seen
+    sink_logits: Tensor | None = None  # [Hq] join the softmax without a value
 
     @property
     def hides_context(self) -> bool:
@@ -34,8 +32,9 @@ class ScoreRules:
     ) -> Tensor:
         """True where a query may attend to a key, by their positions alone.
 
-        A stream sees its first `num_sinks` tokens and the last `windows`; positions are those among
-        the tokens that it stores. A sink is as near as in a sequence of just sinks and window.
+        A windowed sequence sees its first `num_sinks` tokens and the last `windows`; positions are
+        those among the tokens that it stores. A sink is as near as in a sequence of just sinks and
+        window.
         """
         mask = key_positions <= query_positions
         if num_sinks is not None and windows is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from tools.machine_code import MachineCode, compile_kernel, disassemble, instructions_per_byte
 from torch import Tensor
@@ -20,6 +21,8 @@ from paged_kv.cache.backend import choose_backend
 from paged_kv.cache.block_views import layer_blocks
 from paged_kv.cache.formats import KVFormat
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
+from paged_kv.kernels.new_tokens import NewTokens
+from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.step_inputs import StepInputs
 from paged_kv.kernels.triton import attention as triton_attention
 from paged_kv.kernels.triton import launch as triton_launch
@@ -30,7 +33,7 @@ META = torch.device("meta")
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 KERNELS = (
     (triton_attention, "attend_sealed"),
-    (triton_attention, "attend_chunk"),
+    (triton_attention, "attend_prefill"),
     (triton_attention, "attend_open"),
     (triton_attention, "merge_parts"),
     (triton_store, "seal_blocks_kernel"),
@@ -117,7 +120,7 @@ def record_launches(
     query_lens: Sequence[int] = (1,),
     dtype: torch.dtype = torch.bfloat16,
     arch: int = 90,
-    has_streams: bool = False,
+    has_windows: bool = False,
     **rules: Any,
 ) -> list[Launch]:
     """One layer's attention and storing, with one block to be sealed, on a GPU of `arch`."""
@@ -128,7 +131,7 @@ def record_launches(
     geometry = cache_geometry([layer], dtype)
     layout = layer.record_layout(dtype)
     arena = torch.empty(16, num_kv_heads, layout.record_bytes, dtype=torch.uint8, device=META)
-    records = layer_blocks(arena, layout, dtype, geometry.open_block_size)
+    blocks = layer_blocks(arena, layout, dtype, geometry.open_block_size)
 
     def longs(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=META)
@@ -136,13 +139,12 @@ def record_launches(
     count, num_tokens = len(query_lens), sum(query_lens)
     num_seals = 0 if kv_format.is_native else 1
     step = StepInputs(
-        query_lens=tuple(query_lens),
-        context_lens_host=(1024,) * count,
+        query_lens=np.array(query_lens, dtype=np.int64),
+        context_lens_host=np.full(count, 1024),
         context_lens=longs(count),
         query_start_loc=longs(count + 1),
-        positions=longs(num_tokens),
-        open_table=longs(count, 32),
-        sealed_table=longs(count, 32),
+        cache_positions=longs(num_tokens),
+        block_table=longs(count, 1024 // geometry.open_block_size),
         num_sealed=longs(count),
         stored_tokens=longs(num_tokens),
         stored_slots=longs(num_tokens),
@@ -151,8 +153,8 @@ def record_launches(
         block_size=geometry.block_size,
         open_block_size=geometry.open_block_size,
         num_head_tokens=geometry.num_head_tokens,
-        num_sink_tokens=longs(count) if has_streams else None,
-        window_sizes=longs(count) if has_streams else None,
+        num_sink_tokens=longs(count) if has_windows else None,
+        window_sizes=longs(count) if has_windows else None,
     )
     heads = (num_kv_heads * group_size, num_kv_heads, num_kv_heads)
     dims = (head_dim, head_dim, value_dim)
@@ -163,14 +165,16 @@ def record_launches(
     rules = {"scale": head_dim**-0.5} | rules
     backend = choose_backend(torch.device("cuda"))
     with recorded_kernels(arch) as launches:
-        backend.attend_and_store(query, key, value, records, step, TritonPlan(step), **rules)
+        backend.attend_and_store(
+            NewTokens(query, key, value), blocks, TritonPlan(step), ScoreRules(**rules)
+        )
     return launches
 
 
 def bytes_of_tile(launch: Launch) -> int:
     """K/V bytes that one turn of an attention kernel's loop reads, metadata included."""
     constants = launch.arguments
-    if launch.name == "attend_chunk":
+    if launch.name == "attend_prefill":
         return int(constants["RECORD_BYTES"] * constants["TILE"] // constants["BLOCK_SIZE"])
     if launch.name == "attend_sealed":
         rows_of_codes = constants["BLOCK_SIZE"] * constants["BITS"] // 8

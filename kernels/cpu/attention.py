@@ -1,19 +1,22 @@
-"""Attention of new tokens over paged context on a CPU: sets the worker's fields and starts it.
+"""Attention of new tokens over paged context on a CPU: fills the worker's record and starts it.
 
-Same signatures as the torch reference in `attention`. The work of a step is cut into items once,
-for all layers; a call sets a few addresses and starts the worker on torch's threads.
+Knows tensors and addresses; same signature and meaning as `naive.attend`. The work of a step is cut
+into items once, for all layers; a call sets a few addresses and starts the worker on torch's
+threads.
 """
 
 from __future__ import annotations
 
-from struct import Struct
+from functools import partial
+from itertools import chain
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews, as_rows
+from ..new_tokens import NewTokens
+from ..rules import ScoreRules
 from .microkernels import (
     MAX_ROWS,
     TILE_TOKENS,
@@ -25,77 +28,77 @@ from .microkernels import (
     start_kernel,
     value_kernel,
 )
-from .native_attention import NEW_TOKEN_ROWS, NUM_VARIANTS, Field, attention_worker
+from .native_attention import attention_worker
 from .native_code import row_addresses
-from .plan import FIRST_LAYER_FIELD, CpuPlan, Longs
+from .per_layer import PerLayer
+from .plan import CpuPlan
 from .quantize import copy_kernel
+from .records import (
+    LAYER_BYTES,
+    LAYER_STRUCT,
+    NEW_TOKEN_ROWS,
+    NUM_VARIANTS,
+    LayerFields,
+)
 from .threads import run_worker
 from .vectors import host_width
 
 LOG2_E: Final = 1.4426950408889634
 ROW_VARIANTS: Final = (1, 2, 4, MAX_ROWS)
-FIRST_CALL_BYTE: Final = 8 * Field.QUERY
-LAYER_BYTES: Final = slice(8 * FIRST_LAYER_FIELD, FIRST_CALL_BYTE)
-NUMBERS_BYTE: Final = 8 * Field.COUNT
-CALL: Final = Struct(f"={Field.COUNT - Field.QUERY}q3f")
+METADATA_NAMES: Final = ("key_scale", "key_zero", "value_scale", "value_zero")
+SEALED_NAMES: Final = (
+    *("key_codes", "value_codes", "num_code_rows", *METADATA_NAMES),
+    *("metadata", "metadata_bytes", "num_key_groups", "key_group_shift"),
+)
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    records: LayerBlocks,
+    new: NewTokens,
+    layer: LayerBlocks,
     plan: CpuPlan,
+    rules: ScoreRules,
     *,
-    scale: float,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    attention_chunk: int | None = None,
-    sink_logits: Tensor | None = None,
-    sink_query: Tensor | None = None,
     appends: bool = False,
 ) -> Tensor:
-    """As `attention.attend`; sums are float32 whatever the dtype of the query.
+    """As `naive.attend`; sums are float32 whatever the dtype of the query.
 
     With `appends`, those new tokens that the step stores in open blocks are written there.
     """
-    num_tokens, num_query_heads, _ = query.shape
-    num_kv_heads, value_dim = value.shape[1:]
-    output = torch.empty(num_tokens, num_query_heads, value_dim, dtype=torch.float32)
-    if not num_tokens:
+    query, key, value, sink_query = new
+    output = torch.empty(*query.shape[:2], value.shape[2], dtype=torch.float32)
+    if not len(query):
         return output.to(query.dtype)
-    work = plan.items(num_kv_heads, num_query_heads // num_kv_heads)
+    num_kv_heads = key.shape[1]
+    work = plan.items(num_kv_heads, query.shape[1] // num_kv_heads)
+    # Whatever a field has the address of must live until the worker ends.
     rows, keys, values = (as_rows(tensor, torch.float32) for tensor in (query, key, value))
     sink_rows = None if sink_query is None else as_rows(sink_query, torch.float32)
-    channel_major = channel_major_keys(keys) if plan.has_chunks else keys
-    # With a softcap, scores are bounded in units of the softcap and then turned into powers of 2.
-    factor = scale * LOG2_E if softcap is None else scale / softcap
-    sinks = None if sink_logits is None else sink_logits.float() * LOG2_E
-    buffer = work.buffer
-    buffer[LAYER_BYTES] = layer_fields(records, has_softcap=softcap is not None)
-    CALL.pack_into(
-        buffer,
-        FIRST_CALL_BYTE,
-        *row_addresses(rows),
-        *((0, 0, 0) if sink_rows is None else row_addresses(sink_rows)),
-        *row_addresses(keys),
-        channel_major.data_ptr(),
-        channel_major.shape[-1],
-        *row_addresses(values),
-        output.data_ptr(),
-        num_query_heads,
-        sliding_window or 0,
-        attention_chunk or 0,
-        0 if sinks is None else sinks.data_ptr(),
-        int(appends),
-        work.fields + NUMBERS_BYTE,
-        plan.scratch.address,
-        0.0,
-        factor,
-        (softcap or 0.0) * LOG2_E,
+    channel_major = channel_major_keys(keys) if plan.has_prefills else keys
+    sinks = None if rules.sink_logits is None else rules.sink_logits.float() * LOG2_E
+    call = work.call
+    call.query, call.query_token_stride, call.query_head_stride = row_addresses(rows)
+    call.key, call.key_token_stride, call.key_head_stride = row_addresses(keys)
+    call.value, call.value_token_stride, call.value_head_stride = row_addresses(values)
+    call.sink_query, call.sink_query_token_stride, call.sink_query_head_stride = (
+        (0, 0, 0) if sink_rows is None else row_addresses(sink_rows)
     )
+    call.channel_major_keys = channel_major.data_ptr()
+    call.padded_tokens = channel_major.shape[-1]
+    call.output = output.data_ptr()
+    call.num_query_heads = query.shape[1]
+    call.sliding_window = rules.sliding_window or 0
+    call.attention_chunk = rules.attention_chunk or 0
+    call.sink_logits = 0 if sinks is None else sinks.data_ptr()
+    call.appends = appends
+    call.scratch = plan.scratch.address
+    if rules.softcap is None:
+        work.record[LAYER_BYTES] = plain_layer(layer)
+        call.factor, call.softcap = rules.scale * LOG2_E, 0.0
+    else:  # scores are bounded in units of the softcap and then turned into powers of 2
+        work.record[LAYER_BYTES] = capped_layer(layer)
+        call.factor, call.softcap = rules.scale / rules.softcap, rules.softcap * LOG2_E
     work.counters[:] = work.zeros
-    run_worker(attention_worker(), work.fields, work.num_threads)
+    run_worker(attention_worker(), work.record_address, work.num_threads)
     return output if query.dtype is torch.float32 else output.to(query.dtype)
 
 
@@ -107,60 +110,74 @@ def channel_major_keys(keys: Tensor) -> Tensor:
     return padded
 
 
-def layer_fields(records: LayerBlocks, *, has_softcap: bool) -> bytes:
-    """The worker's fields that describe a layer: sizes, addresses, microkernels."""
-    key = "cpu attention", has_softcap
-    if key not in records.derived:
-        kernels = np.array(row_kernels(records), dtype=np.int64)
-        fields = np.array(make_layer_fields(records, kernels, has_softcap), dtype=np.int64)
-        records.derived[key] = fields.tobytes(), kernels
-    fields_bytes: bytes = records.derived[key][0]
-    return fields_bytes
-
-
-def make_layer_fields(records: LayerBlocks, kernels: Longs, has_softcap: bool) -> list[int]:
-    keys, values = records.open_keys, records.open_values
+def layer_bytes(layer: LayerBlocks, *, has_softcap: bool) -> bytes:
+    """The part of the worker's record that describes a layer: sizes, addresses, microkernels."""
+    keys, values = layer.open_keys, layer.open_values
     assert keys.stride(2) == 1, "open keys are channel-major on a CPU"
     itemsize = keys.element_size()
-    return [
-        keys.shape[3],
-        values.shape[3],
-        keys.stride(0) * itemsize,
-        keys.stride(1) * itemsize,
-        keys.data_ptr(),
-        values.data_ptr(),
-        keys.stride(3) * itemsize,
-        values.stride(2) * itemsize,
-        open_piece(records),
-        *sealed_fields(records.sealed),
-        kernels.ctypes.data,
-        fold_kernel().address,
-        affine_kernel().address,
-        prefetch_kernel().address,
-        start_kernel(has_softcap).address,
-        softmax_kernel("none", has_softcap, host_width()).address,
-        softmax_kernel(scaling_of(records), has_softcap, host_width()).address,
-        itemsize,
-        copy_kernel("float32", str(keys.dtype).removeprefix("torch.")).address,
-    ]
+    fields = LayerFields(
+        key_dim=keys.shape[3],
+        value_dim=values.shape[3],
+        block_stride=keys.stride(0) * itemsize,
+        kv_head_stride=keys.stride(1) * itemsize,
+        open_keys=keys.data_ptr(),
+        open_values=values.data_ptr(),
+        open_key_stride=keys.stride(3) * itemsize,
+        open_value_stride=values.stride(2) * itemsize,
+        open_piece=open_piece(layer),
+        **sealed_places(layer.sealed),
+        fold=fold_kernel().address,
+        affine=affine_kernel().address,
+        prefetch=prefetch_kernel().address,
+        start=start_kernel(has_softcap).address,
+        softmax=softmax_kernel("none", has_softcap, host_width()).address,
+        softmax_sealed=softmax_kernel(scaling_of(layer), has_softcap, host_width()).address,
+        item_bytes=itemsize,
+        round_to_open=copy_kernel("float32", str(keys.dtype).removeprefix("torch.")).address,
+    )
+    return LAYER_STRUCT.pack(*fields, *chain.from_iterable(row_kernels(layer)))
 
 
-def scaling_of(records: LayerBlocks) -> str:
+plain_layer: Final = PerLayer(partial(layer_bytes, has_softcap=False))
+capped_layer: Final = PerLayer(partial(layer_bytes, has_softcap=True))
+
+
+def sealed_places(sealed: SealedViews | None) -> dict[str, int]:
+    """Those of `LayerFields` that say where the sections of sealed blocks are."""
+    if sealed is None:
+        return dict.fromkeys(SEALED_NAMES, 0)
+    assert sealed.key_codes.stride(2) == 1, "key codes are channel-major on a CPU"
+    sections = {name: getattr(sealed, name) for name in METADATA_NAMES}
+    present = [section for section in sections.values() if section is not None]
+    group_tokens = sealed.block_size // max(sealed.num_key_groups, 1)
+    return {
+        "key_codes": sealed.key_codes.data_ptr(),
+        "value_codes": sealed.value_codes.data_ptr(),
+        "num_code_rows": sealed.key_codes.shape[2],
+        **{name: 0 if part is None else part.data_ptr() for name, part in sections.items()},
+        "metadata": min(section.data_ptr() for section in present),
+        "metadata_bytes": sum(section[0, 0].nbytes for section in present),
+        "num_key_groups": sealed.num_key_groups,
+        "key_group_shift": group_tokens.bit_length() - 1,
+    }
+
+
+def scaling_of(layer: LayerBlocks) -> str:
     """What the softmax over sealed blocks has to scale."""
-    if records.sealed is None:
+    if layer.sealed is None:
         return "none"
-    return "symmetric" if records.sealed.key_zero is None else "asymmetric"
+    return "symmetric" if layer.sealed.key_zero is None else "asymmetric"
 
 
-def open_piece(records: LayerBlocks) -> int:
+def open_piece(layer: LayerBlocks) -> int:
     """Tokens of an open block whose scores are computed at once."""
-    return min(records.open_keys.shape[2], TILE_TOKENS)
+    return min(layer.open_keys.shape[2], TILE_TOKENS)
 
 
-def row_kernels(records: LayerBlocks) -> list[list[int]]:
+def row_kernels(layer: LayerBlocks) -> list[list[int]]:
     """Addresses of the microkernels [Kernel.COUNT][NUM_VARIANTS]; 0 where there is no such."""
-    sealed, value_dim = records.sealed, records.open_values.shape[3]
-    dtype, code = str(records.open_keys.dtype).removeprefix("torch."), f"int{records.bits}"
+    sealed, value_dim = layer.sealed, layer.open_values.shape[3]
+    dtype, code = str(layer.open_keys.dtype).removeprefix("torch."), f"int{layer.bits}"
     none = [0] * NUM_VARIANTS
     score_sealed, value_sealed = none, none
     if sealed is not None:
@@ -168,34 +185,12 @@ def row_kernels(records: LayerBlocks) -> list[list[int]]:
         score_sealed = score_kernels(code, sealed.key_codes.shape[2], is_grouped=is_grouped)
         value_sealed = value_kernels(code, value_dim)
     return [
-        score_kernels(dtype, open_piece(records), is_grouped=False),
+        score_kernels(dtype, open_piece(layer), is_grouped=False),
         score_sealed,
         score_kernels("float32", NEW_TOKEN_ROWS, is_grouped=False),
         value_kernels(dtype, value_dim),
         value_sealed,
         value_kernels("float32", value_dim),
-    ]
-
-
-def sealed_fields(sealed: SealedViews | None) -> list[int]:
-    """Where the sections of sealed blocks are."""
-    if sealed is None:
-        return [0] * (Field.KERNELS - Field.KEY_CODES)
-    assert sealed.key_codes.stride(2) == 1, "key codes are channel-major on a CPU"
-    key_zero, value_zero = sealed.key_zero, sealed.value_zero
-    sections = [sealed.key_scale, key_zero, sealed.value_scale, value_zero]
-    present = [section for section in sections if section is not None]
-    start = min(section.data_ptr() for section in present)
-    size = sum(section[0, 0].nbytes for section in present)
-    return [
-        sealed.key_codes.data_ptr(),
-        sealed.value_codes.data_ptr(),
-        sealed.key_codes.shape[2],
-        *(0 if section is None else section.data_ptr() for section in sections),
-        start,
-        size,
-        sealed.num_key_groups,
-        (sealed.block_size // max(sealed.num_key_groups, 1)).bit_length() - 1,
     ]
 
 

@@ -13,28 +13,39 @@ import torch
 from numpy.typing import NDArray
 
 from ..step_inputs import StepInputs
-from .microkernels import TILE_TOKENS
-from .native_attention import MAX_ITEM_ROWS, PARTIAL_FLOATS, SCRATCH_FLOATS, Field, Item
 from .native_code import thread_scratch
+from .native_plan import PLAN_STRUCT, PlanFields, Totals, plan_worker
+from .records import (
+    CALL_BYTE,
+    MAX_ITEM_ROWS,
+    PARTIAL_FLOATS,
+    RECORD_BYTES,
+    SCRATCH_FLOATS,
+    STEP_STRUCT,
+    CallFields,
+    Item,
+    StepFields,
+)
+from .threads import run_worker
 
 MIN_SPLIT_TOKENS: Final = 1024  # a smaller part is not worth merging
-ITEMS_PER_THREAD: Final = 8  # so that threads end at nearly the same time
 MIN_THREAD_TOKENS: Final = 512  # of all kv heads; fewer are not worth waking another thread
-FIRST_LAYER_FIELD: Final = Field.KEY_DIM
-NUMBERS_LONGS: Final = 2  # room for four floats
 Longs = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WorkItems:
     """The items of a step for one number of kv heads and of query heads of each."""
 
     num_threads: int
-    fields: int  # address of the worker's fields, those of the step filled in
-    buffer: memoryview  # the same, and behind them the numbers of a call
+    items: Longs  # [items, Item.COUNT], long ones first
+    partials: NDArray[np.float32]  # [partials, MAX_ITEM_ROWS, PARTIAL_FLOATS]
+    record: memoryview  # the attention worker's, the fields of the step filled in
+    record_address: int
+    call: CallFields  # a view of the record's fields of a call
     counters: memoryview  # [2 + rows in parts] 64-bit, to be zeroed before each call
     zeros: bytes
-    arrays: tuple[NDArray[np.generic], ...]  # whose memory all this is
+    memory: tuple[NDArray[np.generic], ...]  # that is kept for the record's addresses
 
 
 class CpuPlan:
@@ -44,123 +55,102 @@ class CpuPlan:
         self.step = step
         self.num_threads = torch.get_num_threads()
         self.scratch = thread_scratch("attention", self.num_threads, 4 * SCRATCH_FLOATS)
-        self.has_chunks = max(step.query_lens, default=0) > 1
+        self.has_prefills = int(step.query_lens.max(initial=0)) > 1
         self._items: dict[tuple[int, int], WorkItems] = {}
 
-    def items(self, num_kv_heads: int, group_size: int) -> WorkItems:
-        key = num_kv_heads, group_size
+    def items(self, num_kv_heads: int, query_group_size: int) -> WorkItems:
+        key = num_kv_heads, query_group_size
         if key not in self._items:
-            self._items[key] = plan_items(self.step, num_kv_heads, group_size, self.num_threads)
+            self._items[key] = plan_items(
+                self.step, num_kv_heads, query_group_size, self.num_threads
+            )
         return self._items[key]
 
 
-def plan_items(step: StepInputs, num_kv_heads: int, group_size: int, num_threads: int) -> WorkItems:
+def plan_items(
+    step: StepInputs, num_kv_heads: int, query_group_size: int, num_threads: int
+) -> WorkItems:
     """Cut a step into items: by sequence, kv head, query rows, and long contexts into parts."""
-    context_lens = np.array(step.context_lens_host, dtype=np.int64)
-    num_rows = np.array(step.query_lens, dtype=np.int64) * group_size
-    num_row_tiles = -(-num_rows // MAX_ITEM_ROWS)
-    unit_tokens, num_units = count_units(step, context_lens)
-    num_parts = count_parts(context_lens, num_units, num_row_tiles, num_kv_heads, num_threads)
-    counts = num_row_tiles * num_kv_heads * num_parts
-    sequence = np.repeat(np.arange(len(counts)), counts)
-    index = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
-    parts = num_parts[sequence]
-    index, part = np.divmod(index, parts)
-    row_tile, head = np.divmod(index, num_kv_heads)
+    num_seqs = len(step.query_lens)
+    memory = np.empty(2 * num_seqs + 1 + len(Totals._fields), dtype=np.int64)
+    stored_starts = int(memory.ctypes.data)
+    num_parts = stored_starts + 8 * (num_seqs + 1)
+    fields = PlanFields(
+        num_seqs=num_seqs,
+        query_start_loc=step.query_start_loc.data_ptr(),
+        context_lens=step.context_lens.data_ptr(),
+        num_sealed=step.num_sealed.data_ptr(),
+        stored_tokens=step.stored_tokens.data_ptr(),
+        num_stored=len(step.stored_tokens),
+        block_size=step.block_size,
+        num_head_tokens=step.num_head_tokens,
+        num_kv_heads=num_kv_heads,
+        query_group_size=query_group_size,
+        num_threads=num_threads,
+        min_split_tokens=MIN_SPLIT_TOKENS,
+        stored_starts=stored_starts,
+        num_parts=num_parts,
+        totals=num_parts + 8 * num_seqs,
+        writes_items=0,
+        items=0,
+    )
+    run_plan_worker(fields)
+    totals = Totals(*memory[2 * num_seqs + 1 :].tolist())
+    items = np.empty((totals.num_items, Item.COUNT), dtype=np.int64)
+    run_plan_worker(fields._replace(writes_items=1, items=int(items.ctypes.data)))
+    # Long ones first: the last ones fill the gaps.
+    items = items[np.argsort(-items[:, Item.COST], kind="stable")]
+    return with_record(step, items, totals, memory, num_threads, query_group_size)
 
-    items = np.zeros((len(sequence), Item.COUNT), dtype=np.int64)
-    items[:, Item.SEQUENCE] = sequence
-    items[:, Item.KV_HEAD] = head
-    items[:, Item.FIRST_ROW] = row_tile * MAX_ITEM_ROWS
-    items[:, Item.NUM_ROWS] = np.minimum(
-        num_rows[sequence] - row_tile * MAX_ITEM_ROWS, MAX_ITEM_ROWS
+
+def run_plan_worker(fields: PlanFields) -> None:
+    record = np.frombuffer(PLAN_STRUCT.pack(*fields), dtype=np.int64)
+    run_worker(plan_worker(), int(record.ctypes.data), 1)
+
+
+def with_record(
+    step: StepInputs,
+    items: Longs,
+    totals: Totals,
+    memory: Longs,
+    num_threads: int,
+    query_group_size: int,
+) -> WorkItems:
+    """Items and the record that the attention worker reads; `memory` begins with stored starts."""
+    counters = np.empty(2 + totals.num_partials, dtype=np.int64)
+    partials = np.empty((totals.num_partials, MAX_ITEM_ROWS, PARTIAL_FLOATS), dtype=np.float32)
+    record = np.zeros(-(-RECORD_BYTES // 8), dtype=np.int64)
+    sinks, windows = step.num_sink_tokens, step.window_sizes
+    fields = StepFields(
+        num_items=len(items),
+        items=items.ctypes.data,
+        context_lens=step.context_lens.data_ptr(),
+        num_sealed=step.num_sealed.data_ptr(),
+        query_start_loc=step.query_start_loc.data_ptr(),
+        block_table=step.block_table.data_ptr(),
+        table_width=step.block_table.stride(0),
+        block_size=step.block_size,
+        open_block_size=step.open_block_size,
+        num_head_tokens=step.num_head_tokens,
+        query_group_size=query_group_size,
+        num_sink_tokens=0 if sinks is None else sinks.data_ptr(),
+        window_sizes=0 if windows is None else windows.data_ptr(),
+        counters=counters.ctypes.data,
+        partials=partials.ctypes.data,
+        stored_starts=memory.ctypes.data,
+        stored_tokens=step.stored_tokens.data_ptr(),
+        stored_slots=step.stored_slots.data_ptr(),
     )
-    # The first part has the head too, the last one the rest.
-    part_units, part_tokens = num_units[sequence], unit_tokens[sequence]
-    start, end = (
-        step.num_head_tokens + part_units * edge // parts * part_tokens for edge in (part, part + 1)
-    )
-    items[:, Item.START] = np.where(part == 0, 0, start)
-    items[:, Item.END] = np.where(part + 1 == parts, context_lens[sequence], end)
-    is_split = parts > 1
-    items[:, Item.NUM_PARTS] = parts
-    items[:, Item.PARTIAL] = np.where(is_split, np.cumsum(is_split) - 1, -1)
-    items[:, Item.FIRST_PARTIAL] = items[:, Item.PARTIAL] - part
-    items[:, Item.COUNTER] = 1 + np.cumsum(is_split & (part == 0))
-    cost = (items[:, Item.END] - items[:, Item.START] + TILE_TOKENS) * items[:, Item.NUM_ROWS]
-    items = items[np.argsort(-cost, kind="stable")]  # long ones first: the last ones fill the gaps
-    num_partials = int(is_split.sum())
-    counters = np.zeros(2 + num_partials, dtype=np.int64)
-    partials = np.empty((num_partials, MAX_ITEM_ROWS, PARTIAL_FLOATS), dtype=np.float32)
-    fields = np.zeros(Field.COUNT + NUMBERS_LONGS, dtype=np.int64)
-    # The stored tokens are in the order of the step.
-    stored_starts = np.searchsorted(step.stored_tokens.numpy(), step.query_start_loc.numpy())
-    fields[:FIRST_LAYER_FIELD] = [
-        *step_fields(step, items, group_size),
-        counters.ctypes.data,
-        partials.ctypes.data,
-        stored_starts.ctypes.data,
-        step.stored_tokens.data_ptr(),
-        step.stored_slots.data_ptr(),
-    ]
-    num_new = np.array(step.query_lens)[items[:, Item.SEQUENCE]]
-    num_tokens = int((items[:, Item.END] - items[:, Item.START] + num_new).sum())
+    record_bytes = record.data.cast("B")
+    STEP_STRUCT.pack_into(record_bytes, 0, *fields)
     return WorkItems(
-        num_threads=min(num_threads, len(items), 1 + num_tokens // MIN_THREAD_TOKENS),
-        fields=fields.ctypes.data,
-        buffer=fields.data.cast("B"),
+        num_threads=min(num_threads, len(items), 1 + totals.num_tokens // MIN_THREAD_TOKENS),
+        items=items,
+        partials=partials,
+        record=record_bytes,
+        record_address=record.ctypes.data,
+        call=CallFields.from_buffer(record_bytes, CALL_BYTE),
         counters=counters.data.cast("B"),
         zeros=bytes(counters.nbytes),
-        arrays=(items, counters, partials, stored_starts, fields),
+        memory=(memory, items, partials, counters, record),
     )
-
-
-def count_units(step: StepInputs, context_lens: Longs) -> tuple[Longs, Longs]:
-    """Where contexts may be cut: tokens of a unit and number of units [N], behind the head.
-
-    A unit is a sealed block, or a tile in the open blocks of a context without any.
-    """
-    num_sealed = step.num_sealed.numpy()
-    has_body = num_sealed > 0
-    behind_head = context_lens - np.minimum(step.num_head_tokens, context_lens)
-    return (
-        np.where(has_body, step.block_size, TILE_TOKENS),
-        np.where(has_body, num_sealed, behind_head // TILE_TOKENS),
-    )
-
-
-def count_parts(
-    context_lens: Longs,
-    num_units: Longs,
-    num_row_tiles: Longs,
-    num_kv_heads: int,
-    num_threads: int,
-) -> Longs:
-    """Into how many parts [N] each sequence's context is cut so that all threads have work."""
-    if num_threads == 1:
-        return np.ones_like(context_lens)
-    total = int((context_lens * num_row_tiles).sum()) * num_kv_heads
-    share = max(MIN_SPLIT_TOKENS, total // (ITEMS_PER_THREAD * num_threads))
-    num_parts = np.minimum(-(-context_lens // share), num_units)
-    return np.where(num_row_tiles == 1, np.maximum(num_parts, 1), 1)
-
-
-def step_fields(step: StepInputs, items: Longs, group_size: int) -> list[int]:
-    """The first fields of the worker, in order."""
-    return [
-        len(items),
-        items.ctypes.data,
-        step.context_lens.data_ptr(),
-        step.num_sealed.data_ptr(),
-        step.query_start_loc.data_ptr(),
-        step.open_table.data_ptr(),
-        step.open_table.shape[1],
-        step.sealed_table.data_ptr(),
-        step.sealed_table.shape[1],
-        step.block_size,
-        step.open_block_size,
-        step.num_head_tokens,
-        group_size,
-        0 if step.num_sink_tokens is None else step.num_sink_tokens.data_ptr(),
-        0 if step.window_sizes is None else step.window_sizes.data_ptr(),
-    ]

@@ -8,10 +8,10 @@ from hashlib import sha256
 
 from ...code_cache import read_code, write_code
 from ..block_views import LayerBlocks
-from .attention import layer_fields as attention_fields
+from .attention import plain_layer
 from .native_attention import attention_worker
-from .store import layer_fields as store_fields
-from .store import store_worker
+from .native_plan import plan_worker
+from .store import store_worker, stored_layer
 from .vectors import host_features, host_name
 
 logger = logging.getLogger("paged_kv")
@@ -25,8 +25,9 @@ def warm_up(layers: Sequence[LayerBlocks]) -> None:
         logger.warning("compiling the CPU kernels, once on this machine: about 5 seconds")
     attention_worker()
     store_worker()
-    for records in layers:
-        attention_fields(records, has_softcap=False)
-        store_fields(records)
+    plan_worker()
+    for layer in layers:
+        plain_layer(layer)
+        stored_layer(layer)
     if is_first:
         write_code(f"{host}.warm", b"")

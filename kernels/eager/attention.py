@@ -1,8 +1,8 @@
-"""Attention of new tokens over paged context: the torch reference and a usable CPU path.
+"""Attention of new tokens over paged context by torch's operations, on whatever device torch knows.
 
-Sequences with a few new tokens go through `flat_attention`. Those with many, equally many and with
-similar context, are padded together and their blocks dequantized into scratch. The accelerated
-kernels are held to this one.
+Knows a step's tables and one layer's blocks, nothing of models. Sequences with a few new tokens go
+through `flat_attention`. Those with many, equally many and with similar context, are padded
+together and their blocks dequantized into scratch. The accelerated kernels are held to this one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..block_views import LayerBlocks
+from ..new_tokens import NewTokens
 from ..rules import NOWHERE, ScoreRules
 from ..step_inputs import StepInputs
 from .flat_attention import FlatGroup, attend_flat, of_rows, plan_flat_group
@@ -37,11 +38,19 @@ class ContextGroup:
     key_positions: Tensor  # [N, K] of open, sealed and new tokens; NOWHERE for padding
     padding_rows: Tensor  # [P] where `key_positions` is NOWHERE
     padding_columns: Tensor  # [P]
-    num_sinks: Tensor | None  # [N, 1, 1] of streams, as in `StepInputs`
+    num_sinks: Tensor | None  # [N, 1, 1] of windowed sequences, as in `StepInputs`
     windows: Tensor | None  # [N, 1, 1]
 
 
 AnyGroup = ContextGroup | FlatGroup
+
+
+class EagerPlan:
+    """What the layers of a step share: its sequences in groups that are computed together."""
+
+    def __init__(self, step: StepInputs) -> None:
+        self.step = step
+        self.groups = plan_groups(step)
 
 
 def plan_groups(step: StepInputs) -> list[AnyGroup]:
@@ -49,16 +58,17 @@ def plan_groups(step: StepInputs) -> list[AnyGroup]:
 
     Context that is to be padded is within a factor of 2 in a group.
     """
-    lengths = [a + b for a, b in zip(step.query_lens, step.context_lens_host, strict=True)]
-    order = sorted(range(len(lengths)), key=lambda row: (step.query_lens[row], lengths[row]))
+    query_lens = step.query_lens.tolist()
+    lengths = (step.query_lens + step.context_lens_host).tolist()
+    order = sorted(range(len(lengths)), key=lambda row: (query_lens[row], lengths[row]))
     groups: list[list[int]] = []
     for row in order:
-        if groups and fits_group(step.query_lens, lengths, groups[-1], row):
+        if groups and fits_group(query_lens, lengths, groups[-1], row):
             groups[-1].append(row)
         else:
             groups.append([row])
     return [
-        (plan_flat_group if is_flat(step.query_lens[rows[0]]) else gather_group)(
+        (plan_flat_group if is_flat(query_lens[rows[0]]) else gather_group)(
             step, torch.tensor(rows, device=step.device)
         )
         for rows in groups
@@ -86,18 +96,20 @@ def gather_group(step: StepInputs, rows: Tensor) -> ContextGroup:
     """The index tensors of one group of step rows [N]."""
     context_lens = step.context_lens[rows, None]
     num_sealed = step.num_sealed[rows, None]
-    length = step.query_lens[int(rows[0])]
+    length = int(step.query_lens[int(rows[0])])
     token_ids = step.query_start_loc[rows, None] + torch.arange(length, device=step.device)
-    query_positions = step.positions[token_ids]
+    query_positions = step.cache_positions[token_ids]
 
     # Open blocks: the head's positions are their own, the tail's lie behind the sealed body.
     body_tokens = num_sealed * step.block_size
     num_open_blocks = -(-(context_lens - body_tokens) // step.open_block_size)
-    open_ids = step.open_table[rows][:, : int(num_open_blocks.max())]
+    columns = torch.arange(int(num_open_blocks.max()), device=step.device)
+    open_ids = step.open_block_ids(rows[:, None], columns)
     entries = torch.arange(open_ids.shape[1] * step.open_block_size, device=step.device)
     open_positions = entries + torch.where(entries < step.num_head_tokens, 0, body_tokens)
 
-    sealed_ids = step.sealed_table[rows][:, : int(num_sealed.max())]
+    columns = torch.arange(int(num_sealed.max()), device=step.device)
+    sealed_ids = step.sealed_block_ids(rows[:, None], columns)
     entries = torch.arange(sealed_ids.shape[1] * step.block_size, device=step.device)
     sealed_positions = step.num_head_tokens + entries.expand(len(rows), -1)
     key_positions = torch.cat(
@@ -122,52 +134,26 @@ def gather_group(step: StepInputs, rows: Tensor) -> ContextGroup:
     )
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    records: LayerBlocks,
-    groups: list[AnyGroup],
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    attention_chunk: int | None = None,
-    sink_logits: Tensor | None = None,
-    sink_query: Tensor | None = None,
-) -> Tensor:
-    """Causal attention of a step's new tokens over their context and each other.
-
-    `query` [T, Hq, key_dim], `key` [T, H, key_dim] and `value` [T, H, value_dim] are the new
-    tokens, Hq a multiple of H. A token sees itself and earlier ones; with `sliding_window` w only
-    the last w including itself; with `attention_chunk` c only those with the same position // c.
-    `softcap` bounds scores by tanh. `sink_logits` [Hq] join the softmax without a value. Streams
-    score the sinks among their context by `sink_query` [T, Hq, key_dim], where it is given. Returns
-    [T, Hq, value_dim] in the dtype of `query`.
-    """
-    rules = ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits)
-    output = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
-    for group in groups:
+def attend(new: NewTokens, layer: LayerBlocks, plan: EagerPlan, rules: ScoreRules) -> Tensor:
+    """As `naive.attend`, but that sums are float32 where the query is of less precision."""
+    query = new.query
+    output = query.new_empty(query.shape[0], query.shape[1], new.value.shape[-1])
+    for group in plan.groups:
         if isinstance(group, FlatGroup):
-            result = attend_flat(query, key, value, records, group, rules, sink_query)
+            result = attend_flat(new, layer, group, rules)
         else:
-            result = attend_dense(query, key, value, records, group, rules, sink_query)
+            result = attend_dense(new, layer, group, rules)
         output[group.token_ids] = result.to(output.dtype)
     return output
 
 
 def attend_dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    records: LayerBlocks,
-    group: ContextGroup,
-    rules: ScoreRules,
-    sink_query: Tensor | None,
+    new: NewTokens, layer: LayerBlocks, group: ContextGroup, rules: ScoreRules
 ) -> Tensor:
     """Attention [N, L, Hq, value_dim] of a group's new tokens; arguments as of `attend`."""
+    query, sink_query = new.query, new.sink_query
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
-    keys, values = gather_context(records, key, value, group, compute_dtype)
+    keys, values = gather_context(new, layer, group, compute_dtype)
     key_positions = group.key_positions[:, None, :]
     mask = rules.visible(
         group.query_positions[:, :, None], key_positions, group.num_sinks, group.windows
@@ -183,15 +169,15 @@ def attend_dense(
 
 
 def gather_context(
-    records: LayerBlocks, key: Tensor, value: Tensor, group: ContextGroup, dtype: torch.dtype
+    new: NewTokens, layer: LayerBlocks, group: ContextGroup, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [N, H, K, D] of a group in the order of its `key_positions`.
 
     Padding reads blocks that hold anything, NaN included: it is zeroed, not only masked.
     """
-    ids, bits, sealed = group.sealed_ids, records.bits, records.sealed
-    keys = [records.open_keys[group.open_ids]]
-    values = [records.open_values[group.open_ids]]
+    ids, bits, sealed = group.sealed_ids, layer.bits, layer.sealed
+    keys = [layer.open_keys[group.open_ids]]
+    values = [layer.open_values[group.open_ids]]
     if ids.shape[1]:
         assert sealed is not None
         key_zero = None if sealed.key_zero is None else sealed.key_zero[ids]
@@ -204,7 +190,7 @@ def gather_context(
                 sealed.value_codes[ids], sealed.value_scale[ids], value_zero, bits, dtype
             )
         )
-    return join_tokens(keys, key, group, dtype), join_tokens(values, value, group, dtype)
+    return join_tokens(keys, new.key, group, dtype), join_tokens(values, new.value, group, dtype)
 
 
 def join_tokens(
@@ -243,10 +229,10 @@ def attend_padded(
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask[:, None], scale=rules.scale, enable_gqa=True
         )
-    group_size = query.shape[1] // key.shape[1]
+    query_group_size = query.shape[1] // key.shape[1]
 
     def score(query: Tensor) -> Tensor:  # [N, H, group, L, K]
-        grouped = query.reshape(len(query), -1, group_size, *query.shape[2:])
+        grouped = query.reshape(len(query), -1, query_group_size, *query.shape[2:])
         return grouped @ key.unsqueeze(2).transpose(-1, -2) * rules.scale
 
     scores = score(query)
@@ -257,7 +243,7 @@ def attend_padded(
         scores = torch.tanh(scores / rules.softcap) * rules.softcap
     scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
     if rules.sink_logits is not None:
-        logits = rules.sink_logits.to(scores.dtype).view(-1, group_size, 1, 1)
+        logits = rules.sink_logits.to(scores.dtype).view(-1, query_group_size, 1, 1)
         scores = torch.cat([scores, logits.expand(*scores.shape[:-1], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1)
     if rules.sink_logits is not None:

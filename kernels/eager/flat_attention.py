@@ -1,8 +1,9 @@
 """Attention of a few new tokens over their whole context, without padding it.
 
-The context of all sequences is one flat list of *runs*: one sealed block each, or several open
-blocks. Runs are read a few at a time into scratch that stays in the cache of a CPU. Codes become
-floats there and nothing else: scales and zero points are folded into queries, scores and weights
+Knows a step's tables and one layer's blocks, nothing of models. The context of all sequences is one
+flat list of *runs*: one sealed block each, or several open blocks. Runs are read a few at a time
+into scratch that stays in the cache of a CPU. Codes become floats there and nothing else: scales
+and zero points are folded into queries, scores and weights
 (keys: `q . (c s + z) = (q s) . c + q . z`; values: `sum p (c s + z) = sum (p s) c + sum p z`).
 
 Sizes: N sequences of L new tokens each, P runs of R tokens, H kv heads. A kv head has
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews
+from ..new_tokens import NewTokens
 from ..rules import NOWHERE, ScoreRules
 from ..step_inputs import StepInputs
 from .quantize import INT8_OFFSET
@@ -50,15 +52,15 @@ class FlatGroup:
     new: BlockRuns  # the new tokens, a run of L for each sequence; their ids are `token_ids`
     open: BlockRuns
     sealed: BlockRuns
-    num_sinks: Tensor | None  # [N, 1, 1] of streams, as in `StepInputs`
+    num_sinks: Tensor | None  # [N, 1, 1] of windowed sequences, as in `StepInputs`
     windows: Tensor | None  # [N, 1, 1]
 
 
 def plan_flat_group(step: StepInputs, rows: Tensor) -> FlatGroup:
     """The index tensors of step rows [N] with equally many new tokens."""
-    length = step.query_lens[int(rows[0])]
+    length = int(step.query_lens[int(rows[0])])
     token_ids = step.query_start_loc[rows, None] + torch.arange(length, device=step.device)
-    positions = step.positions[token_ids]
+    positions = step.cache_positions[token_ids]
     sequences = torch.arange(len(rows), device=step.device)
     return FlatGroup(
         token_ids=token_ids,
@@ -78,12 +80,13 @@ def of_rows(numbers: Tensor | None, rows: Tensor) -> Tensor | None:
 
 def sealed_runs(step: StepInputs, rows: Tensor) -> BlockRuns:
     """Every sealed block of step rows [N] as a run of its own."""
-    columns = torch.arange(step.sealed_table.shape[1], device=step.device)
-    run_rows, run_columns = (columns < step.num_sealed[rows, None]).nonzero(as_tuple=True)
+    num_sealed = step.num_sealed[rows]
+    columns = torch.arange(int(num_sealed.max()), device=step.device)
+    run_rows, run_columns = (columns < num_sealed[:, None]).nonzero(as_tuple=True)
     first = step.num_head_tokens + run_columns * step.block_size
     return BlockRuns(
         rows=run_rows,
-        block_ids=step.sealed_table[rows[run_rows], run_columns, None],
+        block_ids=step.sealed_block_ids(rows[run_rows], run_columns)[:, None],
         positions=first[:, None] + torch.arange(step.block_size, device=step.device),
         num_full=len(run_rows),
     )
@@ -93,10 +96,10 @@ def open_runs(step: StepInputs, rows: Tensor) -> BlockRuns:
     """Open blocks of step rows [N], several a run, full runs before those with padding."""
     blocks_per_run = max(1, OPEN_RUN_TOKENS // step.open_block_size)
     run_tokens = blocks_per_run * step.open_block_size
-    table_width = step.open_table.shape[1]
     body_tokens = step.num_sealed[rows] * step.block_size
     open_tokens = step.context_lens[rows] - body_tokens
-    run_starts = torch.arange(-(-table_width // blocks_per_run), device=step.device) * run_tokens
+    num_runs = -(-int(open_tokens.max()) // run_tokens)
+    run_starts = torch.arange(num_runs, device=step.device) * run_tokens
     left = open_tokens[:, None] - run_starts
     full = (left >= run_tokens).nonzero()
     padded = ((left > 0) & (left < run_tokens)).nonzero()
@@ -111,22 +114,15 @@ def open_runs(step: StepInputs, rows: Tensor) -> BlockRuns:
     padding = entries >= open_tokens[run_rows, None]
     return BlockRuns(
         rows=run_rows,
-        block_ids=step.open_table[rows[run_rows, None], columns.clamp(max=table_width - 1)],
+        block_ids=step.open_block_ids(rows[run_rows, None], columns),
         positions=positions.masked_fill(padding, NOWHERE),
         num_full=len(full),
     )
 
 
-def attend_flat(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    records: LayerBlocks,
-    group: FlatGroup,
-    rules: ScoreRules,
-    sink_query: Tensor | None,
-) -> Tensor:
+def attend_flat(new: NewTokens, layer: LayerBlocks, group: FlatGroup, rules: ScoreRules) -> Tensor:
     """Attention [N, L, Hq, value_dim] of a group's new tokens; arguments as of `attend`."""
+    query, key, value, sink_query = new
     dtype = torch.promote_types(query.dtype, torch.float32)
     score_scale = rules.scale if rules.softcap is None else rules.scale / rules.softcap
 
@@ -136,23 +132,23 @@ def attend_flat(
     queries = by_kv_head(query)
     new_keys = key[group.token_ids].to(dtype).transpose(1, 2)  # [N, H, L, key_dim]
     new_values = value[group.token_ids].to(dtype).transpose(1, 2)
-    open_scores = score_open(queries, records.open_keys, group.open)
+    open_scores = score_open(queries, layer.open_keys, group.open)
     if sink_query is not None and group.num_sinks is not None:
-        sink_scores = score_open(by_kv_head(sink_query), records.open_keys, group.open)
+        sink_scores = score_open(by_kv_head(sink_query), layer.open_keys, group.open)
         is_sink = group.open.positions[:, None, None] < group.num_sinks[group.open.rows, None]
         open_scores = torch.where(is_sink, sink_scores, open_scores)
     parts = [(group.new, queries @ new_keys.transpose(-1, -2)), (group.open, open_scores)]
-    if records.sealed is not None and len(group.sealed):
-        parts.append((group.sealed, score_sealed(queries, records, records.sealed, group.sealed)))
+    if layer.sealed is not None and len(group.sealed):
+        parts.append((group.sealed, score_sealed(queries, layer, layer.sealed, group.sealed)))
     for runs, scores in parts:
         apply_rules_(scores, runs, group, rules)
     total = exponentiate_(parts, rules.sink_logits)
     new_weights, open_weights, *sealed_weights = (weights for _, weights in parts)
     output = new_weights @ new_values
-    add_open_values(output, open_weights, records.open_values, group.open)
+    add_open_values(output, open_weights, layer.open_values, group.open)
     for weights in sealed_weights:
-        assert records.sealed is not None
-        add_sealed_values(output, weights, records, records.sealed, group.sealed)
+        assert layer.sealed is not None
+        add_sealed_values(output, weights, layer, layer.sealed, group.sealed)
     return unfold_heads(output.div_(total), group.token_ids.shape[1])
 
 
@@ -170,8 +166,8 @@ def apply_rules_(scores: Tensor, runs: BlockRuns, group: FlatGroup, rules: Score
     """Softcap and mask scores [P, H, M, R] of runs in place."""
     if rules.softcap is not None:
         scores.tanh_().mul_(rules.softcap)
-    has_streams = group.windows is not None
-    first = 0 if rules.hides_context or has_streams else runs.num_full
+    has_windows = group.windows is not None
+    first = 0 if rules.hides_context or has_windows else runs.num_full
     if first == len(runs):
         return
     rows = runs.rows[first:]
@@ -238,10 +234,10 @@ def add_open_values(output: Tensor, weights: Tensor, open_values: Tensor, runs: 
 
 
 def score_sealed(
-    queries: Tensor, records: LayerBlocks, sealed: SealedViews, runs: BlockRuns
+    queries: Tensor, layer: LayerBlocks, sealed: SealedViews, runs: BlockRuns
 ) -> Tensor:
     """Scores [P, H, M, R] of queries [N, H, M, D] with keys `code * scale + zero`."""
-    reader = BlockReader(sealed.key_codes, runs, queries.dtype, records.bits)
+    reader = BlockReader(sealed.key_codes, runs, queries.dtype, layer.bits)
     scores = reader.new_scores(queries)
     scale = gather_metadata(sealed.key_scale, runs, queries.dtype)
     if sealed.key_zero is None:  # 8 bits: one scale a token, [P, H, R]
@@ -253,14 +249,14 @@ def score_sealed(
     for chunk, codes in reader:
         chunk_queries = queries.index_select(0, runs.rows[chunk])
         scaled_queries = chunk_queries.unsqueeze(2) * scale[chunk].unsqueeze(3)
-        score_(scores[chunk], scaled_queries, codes, records.bits)
+        score_(scores[chunk], scaled_queries, codes, layer.bits)
         by_group = torch.unflatten(scores[chunk], 3, (zero.shape[2], -1))  # [n, H, M, G, R / G]
         by_group.add_(batched(chunk_queries, zero[chunk].transpose(-1, -2)).unsqueeze(-1))
     return scores
 
 
 def add_sealed_values(
-    output: Tensor, weights: Tensor, records: LayerBlocks, sealed: SealedViews, runs: BlockRuns
+    output: Tensor, weights: Tensor, layer: LayerBlocks, sealed: SealedViews, runs: BlockRuns
 ) -> None:
     """Add the weighted values `code * scale + zero` of runs to the output [N, H, M, D]."""
     scale = gather_metadata(sealed.value_scale, runs, output.dtype)  # [P, H, R]
@@ -269,11 +265,11 @@ def add_sealed_values(
     else:
         zero = gather_metadata(sealed.value_zero, runs, output.dtype)
     zero_part = batched(weights, zero.unsqueeze(-1))  # [P, H, M, 1]
-    planes = 8 // records.bits
+    planes = 8 // layer.bits
     for plane, plane_scale in enumerate(scale.chunk(planes, 2)):
-        plane_scale.mul_(0.5 ** (plane * records.bits))
+        plane_scale.mul_(0.5 ** (plane * layer.bits))
     weights.mul_(scale.unsqueeze(2))
-    for chunk, codes in BlockReader(sealed.value_codes, runs, output.dtype, records.bits):
+    for chunk, codes in BlockReader(sealed.value_codes, runs, output.dtype, layer.bits):
         part = batched(weights[chunk], codes.flatten(2, 3)).add_(zero_part[chunk])
         output.index_add_(0, runs.rows[chunk], part)
 

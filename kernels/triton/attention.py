@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews, as_rows
-from .launch import Launch, chunk_launch, open_launch, sealed_launch, tile_rows
+from ..new_tokens import NewTokens
+from ..rules import ScoreRules
+from .launch import Launch, open_launch, prefill_launch, sealed_launch, tile_rows
 from .open import attend_open
 from .plan import RowGroup, TritonPlan
-from .prefill import attend_chunk
+from .prefill import attend_prefill
 from .rows import merge_parts
 from .sealed import attend_sealed
 from .store import open_strides, power_of_2
@@ -35,24 +39,20 @@ class NewPart(NamedTuple):
 
 # Query, key, value, new tokens of each sequence and scale make the new part; or None, where its
 # kernels cannot: the query's and the value's shape and dtype are not theirs.
-Attender = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], float], tuple[Tensor, Tensor] | None]
+Attender = Callable[
+    [Tensor, Tensor, Tensor, NDArray[np.int64], float], tuple[Tensor, Tensor] | None
+]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
-    """One call of `attend`: a layer's new tokens and rules."""
+    """One call of `attend`: what its launches share."""
 
-    query: Tensor  # [T, Hq, key_dim]
-    key: Tensor  # [T, H, key_dim]
-    value: Tensor  # [T, H, value_dim]
-    records: LayerBlocks
-    plan: TritonPlan
-    scale: float  # with a softcap, scores are in units of it
-    softcap: float
-    sliding_window: int  # 0: none
-    attention_chunk: int
-    sink_logits: Tensor | None
+    new: NewTokens  # with contiguous rows
     sink_query: Tensor  # [T, Hq, key_dim]; the query where there is no other
+    layer: LayerBlocks
+    plan: TritonPlan
+    rules: ScoreRules
     attend_to_new: Attender | None
 
     @cached_property
@@ -61,17 +61,17 @@ class Call:
         if self.attend_to_new is None or self.has_rules:
             return None
         query_lens = self.plan.step.query_lens
-        part = self.attend_to_new(self.query, self.key, self.value, query_lens, self.scale)
+        part = self.attend_to_new(*self.new[:3], query_lens, self.rules.scale)
         return None if part is None else NewPart(*part)
 
     @cached_property
     def shape(self) -> dict[str, int]:
         """What all kernels are compiled for."""
-        _, num_heads, key_dim = self.key.shape
-        value_dim = self.value.shape[2]
+        _, num_heads, key_dim = self.new.key.shape
+        value_dim = self.new.value.shape[2]
         return {
             "NUM_HEADS": num_heads,
-            "GROUP_SIZE": self.query.shape[1] // num_heads,
+            "GROUP_SIZE": self.new.query.shape[1] // num_heads,
             "KEY_DIM": key_dim,
             "VALUE_DIM": value_dim,
             "KEY_COLUMNS": power_of_2(key_dim),
@@ -86,19 +86,25 @@ class Call:
     @property
     def has_groups(self) -> bool:
         """Whether a sealed block's keys are scaled in several groups."""
-        return self.records.sealed is not None and self.records.sealed.num_key_groups > 1
+        return self.layer.sealed is not None and self.layer.sealed.num_key_groups > 1
 
     @property
-    def rules(self) -> tuple[float, float, int, int]:
-        return self.scale, self.softcap, self.sliding_window, self.attention_chunk
+    def rule_numbers(self) -> tuple[float, float, int, int]:
+        """Scale, softcap, sliding window and attention chunk; 0 where a rule is off.
+
+        With a softcap, scores are in units of it.
+        """
+        scale, softcap, sliding_window, attention_chunk, _ = self.rules
+        scale = scale if softcap is None else scale / softcap
+        return scale, softcap or 0.0, sliding_window or 0, attention_chunk or 0
 
     @cached_property
     def rule_kinds(self) -> dict[str, bool]:
-        has_streams = self.plan.step.window_sizes is not None
+        has_windows = self.plan.step.window_sizes is not None
         return {
-            "HAS_SOFTCAP": self.softcap > 0,
-            "HIDES_CONTEXT": has_streams or self.sliding_window + self.attention_chunk > 0,
-            "HAS_STREAMS": has_streams,
+            "HAS_SOFTCAP": self.rules.softcap is not None,
+            "HIDES_CONTEXT": has_windows or self.rules.hides_context,
+            "HAS_WINDOWS": has_windows,
         }
 
     @property
@@ -107,44 +113,24 @@ class Call:
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    records: LayerBlocks,
+    new: NewTokens,
+    layer: LayerBlocks,
     plan: TritonPlan,
+    rules: ScoreRules,
     *,
-    scale: float,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    attention_chunk: int | None = None,
-    sink_logits: Tensor | None = None,
-    sink_query: Tensor | None = None,
     appends: bool = False,
     attend_to_new: Attender | None = None,
 ) -> Tensor:
-    """As `attention.attend`; sums are float32 whatever the dtype of the query.
+    """As `naive.attend`; sums are float32 whatever the dtype of the query.
 
     With `appends`, those new tokens that the step stores in open blocks are written there. With
     `attend_to_new`, sequences of many new tokens attend to these by it, where it can.
     """
-    sink_query = query if sink_query is None else sink_query
-    query, key, value, sink_query = (
-        as_rows(tensor, tensor.dtype) for tensor in (query, key, value, sink_query)
-    )
-    call = Call(
-        query,
-        key,
-        value,
-        records,
-        plan,
-        scale=scale if softcap is None else scale / softcap,
-        softcap=softcap or 0.0,
-        sliding_window=sliding_window or 0,
-        attention_chunk=attention_chunk or 0,
-        sink_logits=sink_logits,
-        sink_query=sink_query,
-        attend_to_new=attend_to_new,
-    )
+    query, key, value = (as_rows(tensor, tensor.dtype) for tensor in new[:3])
+    sink_query = query
+    if new.sink_query is not None:
+        sink_query = as_rows(new.sink_query, new.sink_query.dtype)
+    call = Call(NewTokens(query, key, value), sink_query, layer, plan, rules, attend_to_new)
     output = query.new_empty(*query.shape[:2], value.shape[2])
     rows = tile_rows(call.columns, query.device, has_groups=call.has_groups)
     for group in plan.groups(key.shape[1], query.shape[1] // key.shape[1], rows):
@@ -154,12 +140,14 @@ def attend(
 
 def attend_group(call: Call, group: RowGroup, output: Tensor, appends: bool) -> None:
     """All parts of a group's tiles, then their merge."""
-    sealed = call.records.sealed
+    sealed = call.layer.sealed
     open_splits, sealed_splits = (group.num_splits, 0) if sealed is None else (1, group.num_splits)
     num_parts = open_splits + sealed_splits
-    num_programs = len(group.tiles) * call.key.shape[1]
-    partials = call.plan.partials(num_programs * num_parts, group.tile_rows, call.value.shape[2])
-    new_part = call.new_part if group.is_chunk else None
+    num_programs = len(group.tiles) * call.new.key.shape[1]
+    partials = call.plan.partials(
+        num_programs * num_parts, group.tile_rows, call.new.value.shape[2]
+    )
+    new_part = call.new_part if group.is_prefill else None
     run_open(call, group, partials, num_parts, open_splits, attends_new=new_part is None)
     if sealed is not None:
         run_sealed(call, sealed, group, partials, num_parts, sealed_splits)
@@ -168,11 +156,11 @@ def attend_group(call: Call, group: RowGroup, output: Tensor, appends: bool) -> 
 
 def launch_for(call: Call, group: RowGroup, bits: int) -> Launch:
     """The one place where a group's rows choose between the tables."""
-    has_streams = call.rule_kinds["HAS_STREAMS"]
-    if group.is_chunk:
-        return chunk_launch(bits, call.columns, call.query.device, has_streams=has_streams)
+    has_windows = call.rule_kinds["HAS_WINDOWS"]
+    if group.is_prefill:
+        return prefill_launch(bits, call.columns, call.new.query.device, has_windows=has_windows)
     if bits == 0:
-        return open_launch(group.tile_rows, call.columns, has_streams=has_streams)
+        return open_launch(group.tile_rows, call.columns, has_windows=has_windows)
     return sealed_launch(
         bits,
         group.tile_rows,
@@ -190,14 +178,14 @@ def run_sealed(
     num_parts: int,
     num_splits: int,
 ) -> None:
-    step, bits = call.plan.step, call.records.bits
+    step, bits = call.plan.step, call.layer.bits
     num_key_groups = sealed.num_key_groups
     group_tokens = step.block_size // max(num_key_groups, 1)
     launch = launch_for(call, group, bits)
-    kernel = attend_chunk if group.is_chunk else attend_sealed
-    kernel[len(group.tiles), call.key.shape[1], num_splits](
-        call.query,
-        *call.query.stride()[:2],
+    kernel = attend_prefill if group.is_prefill else attend_sealed
+    kernel[len(group.tiles), call.new.key.shape[1], num_splits](
+        call.new.query,
+        *call.new.query.stride()[:2],
         sealed.key_codes,
         sealed.value_codes,
         sealed.key_scale,
@@ -208,16 +196,17 @@ def run_sealed(
         step.query_start_loc,
         step.context_lens,
         step.num_sealed,
-        step.sealed_table,
-        step.sealed_table.stride(0),
+        step.block_table,
+        step.block_table.stride(0),
         step.window_sizes,
         *partials,
-        *call.rules,
+        *call.rule_numbers,
         KEY_STRIDES=sealed.key_codes.stride()[2:],
         VALUE_STRIDES=sealed.value_codes.stride()[2:],
         BITS=bits,
         BLOCK_SIZE=step.block_size,
         NUM_KEY_GROUPS=num_key_groups,
+        OPEN_BLOCK_SIZE=step.open_block_size,
         NUM_HEAD_TOKENS=step.num_head_tokens,
         RECORD_BYTES=sealed.key_codes.stride(1),
         ROWS=group.tile_rows,
@@ -241,37 +230,37 @@ def run_open(
     *,
     attends_new: bool,
 ) -> None:
-    step, records = call.plan.step, call.records
+    step, layer = call.plan.step, call.layer
     launch = launch_for(call, group, 0)
-    attend_open[len(group.tiles), call.key.shape[1], num_splits](
-        call.query,
-        *call.query.stride()[:2],
+    attend_open[len(group.tiles), call.new.key.shape[1], num_splits](
+        call.new.query,
+        *call.new.query.stride()[:2],
         call.sink_query,
         *call.sink_query.stride()[:2],
-        call.key,
-        *call.key.stride()[:2],
-        call.value,
-        *call.value.stride()[:2],
-        records.open_keys,
+        call.new.key,
+        *call.new.key.stride()[:2],
+        call.new.value,
+        *call.new.value.stride()[:2],
+        layer.open_keys,
         group.tiles,
         step.query_start_loc,
         step.context_lens,
         step.num_sealed,
-        step.open_table,
-        step.open_table.stride(0),
+        step.block_table,
+        step.block_table.stride(0),
         step.num_sink_tokens,
         step.window_sizes,
         *partials,
-        *call.rules,
-        KEY_STRIDES=records.open_keys.stride()[2:],
-        RECORD_SIZE=records.open_keys.stride(1),
+        *call.rule_numbers,
+        KEY_STRIDES=layer.open_keys.stride()[2:],
+        RECORD_SIZE=layer.open_keys.stride(1),
         BLOCK_SIZE=step.block_size,
         OPEN_BLOCK_SIZE=step.open_block_size,
         NUM_HEAD_TOKENS=step.num_head_tokens,
-        HAS_BODY=records.sealed is not None,
+        HAS_BODY=layer.sealed is not None,
         ROWS=group.tile_rows,
         ATTENDS_NEW=attends_new,
-        TRANSPOSED=int(group.is_chunk),
+        TRANSPOSED=int(group.is_prefill),
         TILE=launch.tile,
         NUM_PARTS=num_parts,
         NUM_SPLITS=num_splits,
@@ -293,26 +282,26 @@ def run_merge(
     appends: bool,
 ) -> None:
     new_output, new_log_sums = (None, None) if new_part is None else new_part
-    merge_parts[len(group.places), call.query.shape[1]](
+    merge_parts[len(group.places), call.new.query.shape[1]](
         *partials,
         group.places,
-        call.sink_logits,
+        call.rules.sink_logits,
         new_output,
         new_log_sums,
-        len(call.query),
+        len(call.new.query),
         output,
         output.stride(0),
-        call.key,
-        *call.key.stride()[:2],
-        call.value,
-        *call.value.stride()[:2],
+        call.new.key,
+        *call.new.key.stride()[:2],
+        call.new.value,
+        *call.new.value.stride()[:2],
         call.plan.slots,
-        *open_strides(call.records),
+        *open_strides(call.layer),
         OPEN_BLOCK_SIZE=call.plan.step.open_block_size,
         ROWS=group.tile_rows,
         NUM_PARTS=num_parts,
         PARTS_COLUMNS=power_of_2(num_parts),
-        HAS_SINKS=call.sink_logits is not None,
+        HAS_SINKS=call.rules.sink_logits is not None,
         HAS_NEW_PART=new_part is not None,
         APPENDS=appends,
         num_warps=1,

@@ -48,25 +48,25 @@ WIDE_LAUNCHES: Final = {
 }
 # Many, whose tiles are of tokens whatever the bits. Products of Hopper read numbers from shared
 # memory; before it every warp makes them of codes, which takes registers.
-HOPPER_CHUNKS: Final = {
+HOPPER_PREFILLS: Final = {
     8: Launch(64, 4, 2),
     4: Launch(64, 4, 2),
     2: Launch(32, 4, 2),
     0: Launch(64, 4, 2),
 }
-HOPPER_WIDE_CHUNKS: Final = {
+HOPPER_WIDE_PREFILLS: Final = {
     8: Launch(32, 8, 2),
     4: Launch(32, 8, 2),
     2: Launch(32, 8, 2),
     0: Launch(32, 4, 2),
 }
-AMPERE_CHUNKS: Final = {
+AMPERE_PREFILLS: Final = {
     8: Launch(32, 4, 2),
     4: Launch(32, 8, 1),
     2: Launch(32, 8, 1),
     0: Launch(32, 4, 2),
 }
-AMPERE_WIDE_CHUNKS: Final = {
+AMPERE_WIDE_PREFILLS: Final = {
     8: Launch(32, 4, 2),
     4: Launch(16, 8, 2),
     2: Launch(16, 8, 2),
@@ -84,12 +84,12 @@ def tile_rows(columns: int, device: torch.device, *, has_groups: bool = False) -
     return TileRows((8,), 64 if is_hopper(device) else 32)
 
 
-def open_launch(rows: int, columns: int, *, has_streams: bool = False) -> Launch:
+def open_launch(rows: int, columns: int, *, has_windows: bool = False) -> Launch:
     """For few query rows, open blocks and new tokens."""
     if columns <= WIDE:
         return NARROW_LAUNCHES[0, rows]
     launch = WIDE_LAUNCHES[0, rows]
-    return launch._replace(num_stages=2) if has_streams else launch
+    return launch._replace(num_stages=2) if has_windows else launch
 
 
 def sealed_launch(
@@ -109,15 +109,15 @@ def sealed_launch(
     return launch
 
 
-def chunk_launch(
-    bits: int, columns: int, device: torch.device, *, has_streams: bool = False
+def prefill_launch(
+    bits: int, columns: int, device: torch.device, *, has_windows: bool = False
 ) -> Launch:
     """For many query rows."""
     if is_hopper(device):
-        if bits == 0 and has_streams:  # a loop more, over sinks
+        if bits == 0 and has_windows:  # a loop more, over sinks
             return Launch(32, 4, 2) if columns <= WIDE else Launch(16, 4, 1)
-        return (HOPPER_CHUNKS if columns <= WIDE else HOPPER_WIDE_CHUNKS)[bits]
-    return (AMPERE_CHUNKS if columns <= WIDE else AMPERE_WIDE_CHUNKS)[bits]
+        return (HOPPER_PREFILLS if columns <= WIDE else HOPPER_WIDE_PREFILLS)[bits]
+    return (AMPERE_PREFILLS if columns <= WIDE else AMPERE_WIDE_PREFILLS)[bits]
 
 
 @cache

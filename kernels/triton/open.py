@@ -46,7 +46,7 @@ def attend_open(
     query_start_loc,
     context_lens,
     num_sealed,
-    open_table,
+    block_table,
     table_width,
     sink_counts,
     windows,
@@ -75,7 +75,7 @@ def attend_open(
     MIN_SPLIT_TILES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HIDES_CONTEXT: tl.constexpr,
-    HAS_STREAMS: tl.constexpr,
+    HAS_WINDOWS: tl.constexpr,
     ATTENDS_NEW: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
@@ -104,14 +104,14 @@ def attend_open(
     if HIDES_CONTEXT:
         positions = context_len + row_tokens
         first = first_seen(
-            positions, sequence, windows, sliding_window, attention_chunk, HAS_STREAMS
+            positions, sequence, windows, sliding_window, attention_chunk, HAS_WINDOWS
         )
         least = tl.min(first, 0)
     num_tiles = tl.cdiv(num_entries, TILE)
     first_tile = 0
     if not HAS_BODY:
         first_tile = tl.minimum(least // TILE, num_tiles)
-    if HAS_STREAMS:
+    if HAS_WINDOWS:
         # Sinks are as near as in a sequence of just sinks and window.
         num_sinks = tl.load(sink_counts + sequence).to(tl.int32)
         window = tl.load(windows + sequence).to(tl.int32)
@@ -140,9 +140,11 @@ def attend_open(
     value_exists = as_column(value_channel < VALUE_DIM, TRANSPOSED)
     VALUES: tl.constexpr = OPEN_BLOCK_SIZE * KEY_DIM  # behind the record's keys
 
-    table = open_table + sequence * table_width
+    table = block_table + sequence * table_width
+    body_places = num_body_tokens // OPEN_BLOCK_SIZE
+    HEAD_BLOCKS: tl.constexpr = NUM_HEAD_TOKENS // OPEN_BLOCK_SIZE
     last_block = tl.cdiv(num_entries, OPEN_BLOCK_SIZE) - 1  # -1: there is none, perhaps no table
-    if HAS_STREAMS:
+    if HAS_WINDOWS:
         if split == 0:
             sink_queries = load_queries(
                 sink_query, token, sink_query_token_stride, sink_query_head_stride, head, rows,
@@ -150,7 +152,10 @@ def attend_open(
                 TRANSPOSED,
             )  # fmt: skip
             for index in range(tl.minimum(tl.cdiv(num_sinks, TILE), num_tiles)):
-                blocks = blocks_of_tile(table, index, last_block, TILE, OPEN_BLOCK_SIZE)
+                blocks = blocks_of_tile(
+                    table, index, last_block, body_places, TILE, OPEN_BLOCK_SIZE, HEAD_BLOCKS,
+                    HAS_BODY,
+                )  # fmt: skip
                 first_key, first_value = rows_of_tile(
                     open_blocks, blocks, index, entry_of_tile, head, NUM_HEADS, RECORD_SIZE,
                     VALUES, VALUE_DIM, KEY_STRIDES, TILE, OPEN_BLOCK_SIZE,
@@ -173,13 +178,17 @@ def attend_open(
         channel, GROUP_SIZE, KEY_DIM, query.dtype.element_ty, TRANSPOSED,
     )  # fmt: skip
     # The next blocks are looked up one turn ahead: what waits for another load is not pipelined.
-    following = blocks_of_tile(table, start, last_block, TILE, OPEN_BLOCK_SIZE)
+    following = blocks_of_tile(
+        table, start, last_block, body_places, TILE, OPEN_BLOCK_SIZE, HEAD_BLOCKS, HAS_BODY
+    )
     for index in range(start, end):
         first_key, first_value = rows_of_tile(
             open_blocks, following, index, entry_of_tile, head, NUM_HEADS, RECORD_SIZE, VALUES,
             VALUE_DIM, KEY_STRIDES, TILE, OPEN_BLOCK_SIZE,
         )  # fmt: skip
-        following = blocks_of_tile(table, index + 1, last_block, TILE, OPEN_BLOCK_SIZE)
+        following = blocks_of_tile(
+            table, index + 1, last_block, body_places, TILE, OPEN_BLOCK_SIZE, HEAD_BLOCKS, HAS_BODY
+        )
         at_keys = as_column(first_key, TRANSPOSED) + key_offsets
         at_values = as_row(first_value, TRANSPOSED) + value_offsets
         entries = index * TILE + entry_of_tile
@@ -190,7 +199,7 @@ def attend_open(
         if HIDES_CONTEXT:
             position = tl.where(entries < NUM_HEAD_TOKENS, entries, entries + num_body_tokens)
             is_visible = is_visible & (as_column(position, TRANSPOSED) >= as_row(first, TRANSPOSED))
-        if HAS_STREAMS:
+        if HAS_WINDOWS:
             is_visible = is_visible & as_column(entries >= num_sinks, TRANSPOSED)
         output, reference, totals = attend_tile(
             keys, values, queries, is_visible, output, reference, totals, factor,
@@ -217,7 +226,7 @@ def attend_open(
             if HIDES_CONTEXT:
                 position = as_column(context_len + tokens, TRANSPOSED)
                 seen = as_row(first, TRANSPOSED)
-                if HAS_STREAMS:
+                if HAS_WINDOWS:
                     seen = tl.where(position < num_sinks, as_row(first_sink, TRANSPOSED), seen)
                 is_visible = is_visible & (position >= seen)
             output, reference, totals = attend_tile(
@@ -231,13 +240,28 @@ def attend_open(
 
 
 @triton.jit
-def blocks_of_tile(table, tile, last_block, TILE: tl.constexpr, OPEN_BLOCK_SIZE: tl.constexpr):
-    """Ids of the blocks that a tile of entries lies in, a tuple of numbers."""
+def blocks_of_tile(
+    table,
+    tile,
+    last_block,
+    body_places,
+    TILE: tl.constexpr,
+    OPEN_BLOCK_SIZE: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr,
+    HAS_BODY: tl.constexpr,
+):
+    """Ids of the blocks that a tile of entries lies in, a tuple of numbers.
+
+    Entries are the tokens of open blocks, head and tail; between these the body has its places.
+    """
     blocks = ()
     for later in tl.static_range(max(TILE // OPEN_BLOCK_SIZE, 1)):
         index = tile * TILE // OPEN_BLOCK_SIZE + later
         index = tl.minimum(index, last_block)
-        blocks = blocks + (tl.load(table + index, mask=index >= 0, other=0),)
+        place = index
+        if HAS_BODY:
+            place = tl.where(index < HEAD_BLOCKS, index, index + body_places)
+        blocks = blocks + (tl.load(table + place, mask=index >= 0, other=0),)
     return blocks
 
 

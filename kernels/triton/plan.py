@@ -30,7 +30,7 @@ class RowGroup:
     """Sequences whose query rows are cut alike."""
 
     tile_rows: int
-    is_chunk: bool  # many rows: queries are the left operand of products
+    is_prefill: bool  # many rows: queries are the left operand of products
     num_splits: int  # of each context
     tiles: Tensor  # [tiles, 2] sequence, first row
     places: Tensor  # [tokens, 3] token, first tile of its sequence, place among its new tokens
@@ -50,7 +50,7 @@ class TritonPlan:
         """[T] where in open blocks each new token is stored; -1: nowhere."""
         if self._slots is None:
             step = self.step
-            self._slots = torch.full_like(step.positions, -1)
+            self._slots = torch.full_like(step.cache_positions, -1)
             self._slots[step.stored_tokens] = step.stored_slots
         return self._slots
 
@@ -76,7 +76,7 @@ def plan_rows(
     step: StepInputs, num_kv_heads: int, group_size: int, tile_rows: TileRows
 ) -> list[RowGroup]:
     """The sequences with few new tokens, and those with many."""
-    num_rows = np.array(step.query_lens, dtype=np.int64) * group_size
+    num_rows = step.query_lens * group_size
     is_few = num_rows <= FEW_ROWS
     groups = []
     for chosen in (is_few, ~is_few):
@@ -96,9 +96,9 @@ def plan_group(
 ) -> RowGroup:
     """Tiles for the query rows of sequences [N], which have `num_rows` [N] for each kv head."""
     most = int(num_rows.max())
-    is_chunk = most > FEW_ROWS
+    is_prefill = most > FEW_ROWS
     tile_rows = sizes.large
-    if not is_chunk:
+    if not is_prefill:
         tile_rows = next((rows for rows in sizes.small if most <= rows), sizes.small[-1])
     counts = -(-num_rows // tile_rows)
     first_tiles = np.cumsum(counts) - counts
@@ -107,7 +107,7 @@ def plan_group(
         axis=1,
     )
     tiles[:, 1] *= tile_rows
-    num_tokens = np.array(step.query_lens, dtype=np.int64)
+    num_tokens = step.query_lens
     starts = (np.cumsum(num_tokens) - num_tokens)[sequences]
     num_tokens = num_tokens[sequences]
     first_of_group = np.cumsum(num_tokens) - num_tokens
@@ -120,7 +120,7 @@ def plan_group(
     num_splits = -(-wanted // (len(tiles) * num_kv_heads))
     return RowGroup(
         tile_rows=tile_rows,
-        is_chunk=is_chunk,
+        is_prefill=is_prefill,
         num_splits=min(1 << (num_splits - 1).bit_length(), MAX_SPLITS),
         tiles=torch.from_numpy(tiles).to(step.device),
         places=torch.from_numpy(places).to(step.device),

@@ -31,7 +31,7 @@ from .sealed import LEAST_SCALE, blocks_of_split
 
 
 @triton.jit
-def attend_chunk(
+def attend_prefill(
     query,
     query_token_stride,
     query_head_stride,
@@ -45,7 +45,7 @@ def attend_chunk(
     query_start_loc,
     context_lens,
     num_sealed,
-    sealed_table,
+    block_table,
     table_width,
     windows,
     partial_outputs,
@@ -64,6 +64,7 @@ def attend_chunk(
     KEY_STRIDES: tl.constexpr,
     VALUE_STRIDES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    OPEN_BLOCK_SIZE: tl.constexpr,
     NUM_KEY_GROUPS: tl.constexpr,
     NUM_HEAD_TOKENS: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
@@ -74,7 +75,7 @@ def attend_chunk(
     MIN_SPLIT_BLOCKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HIDES_CONTEXT: tl.constexpr,
-    HAS_STREAMS: tl.constexpr,
+    HAS_WINDOWS: tl.constexpr,
 ):
     """One tile of query rows, one kv head, one split of the body: grid (tiles, heads, splits).
 
@@ -88,7 +89,7 @@ def attend_chunk(
     part = (tile.to(tl.int64) * NUM_HEADS + head) * NUM_PARTS + NUM_PARTS - NUM_SPLITS + split
     first = first_seen(
         context_len + rows // GROUP_SIZE, sequence, windows, sliding_window, attention_chunk,
-        HAS_STREAMS,
+        HAS_WINDOWS,
     )  # fmt: skip
     start_block, end_block = blocks_of_split(
         tl.load(num_sealed + sequence).to(tl.int32), split, first, BLOCK_SIZE, NUM_HEAD_TOKENS,
@@ -115,13 +116,15 @@ def attend_chunk(
     zero_part = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, VALUE_COLUMNS], tl.float32)
     factor = scale if HAS_SOFTCAP else scale * LOG2_E
-    table = sealed_table + sequence * table_width
+    # A sealed block stands in the first of the places that its tokens would have in open blocks.
+    PLACES: tl.constexpr = BLOCK_SIZE // OPEN_BLOCK_SIZE
+    table = block_table + sequence * table_width + NUM_HEAD_TOKENS // OPEN_BLOCK_SIZE
     start, end = start_block * TILES, end_block * TILES
     # The next block is looked up one turn ahead: what waits for another load is not pipelined.
-    following = tl.load(table + start_block, mask=start < end, other=0)
+    following = tl.load(table + start_block * PLACES, mask=start < end, other=0)
     for index in range(start, end):
         record = (following * NUM_HEADS + head) * RECORD_BYTES
-        following = tl.load(table + tl.minimum(index + 1, end - 1) // TILES)
+        following = tl.load(table + tl.minimum(index + 1, end - 1) // TILES * PLACES)
         first_of_tile = index % TILES * TILE  # token of the block
         first_code_row = first_of_tile % ROWS_OF_CODES
         keys = load_padded(

@@ -34,11 +34,11 @@ def read_tile(tile, tiles, query_start_loc, context_lens):
 
 @triton.jit
 def first_seen(
-    positions, sequence, windows, sliding_window, attention_chunk, HAS_STREAMS: tl.constexpr
+    positions, sequence, windows, sliding_window, attention_chunk, HAS_WINDOWS: tl.constexpr
 ):
     """The first position that queries at `positions` see, sinks of a stream aside."""
     first = first_visible(positions, sliding_window, attention_chunk)
-    if HAS_STREAMS:
+    if HAS_WINDOWS:
         window = tl.load(windows + sequence).to(tl.int32)
         first = tl.maximum(first, positions - window + 1)
     return first

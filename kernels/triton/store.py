@@ -1,6 +1,7 @@
 """Write a step's new keys and values on a GPU: append to open blocks, seal full ones.
 
-Same signature as the torch reference in `store`, and the same bytes.
+Knows a layer's blocks and a step's slots, nothing of sequences. Same signature and the same bytes
+as `eager.store`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..block_views import LayerBlocks, as_rows
 from ..eager.store import append
+from ..new_tokens import NewTokens
 from ..step_inputs import StepInputs
 from .launch import seal_launch
 from .seal import seal_blocks as seal_blocks_kernel
@@ -19,29 +21,29 @@ def power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def open_strides(records: LayerBlocks) -> tuple[Tensor | int, ...]:
+def open_strides(layer: LayerBlocks) -> tuple[Tensor | int, ...]:
     """What a kernel must know of open blocks.
 
     Keys with the strides of a row and of a channel; values with that of a row; those of blocks and
     heads.
     """
-    keys, values = records.open_keys, records.open_values
+    keys, values = layer.open_keys, layer.open_values
     return keys, *keys.stride()[2:], values, values.stride(2), *keys.stride()[:2]
 
 
-def store_tokens(records: LayerBlocks, keys: Tensor, values: Tensor, step: StepInputs) -> None:
-    """As `store.store_tokens`."""
+def store_tokens(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
+    """As `eager.store.store_tokens`."""
     if len(step.seal_block_ids):
-        seal_blocks(records, keys, values, step)
-    append(records.open_keys, keys, step)
-    append(records.open_values, values, step)
+        seal_blocks(new, layer, step)
+    append(layer.open_keys, new.key, step)
+    append(layer.open_values, new.value, step)
 
 
-def seal_blocks(records: LayerBlocks, keys: Tensor, values: Tensor, step: StepInputs) -> None:
+def seal_blocks(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
     """Quantize the blocks that a step seals: what `store_tokens` does but for appending."""
-    sealed = records.sealed
+    sealed = layer.sealed
     assert sealed is not None
-    keys, values = (as_rows(tensor, tensor.dtype) for tensor in (keys, values))
+    keys, values = (as_rows(tensor, tensor.dtype) for tensor in (new.key, new.value))
     _, num_heads, key_dim = keys.shape
     value_dim = values.shape[2]
     launch = seal_launch(max(key_dim, value_dim))
@@ -52,7 +54,7 @@ def seal_blocks(records: LayerBlocks, keys: Tensor, values: Tensor, step: StepIn
         *keys.stride()[:2],
         values,
         *values.stride()[:2],
-        *open_strides(records),
+        *open_strides(layer),
         sealed.key_codes,
         *sealed.key_codes.stride()[2:],
         sealed.value_codes,
@@ -61,9 +63,9 @@ def seal_blocks(records: LayerBlocks, keys: Tensor, values: Tensor, step: StepIn
         sealed.key_zero,
         sealed.value_scale,
         sealed.value_zero,
-        records.key_clip,
-        records.value_clip,
-        BITS=records.bits,
+        layer.key_clip,
+        layer.value_clip,
+        BITS=layer.bits,
         NUM_HEADS=num_heads,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,

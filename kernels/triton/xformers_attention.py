@@ -9,7 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from xformers.ops.fmha import memory_efficient_attention_partial
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
@@ -18,7 +20,7 @@ DTYPES: Final = (torch.float16, torch.bfloat16)
 
 
 def attend_to_new(
-    query: Tensor, key: Tensor, value: Tensor, query_lens: tuple[int, ...], scale: float
+    query: Tensor, key: Tensor, value: Tensor, query_lens: NDArray[np.int64], scale: float
 ) -> tuple[Tensor, Tensor] | None:
     """Causal attention within each sequence's `query_lens` new tokens, T in all.
 
@@ -34,7 +36,7 @@ def attend_to_new(
         query.reshape(grouped),
         key[None, :, :, None].expand(grouped),
         value[None, :, :, None].expand(grouped),
-        causal_mask(query_lens, query.device),
+        causal_mask(tuple(query_lens.tolist()), query.device),
         scale=scale,
     )
     log_sums = log_sums.reshape(query.shape[1], num_tokens)

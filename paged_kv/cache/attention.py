@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..kernels.new_tokens import NewTokens
+from ..kernels.rules import ScoreRules
 from .kv_cache import PagedKVCache, Step
 from .layer_spec import LayerSpec
 
@@ -29,27 +31,22 @@ def paged_attention(
     `query` [T, num_q_heads, key_dim], `key` [T, num_kv_heads, key_dim] and `value`
     [T, num_kv_heads, value_dim] are the flattened new tokens of every sequence of the step, in
     the order of the plan. Returns [T, num_q_heads, value_dim]. `scale` defaults to
-    key_dim ** -0.5; for the masks see `kernels.attention.attend`. Call it once for each layer.
+    key_dim ** -0.5; for the masks see `kernels.rules.ScoreRules`. Call it once for each layer.
 
-    In a step with streams that have evicted (`Step.head_shifts` is not None), `sink_query` is the
-    query with positions that many tokens smaller (RoPE: rotated back by as many): it scores sinks.
+    In a step with windowed sequences that have evicted (`Step.head_shifts` is not None),
+    `sink_query` is the query with positions that many tokens smaller (RoPE: rotated back by as
+    many): it scores sinks.
     """
-    check_shapes(query, key, value, cache.layers[layer], len(step.indices.positions))
+    check_shapes(query, key, value, cache.layers[layer], len(step.indices.cache_positions))
     check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
     check_sink_query(query, sink_query, step, attention_chunk)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
     return cache.backend.attend_and_store(
-        query,
-        key,
-        value,
+        NewTokens(query, key, value, sink_query),
         cache.records[layer],
-        step.indices,
         step.plan,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        sliding_window=sliding_window,
-        attention_chunk=attention_chunk,
-        sink_logits=sink_logits,
-        sink_query=sink_query,
+        ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits),
     )
 
 
@@ -104,7 +101,7 @@ def check_rules(
 def check_sink_query(
     query: Tensor, sink_query: Tensor | None, step: Step, attention_chunk: int | None
 ) -> None:
-    """Raise `ConfigError` for streams whose sinks would be seen where they are not."""
+    """Raise `ConfigError` for windowed sequences whose sinks would be seen where they are not."""
     if step.indices.window_sizes is not None and attention_chunk is not None:
         raise ConfigError(f"streams and attention_chunk={attention_chunk} do not go together")
     if sink_query is None:

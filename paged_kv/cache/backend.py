@@ -1,71 +1,64 @@
 """Which kernels run: the one place where a backend is chosen. Knows devices, never blocks.
 
-A backend is functions of the same signatures: `warm_up` for all layers of a cache, `plan` a step
-once for all layers, `attend_and_store` for each layer, or one of `attend` and `store_tokens` where
-the other is done elsewhere. PAGED_KV_BACKEND=torch, cpu, triton or xformers overrides the choice;
-the last is triton, but a chunk's tokens attend to each other by xformers' kernels.
+PAGED_KV_BACKEND=torch, cpu, triton or xformers overrides the choice; the last is triton, but a
+prefill's tokens attend to each other by xformers' kernels.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any, Final
+from collections.abc import Sequence
+from functools import cache
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..kernels.block_views import LayerBlocks
-from ..kernels.eager.attention import attend, plan_groups
-from ..kernels.eager.store import store_tokens
-from ..kernels.step_inputs import StepInputs
+from ..kernels.eager.backend import EagerBackend
+from ..kernels.new_tokens import NewTokens
+from ..kernels.rules import ScoreRules
+from ..kernels.step_inputs import KernelPlan, StepInputs
 
 BACKEND_VARIABLE: Final = "PAGED_KV_BACKEND"
 NEEDED_PACKAGE: Final = {"cpu": "numba", "triton": "triton", "xformers": "xformers"}
 
 
-@dataclass(frozen=True)
-class Backend:
-    """The kernels of one kind of machine; see `kernels.attention` and `kernels.store`."""
+class Backend(Protocol):
+    """The kernels of one kind of machine.
 
-    name: str
-    warm_up: Callable[[Sequence[LayerBlocks]], None]
-    plan: Callable[[StepInputs], Any]
-    attend: Callable[..., Tensor]
-    store_tokens: Callable[[LayerBlocks, Tensor, Tensor, StepInputs], None]
-    # What `store_tokens` does but for appending, where `attend(..., appends=True)` can do that.
-    seal_blocks: Callable[[LayerBlocks, Tensor, Tensor, StepInputs], None] | None = None
+    They mean what `kernels.naive` says; a plan is only good for the backend that made it.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def warm_up(self, layers: Sequence[LayerBlocks]) -> None:
+        """Make ready, once for each cache, what the first step would wait for."""
+
+    def plan(self, step: StepInputs) -> KernelPlan:
+        """Work out, once for all layers of a step, what they share."""
+        ...
+
+    def attend(
+        self, new: NewTokens, layer: LayerBlocks, plan: KernelPlan, rules: ScoreRules
+    ) -> Tensor:
+        """Attend from new tokens to all earlier ones: [T, Hq, value_dim] in the query's dtype."""
+        ...
+
+    def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
+        """Write the new tokens to open blocks, and seal what the step seals."""
 
     def attend_and_store(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        records: LayerBlocks,
-        step: StepInputs,
-        plan: Any,
-        **rules: Any,
+        self, new: NewTokens, layer: LayerBlocks, plan: KernelPlan, rules: ScoreRules
     ) -> Tensor:
-        """Attend, then write the new tokens: as `attend` and `store_tokens`, in less time."""
-        if self.seal_blocks is None:
-            output = self.attend(query, key, value, records, plan, **rules)
-            self.store_tokens(records, key, value, step)
-            return output
-        output = self.attend(query, key, value, records, plan, appends=True, **rules)
-        if len(step.seal_block_ids):
-            self.seal_blocks(records, key, value, step)
-        return output
+        """`attend`, then `store_tokens`, in less time."""
+        ...
 
 
-def nothing_to_warm_up(layers: Sequence[LayerBlocks]) -> None:
-    """Torch brings its operations compiled."""
-
-
-TORCH_BACKEND: Final = Backend("torch", nothing_to_warm_up, plan_groups, attend, store_tokens)
+TORCH_BACKEND: Final = EagerBackend()
 
 
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
@@ -81,8 +74,7 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     try:
         if chosen == "cpu":
             return cpu_backend()
-        backend = triton_backend(device.type)
-        return with_xformers(backend) if chosen == "xformers" else backend
+        return (xformers_backend if chosen == "xformers" else triton_backend)(device.type)
     except ImportError as error:  # none, or one that does not fit the other packages
         package = NEEDED_PACKAGE[chosen]
         if wanted:
@@ -94,38 +86,40 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
 @cache
 def cpu_backend() -> Backend:
     """The CPU's own kernels; raises `ImportError` where numba cannot be imported."""
-    from ..kernels.cpu.attention import attend
-    from ..kernels.cpu.plan import CpuPlan
-    from ..kernels.cpu.store import seal_blocks, store_tokens
-    from ..kernels.cpu.warming import warm_up
+    from ..kernels.cpu.backend import CpuBackend
 
-    return Backend("cpu", warm_up, CpuPlan, attend, store_tokens, seal_blocks)
+    return CpuBackend()
 
 
 @cache
 def triton_backend(device_type: str) -> Backend:
     """A GPU's kernels; raises `ImportError` where triton cannot be imported."""
-    from ..kernels.triton.attention import attend
+    from ..kernels.triton.backend import TritonBackend
+
+    check_runs_triton(device_type)
+    return TritonBackend()
+
+
+@cache
+def xformers_backend(device_type: str) -> Backend:
+    """Raises `ImportError` where triton or xformers cannot be imported."""
+    from ..kernels.triton.backend import TritonBackend
+
+    check_runs_triton(device_type)
+    from ..kernels.triton.xformers_attention import attend_to_new
+
+    return TritonBackend("xformers", attend_to_new)
+
+
+def check_runs_triton(device_type: str) -> None:
+    """Raise `ConfigError` for a device that Triton has no kernels for and does not interpret on."""
     from ..kernels.triton.codes import INTERPRETED
-    from ..kernels.triton.plan import TritonPlan
-    from ..kernels.triton.store import seal_blocks, store_tokens
 
     if device_type != "cuda" and not INTERPRETED:
         raise ConfigError(
             f"backend 'triton' cannot run on device {device_type}, unless TRITON_INTERPRET=1 was "
             "set before triton was imported"
         )
-    return Backend("triton", nothing_to_warm_up, TritonPlan, attend, store_tokens, seal_blocks)
-
-
-@cache
-def with_xformers(backend: Backend) -> Backend:
-    """Raises `ImportError` where xformers cannot be imported."""
-    from ..kernels.triton.xformers_attention import attend_to_new
-
-    return replace(
-        backend, name="xformers", attend=partial(backend.attend, attend_to_new=attend_to_new)
-    )
 
 
 @cache

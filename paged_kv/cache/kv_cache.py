@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..blocks.block_manager import BlockManager
-from ..blocks.geometry import BlockIds, IntArray
+from ..blocks.geometry import BlockGeometry, BlockIds, IntArray
 from ..blocks.step_plan import StepPlan
 from ..errors import ConfigError
 from ..kernels.block_views import LayerBlocks
@@ -173,13 +173,12 @@ class PagedKVCache:
         if windows is not None:
             windows = np.where(windows, windows, NO_WINDOW)
         indices = StepInputs(
-            query_lens=tuple(plan.num_scheduled_tokens.tolist()),
-            context_lens_host=tuple(plan.context_lens.tolist()),
+            query_lens=plan.num_scheduled_tokens,
+            context_lens_host=plan.context_lens,
             context_lens=on_device(plan.context_lens),
             query_start_loc=on_device(plan.query_start_loc),
-            positions=on_device(plan.cache_positions),
-            open_table=on_device(plan.open_table),
-            sealed_table=on_device(plan.sealed_table),
+            cache_positions=on_device(plan.cache_positions),
+            block_table=on_device(block_table_of(plan, self.geometry)),
             num_sealed=on_device(plan.num_sealed),
             stored_tokens=on_device(stored),
             stored_slots=on_device(plan.slot_mapping[stored]),
@@ -215,6 +214,24 @@ class PagedKVCache:
     def memory_stats(self, manager: BlockManager) -> MemoryStats:
         """What the pool of `manager`, which hands out this cache's blocks, holds now."""
         return measure_memory(self, manager)
+
+
+def block_table_of(plan: StepPlan, geometry: BlockGeometry) -> IntArray:
+    """[N, W] the plan's two tables as one, in the form of `StepInputs`.
+
+    To be removed once plans carry one table.
+    """
+    width = -(-int(plan.context_lens.max(initial=0)) // geometry.open_block_size)
+    table = np.zeros((len(plan.seq_ids), width), dtype=np.int64)
+    num_sealed, places_of_block = plan.num_sealed[:, None], geometry.open_blocks_per_block
+    columns = np.arange(plan.open_table.shape[1])
+    places = columns + (columns >= geometry.num_head_blocks) * num_sealed * places_of_block
+    rows, columns = (places < width).nonzero()
+    table[rows, places[rows, columns]] = plan.open_table[rows, columns]
+    rows, columns = (np.arange(plan.sealed_table.shape[1]) < num_sealed).nonzero()
+    places = geometry.num_head_blocks + columns * places_of_block
+    table[rows, places] = plan.sealed_table[rows, columns]
+    return table
 
 
 def runs_of(block_ids: BlockIds) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.errors import ConfigError
 from paged_kv.kernels.eager import attention, flat_attention
+from tests.support.arrays import ids
 from tests.support.attention_oracle import (
     FLOAT32_TOLERANCE,
     check_step,
@@ -423,4 +424,4 @@ def test_output_has_the_dtype_of_the_query_and_the_size_of_the_values(dtype):
 def test_a_step_that_would_lead_kernels_astray_is_refused(query_lens, context_len, named):
     step = step_of([1, 0], [9, 9], [0, 0], num_head_tokens=0)
     with pytest.raises(ValueError, match=named):
-        replace(step, query_lens=query_lens, context_lens_host=(context_len, 9))
+        replace(step, query_lens=ids(*query_lens), context_lens_host=ids(context_len, 9))

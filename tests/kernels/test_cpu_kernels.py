@@ -15,9 +15,9 @@ from torch import Tensor
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.kernels.cpu import attention as cpu_attention
-from paged_kv.kernels.cpu import native_attention as cpu_worker
 from paged_kv.kernels.cpu import native_code as cpu_native
 from paged_kv.kernels.cpu import plan as cpu_plan
+from paged_kv.kernels.cpu import records as cpu_records
 from paged_kv.kernels.cpu import store as cpu_store
 from paged_kv.kernels.cpu.plan import WorkItems, plan_items
 from tests.support import cpu_kernels, fleets
@@ -161,12 +161,12 @@ def test_scratch_may_hold_anything(kv_format, num_threads, monkeypatch, plans):
 
     def poisoned_plan(*args: Any) -> WorkItems:
         work = plan_items(*args)
-        work.arrays[2].fill(np.nan)
+        work.partials.fill(np.nan)
         return work
 
     def poison_scratch() -> None:
         for name, size in (
-            ("attention", 4 * cpu_worker.SCRATCH_FLOATS),
+            ("attention", 4 * cpu_records.SCRATCH_FLOATS),
             ("store", cpu_store.SCRATCH_BYTES),
         ):
             address = cpu_native.thread_scratch(name, num_threads, size).address
@@ -232,9 +232,10 @@ def test_error_stays_small_as_the_context_grows(kv_format):
 def test_a_cache_is_freed_with_all_that_kernels_made_of_it(kv_format):
     fleet, slots = ragged_fleet(layer_of(kv_format), (1, 300))
     fleet.step(dict.fromkeys(slots, 2), softcap=1.0, sink_logits=SINKS)
-    records = fleet.cache.records[0]
-    assert records.derived
-    references = [weakref.ref(records), weakref.ref(fleet.cache.arenas[0])]
-    del records, fleet
+    layer = fleet.cache.records[0]
+    made = (cpu_attention.plain_layer, cpu_attention.capped_layer, cpu_store.stored_layer)
+    assert all(layer in each._made for each in made)
+    references = [weakref.ref(layer), weakref.ref(fleet.cache.arenas[0])]
+    del layer, fleet
     gc.collect()
     assert [reference() for reference in references] == [None, None]

@@ -17,8 +17,11 @@ from paged_kv.kernels.cpu import attention as cpu_attention
 from paged_kv.kernels.cpu import quantize as cpu_quantize
 from paged_kv.kernels.cpu import store as cpu_store
 from paged_kv.kernels.eager import store
+from paged_kv.kernels.new_tokens import NewTokens
+from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.step_inputs import StepInputs
 from tests.support import cpu_kernels
+from tests.support.arrays import ids
 from tests.support.attention_oracle import layer_of, ragged_fleet
 from tests.support.cpu_kernels import ALL_FORMATS, BASE_FORMATS
 from tests.support.fleets import Fleet
@@ -68,13 +71,12 @@ def store_twice(
     num_stored = min(num_new, 3 * size)
     none = torch.zeros(1, 1, dtype=torch.int64)
     step = StepInputs(
-        query_lens=(num_new,),
-        context_lens_host=(0,),
+        query_lens=ids(num_new),
+        context_lens_host=ids(0),
         context_lens=none[0],
         query_start_loc=torch.tensor([0, num_new]),
-        positions=torch.arange(num_new),
-        open_table=none,
-        sealed_table=none,
+        cache_positions=torch.arange(num_new),
+        block_table=none,
         num_sealed=none[0],
         stored_tokens=torch.randperm(num_new, generator=generator)[:num_stored],
         stored_slots=(num_seals + num_open) * size + torch.randperm(4 * size)[:num_stored],
@@ -91,8 +93,9 @@ def store_twice(
         open_blocks[at // size, :, at % size] = flat[is_open].to(dtype)
     arenas = arena.clone(), arena.clone()
     records = [layer_blocks(copy, layout, dtype, size) for copy in arenas]
-    store.store_tokens(records[0], flat_keys[is_new], flat_values[is_new], step)
-    cpu_store.store_tokens(records[1], flat_keys[is_new], flat_values[is_new], step)
+    new = NewTokens(flat_keys[is_new], flat_keys[is_new], flat_values[is_new])
+    store.store_tokens(new, records[0], step)
+    cpu_store.store_tokens(new, records[1], step)
     assert not torch.equal(arenas[0], arena)
     return *arenas, records[0]
 
@@ -153,7 +156,9 @@ def test_attention_alone_stores_nothing():
     heads, dim = 2, fleet.cache.layers[0].key_dim
     before = fleet.cache.arenas[0].clone()
     new = torch.randn(2, heads, dim)
-    cpu_attention.attend(new, new, new, fleet.cache.records[0], step.plan, scale=1.0)
+    cpu_attention.attend(
+        NewTokens(new, new, new), fleet.cache.records[0], step.plan, ScoreRules(scale=1.0)
+    )
     assert torch.equal(fleet.cache.arenas[0], before)
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from paged_kv.kernels.cpu import plan as cpu_plan
 from paged_kv.kernels.cpu import threads as cpu_threads
 from paged_kv.kernels.cpu.microkernels import TILE_TOKENS
-from paged_kv.kernels.cpu.native_attention import MAX_ITEM_ROWS, Item
 from paged_kv.kernels.cpu.plan import WorkItems, plan_items
+from paged_kv.kernels.cpu.records import MAX_ITEM_ROWS, Item
 from paged_kv.kernels.step_inputs import StepInputs
 from tests.support import cpu_kernels
 from tests.support.attention_oracle import layer_of, ragged_fleet, relative_error
@@ -43,7 +43,7 @@ def plain_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def num_parts(work: WorkItems) -> int:
     """Of the context that is cut into the most parts."""
-    return int(work.arrays[0][:, Item.NUM_PARTS].max())
+    return int(work.items[:, Item.NUM_PARTS].max())
 
 
 LONG = (1, 63, 640, 1500)
@@ -152,9 +152,7 @@ def check_parts_of_rows(step: StepInputs, sequence: int, parts: NDArray[np.int64
             assert edge >= 0
             assert edge % TILE_TOKENS == 0
     assert (parts[:, Item.NUM_PARTS] == len(parts)).all()
-    if len(parts) == 1:
-        assert parts[0, Item.PARTIAL] == -1
-    else:
+    if len(parts) > 1:
         first = parts[0, Item.PARTIAL]
         assert (parts[:, Item.FIRST_PARTIAL] == first).all()
         assert parts[:, Item.PARTIAL].tolist() == list(range(first, first + len(parts)))
@@ -162,7 +160,7 @@ def check_parts_of_rows(step: StepInputs, sequence: int, parts: NDArray[np.int64
 
 
 def check_items(step: StepInputs, num_kv_heads: int, group_size: int, work: WorkItems) -> None:
-    items, counters, partials, *_ = work.arrays
+    items, partials = work.items, work.partials
     keys = (Item.SEQUENCE, Item.KV_HEAD, Item.FIRST_ROW, Item.NUM_ROWS)
     groups: dict[tuple[int, ...], list[NDArray[np.int64]]] = {}
     for item in items:
@@ -181,8 +179,8 @@ def check_items(step: StepInputs, num_kv_heads: int, group_size: int, work: Work
     counter_of = {int(item[Item.FIRST_PARTIAL]): int(item[Item.COUNTER]) for item in split}
     assert len(set(counter_of.values())) == len(counter_of)
     # The first two count items and threads.
-    assert all(2 <= counter < len(counters) for counter in counter_of.values())
-    assert len(work.zeros) == counters.nbytes
+    assert all(2 <= counter < len(work.counters) // 8 for counter in counter_of.values())
+    assert len(work.zeros) == work.counters.nbytes
 
 
 @settings(max_examples=80, deadline=None)
@@ -199,7 +197,7 @@ def test_items_cover_rows_heads_and_context_exactly_once(
     check_items(step, num_kv_heads, group_size, work)
     assert 1 <= work.num_threads <= num_threads
     if num_threads == 1:
-        assert (work.arrays[0][:, Item.NUM_PARTS] == 1).all()
+        assert (work.items[:, Item.NUM_PARTS] == 1).all()
 
 
 def test_a_long_context_is_cut_so_that_all_threads_have_work():

@@ -16,6 +16,8 @@ from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.backend import TORCH_BACKEND, choose_backend
 from paged_kv.cache.formats import INT2, INT4, INT8, KVFormat
 from paged_kv.cache.layer_spec import LayerSpec
+from paged_kv.kernels.new_tokens import NewTokens
+from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.triton import codes as triton_codes
 from paged_kv.kernels.triton.launch import tile_rows
 from paged_kv.kernels.triton.plan import FEW_ROWS, TritonPlan, plan_rows
@@ -203,18 +205,18 @@ def test_a_captured_graph_follows_lengths_and_queries(kv_format):
     step = on_triton(fleet).cache.begin(fleet.plan(dict.fromkeys(slots, 1)))
     new = torch.randn(2, 2, 32, device=DEVICE)
     query = torch.randn(2, 8, 32, device=DEVICE)
-    attend = partial(fleet.cache.backend.attend, scale=1.0)
-    rest = new, new, fleet.cache.records[0]
-    attend(query, *rest, step.plan)
+    rest = fleet.cache.records[0], step.plan, ScoreRules(scale=1.0)
+    attend = partial(fleet.cache.backend.attend, NewTokens(query, new, new))
+    attend(*rest)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed = attend(query, *rest, step.plan)
+        replayed = attend(*rest)
     for shorter_by in (0, 5):
         step.indices.context_lens.sub_(shorter_by)
         query.normal_()
         graph.replay()
-        assert torch.equal(replayed, attend(query, *rest, TritonPlan(step.indices)))
+        assert torch.equal(replayed, attend(rest[0], TritonPlan(step.indices), rest[2]))
 
 
 # -- what is written ------------------------------------------------------------------------------
@@ -238,15 +240,15 @@ def store_on_both(
     for count in counts:
         plan = manager.reserve(slots, np.array(count))
         assert plan is not None
-        new_keys, new_values = (new[start : start + sum(count)].to(DEVICE) for new in tokens)
+        new_keys, new_values = (part[start : start + sum(count)].to(DEVICE) for part in tokens)
+        new = NewTokens(new_keys, new_keys, new_values)
         for kv_cache in caches:
             step = kv_cache.begin(plan)
-            backend, records = kv_cache.backend, kv_cache.records[0]
+            backend, blocks = kv_cache.backend, kv_cache.records[0]
             if sum(count) > 8:
-                backend.store_tokens(records, new_keys, new_values, step.indices)
+                backend.store_tokens(new, blocks, step.indices)
             else:  # attention of many tokens takes the interpreter a while
-                both = records, step.indices, step.plan
-                backend.attend_and_store(new_keys, new_keys, new_values, *both, scale=1.0)
+                backend.attend_and_store(new, blocks, step.plan, ScoreRules(scale=1.0))
         manager.commit(plan)
         start, num_sealed = start + sum(count), num_sealed + len(plan.seal_block_ids)
         assert torch.equal(caches[0].arenas[0], caches[1].arenas[0])
@@ -290,7 +292,8 @@ def test_what_is_not_finite_stays_so():
             cache = Cache([layer], num_blocks=40, dtype=torch.float32, backend=backend)
             manager = cache.new_manager(max_num_seqs=1, max_model_len=400)
             plan = manager.reserve(np.array([manager.add_sequence()]), np.array([400]))
-            cache.backend.store_tokens(cache.records[0], keys, keys, cache.begin(plan).indices)
+            indices = cache.begin(plan).indices
+            cache.backend.store_tokens(NewTokens(keys, keys, keys), cache.records[0], indices)
             sealed = cache.records[0].sealed
             metadata.append((sealed.key_scale[plan.seal_block_ids].isnan(),
                              sealed.value_scale[plan.seal_block_ids].isnan()))  # fmt: skip
@@ -304,7 +307,8 @@ def test_attention_alone_stores_nothing():
     step = on_triton(fleet).cache.begin(fleet.plan(dict.fromkeys(slots, 1)))
     before = fleet.cache.arenas[0].clone()
     new = torch.randn(2, 2, 32, device=DEVICE)
-    fleet.cache.backend.attend(new, new, new, fleet.cache.records[0], step.plan, scale=1.0)
+    layer, rules = fleet.cache.records[0], ScoreRules(scale=1.0)
+    fleet.cache.backend.attend(NewTokens(new, new, new), layer, step.plan, rules)
     assert torch.equal(fleet.cache.arenas[0], before)
 
 

@@ -72,7 +72,7 @@ def test_all_rules_at_once_spill_nothing(name, head_dim, rows, arch):
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("name", ["native", "int8", "int4", "int2"])
 def test_streams_spill_nothing(name, head_dim, rows, arch):
-    for launch in launches_of(FORMATS[name], rows, head_dim=head_dim, arch=arch, has_streams=True):
+    for launch in launches_of(FORMATS[name], rows, head_dim=head_dim, arch=arch, has_windows=True):
         if launch.name.startswith("attend"):
             check_fits(launch, arch)
 

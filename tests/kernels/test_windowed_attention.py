@@ -18,8 +18,10 @@ from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.errors import ConfigError
 from paged_kv.kernels.cpu import plan as cpu_plan
 from paged_kv.kernels.cpu.microkernels import TILE_TOKENS
-from paged_kv.kernels.cpu.native_attention import Item
 from paged_kv.kernels.cpu.plan import WorkItems, plan_items
+from paged_kv.kernels.cpu.records import Item
+from paged_kv.kernels.new_tokens import NewTokens
+from paged_kv.kernels.rules import ScoreRules
 from tests.support import fleets
 from tests.support.attention_oracle import layer_of, relative_error, tolerance
 from tests.support.fleets import Fleet
@@ -121,7 +123,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     def plan(*args: Any) -> WorkItems:
         work = plan_items(*args)
-        numbers.append(int(work.arrays[0][:, Item.NUM_PARTS].max()))
+        numbers.append(int(work.items[:, Item.NUM_PARTS].max()))
         return work
 
     monkeypatch.setattr(cpu_plan, "MIN_SPLIT_TOKENS", TILE_TOKENS)
@@ -200,17 +202,22 @@ def test_new_sinks_are_sinks_beyond_the_window_too(num_stored, own_window):
     seq_id, _ = add_stream(fleet, None, 400, 1)
     if num_stored:
         fleet.step({seq_id: num_stored})
-    count, records = 260, fleet.cache.records[0]
+    count, layer = 260, fleet.cache.records[0]
     step = replace(
         fleet.cache.begin(fleet.plan({seq_id: count})).indices,
         num_sink_tokens=torch.tensor([144]),
         window_sizes=torch.tensor([20]),
     )
     stream = fleet.streams[seq_id]
-    new = [tokens[0][num_stored : num_stored + count]
-           for tokens in (stream.queries, stream.keys, stream.values)]  # fmt: skip
+    new = NewTokens(
+        *(
+            tokens[0][num_stored : num_stored + count]
+            for tokens in (stream.queries, stream.keys, stream.values)
+        )
+    )
+    rules = ScoreRules(scale=0.2, sliding_window=own_window)
     expected, found = (
-        backend.attend(*new, records, backend.plan(step), scale=0.2, sliding_window=own_window)
+        backend.attend(new, layer, backend.plan(step), rules)
         for backend in (choose_backend(torch.device("cpu"), name) for name in ("torch", "cpu"))
     )
     assert relative_error(found, expected.double().numpy()) <= 1e-5

@@ -18,16 +18,15 @@ def step_of(
 ) -> StepInputs:
     """A step without blocks, for what reads only its lengths."""
     none = torch.zeros(len(query_lens), 1, dtype=torch.int64)
-    table = none.expand(-1, -(-max(context_lens, default=0) // 16))
+    table_width = -(-max(context_lens, default=0) // 16)
     starts = np.concatenate([[0], np.cumsum(query_lens)])
     return StepInputs(
-        query_lens=tuple(query_lens),
-        context_lens_host=tuple(context_lens),
+        query_lens=np.array(query_lens, dtype=np.int64),
+        context_lens_host=np.array(context_lens, dtype=np.int64),
         context_lens=torch.tensor(context_lens),
         query_start_loc=torch.from_numpy(starts),
-        positions=torch.zeros(sum(query_lens), dtype=torch.int64),
-        open_table=table,
-        sealed_table=table,
+        cache_positions=torch.zeros(sum(query_lens), dtype=torch.int64),
+        block_table=torch.zeros(len(query_lens), table_width, dtype=torch.int64),
         num_sealed=torch.tensor(num_sealed),
         stored_tokens=none[0],
         stored_slots=none[0],

@@ -1,0 +1,47 @@
+"""The CPU's own kernels as a backend. Knows the kernels of this folder, never how they work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..block_views import LayerBlocks
+from ..new_tokens import NewTokens
+from ..rules import ScoreRules
+from ..step_inputs import KernelPlan, StepInputs
+from .attention import attend
+from .plan import CpuPlan
+from .store import seal_blocks, store_tokens
+from .warming import warm_up
+
+
+class CpuBackend:
+    """Needs numba; importing this module raises `ImportError` where that is missing."""
+
+    name = "cpu"
+
+    def warm_up(self, layers: Sequence[LayerBlocks]) -> None:
+        warm_up(layers)
+
+    def plan(self, step: StepInputs) -> CpuPlan:
+        return CpuPlan(step)
+
+    def attend(
+        self, new: NewTokens, layer: LayerBlocks, plan: KernelPlan, rules: ScoreRules
+    ) -> Tensor:
+        assert isinstance(plan, CpuPlan)
+        return attend(new, layer, plan, rules)
+
+    def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
+        store_tokens(new, layer, step)
+
+    def attend_and_store(
+        self, new: NewTokens, layer: LayerBlocks, plan: KernelPlan, rules: ScoreRules
+    ) -> Tensor:
+        """Attention appends on the way; what is left is to seal."""
+        assert isinstance(plan, CpuPlan)
+        output = attend(new, layer, plan, rules, appends=True)
+        if len(plan.step.seal_block_ids):
+            seal_blocks(new, layer, plan.step)
+        return output

@@ -1,0 +1,186 @@
+"""What the attention worker of the CPU reads, by name: its record, work items and scratch.
+
+Knows places and sizes, nothing of what is done with them. A record is three groups of 64-bit
+integers and a few floats. Each group is one class: its instances hold values, and `STEP`, `LAYER`
+and `CALL` the places by the same names, so that what packs and what reads share a definition.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from ctypes import Structure, c_float, c_int64, sizeof
+from enum import IntEnum, auto
+from struct import Struct
+from typing import Final, NamedTuple, cast
+
+from .microkernels import (
+    MAX_KEY_GROUPS,
+    MAX_ROWS,
+    ROW_STRIDE,
+    SCORE_STRIDE,
+    STATE_LANES,
+)
+
+MAX_ITEM_ROWS: Final = 32  # query rows of one work item
+NEW_TOKEN_ROWS: Final = 32  # new tokens whose scores are computed at once
+NUM_VARIANTS: Final = 4  # microkernels for 1, 2, 4 and 8 query rows
+
+
+class StepFields(NamedTuple):
+    """Of a step, for one number of heads. Names of arrays are their addresses."""
+
+    num_items: int
+    items: int  # [num_items, Item.COUNT]
+    context_lens: int
+    num_sealed: int
+    query_start_loc: int
+    block_table: int  # [N, table_width]
+    table_width: int
+    block_size: int
+    open_block_size: int
+    num_head_tokens: int
+    query_group_size: int  # query heads of a kv head
+    num_sink_tokens: int  # [N] of windowed sequences; 0 in a step without any
+    window_sizes: int
+    counters: int  # next item, next thread, then one for each split row
+    partials: int
+    stored_starts: int  # [N + 1] where a sequence's stored tokens begin among all of them
+    stored_tokens: int
+    stored_slots: int
+
+
+class LayerFields(NamedTuple):
+    """Of a layer; names of views and of microkernels are their addresses, strides are in bytes."""
+
+    key_dim: int
+    value_dim: int
+    block_stride: int
+    kv_head_stride: int
+    open_keys: int
+    open_values: int
+    open_key_stride: int  # from channel to channel
+    open_value_stride: int  # from token to token
+    open_piece: int  # tokens of an open block whose scores are computed at once
+    key_codes: int
+    value_codes: int
+    num_code_rows: int
+    key_scale: int
+    key_zero: int
+    value_scale: int
+    value_zero: int
+    metadata: int  # the first of these four ...
+    metadata_bytes: int  # ... and the bytes of all
+    num_key_groups: int  # 0 where keys have one scale for each token
+    key_group_shift: int  # log2 of a key group's tokens
+    fold: int
+    affine: int
+    prefetch: int
+    start: int
+    softmax: int
+    softmax_sealed: int
+    item_bytes: int  # of an element in open blocks
+    round_to_open: int  # from float32 to elements of open blocks
+
+
+class CallFields(Structure):
+    """Of a call, set one by one in the record: float32 rows and their strides in bytes."""
+
+    query: int
+    query_token_stride: int
+    query_head_stride: int
+    sink_query: int  # 0: sinks are scored as other tokens; strides follow as those of queries do
+    sink_query_token_stride: int
+    sink_query_head_stride: int
+    key: int
+    key_token_stride: int
+    key_head_stride: int
+    value: int
+    value_token_stride: int
+    value_head_stride: int
+    channel_major_keys: int  # [H, key_dim, padded_tokens], where a sequence has several new tokens
+    padded_tokens: int
+    output: int
+    num_query_heads: int
+    sliding_window: int  # 0: none
+    attention_chunk: int  # 0: none
+    sink_logits: int  # 0: none
+    appends: int  # whether new tokens are written to open blocks
+    scratch: int
+    # `affine` reads the first two of these floats, softmax the last.
+    shift: float  # of queries: 0
+    factor: float
+    softcap: float
+
+
+CALL_INTEGERS: Final = [name for name, kind in CallFields.__annotations__.items() if kind == "int"]
+CALL_FLOATS: Final = [name for name, kind in CallFields.__annotations__.items() if kind == "float"]
+CallFields._fields_ = [
+    *((name, c_int64) for name in CALL_INTEGERS),
+    *((name, c_float) for name in CALL_FLOATS),
+]
+
+
+class Kernel(IntEnum):
+    """Microkernels that come in variants by query rows."""
+
+    SCORE_OPEN = 0
+    SCORE_SEALED = auto()
+    SCORE_NEW = auto()
+    VALUE_OPEN = auto()
+    VALUE_SEALED = auto()
+    VALUE_NEW = auto()
+    COUNT = auto()
+
+
+NUM_STEP, NUM_LAYER = len(StepFields._fields), len(LayerFields._fields)
+NUM_KERNELS: Final = Kernel.COUNT * NUM_VARIANTS
+# Places in 64-bit integers from the start of the record.
+STEP: Final = StepFields(*range(NUM_STEP))
+LAYER: Final = LayerFields(*range(NUM_STEP, NUM_STEP + NUM_LAYER))
+KERNELS: Final = NUM_STEP + NUM_LAYER  # [Kernel.COUNT, NUM_VARIANTS] addresses, of the layer too
+FIRST_CALL: Final = KERNELS + NUM_KERNELS
+CALL: Final = cast(
+    CallFields,
+    namedtuple("CallPlaces", CALL_INTEGERS)(*range(FIRST_CALL, FIRST_CALL + len(CALL_INTEGERS))),
+)
+CALL_NUMBERS: Final = FIRST_CALL + len(CALL_INTEGERS)
+STEP_STRUCT: Final = Struct(f"={NUM_STEP}q")
+LAYER_STRUCT: Final = Struct(f"={NUM_LAYER + NUM_KERNELS}q")
+CALL_BYTE: Final = 8 * FIRST_CALL
+LAYER_BYTES: Final = slice(8 * NUM_STEP, CALL_BYTE)
+RECORD_BYTES: Final = CALL_BYTE + sizeof(CallFields)
+
+
+class Item(IntEnum):
+    """Places in a work item: some query rows of one kv head over a part of its context."""
+
+    SEQUENCE = 0
+    KV_HEAD = auto()
+    FIRST_ROW = auto()
+    NUM_ROWS = auto()
+    START = auto()  # context tokens [start, end); the new ones follow where end is the last
+    END = auto()
+    PARTIAL = auto()  # index of its partial result; -1: the item is the whole row
+    NUM_PARTS = auto()
+    COUNTER = auto()
+    FIRST_PARTIAL = auto()  # of all parts of the row
+    COST = auto()  # about how long it takes
+    COUNT = auto()
+
+
+# A thread's scratch, in floats from its start; sums and states are kept by tiles of MAX_ROWS rows.
+NUM_TILES: Final = MAX_ITEM_ROWS // MAX_ROWS
+QUERIES: Final = 0
+OUTPUTS: Final = QUERIES + MAX_ITEM_ROWS * ROW_STRIDE
+FOLDED: Final = OUTPUTS + MAX_ITEM_ROWS * ROW_STRIDE
+ZERO_DOTS: Final = FOLDED + MAX_KEY_GROUPS * MAX_ROWS * ROW_STRIDE
+SCORES: Final = ZERO_DOTS + MAX_KEY_GROUPS * MAX_ROWS
+SUMS: Final = SCORES + MAX_ROWS * SCORE_STRIDE
+MAXIMA: Final = SUMS + NUM_TILES * 2 * MAX_ROWS * STATE_LANES
+NUMBERS: Final = MAXIMA + MAX_ITEM_ROWS
+RANGES: Final = NUMBERS + 4  # [2][MAX_ROWS] 64-bit: first visible token and one past the last
+NEXT_ITEM: Final = RANGES + 4 * MAX_ROWS  # 64-bit address
+SCRATCH_FLOATS: Final = -(-(NEXT_ITEM + 2) // 1024) * 1024
+PARTIAL_FLOATS: Final = ROW_STRIDE  # output, then maximum and sum behind it
+PARTIAL_MAXIMUM: Final = ROW_STRIDE - 2
+PARTIAL_SUM: Final = ROW_STRIDE - 1
