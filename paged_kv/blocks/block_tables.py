@@ -1,7 +1,8 @@
-"""The blocks of every sequence, in order. Knows ids and counts by seq_id, never how they change.
+"""The blocks of every sequence by their places. Knows ids and places, never how they change.
 
-A structure of numpy arrays indexed by sequence *seq_id*, so that a step over thousands of sequences
-is a few vector operations.
+With b = `open_block_size`, place i of a sequence's table is the block of its stored tokens
+[i * b, (i + 1) * b). A sealed block stands in the first of its tokens' places; nobody reads the
+others, nor what lies behind the last token.
 """
 
 from __future__ import annotations
@@ -9,105 +10,105 @@ from __future__ import annotations
 import numpy as np
 
 from ..code_cache import compiled
-from .geometry import BlockGeometry, BlockIds, IntArray
-
-
-def ragged_arange(counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Row and offset of every element of a ragged array: counts [2, 1] -> [0, 0, 1], [0, 1, 0]."""
-    total = int(counts.sum())
-    rows = counts.nonzero()[0]
-    if len(rows) == total:  # nowhere more than one: what most steps are
-        return rows, np.zeros(total, dtype=np.int64)
-    rows = np.repeat(np.arange(len(counts)), counts)
-    starts = np.cumsum(counts) - counts
-    return rows, np.arange(total) - starts[rows]
+from .geometry import BlockGeometry, BlockIds, IntArray, Sizes
+from .sequences import Sequences
+from .step_plan import NO_UPDATE, TableUpdate
 
 
 @compiled
-def join_ids(
-    seq_id: int,
-    open_table: BlockIds,
-    sealed_table: BlockIds,
-    num_open: IntArray,
-    num_sealed: IntArray,
-    num_head_blocks: int,
-) -> BlockIds:
-    """Head, body and tail of one sequence."""
-    held, sealed = num_open[seq_id], num_sealed[seq_id]
-    block_ids = np.empty(held + sealed, dtype=np.int32)
-    num_head = min(num_head_blocks, held)
-    block_ids[:num_head] = open_table[seq_id, :num_head]
-    block_ids[num_head : num_head + sealed] = sealed_table[seq_id, :sealed]
-    block_ids[num_head + sealed :] = open_table[seq_id, num_head:held]
-    return block_ids
+def block_places(num_tokens: int, num_sealed: int, sizes: Sizes) -> IntArray:
+    """The places of a sequence's blocks, in the order of its tokens: head, body, tail."""
+    open_block_size, num_head = sizes[0]["open_block_size"], sizes[0]["num_head_blocks"]
+    per_block = sizes[0]["open_blocks_per_block"]
+    num_places = -(-num_tokens // open_block_size)
+    places = np.empty(num_places - num_sealed * (per_block - 1), dtype=np.int64)
+    for index in range(len(places)):
+        in_body = min(max(index - num_head, 0), num_sealed)  # body blocks before this one
+        places[index] = index + in_body * (per_block - 1)
+    return places
 
 
 class BlockTables:
-    """Lengths and block ids of up to `max_num_seqs` sequences of up to `max_model_len` tokens."""
+    """The block ids of `sequences`, `ids` [max_num_seqs, W], and which rows are to be told.
 
-    def __init__(self, geometry: BlockGeometry, *, max_num_seqs: int, max_model_len: int) -> None:
+    A plan tells of its new open blocks and copies by itself. What is left are the rows of sequences
+    that are new, and of those that a commit or a rollback changed: the next plan tells them whole.
+    """
+
+    def __init__(self, geometry: BlockGeometry, sequences: Sequences) -> None:
         self.geometry = geometry
-        self.max_stored = max_model_len  # tokens that a row has room for
-        self.num_computed_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # stored
-        self.num_open: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
-        self.num_sealed: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
-        width = geometry.open_table_width(max_model_len)
-        self.open: BlockIds = np.zeros((max_num_seqs, width), dtype=np.int32)  # head, then tail
-        width = geometry.sealed_table_width(max_model_len)
-        self.sealed: BlockIds = np.zeros((max_num_seqs, width), dtype=np.int32)
+        self._sequences = sequences
+        width = geometry.table_width(sequences.max_model_len)
+        self.ids: BlockIds = np.zeros((sequences.max_num_seqs, width), dtype=np.int32)
+        self._untold: list[IntArray] = []
 
     def make_room(self, num_tokens: int) -> None:
         """Widen every row to sequences that store so many tokens."""
-        if num_tokens <= self.max_stored:
-            return
-        geometry, (old_open, old_sealed) = self.geometry, (self.open, self.sealed)
-        width = geometry.open_table_width(num_tokens)
-        self.open = np.zeros((len(old_open), width), dtype=np.int32)
-        self.open[:, : old_open.shape[1]] = old_open
-        width = geometry.sealed_table_width(num_tokens)
-        self.sealed = np.zeros((len(old_sealed), width), dtype=np.int32)
-        self.sealed[:, : old_sealed.shape[1]] = old_sealed
-        self.max_stored = num_tokens
+        old, width = self.ids, self.geometry.table_width(num_tokens)
+        if width > old.shape[1]:
+            self.ids = np.zeros((len(old), width), dtype=np.int32)
+            self.ids[:, : old.shape[1]] = old
 
-    def head_and_tail_ids(self, seq_id: int) -> BlockIds:
-        """Open blocks of a sequence in order: head, then tail."""
-        return self.open[seq_id, : self.num_open[seq_id]].copy()
-
-    def body_ids(self, seq_id: int) -> BlockIds:
-        """Sealed blocks of a sequence in order."""
-        return self.sealed[seq_id, : self.num_sealed[seq_id]].copy()
+    # -- one sequence ---------------------------------------------------------------------------
 
     def block_ids(self, seq_id: int) -> BlockIds:
         """Every block of a sequence, in the order of its tokens: head, body, tail."""
-        return join_ids(
-            seq_id,
-            self.open,
-            self.sealed,
-            self.num_open,
-            self.num_sealed,
-            self.geometry.num_head_blocks,
+        return self.ids[seq_id, self._places(seq_id)]
+
+    def head_and_tail_ids(self, seq_id: int) -> BlockIds:
+        """Open blocks of a sequence in order: head, then tail."""
+        start, end = self._body(seq_id)
+        places = self._places(seq_id)
+        return self.ids[seq_id, np.concatenate([places[:start], places[end:]])]
+
+    def body_ids(self, seq_id: int) -> BlockIds:
+        """Sealed blocks of a sequence in order."""
+        start, end = self._body(seq_id)
+        return self.ids[seq_id, self._places(seq_id)[start:end]]
+
+    def last_ids(self, seq_ids: IntArray) -> BlockIds:
+        """The last block of each of these sequences, none of which is empty."""
+        lengths = self._sequences.num_computed_tokens[seq_ids]
+        return self.ids[seq_ids, (lengths - 1) // self.geometry.open_block_size]
+
+    def write(self, seq_id: int, block_ids: BlockIds) -> None:
+        """Every block of a sequence whose lengths are set, in the order of its tokens."""
+        self.ids[seq_id, self._places(seq_id)] = block_ids
+
+    def copy(self, seq_id: int, child: int) -> None:
+        self.ids[child] = self.ids[seq_id]
+        self.tell_later(np.array([child]))
+
+    def _places(self, seq_id: int) -> IntArray:
+        sequences = self._sequences
+        return block_places(
+            sequences.num_computed_tokens[seq_id],
+            sequences.num_sealed[seq_id],
+            self.geometry.sizes,
         )
 
-    def open_slots(
-        self,
-        table_rows: IntArray,
-        num_columns: IntArray,
-        num_open_ends: IntArray,
-        positions: IntArray,
-    ) -> IntArray:
-        """Open token slots (block_id * open_block_size + offset) of tokens in head or tail.
+    def _body(self, seq_id: int) -> tuple[int, int]:
+        """Where the body starts and ends among a sequence's blocks."""
+        start = self.geometry.num_head_blocks
+        return start, start + int(self._sequences.num_sealed[seq_id])
 
-        For each token: its row of the open table, how many columns of that row are filled, and how
-        many open blocks the sequence would have had it never sealed: the last of these is the last
-        column. The other arguments are one per token.
-        """
-        geometry = self.geometry
-        index = positions // geometry.open_block_size
-        columns = np.where(
-            index < geometry.num_head_blocks, index, index - num_open_ends + num_columns
+    # -- telling --------------------------------------------------------------------------------
+
+    def tell_later(self, seq_ids: IntArray) -> None:
+        """These rows are not what plans have told; each one is named once."""
+        if len(seq_ids):
+            self._untold.append(seq_ids)
+
+    def take_update(self) -> TableUpdate:
+        """All rows that are still to be told."""
+        if not self._untold:
+            return NO_UPDATE
+        several = len(self._untold) > 1
+        seq_ids = np.unique(np.concatenate(self._untold)) if several else self._untold[0]
+        self._untold.clear()
+        longest = int(self._sequences.num_computed_tokens[seq_ids].max())
+        return TableUpdate(
+            seq_ids=seq_ids,
+            num_sealed=self._sequences.num_sealed[seq_ids],
+            block_table=self.ids[seq_ids, : self.geometry.table_width(longest)],
         )
-        block_ids = self.open[table_rows, columns].astype(np.int64)
-        seq_ids: IntArray = (
-            block_ids * geometry.open_block_size + positions % geometry.open_block_size
-        )
-        return seq_ids

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,17 @@ from ..errors import ConfigError
 
 IntArray = NDArray[np.int64]
 BlockIds = NDArray[np.int32]
+Sizes = NDArray[np.void]  # [1] of SIZES
+
+SIZES: Final = np.dtype(
+    [
+        ("block_size", np.int64),
+        ("open_block_size", np.int64),
+        ("open_blocks_per_block", np.int64),
+        ("num_head_blocks", np.int64),
+        ("min_unsealed", np.int64),  # tokens that a sequence never seals: head and least tail
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,18 @@ class BlockGeometry:
             raise ConfigError(f"min_tail_tokens must not be negative, got {self.min_tail_tokens}")
 
     @cached_property
+    def sizes(self) -> Sizes:
+        """[1] the same numbers as compiled loops take them."""
+        numbers = (
+            self.block_size,
+            self.open_block_size,
+            self.open_blocks_per_block,
+            self.num_head_blocks,
+            self.num_head_tokens + self.min_tail_tokens,
+        )
+        return np.array([numbers], dtype=SIZES)
+
+    @cached_property
     def seals(self) -> bool:
         return self.block_size > self.open_block_size
 
@@ -67,18 +91,9 @@ class BlockGeometry:
         sealable = num_tokens - self.num_head_tokens - self.min_tail_tokens
         return np.maximum(sealable // self.block_size, 0)
 
-    def open_table_width(self, max_tokens: int) -> int:
-        """Columns that the open blocks of one sequence of up to `max_tokens` need."""
-        if not self.seals:
-            return -(-max_tokens // self.open_block_size)
-        # A step appends its new blocks behind a tail that is shortened when the step is committed;
-        # drafts, at most `block_size` of them, lengthen a tail beyond where it would be sealed.
-        longest_tail = self.block_size + self.min_tail_tokens
-        width = 2 * -(-longest_tail // self.open_block_size) + 2 * self.open_blocks_per_block
-        return min(self.num_head_blocks + width, -(-max_tokens // self.open_block_size))
-
-    def sealed_table_width(self, max_tokens: int) -> int:
-        return int(self.num_sealed_blocks(np.array([max_tokens]))[0])
+    def table_width(self, num_tokens: int) -> int:
+        """Places in a block table of so many tokens."""
+        return -(-num_tokens // self.open_block_size)
 
     def num_links(self, num_tokens: int) -> int:
         """Complete links among the first `num_tokens` tokens."""
@@ -148,3 +163,14 @@ class BlockGeometry:
         open_end = -(-stored // self.open_block_size)
         open_before_seal = open_end - sealed_before * self.open_blocks_per_block
         return int((sealed_before + newly_sealed + open_before_seal).max(initial=0))
+
+
+def ragged_arange(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Row and offset of every element of a ragged array: counts [2, 1] -> [0, 0, 1], [0, 1, 0]."""
+    total = int(counts.sum())
+    rows = counts.nonzero()[0]
+    if len(rows) == total:  # nowhere more than one: what most steps are
+        return rows, np.zeros(total, dtype=np.int64)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    return rows, np.arange(total) - starts[rows]

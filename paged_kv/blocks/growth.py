@@ -1,21 +1,75 @@
 """How the blocks of sequences change when they grow. Knows rows of numbers, never the pool.
 
 The sequences given are only those about whose blocks something changes, a small part of a step.
-For each the same happens in three passes: count what it needs, place the new ids behind the blocks
-that it has, and once the step is done let them take effect. Between the last two passes the
-tables read as before, because every count is still the old one.
+For each the same happens in three passes: count what it needs, place new open blocks behind those
+that it has, and once the step is done let all of it take effect. Between the last two passes a
+table reads as before, because nobody reads behind the last stored token.
 """
 
 from __future__ import annotations
 
+from typing import Final, NamedTuple
+
 import numpy as np
 
 from ..code_cache import compiled
-from .geometry import BlockIds, IntArray
+from .block_tables import BlockTables
+from .geometry import BlockIds, IntArray, Sizes
+from .sequences import Sequences, StateArray
 
-# Columns of `counts` [R, 4]: sealed blocks to write, open blocks to add, tail blocks whose tokens
-# are sealed, and 1 where the last open block is shared and must be copied before it is written.
-NUM_COUNTS = 4
+# Columns of `counts` [R, 4].
+SEALED: Final = 0  # sealed blocks to write
+OPENED: Final = 1  # open blocks to add
+LEAVING: Final = 2  # tail blocks whose tokens are sealed
+COPIED: Final = 3  # 1 where the last open block is shared and must be copied before it is written
+
+
+class Needs(NamedTuple):
+    """What R changing sequences need, and the sums over all of them."""
+
+    counts: IntArray  # [R, 4]
+    num_sealed: int
+    num_opened: int
+    num_copied: int
+
+    @property
+    def num_new_blocks(self) -> int:
+        return self.num_sealed + self.num_opened + self.num_copied
+
+
+def count_needs(
+    seq_ids: IntArray,
+    after: IntArray,
+    certain: IntArray,
+    sequences: Sequences,
+    tables: BlockTables,
+    ref_counts: BlockIds,
+) -> Needs:
+    """What R sequences need to store `after` tokens, of which the first `certain` may be sealed.
+
+    Of the sequences that share an unfinished block all copy it to write to it; but where all of its
+    users do so in one step, the last of them keeps it.
+    """
+    counts, num_sealed, num_opened, num_copied = count_blocks(
+        seq_ids,
+        after,
+        certain,
+        sequences.num_computed_tokens,
+        sequences.num_sealed,
+        tables.ids,
+        ref_counts,
+        tables.geometry.sizes,
+    )
+    if num_copied:
+        rows = counts[:, COPIED].nonzero()[0]
+        shared_ids = tables.last_ids(seq_ids[rows])
+        block_ids, from_end, num_writers = np.unique(
+            shared_ids[::-1], return_index=True, return_counts=True
+        )
+        last_writers = len(rows) - 1 - from_end[num_writers == ref_counts[block_ids]]
+        counts[rows[last_writers], COPIED] = 0
+        num_copied -= len(last_writers)
+    return Needs(counts, num_sealed, num_opened, num_copied)
 
 
 @compiled
@@ -23,169 +77,169 @@ def count_blocks(
     seq_ids: IntArray,  # [R]
     after: IntArray,  # [R] tokens once it has grown
     certain: IntArray,  # [R] of these, the first that may be sealed
-    lengths: IntArray,  # by seq_id, as all that follow
-    num_open: IntArray,
+    lengths: IntArray,  # by seq_id, as the next two
     num_sealed: IntArray,
-    open_table: BlockIds,
+    table: BlockIds,
     ref_counts: BlockIds,  # by block
-    block_size: int,
-    open_block_size: int,
-    num_head_blocks: int,
-    min_unsealed: int,
-    counts: IntArray,  # [R, 4], written
-) -> tuple[int, int, int, int]:
-    """What each sequence needs, and the sums of `counts`.
-
-    A shared block that is written counts one user less from here on, so that of the users that all
-    write to it in one step the last keeps it.
-    """
-    per_block = block_size // open_block_size
-    sum_sealed = sum_open = sum_leaving = sum_copies = 0
+    sizes: Sizes,
+) -> tuple[IntArray, int, int, int]:
+    """`counts` [R, 4] as if nobody else wrote to a shared block, and the sums over its columns."""
+    block_size, open_block_size = sizes[0]["block_size"], sizes[0]["open_block_size"]
+    per_block, num_head = sizes[0]["open_blocks_per_block"], sizes[0]["num_head_blocks"]
+    min_unsealed = sizes[0]["min_unsealed"]
+    counts = np.empty((len(seq_ids), 4), dtype=np.int64)
+    sum_sealed = sum_opened = sum_copied = 0
     for row in range(len(seq_ids)):
         seq_id = seq_ids[row]
-        held, sealed, length = num_open[seq_id], num_sealed[seq_id], lengths[seq_id]
+        sealed, length = num_sealed[seq_id], lengths[seq_id]
         new_sealed = 0
         if per_block > 1:
             new_sealed = max((certain[row] - min_unsealed) // block_size - sealed, 0)
-        leaving = min(new_sealed * per_block, max(held - num_head_blocks, 0))
-        open_end = -(-after[row] // open_block_size)
-        counts[row, 0] = new_sealed
-        counts[row, 1] = open_end - (sealed + new_sealed) * per_block - held + leaving
-        counts[row, 2] = leaving
-        counts[row, 3] = 0
+        end, new_end = -(-length // open_block_size), -(-after[row] // open_block_size)  # places
+        body_end = num_head + (sealed + new_sealed) * per_block
+        leaving = min(max(end - num_head - sealed * per_block, 0), new_sealed * per_block)
+        opened = new_end - end - (new_sealed * per_block - leaving)
         # The last block is written if it has room and is either in the head or in what stays.
-        stays = held <= num_head_blocks or held - leaving > num_head_blocks
-        if stays and length % open_block_size > 0:
-            last = open_table[seq_id, held - 1]
-            if ref_counts[last] > 1:
-                ref_counts[last] -= 1
-                counts[row, 3] = 1
-        sum_sealed += counts[row, 0]
-        sum_open += counts[row, 1]
-        sum_leaving += counts[row, 2]
-        sum_copies += counts[row, 3]
-    return sum_sealed, sum_open, sum_leaving, sum_copies
+        copied = 0
+        if (end <= num_head or end > body_end) and length % open_block_size > 0:
+            copied = int(ref_counts[table[seq_id, end - 1]] > 1)
+        counts[row, 0] = new_sealed
+        counts[row, 1] = opened
+        counts[row, 2] = leaving
+        counts[row, 3] = copied
+        sum_sealed += new_sealed
+        sum_opened += opened
+        sum_copied += copied
+    return counts, sum_sealed, sum_opened, sum_copied
 
 
 @compiled
 def place_blocks(
-    seq_ids: IntArray,
-    counts: IntArray,
-    seal_ids: BlockIds,
-    open_ids: BlockIds,
-    num_open: IntArray,
+    seq_ids: IntArray,  # [R], as the next four
+    before: IntArray,
+    after: IntArray,
     num_sealed: IntArray,
-    open_table: BlockIds,
-    sealed_table: BlockIds,
-    num_head_blocks: int,
-    freed_ids: BlockIds,  # written: the tail blocks whose tokens are sealed
+    counts: IntArray,
+    open_ids: BlockIds,
+    table: BlockIds,  # by seq_id, written behind the last stored token of each sequence
+    sizes: Sizes,
 ) -> None:
-    """Write new ids behind the blocks of each table, where nobody reads yet."""
-    next_seal = next_open = next_freed = 0
+    """Give new open blocks their places."""
+    open_block_size, per_block = sizes[0]["open_block_size"], sizes[0]["open_blocks_per_block"]
+    next_open = 0
     for row in range(len(seq_ids)):
-        seq_id = seq_ids[row]
-        for index in range(counts[row, 0]):
-            sealed_table[seq_id, num_sealed[seq_id] + index] = seal_ids[next_seal]
-            next_seal += 1
-        for index in range(counts[row, 1]):
-            open_table[seq_id, num_open[seq_id] + index] = open_ids[next_open]
-            next_open += 1
-        for index in range(counts[row, 2]):
-            freed_ids[next_freed] = open_table[seq_id, num_head_blocks + index]
+        body_start = sizes[0]["num_head_blocks"] + num_sealed[row] * per_block  # sealed now
+        body_end = body_start + counts[row, 0] * per_block
+        for place in range(-(-before[row] // open_block_size), -(-after[row] // open_block_size)):
+            if place < body_start or place >= body_end:
+                table[seq_ids[row], place] = open_ids[next_open]
+                next_open += 1
+
+
+@compiled
+def leaving_blocks(
+    seq_ids: IntArray, num_sealed: IntArray, counts: IntArray, table: BlockIds, sizes: Sizes
+) -> BlockIds:
+    """The open blocks of R sequences whose tokens are sealed."""
+    freed_ids = np.empty(counts[:, 2].sum(), dtype=np.int32)
+    next_freed = 0
+    for row in range(len(seq_ids)):
+        body_end = sizes[0]["num_head_blocks"] + num_sealed[row] * sizes[0]["open_blocks_per_block"]
+        for place in range(body_end, body_end + counts[row, 2]):
+            freed_ids[next_freed] = table[seq_ids[row], place]
             next_freed += 1
+    return freed_ids
 
 
 @compiled
 def take_effect(
-    seq_ids: IntArray,
-    counts: IntArray,
+    seq_ids: IntArray,  # [R]
     after: IntArray,
-    copy_ids: BlockIds,
-    num_open: IntArray,
-    num_sealed: IntArray,
-    open_table: BlockIds,
-    capacity: IntArray,
-    block_size: int,
-    open_block_size: int,
-    num_head_blocks: int,
-    min_unsealed: int,
-    max_stored: int,
-    unused_ids: BlockIds,  # written: open blocks that tokens would have needed that were dropped
-) -> int:
-    """Let the placed ids count. Returns how many unused ids there are."""
-    next_copy = num_unused = 0
-    per_block = block_size // open_block_size
+    counts: IntArray,
+    new_ids: BlockIds,  # sealed, then open, then copies
+    lengths: IntArray,  # by seq_id, still without the new tokens
+    num_sealed: IntArray,  # written, as the table
+    table: BlockIds,
+    sizes: Sizes,
+) -> tuple[IntArray, BlockIds]:
+    """Put sealed blocks and copies in their places.
+
+    Returns what each sequence can store before its blocks change again, and the open blocks that
+    are not used, because the tokens that would have needed them were dropped.
+    """
+    block_size, open_block_size = sizes[0]["block_size"], sizes[0]["open_block_size"]
+    per_block, num_head = sizes[0]["open_blocks_per_block"], sizes[0]["num_head_blocks"]
+    min_unsealed = sizes[0]["min_unsealed"]
+    capacity = np.empty(len(seq_ids), dtype=np.int64)
+    unused_ids = np.empty(counts[:, 1].sum(), dtype=np.int32)
+    next_sealed = num_unused = 0
+    next_copy = len(new_ids) - counts[:, 3].sum()
     for row in range(len(seq_ids)):
         seq_id = seq_ids[row]
+        end = -(-lengths[seq_id] // open_block_size)
         if counts[row, 3]:
-            open_table[seq_id, num_open[seq_id] - 1] = copy_ids[next_copy]
+            table[seq_id, end - 1] = new_ids[next_copy]
             next_copy += 1
-        leaving = counts[row, 2]
-        held = num_open[seq_id] + counts[row, 1] - leaving
-        if leaving:
-            for column in range(num_head_blocks, held):
-                open_table[seq_id, column] = open_table[seq_id, column + leaving]
-        sealed = num_sealed[seq_id] + counts[row, 0]
-        open_end = -(-after[row] // open_block_size)
-        for column in range(open_end - sealed * per_block, held):
-            unused_ids[num_unused] = open_table[seq_id, column]
+        body_end = num_head + num_sealed[seq_id] * per_block
+        for _ in range(counts[row, 0]):
+            table[seq_id, body_end] = new_ids[next_sealed]
+            next_sealed += 1
+            body_end += per_block
+        planned_end = end + counts[row, 1] - counts[row, 2] + counts[row, 0] * per_block
+        new_end = -(-after[row] // open_block_size)
+        for place in range(new_end, planned_end):
+            unused_ids[num_unused] = table[seq_id, place]
             num_unused += 1
-        num_open[seq_id] = open_end - sealed * per_block
-        num_sealed[seq_id] = sealed
-        limit = min(open_end * open_block_size, max_stored)
+        num_sealed[seq_id] += counts[row, 0]
+        capacity[row] = new_end * open_block_size
         if per_block > 1:
-            limit = min(limit, (sealed + 1) * block_size + min_unsealed - 1)
-        capacity[seq_id] = limit
-    return num_unused
+            next_seal = (num_sealed[seq_id] + 1) * block_size + min_unsealed
+            capacity[row] = min(capacity[row], next_seal - 1)
+    return capacity, unused_ids[:num_unused]
 
 
 @compiled
 def evict_blocks(
     seq_ids: IntArray,  # [R]
-    num_sink_tokens: IntArray,  # by seq_id, as all that follow
-    window_sizes: IntArray,  # 0: keeps everything
-    lengths: IntArray,
-    num_open: IntArray,
-    num_sealed: IntArray,
-    open_table: BlockIds,
-    sealed_table: BlockIds,
-    num_evicted: IntArray,
+    lengths: IntArray,  # by seq_id; written, as the next four
     capacity: IntArray,
-    block_size: int,
-    open_block_size: int,
-    num_head_blocks: int,
+    num_sealed: IntArray,
+    state: StateArray,
+    table: BlockIds,
+    sizes: Sizes,
     evicted_ids: BlockIds,  # written
 ) -> int:
-    """Close each stream's table over the blocks behind its sinks that no later token sees.
+    """Close windowed sequences' tables over the blocks behind the sinks that no later token sees.
 
-    Its length and its capacity are then those of a shorter sequence. Returns how many ids there
-    are. With fewer than that of room the rest waits for the next step.
+    Length and capacity are then those of a shorter sequence. Returns how many ids there are. With
+    fewer than that of room the rest waits for the next step.
     """
+    block_size, open_block_size = sizes[0]["block_size"], sizes[0]["open_block_size"]
+    per_block, num_head = sizes[0]["open_blocks_per_block"], sizes[0]["num_head_blocks"]
+    num_sinks, window_sizes = state["num_sink_tokens"], state["window_size"]
+    num_evicted = state["num_evicted_tokens"]
     num_ids = 0
     for row in range(len(seq_ids)):
         seq_id = seq_ids[row]
         if window_sizes[seq_id] == 0:
             continue
-        first_seen = lengths[seq_id] - window_sizes[seq_id] + 1  # by the next token
-        if block_size > open_block_size:
-            count = (first_seen - num_head_blocks * open_block_size) // block_size
-            count = max(min(count, num_sealed[seq_id], len(evicted_ids) - num_ids), 0)
-            for column in range(count):
-                evicted_ids[num_ids + column] = sealed_table[seq_id, column]
-            if count:
-                for column in range(num_sealed[seq_id] - count):
-                    sealed_table[seq_id, column] = sealed_table[seq_id, column + count]
-            num_sealed[seq_id] -= count
+        end = -(-lengths[seq_id] // open_block_size)
+        if per_block > 1:
+            start, evictable = num_head, num_sealed[seq_id]
         else:
-            start = num_sink_tokens[seq_id] // open_block_size
-            count = first_seen // open_block_size - start
-            count = max(min(count, num_open[seq_id] - start, len(evicted_ids) - num_ids), 0)
-            for column in range(start, start + count):
-                evicted_ids[num_ids + column - start] = open_table[seq_id, column]
-            if count:
-                for column in range(start, num_open[seq_id] - count):
-                    open_table[seq_id, column] = open_table[seq_id, column + count]
-            num_open[seq_id] -= count
+            start = num_sinks[seq_id] // open_block_size
+            evictable = end - start
+        first_seen = lengths[seq_id] - window_sizes[seq_id] + 1  # by the next token
+        count = (first_seen - start * open_block_size) // block_size
+        count = max(min(count, evictable, len(evicted_ids) - num_ids), 0)
+        if count == 0:
+            continue
+        for index in range(count):
+            evicted_ids[num_ids + index] = table[seq_id, start + index * per_block]
+        for place in range(start, end - count * per_block):
+            table[seq_id, place] = table[seq_id, place + count * per_block]
+        if per_block > 1:
+            num_sealed[seq_id] -= count
         num_ids += count
         lengths[seq_id] -= count * block_size
         capacity[seq_id] -= count * block_size
@@ -195,45 +249,36 @@ def evict_blocks(
 
 @compiled
 def find_complete_links(
-    seq_ids: IntArray,
-    lengths: IntArray,
+    seq_ids: IntArray,  # [R]
+    lengths: IntArray,  # by seq_id, as the next four
     num_tokens: IntArray,
     num_sealed: IntArray,
-    open_table: BlockIds,
-    sealed_table: BlockIds,
-    num_published: IntArray,
-    link_limits: IntArray,  # links that may ever be found
-    block_size: int,
-    open_block_size: int,
-    num_head_blocks: int,
+    state: StateArray,  # written: `num_published`
+    table: BlockIds,
+    sizes: Sizes,
     links: IntArray,  # [L, 3], written: seq_id, link, block id
 ) -> int:
     """The links whose tokens are stored and known and which nobody can find yet; how many.
 
     They count as published from here on. With fewer than L of room the rest waits.
     """
+    open_block_size, per_block = sizes[0]["open_block_size"], sizes[0]["open_blocks_per_block"]
+    num_head = sizes[0]["num_head_blocks"]
+    num_published, link_limits = state["num_published"], state["link_limit"]
     num_links = 0
     for row in range(len(seq_ids)):
         seq_id = seq_ids[row]
         # Draft tokens that were kept may be stored before they are known.
         complete = min(lengths[seq_id], num_tokens[seq_id]) // open_block_size
-        if block_size > open_block_size:
-            complete = min(complete, num_head_blocks) + num_sealed[seq_id]
+        if per_block > 1:
+            complete = min(complete, num_head) + num_sealed[seq_id]
         complete = min(complete, link_limits[seq_id])
         for link in range(num_published[seq_id], complete):
             if num_links == len(links):
                 break
-            in_body = block_size > open_block_size and link >= num_head_blocks
             links[num_links, 0] = seq_id
             links[num_links, 1] = link
-            if in_body:
-                links[num_links, 2] = sealed_table[seq_id, link - num_head_blocks]
-            else:
-                links[num_links, 2] = open_table[seq_id, link]
+            links[num_links, 2] = table[seq_id, link + max(link - num_head, 0) * (per_block - 1)]
             num_links += 1
             num_published[seq_id] = link + 1
     return num_links
-
-
-def new_counts(num_rows: int) -> IntArray:
-    return np.empty((num_rows, NUM_COUNTS), dtype=np.int64)

@@ -1,9 +1,11 @@
-"""A sequence that lies in host blocks while others use the pool. Knows block ids, never tensors."""
+"""Sequences that lie in host blocks while others use the pool. Knows block ids, never tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import InvalidStepError
+from .block_pool import BlockPool
 from .geometry import BlockIds
 from .token_chain import TokenChain
 
@@ -18,3 +20,34 @@ class SwappedSequence:
     num_evicted_tokens: int
     device_block_ids: BlockIds  # where its blocks were, in the order of its tokens
     host_block_ids: BlockIds
+
+
+class HostBlocks:
+    """A pool of host blocks, none where there is no such memory, and who lies in it."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.pool = BlockPool(num_blocks) if num_blocks else None
+        self._swapped: set[int] = set()  # identities of the sequences
+
+    def allocate(self, num_blocks: int) -> BlockIds | None:
+        """So many host blocks; None, taking none, if too few are free."""
+        if self.pool is None or num_blocks > self.pool.num_free:
+            return None
+        return self.pool.allocate(num_blocks)
+
+    def keep(self, swapped: SwappedSequence) -> SwappedSequence:
+        """From here on until `discard` it may be swapped in."""
+        self._swapped.add(id(swapped))
+        return swapped
+
+    def require(self, swapped: SwappedSequence) -> None:
+        """Raise `InvalidStepError` unless this sequence still lies in host blocks."""
+        if id(swapped) not in self._swapped:
+            raise InvalidStepError("this sequence was swapped in or discarded before")
+
+    def discard(self, swapped: SwappedSequence) -> None:
+        """Give the host blocks of a sequence back."""
+        self.require(swapped)
+        assert self.pool is not None
+        self.pool.release(swapped.host_block_ids)
+        self._swapped.remove(id(swapped))

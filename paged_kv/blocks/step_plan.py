@@ -1,35 +1,58 @@
-"""One step as data: what it takes, seals, copies and lets go, and on demand where each token goes.
+"""One step as plain data: what it computes, takes, seals, copies and lets go.
 
-Knows block ids and counts, never tensors. The deltas cost little and are always there; the index
-arrays that kernels want are made when they are first read, which must be before the step ends.
+Knows block ids and counts, never tensors or live tables: a plan can be pickled, and read after its
+step has ended. It carries what changes; whoever runs the model keeps the tables themselves, in a
+`TableReplica`, and makes the arrays that kernels want of both (`StepArrays`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidStepError
-from .block_tables import BlockTables, ragged_arange
 from .geometry import BlockIds, IntArray
+from .sequences import integer_array
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TableUpdate:
+    """Rows of block tables as they are before the step, where earlier plans do not tell them.
+
+    They belong to sequences that are new, or that the end of an earlier step changed, whether they
+    are part of this step or not. See `BlockTables` for their form.
+    """
+
+    seq_ids: IntArray  # [U]
+    num_sealed: IntArray  # [U] body blocks
+    block_table: BlockIds  # [U, W]
+
+
+NO_UPDATE: Final = TableUpdate(
+    seq_ids=np.empty(0, dtype=np.int64),
+    num_sealed=np.empty(0, dtype=np.int64),
+    block_table=np.empty((0, 0), dtype=np.int32),
+)
 
 
 @dataclass(eq=False, kw_only=True)
 class StepPlan:
     """N sequences, T new tokens in all, R sequences whose blocks change, S blocks to seal.
 
-    The tables are as they were before the step: the context that the new tokens attend to. The new
-    tokens themselves attend to each other in full precision, wherever they are stored.
+    The new tokens attend to the context, everything stored before the step, where it was, and to
+    each other in full precision, wherever they are stored.
     """
 
     seq_ids: IntArray  # [N]
     num_scheduled_tokens: IntArray  # [N] new tokens
     num_draft_tokens: IntArray | None  # [N] of these, last ones that commit may drop
     context_lens: IntArray  # [N] tokens stored before the step
-    num_evicted_tokens: IntArray | None  # [N] of streams, before the step; None where there is none
+    # Of windowed sequences; None where the step has none.
+    num_evicted_tokens: IntArray | None  # [N] before the step
     num_sink_tokens: IntArray | None  # [N]
     window_sizes: IntArray | None  # [N] 0 where the sequence keeps everything
     changed_rows: IntArray  # [R] index among the N; the tables of the others stay as they are
@@ -39,13 +62,7 @@ class StepPlan:
     copy_sources: BlockIds  # [C] shared open blocks to copy before anything is written ...
     copy_targets: BlockIds  # [C] ... and where to
     freed_block_ids: BlockIds  # let go by commit, as often as they lose a user
-    unended_tables: BlockTables | None  # None once the step is committed or rolled back
-
-    @property
-    def tables(self) -> BlockTables:
-        if self.unended_tables is None:
-            raise InvalidStepError("index arrays of a step must be read before it ends")
-        return self.unended_tables
+    table_update: TableUpdate
 
     @cached_property
     def num_tokens(self) -> int:
@@ -77,8 +94,8 @@ class StepPlan:
         return self.cache_positions + self.num_evicted_tokens[self.token_rows]
 
     @property
-    def is_stream(self) -> NDArray[np.bool_] | None:
-        """[T] whether a new token is a stream's; None where no sequence is one."""
+    def is_windowed(self) -> NDArray[np.bool_] | None:
+        """[T] whether a new token is a windowed sequence's; None where no sequence is one."""
         return None if self.window_sizes is None else self.window_sizes[self.token_rows] > 0
 
     @cached_property
@@ -97,84 +114,46 @@ class StepPlan:
 
     @cached_property
     def cache_positions(self) -> IntArray:
-        """[T] position of each new token among the tokens that its sequence stores."""
+        """[T] place of each new token among the tokens that its sequence stores."""
         if self.is_decode:
             return self.context_lens
         starts = self.query_start_loc[:-1] - self.context_lens
         return np.arange(self.num_tokens) - starts[self.token_rows]
 
-    @cached_property
-    def num_sealed(self) -> IntArray:
-        """[N] body blocks before the step."""
-        return self.tables.num_sealed[self.seq_ids]
+    def kept_tokens(self, num_kept_tokens: ArrayLike | None) -> IntArray:
+        """[N] new tokens that stay; raises `InvalidStepError` if any but drafts would be dropped.
 
-    @cached_property
-    def open_table(self) -> BlockIds:
-        """[N, C] head blocks, then tail blocks, before the step."""
-        width = int(self.tables.num_open[self.seq_ids].max(initial=0))
-        return self.tables.open[self.seq_ids, :width]
-
-    @cached_property
-    def sealed_table(self) -> BlockIds:
-        """[N, B] body blocks before the step."""
-        return self.tables.sealed[self.seq_ids, : int(self.num_sealed.max(initial=0))]
-
-    @cached_property
-    def slot_mapping(self) -> IntArray:
-        """[T] open token slot (block_id * open_block_size + offset) of each new token.
-
-        -1 where a token goes straight into a block that this step seals.
+        None keeps all.
         """
-        geometry, rows = self.tables.geometry, self.token_rows
-        num_columns = self.tables.num_open[self.seq_ids]
-        sealed_after = self.num_sealed.copy()
-        sealed_after[self.changed_rows] += self.block_counts[:, 0]
-        num_columns[self.changed_rows] += self.block_counts[:, 1]
-        open_ends = -(-(self.context_lens + self.num_scheduled_tokens) // geometry.open_block_size)
-        body_end = geometry.num_head_tokens + sealed_after * geometry.block_size
-        positions = self.cache_positions
-        in_body = (positions >= geometry.num_head_tokens) & (positions < body_end[rows])
-        stored = np.flatnonzero(~in_body)
-        stored_rows = rows[stored]
-        mapping = np.full(len(positions), -1, dtype=np.int64)
-        mapping[stored] = self.tables.open_slots(
-            self.seq_ids[stored_rows],
-            num_columns[stored_rows],
-            open_ends[stored_rows],
-            positions[stored],
+        num_new = self.num_scheduled_tokens
+        if num_kept_tokens is None:
+            return num_new
+        num_kept = integer_array("num_kept_tokens", num_kept_tokens)
+        num_draft = 0 if self.num_draft_tokens is None else self.num_draft_tokens
+        fits = (
+            num_kept.shape == num_new.shape
+            and ((num_kept >= num_new - num_draft) & (num_kept <= num_new)).all()
         )
-        self._redirect_copies(mapping)
-        return mapping
+        if not fits:
+            raise InvalidStepError(
+                "a step may only drop its draft tokens: num_kept_tokens must be from "
+                f"{(num_new - num_draft).tolist()} to {num_new.tolist()}, got {num_kept.tolist()}"
+            )
+        return num_kept
 
-    def _redirect_copies(self, mapping: IntArray) -> None:
-        """Tokens for a shared block go to its copy, which the tables name only after commit."""
-        open_block_size = self.tables.geometry.open_block_size
-        copy_rows = self.changed_rows[self.block_counts[:, 3] > 0]
-        for row, target in zip(copy_rows.tolist(), self.copy_targets.tolist(), strict=True):
-            start, end = self.query_start_loc[row : row + 2]
-            filled = int(self.context_lens[row]) % open_block_size
-            end = min(end, start + open_block_size - filled)
-            mapping[start:end] = target * open_block_size + filled + np.arange(end - start)
 
-    @cached_property
-    def seal_sources(self) -> IntArray:
-        """[S, block_size] where each token to be sealed is: an open slot, or ~index of the T."""
-        geometry = self.tables.geometry
-        changed, offsets = ragged_arange(self.block_counts[:, 0])
-        seal_rows = self.changed_rows[changed]
-        first = geometry.num_head_tokens + (self.num_sealed[seal_rows] + offsets) * (
-            geometry.block_size
+def check_drafts(num_draft_tokens: IntArray, num_new_tokens: IntArray, block_size: int) -> None:
+    """Raise `InvalidStepError` unless drafts are fewer than the new tokens and at most a block."""
+    fits = (
+        num_draft_tokens.shape == num_new_tokens.shape
+        and (
+            (num_draft_tokens >= 0)
+            & (num_draft_tokens < num_new_tokens)
+            & (num_draft_tokens <= block_size)
+        ).all()
+    )
+    if not fits:
+        raise InvalidStepError(
+            "num_draft_tokens must be from 0 to less than num_new_tokens and at most "
+            f"{block_size}, got {num_draft_tokens.tolist()}"
         )
-        positions = (first[:, None] + np.arange(geometry.block_size)).reshape(-1)
-        rows = np.repeat(seal_rows, geometry.block_size)
-        sources = ~(self.query_start_loc[rows] + positions - self.context_lens[rows])
-        stored = np.flatnonzero(positions < self.context_lens[rows])
-        rows = rows[stored]
-        open_ends = -(-self.context_lens // geometry.open_block_size)
-        sources[stored] = self.tables.open_slots(
-            self.seq_ids[rows],
-            self.tables.num_open[self.seq_ids][rows],
-            open_ends[rows],
-            positions[stored],
-        )
-        return sources.reshape(-1, geometry.block_size)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +21,6 @@ from .sink_window import SinkWindow
 
 TokenIds = NDArray[np.int32]
 ExtraKey = bytes | str | int
-NO_LIMIT: Final = 1 << 40  # links
 
 
 def as_token_ids(values: ArrayLike) -> TokenIds:
@@ -32,16 +30,13 @@ def as_token_ids(values: ArrayLike) -> TokenIds:
             return np.frombuffer(array("i", values), dtype=np.int32)
         token_ids = np.asarray(values)
         is_integer = not token_ids.size or token_ids.dtype.kind in "iu"
-        if token_ids.ndim == 1 and is_integer and fits_int32(token_ids):
-            return token_ids.astype(np.int32)
+        if token_ids.ndim == 1 and is_integer:
+            converted = token_ids.astype(np.int32)
+            if not np.count_nonzero(converted != token_ids):
+                return converted
     except (TypeError, ValueError, OverflowError):
         pass
     raise InvalidRequestError(f"token ids must be a flat list of 32-bit integers, got {values!r}")
-
-
-def fits_int32(values: NDArray[np.integer]) -> bool:
-    limits = np.iinfo(np.int32)
-    return not values.size or (values.min() >= limits.min and values.max() <= limits.max)
 
 
 def root_hash(fingerprint: bytes, extra_keys: Sequence[ExtraKey] = ()) -> bytes:
@@ -63,8 +58,8 @@ def link_hash(parent: bytes, token_bytes: bytes) -> bytes:
 class TokenChain:
     """The tokens of a sequence, and the hash of each complete link as far as it was needed.
 
-    With a `sink_window` they are a stream's, which shares only what comes before any eviction: K/V
-    of later tokens depend on what they did not see.
+    With a `sink_window` they are a windowed sequence's, which shares only what comes before any
+    eviction: K/V of later tokens depend on what they did not see.
     """
 
     __slots__ = ("hashes", "root", "sink_window", "token_ids")
@@ -85,13 +80,14 @@ class TokenChain:
 
     def num_shareable_links(self, geometry: BlockGeometry) -> int:
         """Links that a new sequence of these tokens may take over from others."""
-        num_tokens = len(self.token_ids)
-        return min(geometry.num_shareable_links(num_tokens), self.link_limit(geometry))
+        num_links = geometry.num_shareable_links(len(self.token_ids))
+        limit = self.link_limit(geometry)
+        return num_links if limit is None else min(num_links, limit)
 
-    def link_limit(self, geometry: BlockGeometry) -> int:
-        """Links of the sequence, however long it gets, that may be shared."""
+    def link_limit(self, geometry: BlockGeometry) -> int | None:
+        """Links of the sequence, however long it gets, that may be shared; None: all of them."""
         if self.sink_window is None:
-            return NO_LIMIT
+            return None
         return geometry.num_links(self.sink_window.num_visible_tokens)
 
     def hash_links(self, geometry: BlockGeometry, num_links: int) -> None:

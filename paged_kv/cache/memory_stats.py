@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..blocks.block_manager import BlockManager
-from ..blocks.block_tables import ragged_arange
+from ..blocks.geometry import ragged_arange
 
 if TYPE_CHECKING:
     from .kv_cache import PagedKVCache

@@ -1,0 +1,269 @@
+"""Which sequences share blocks that others computed, or offer theirs. Knows hashes, never bytes.
+
+`PrefixSharing` does it through a `PrefixCache`; `NoPrefixSharing` is what a manager has instead
+where nothing is shared, and does nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import InvalidStepError
+from .block_pool import BlockPool
+from .block_tables import BlockTables
+from .events import BlockStored, CacheEvent
+from .geometry import BlockIds, IntArray
+from .growth import find_complete_links
+from .prefix_cache import PrefixCache
+from .sequences import UNLIMITED, Sequences
+from .token_chain import TokenChain
+
+
+class PrefixMatch(NamedTuple):
+    """What the prefix cache has of a sequence that is not there yet."""
+
+    num_tokens: int
+    num_blocks: int
+    num_sealed: int  # of these, in the body
+    num_idle_blocks: int  # of these, blocks that count as free until they are shared
+    is_pending: bool  # a living sequence is about to store the next link
+
+
+@dataclass(kw_only=True)
+class PrefixStatistics:
+    """Counted since the manager was made: a request's tokens when it starts, hit or not."""
+
+    num_queries: int = 0
+    num_query_tokens: int = 0
+    num_hit_tokens: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.num_hit_tokens / max(self.num_query_tokens, 1)
+
+
+class NoPrefixSharing:
+    """Sequences that share blocks only with their forks."""
+
+    cache: PrefixCache | None = None
+    num_cached: int = 0  # blocks that can be found
+
+    def __init__(self, sequences: Sequences) -> None:
+        self.statistics = PrefixStatistics()
+        # Tokens that each sequence may have computed.
+        self.computable_tokens: IntArray = sequences.state["length_limit"]
+
+    def hash(self, tokens: TokenChain) -> None:
+        """Hash the links that a new sequence of these tokens may take over."""
+
+    def find(self, tokens: TokenChain) -> PrefixMatch:
+        """What `share` would take over."""
+        return PrefixMatch(0, 0, 0, 0, is_pending=False)
+
+    def share(self, seq_id: int, tokens: TokenChain) -> None:
+        """Fill a new sequence with the cached blocks of its tokens' first links."""
+
+    def follow(self, seq_id: int, tokens: TokenChain, num_published: int) -> None:
+        """Keep hashing a new sequence's tokens, hashed so far by `hash`.
+
+        So many of its links can be found already.
+        """
+
+    def tokens_came(self, seq_ids: IntArray) -> None:
+        """Sequences were told tokens beyond their `token_capacity`."""
+
+    def forked(self, child: int) -> None:
+        """A sequence is the copy of another: others may wait for its links too."""
+
+    def ended(self, seq_id: int) -> None:
+        """A sequence is about to be forgotten."""
+
+    def publish(self, seq_ids: IntArray) -> None:
+        """Make the blocks of links that are complete by now findable."""
+
+    def stop(self, seq_ids: IntArray) -> None:
+        """Nothing past a gap is ever found: what others wait for will not come."""
+
+    def reset(self) -> None:
+        """Forget all cached blocks; raises `InvalidStepError` while a sequence lives."""
+
+    def take_events(self) -> list[CacheEvent]:
+        """What was stored in and removed from the cache since the last call."""
+        return []
+
+    def check_integrity(self) -> None:
+        """Assert that the hashes of living sequences are those of their tokens."""
+
+
+class PrefixSharing(NoPrefixSharing):
+    """Blocks of complete links are findable by their tokens, all of which have to be known."""
+
+    cache: PrefixCache
+
+    def __init__(
+        self, sequences: Sequences, tables: BlockTables, pool: BlockPool, cache: PrefixCache
+    ) -> None:
+        super().__init__(sequences)
+        self.computable_tokens = sequences.num_tokens
+        self.geometry = sequences.geometry
+        self.cache = cache
+        self._sequences = sequences
+        self._tables = tables
+        self._pool = pool
+        self._num_published: IntArray = sequences.state["num_published"]
+        self._num_expected: IntArray = sequences.state["num_expected"]
+        self._link_limits: IntArray = sequences.state["link_limit"]
+        self._complete_links: IntArray = np.empty((1024, 3), dtype=np.int64)
+
+    @property
+    def num_cached(self) -> int:  # type: ignore[override]
+        return self.cache.num_cached
+
+    # -- sequences that begin -------------------------------------------------------------------
+
+    def hash(self, tokens: TokenChain) -> None:
+        tokens.hash_links(self.geometry, tokens.num_shareable_links(self.geometry))
+
+    def find(self, tokens: TokenChain) -> PrefixMatch:
+        block_ids = self._find_links(tokens)
+        num_links = len(block_ids)
+        limit = tokens.num_shareable_links(self.geometry)
+        return PrefixMatch(
+            num_tokens=self.geometry.link_end(num_links),
+            num_blocks=num_links,
+            num_sealed=self._num_body(num_links),
+            num_idle_blocks=int(np.count_nonzero(self._pool.ref_counts[block_ids] == 0)),
+            is_pending=num_links < limit and self.cache.is_expected(tokens.hashes[num_links]),
+        )
+
+    def share(self, seq_id: int, tokens: TokenChain) -> None:
+        sequences = self._sequences
+        block_ids: BlockIds = np.array(self._find_links(tokens), dtype=np.int32)
+        num_links = len(block_ids)
+        num_hit_tokens = self.geometry.link_end(num_links)
+        if num_links:
+            self._pool.share(block_ids)
+            sequences.num_computed_tokens[seq_id] = num_hit_tokens
+            sequences.num_sealed[seq_id] = self._num_body(num_links)
+            self._tables.write(seq_id, block_ids)
+        self.follow(seq_id, tokens, num_links)
+        statistics = self.statistics
+        statistics.num_queries += 1
+        statistics.num_query_tokens += len(tokens.token_ids)
+        statistics.num_hit_tokens += num_hit_tokens
+
+    def follow(self, seq_id: int, tokens: TokenChain, num_published: int) -> None:
+        limit = min(tokens.num_shareable_links(self.geometry), int(self._link_limits[seq_id]))
+        self._num_published[seq_id], self._num_expected[seq_id] = num_published, limit
+        self.cache.expect(tokens.hashes[num_published:limit])
+        capacity = self._tokens_before_link(len(tokens.hashes), int(self._link_limits[seq_id]))
+        length_limit = int(self._sequences.state[seq_id]["length_limit"])
+        self._sequences.token_capacity[seq_id] = min(length_limit, capacity)
+
+    def _find_links(self, tokens: TokenChain) -> list[int]:
+        """The cached blocks of the first links that a sequence may share."""
+        limit = tokens.num_shareable_links(self.geometry)
+        tokens.hash_links(self.geometry, limit)
+        return self.cache.find(tokens.hashes[:limit])
+
+    def _num_body(self, num_links: int) -> int:
+        """Sealed blocks among so many links."""
+        return max(num_links - self.geometry.num_head_blocks, 0) * self.geometry.seals
+
+    # -- sequences that grow --------------------------------------------------------------------
+
+    def tokens_came(self, seq_ids: IntArray) -> None:
+        geometry, sequences, chains = self.geometry, self._sequences, self._sequences.chains
+        lengths = sequences.num_tokens[seq_ids].tolist()
+        limits = self._link_limits[seq_ids].tolist()
+        capacities = []
+        for seq_id, length, limit in zip(seq_ids.tolist(), lengths, limits, strict=True):
+            chain = chains[seq_id]
+            assert chain is not None
+            num_links = min(geometry.num_links(length), limit)
+            chain.hash_links(geometry, num_links)
+            capacities.append(self._tokens_before_link(num_links, limit))
+        length_limits = sequences.state["length_limit"][seq_ids]
+        sequences.token_capacity[seq_ids] = np.minimum(length_limits, capacities)
+
+    def _tokens_before_link(self, num_links: int, limit: int) -> int:
+        """Tokens that complete no link after so many, of which no more than `limit` count."""
+        return UNLIMITED if num_links >= limit else self.geometry.link_end(num_links + 1) - 1
+
+    def forked(self, child: int) -> None:
+        self.cache.expect(self._unpublished_hashes(child))
+
+    def ended(self, seq_id: int) -> None:
+        self.cache.no_longer_expect(self._unpublished_hashes(seq_id))
+
+    def stop(self, seq_ids: IntArray) -> None:
+        for seq_id in seq_ids.tolist():
+            self.cache.no_longer_expect(self._unpublished_hashes(seq_id))
+            self._num_expected[seq_id] = 0
+            self._link_limits[seq_id] = self._num_published[seq_id]
+
+    def _unpublished_hashes(self, seq_id: int) -> list[bytes]:
+        """Of the links that others may wait for."""
+        published, expected = self._num_published.item(seq_id), self._num_expected.item(seq_id)
+        return self._sequences.chain(seq_id).hashes[published:expected]
+
+    # -- blocks that are complete ---------------------------------------------------------------
+
+    def publish(self, seq_ids: IntArray) -> None:
+        sequences, cache, found = self._sequences, self.cache, self._complete_links
+        chains, num_expected = sequences.chains, self._num_expected
+        while True:
+            num_links = find_complete_links(
+                seq_ids,
+                sequences.num_computed_tokens,
+                sequences.num_tokens,
+                sequences.num_sealed,
+                sequences.state,
+                self._tables.ids,
+                self.geometry.sizes,
+                found,
+            )
+            for seq_id, link, block_id in found[:num_links].tolist():
+                chain = chains[seq_id]
+                assert chain is not None
+                if link == len(chain.hashes):
+                    chain.hash_links(self.geometry, link + 1)
+                was_expected = link < num_expected.item(seq_id)
+                is_new = cache.store(chain.hashes[link], block_id, was_expected=was_expected)
+                if is_new and cache.records_events:
+                    cache.record(self._stored(chain, link, block_id))
+            if num_links < len(found):
+                return
+
+    def _stored(self, chain: TokenChain, link: int, block_id: int) -> BlockStored:
+        start, end = self.geometry.link_end(link), self.geometry.link_end(link + 1)
+        return BlockStored(
+            block_hash=chain.hashes[link],
+            parent_hash=chain.hashes[link - 1] if link else chain.root,
+            token_ids=tuple(chain.token_ids[start:end].tolist()),
+            block_id=block_id,
+        )
+
+    # -- the cache as a whole -------------------------------------------------------------------
+
+    def reset(self) -> None:
+        num_living = len(self._sequences.living)
+        if num_living:
+            raise InvalidStepError(f"the prefix cache is in use by {num_living} sequences")
+        self._pool.reset_cache()
+
+    def take_events(self) -> list[CacheEvent]:
+        return self.cache.take_events()
+
+    def check_integrity(self) -> None:
+        sequences = self._sequences
+        for seq_id in sequences.living.tolist():
+            chain = sequences.chain(seq_id)
+            known = sequences.token_ids[seq_id, : sequences.num_tokens[seq_id]]
+            fresh = TokenChain(known, chain.root)
+            fresh.hash_links(self.geometry, len(chain.hashes))
+            assert fresh.hashes == chain.hashes
+            assert self._num_published[seq_id] <= len(chain.hashes)

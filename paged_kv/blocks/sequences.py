@@ -1,0 +1,250 @@
+"""What is known of each sequence: its tokens, lengths and limits. Knows counts, never block ids.
+
+`state[seq_id]` is one sequence: a fork copies it, and a sequence that ends leaves zeros. What every
+step reads of all its sequences are arrays of their own instead: beside each other they are
+gathered in half the time.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InvalidStepError, OutOfBlocksError
+from .geometry import BlockGeometry, IntArray, ragged_arange
+from .token_chain import TokenChain, TokenIds
+
+StateArray = NDArray[np.void]
+
+SEQUENCE: Final = np.dtype(
+    [
+        ("is_living", np.bool_),
+        ("length_limit", np.int64),  # tokens that it may have
+        # Of windowed sequences; 0 in all others:
+        ("num_sink_tokens", np.int64),
+        ("window_size", np.int64),
+        ("max_stored", np.int64),  # tokens stored at once, at the end of a step
+        ("num_evicted_tokens", np.int64),
+        # Where prefixes are shared:
+        ("link_limit", np.int64),  # links that others may ever find
+        ("num_published", np.int64),  # links that others can find
+        ("num_expected", np.int64),  # links of its first tokens: others may wait for these
+    ],
+    align=True,
+)
+# A limit is compared beside the limits of other sequences, as a number in an array: where there is
+# none it is a number that nothing reaches.
+UNLIMITED: Final = int(np.iinfo(np.int64).max)
+
+
+def integer_array(name: str, values: ArrayLike) -> IntArray:
+    """An array of integers as int64; anything else is refused by name."""
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise InvalidStepError(f"{name} must be integers, got {values!r}")
+    return array.astype(np.int64)
+
+
+class Sequences:
+    """Up to `max_num_seqs` sequences of up to `max_model_len` tokens, windowed ones of any length.
+
+    A sequence is named by its `seq_id`, from 0 up; ids of ended sequences are given out again.
+    """
+
+    def __init__(self, geometry: BlockGeometry, *, max_num_seqs: int, max_model_len: int) -> None:
+        self.geometry = geometry
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.state: StateArray = np.zeros(max_num_seqs, dtype=SEQUENCE)
+        self.num_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # known
+        self.num_computed_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # stored now
+        self.num_sealed: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # body blocks
+        # Tokens that a sequence can store before its blocks change.
+        self.capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        # Tokens that it can be told before more is to do: hash a link, or refuse.
+        self.token_capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        self.token_ids: TokenIds = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
+        # The last of them, beside each other: what most steps compute.
+        self.last_token_ids: TokenIds = np.zeros(max_num_seqs, dtype=np.int32)
+        self._arrays = (
+            self.state,
+            self.num_tokens,
+            self.num_computed_tokens,
+            self.num_sealed,
+            self.capacity,
+            self.token_capacity,
+            self.last_token_ids,
+        )
+        # Their hashes, root and window; None where no sequence is.
+        self.chains: list[TokenChain | None] = [None] * max_num_seqs
+        self.num_windowed = 0
+        self._free_seq_ids = list(range(max_num_seqs - 1, -1, -1))
+        self._distinct: IntArray | None = None  # a read-only array once found to be distinct
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free_seq_ids)
+
+    @property
+    def living(self) -> IntArray:
+        """Ids of the living sequences, ascending."""
+        return np.flatnonzero(self.state["is_living"])
+
+    def chain(self, seq_id: int) -> TokenChain:
+        """The tokens of a living sequence with their hashes."""
+        chain = self.chains[seq_id]
+        assert chain is not None
+        return chain
+
+    # -- beginning and end ----------------------------------------------------------------------
+
+    def check_length(self, tokens: TokenChain) -> None:
+        """Raise `InvalidStepError` for too many tokens; a windowed sequence may have any number."""
+        if tokens.sink_window is None and len(tokens.token_ids) > self.max_model_len:
+            raise InvalidStepError(
+                f"a sequence of {len(tokens.token_ids)} tokens exceeds max_model_len "
+                f"{self.max_model_len}"
+            )
+
+    def start(self, tokens: TokenChain) -> int:
+        """The id of a new sequence that stores nothing yet; raises `OutOfBlocksError` without one.
+
+        Its `token_capacity` is its length limit.
+        """
+        if not self._free_seq_ids:
+            raise OutOfBlocksError(f"all {self.max_num_seqs} sequence seq_ids are in use")
+        length, sink_window = len(tokens.token_ids), tokens.sink_window
+        self.make_room_for_tokens(length)
+        seq_id = self._free_seq_ids.pop()
+        self.token_ids[seq_id, :length] = tokens.token_ids
+        if length:
+            self.last_token_ids[seq_id] = tokens.token_ids[-1]
+        self.num_tokens[seq_id] = length
+        self.chains[seq_id] = tokens.with_tokens(self.token_ids[seq_id])
+        state = self.state[seq_id]
+        state["is_living"] = True
+        state["length_limit"] = self.max_model_len if sink_window is None else UNLIMITED
+        link_limit = tokens.link_limit(self.geometry)
+        state["link_limit"] = UNLIMITED if link_limit is None else link_limit
+        if sink_window is not None:
+            self.num_windowed += 1
+            state["num_sink_tokens"] = sink_window.num_sink_tokens
+            state["window_size"] = sink_window.window_size
+            state["max_stored"] = sink_window.max_stored(self.geometry)
+        self.token_capacity[seq_id] = state["length_limit"]
+        return seq_id
+
+    def fork(self, seq_id: int) -> int:
+        """The id of a copy of a sequence; the blocks of both have to be looked at anew."""
+        if not self._free_seq_ids:
+            raise OutOfBlocksError(f"all {self.max_num_seqs} sequence seq_ids are in use")
+        child = self._free_seq_ids.pop()
+        length = int(self.num_tokens[seq_id])
+        for array in self._arrays:
+            array[child] = array[seq_id]
+        self.capacity[[seq_id, child]] = self.num_computed_tokens[seq_id]
+        self.token_ids[child, :length] = self.token_ids[seq_id, :length]
+        chain = self.chain(seq_id)
+        self.chains[child] = chain.with_tokens(self.token_ids[child])
+        self.num_windowed += chain.sink_window is not None
+        return child
+
+    def end(self, seq_id: int) -> None:
+        """Forget a sequence; its id is the next to be given out."""
+        self.num_windowed -= self.chain(seq_id).sink_window is not None
+        self.chains[seq_id] = None
+        for array in self._arrays:
+            array[seq_id] = 0
+        self._free_seq_ids.append(seq_id)
+
+    # -- tokens ---------------------------------------------------------------------------------
+
+    def make_room_for_tokens(self, num_tokens: int) -> None:
+        """Widen the rows of token ids for a windowed sequence that outgrows them."""
+        old = self.token_ids
+        if num_tokens <= old.shape[1]:
+            return
+        self.token_ids = np.zeros((len(old), max(num_tokens, 2 * old.shape[1])), dtype=np.int32)
+        for seq_id in self.living.tolist():
+            length = self.num_tokens[seq_id]
+            self.token_ids[seq_id, :length] = old[seq_id, :length]
+            self.chains[seq_id] = self.chain(seq_id).with_tokens(self.token_ids[seq_id])
+
+    def write_tokens(
+        self, seq_ids: IntArray, lengths: IntArray, token_ids: TokenIds, counts: IntArray | None
+    ) -> None:
+        """Tokens behind the first `lengths` [M]: one for each sequence, or so many (`counts`)."""
+        if counts is None:
+            self.token_ids[seq_ids, lengths] = token_ids
+            self.last_token_ids[seq_ids] = token_ids
+            self.num_tokens[seq_ids] = lengths + 1
+            return
+        ends = lengths + counts
+        rows, offsets = ragged_arange(counts)
+        self.token_ids[seq_ids[rows], lengths[rows] + offsets] = token_ids
+        self.last_token_ids[seq_ids] = self.token_ids[seq_ids, np.maximum(ends - 1, 0)]
+        self.num_tokens[seq_ids] = ends
+
+    # -- windows --------------------------------------------------------------------------------
+
+    def num_storable(self, seq_ids: IntArray) -> IntArray:
+        """Tokens that each of these windowed sequences may store at the end of its next step.
+
+        The step that stores its sinks computes nothing that would see them nearer than they are.
+        """
+        state = self.state[seq_ids]
+        sinks, limits = state["num_sink_tokens"], state["max_stored"]
+        has_sinks = self.num_computed_tokens[seq_ids] >= sinks
+        return np.where(has_sinks, limits, np.minimum(limits, sinks + state["window_size"]))
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def distinct(self, seq_ids: ArrayLike) -> IntArray:
+        """Distinct ids as an array; whether these sequences live is for the caller to check.
+
+        A read-only array that owns its data is taken not to change: the same one is checked once.
+        """
+        if self._distinct is not None and seq_ids is self._distinct:
+            return self._distinct
+        checked = integer_array("seq_ids", seq_ids)
+        if checked.ndim != 1:
+            raise InvalidStepError(f"seq_ids must be one-dimensional, got shape {checked.shape}")
+        if len(checked):
+            if checked.min() < 0 or checked.max() >= self.max_num_seqs:
+                raise InvalidStepError(f"seq_ids {checked.tolist()} are not all living sequences")
+            if np.count_nonzero(np.bincount(checked)) < len(checked):
+                raise InvalidStepError(f"seq_ids {checked.tolist()} name a sequence twice")
+        if isinstance(seq_ids, np.ndarray) and seq_ids.dtype == np.int64:
+            is_read_only = not seq_ids.flags.writeable and seq_ids.base is None
+            self._distinct = seq_ids if is_read_only else self._distinct
+        return checked
+
+    def is_living(self, seq_id: int) -> bool:
+        return 0 <= seq_id < self.max_num_seqs and self.chains[seq_id] is not None
+
+    def require_living(self, seq_ids: IntArray) -> None:
+        if not self.state["is_living"][seq_ids].all():
+            raise InvalidStepError(f"seq_ids {seq_ids.tolist()} are not all living sequences")
+
+    def check_new_lengths(self, seq_ids: IntArray, lengths: IntArray) -> None:
+        """Raise `InvalidStepError` unless these sequences live and may have so many tokens."""
+        if np.count_nonzero(lengths > self.state["length_limit"][seq_ids]):
+            self.require_living(seq_ids)
+            raise InvalidStepError(
+                f"a sequence would have {lengths.max()} tokens; max_model_len is "
+                f"{self.max_model_len}"
+            )
+
+    def check_integrity(self) -> None:
+        """Assert that what is known of sequences agrees, and nothing of those that are not."""
+        living = self.living
+        idle = np.setdiff1d(np.arange(self.max_num_seqs), living)
+        assert sorted(self._free_seq_ids) == idle.tolist()
+        assert [seq_id for seq_id, chain in enumerate(self.chains) if chain] == living.tolist()
+        for array in self._arrays:
+            assert (array[idle] == np.zeros(1, dtype=array.dtype)).all()
+        window_sizes = self.state["window_size"]
+        assert not self.state["num_evicted_tokens"][window_sizes == 0].any()
+        assert self.num_windowed == np.count_nonzero(window_sizes)

@@ -1,0 +1,164 @@
+"""A step as kernels want it: each token's place in blocks, as numpy arrays. Knows no torch.
+
+Made from a plan and a replica of the tables, or from the lengths and the block table of another
+engine's step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .geometry import BlockGeometry, IntArray, ragged_arange
+from .step_plan import StepPlan
+from .table_replica import TableReplica
+
+
+class _Tokens(NamedTuple):
+    """N sequences and their T new tokens."""
+
+    query_start_loc: IntArray  # [N + 1]
+    query_lens: IntArray  # [N]
+    context_lens: IntArray  # [N]
+    rows: IntArray  # [T] index among the N
+    cache_positions: IntArray  # [T]
+
+
+class _Seals(NamedTuple):
+    """S blocks that the step seals."""
+
+    rows: IntArray  # [S] index among the N
+    first_places: IntArray  # [S] in the block table
+    block_ids: IntArray  # [S]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StepArrays:
+    """N sequences, T new tokens, S blocks to seal; all int64.
+
+    A new token is either stored in an open block or is one of the tokens of a sealed block.
+    """
+
+    query_start_loc: IntArray  # [N + 1]
+    query_lens: IntArray  # [N]
+    context_lens: IntArray  # [N] tokens stored before the step
+    num_sealed: IntArray  # [N] body blocks before the step
+    block_table: IntArray  # [N, W] see `BlockTables`
+    cache_positions: IntArray  # [T] place of each new token among its sequence's stored ones
+    stored_tokens: IntArray  # [W_s] new tokens that go to open blocks, in order ...
+    stored_slots: IntArray  # [W_s] ... and where: block_id * open_block_size + row
+    seal_block_ids: IntArray  # [S]
+    seal_sources: IntArray  # [S, block_size] open slot of each token, or ~index of a new one
+
+    @classmethod
+    def from_plan(
+        cls, geometry: BlockGeometry, plan: StepPlan, replica: TableReplica
+    ) -> StepArrays:
+        """The arrays of a plan that `replica` was told; they stay as they are from then on."""
+        num_sealed, block_table = replica.rows(plan)
+        tokens = _Tokens(
+            plan.query_start_loc,
+            plan.num_scheduled_tokens,
+            plan.context_lens,
+            plan.token_rows,
+            plan.cache_positions,
+        )
+        seals = None
+        if len(plan.seal_block_ids):
+            changed, offsets = ragged_arange(plan.block_counts[:, 0])
+            rows = plan.changed_rows[changed]
+            places = _body_places(geometry, num_sealed[rows] + offsets)
+            seals = _Seals(rows, places, plan.seal_block_ids.astype(np.int64))
+        return cls._of(geometry, tokens, num_sealed, block_table, seals)
+
+    @classmethod
+    def from_block_table(
+        cls,
+        geometry: BlockGeometry,
+        query_start_loc: IntArray,
+        seq_lens: IntArray,
+        block_table: IntArray,
+    ) -> StepArrays:
+        """The arrays of a step whose block table [N, W] has places for all `seq_lens` tokens.
+
+        What is sealed follows from the lengths (`BlockGeometry.num_sealed_blocks`), and a block is
+        sealed into the first of its own places.
+        """
+        query_lens = np.diff(query_start_loc)
+        context_lens = seq_lens - query_lens
+        rows = np.repeat(np.arange(len(query_lens)), query_lens)
+        positions = np.arange(len(rows)) + (context_lens - query_start_loc[:-1])[rows]
+        tokens = _Tokens(query_start_loc, query_lens, context_lens, rows, positions)
+        num_sealed = geometry.num_sealed_blocks(context_lens)
+        new_sealed = geometry.num_sealed_blocks(seq_lens) - num_sealed
+        seals = None
+        if new_sealed.any():
+            rows, offsets = ragged_arange(new_sealed)
+            places = _body_places(geometry, num_sealed[rows] + offsets)
+            seals = _Seals(rows, places, block_table[rows, places].astype(np.int64))
+        return cls._of(geometry, tokens, num_sealed, block_table.astype(np.int64), seals)
+
+    @classmethod
+    def _of(
+        cls,
+        geometry: BlockGeometry,
+        tokens: _Tokens,
+        num_sealed: IntArray,
+        block_table: IntArray,
+        seals: _Seals | None,
+    ) -> StepArrays:
+        positions, rows = tokens.cache_positions, tokens.rows
+        if seals is None:
+            stored = np.arange(len(positions))
+            seal_block_ids = np.empty(0, dtype=np.int64)
+            seal_sources = np.empty((0, geometry.block_size), dtype=np.int64)
+        else:
+            stored = _stored_tokens(geometry, tokens, seals)
+            positions, rows = positions[stored], rows[stored]
+            seal_block_ids = seals.block_ids
+            seal_sources = _seal_sources(geometry, tokens, seals, block_table)
+        places, offsets = np.divmod(positions, geometry.open_block_size)
+        return cls(
+            query_start_loc=tokens.query_start_loc,
+            query_lens=tokens.query_lens,
+            context_lens=tokens.context_lens,
+            num_sealed=num_sealed,
+            block_table=block_table,
+            cache_positions=tokens.cache_positions,
+            stored_tokens=stored,
+            stored_slots=block_table[rows, places] * geometry.open_block_size + offsets,
+            seal_block_ids=seal_block_ids,
+            seal_sources=seal_sources,
+        )
+
+
+def _body_places(geometry: BlockGeometry, body_indices: IntArray) -> IntArray:
+    """Where body blocks stand in a block table."""
+    return geometry.num_head_blocks + body_indices * geometry.open_blocks_per_block
+
+
+def _stored_tokens(geometry: BlockGeometry, tokens: _Tokens, seals: _Seals) -> IntArray:
+    """Index of each new token that no sealed block takes."""
+    seal_ends = np.zeros(len(tokens.query_lens), dtype=np.int64)  # in tokens
+    ends = seals.first_places * geometry.open_block_size + geometry.block_size
+    np.maximum.at(seal_ends, seals.rows, ends)
+    positions = tokens.cache_positions
+    is_stored = positions >= seal_ends[tokens.rows]
+    is_stored |= positions < geometry.num_head_tokens
+    return np.flatnonzero(is_stored)
+
+
+def _seal_sources(
+    geometry: BlockGeometry, tokens: _Tokens, seals: _Seals, block_table: IntArray
+) -> IntArray:
+    """[S, block_size] where each token to be sealed is now."""
+    size = geometry.open_block_size
+    places = seals.first_places[:, None] + np.arange(geometry.open_blocks_per_block)
+    first_slots = block_table[seals.rows[:, None], places] * size
+    slots = (first_slots[:, :, None] + np.arange(size)).reshape(-1, geometry.block_size)
+    positions = seals.first_places[:, None] * size + np.arange(geometry.block_size)
+    new_tokens = positions - tokens.context_lens[seals.rows, None]  # negative if stored
+    new_tokens_start = tokens.query_start_loc[seals.rows, None]
+    return np.where(new_tokens < 0, slots, ~(new_tokens_start + new_tokens))
