@@ -179,7 +179,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         assert request.seq_id is not None
         manager, seq_id = self.manager, request.seq_id
-        num_blocks = int(manager.tables.num_open[seq_id] + manager.tables.num_sealed[seq_id])
+        num_blocks = len(manager.block_ids(seq_id))
         num_computed = manager.num_computed_tokens[seq_id] + manager.num_evicted_tokens[seq_id]
         if request.branching is None and 2 * num_blocks * self.swap_cost < num_computed:
             request.swapped = manager.swap_out(seq_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -135,11 +136,13 @@ class BlockPool:
         self._free_stack[self._stack_size : end] = block_ids
         self._stack_size = end
 
-    def check_integrity(self, used: BlockIds, left: BlockIds) -> None:
-        """Assert that the blocks `used`, once for each user, without those `left`, are all there
-        are in use, and the others free."""
+    def check_integrity(self, used: BlockIds, left: Sequence[int] | BlockIds = ()) -> None:
+        """Assert that `used`, a block as often as it has users, accounts for every block.
+
+        Users that `leave` took away are named by `left`.
+        """
         expected = np.bincount(used, minlength=self.num_blocks)
-        expected -= np.bincount(left, minlength=self.num_blocks)
+        np.subtract.at(expected, np.asarray(left, dtype=np.int64), 1)
         assert np.array_equal(expected, self.ref_counts), "user counts are wrong"
         cache, free = self.prefix_cache, self._free_stack[: self._stack_size]
         cache.check_integrity(self.ref_counts)

@@ -53,18 +53,21 @@ class BlockTables:
 
     def block_ids(self, seq_id: int) -> BlockIds:
         """Every block of a sequence, in the order of its tokens: head, body, tail."""
-        return self.ids[seq_id, self._places(seq_id)]
+        block_ids: BlockIds = self.ids[seq_id, self._places(seq_id)]
+        return block_ids
 
     def head_and_tail_ids(self, seq_id: int) -> BlockIds:
         """Open blocks of a sequence in order: head, then tail."""
         start, end = self._body(seq_id)
         places = self._places(seq_id)
-        return self.ids[seq_id, np.concatenate([places[:start], places[end:]])]
+        block_ids: BlockIds = self.ids[seq_id, np.concatenate([places[:start], places[end:]])]
+        return block_ids
 
     def body_ids(self, seq_id: int) -> BlockIds:
         """Sealed blocks of a sequence in order."""
         start, end = self._body(seq_id)
-        return self.ids[seq_id, self._places(seq_id)[start:end]]
+        block_ids: BlockIds = self.ids[seq_id, self._places(seq_id)[start:end]]
+        return block_ids
 
     def last_ids(self, seq_ids: IntArray) -> BlockIds:
         """The last block of each of these sequences, none of which is empty."""

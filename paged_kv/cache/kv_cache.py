@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from ..blocks.block_manager import BlockManager
-from ..blocks.geometry import BlockGeometry, BlockIds, IntArray
+from ..blocks.geometry import BlockIds, IntArray
+from ..blocks.step_arrays import StepArrays
 from ..blocks.step_plan import StepPlan
+from ..blocks.table_replica import TableReplica
 from ..errors import ConfigError
 from ..kernels.block_views import LayerBlocks
 from ..kernels.step_inputs import NO_WINDOW, StepInputs
@@ -32,6 +34,19 @@ from .step_staging import StagedArray, to_device
 
 NO_NUMBERS: Final[IntArray] = np.empty(0, dtype=np.int64)
 NO_ARRAYS: Final[Mapping[str, StagedArray]] = MappingProxyType({})
+
+# Arrays of a step that kernels read on the device, named alike in `StepArrays` and `StepInputs`.
+ON_DEVICE: Final = (
+    "context_lens",
+    "query_start_loc",
+    "cache_positions",
+    "block_table",
+    "num_sealed",
+    "stored_tokens",
+    "stored_slots",
+    "seal_block_ids",
+    "seal_sources",
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,7 @@ class PagedKVCache:
                 host = torch.empty(host_shape, dtype=torch.uint8, pin_memory=is_pinned)
                 self.host_arenas.append(host)
             self.records.append(layer_blocks(arena, layout, dtype, self.geometry.open_block_size))
+        self._tables = TableReplica(self.geometry)
         self.backend.warm_up(self.records)
 
     def new_manager(
@@ -164,42 +180,38 @@ class PagedKVCache:
         `extra` arrays travel along.
         """
         self.copy_blocks(plan.copy_sources, plan.copy_targets)
-
-        def on_device(array: object) -> Tensor:
-            return torch.as_tensor(array, dtype=torch.int64).to(self.device)
-
-        stored = (plan.slot_mapping >= 0).nonzero()[0]
-        sinks, windows = plan.num_sink_tokens, plan.window_sizes
-        if windows is not None:
-            windows = np.where(windows, windows, NO_WINDOW)
+        self._tables.apply(plan)
+        step = StepArrays.from_plan(self.geometry, plan, self._tables)
+        arrays: dict[str, StagedArray] = {name: getattr(step, name) for name in ON_DEVICE}
+        arrays |= {"positions": plan.positions, "token_ids": token_ids}
+        arrays["logit_tokens"] = logit_tokens
+        windows, is_windowed, shifts = plan.window_sizes, plan.is_windowed, plan.head_shifts
+        if plan.num_sink_tokens is not None and windows is not None and is_windowed is not None:
+            arrays["num_sink_tokens"] = plan.num_sink_tokens
+            arrays["window_sizes"] = np.where(windows, windows, NO_WINDOW)
+            arrays["is_windowed"] = is_windowed.astype(np.int64)
+        if shifts is not None:
+            arrays["head_shifts"] = shifts
+        tensors = to_device({**arrays, **{f"extra {name}": extra[name] for name in extra}}, self.device)
         indices = StepInputs(
-            query_lens=plan.num_scheduled_tokens,
-            context_lens_host=plan.context_lens,
-            context_lens=on_device(plan.context_lens),
-            query_start_loc=on_device(plan.query_start_loc),
-            cache_positions=on_device(plan.cache_positions),
-            block_table=on_device(block_table_of(plan, self.geometry)),
-            num_sealed=on_device(plan.num_sealed),
-            stored_tokens=on_device(stored),
-            stored_slots=on_device(plan.slot_mapping[stored]),
-            seal_block_ids=on_device(plan.seal_block_ids),
-            seal_sources=on_device(plan.seal_sources),
+            query_lens=step.query_lens,
+            context_lens_host=step.context_lens,
             block_size=self.geometry.block_size,
             open_block_size=self.geometry.open_block_size,
             num_head_tokens=self.geometry.num_head_tokens,
-            num_sink_tokens=None if sinks is None else on_device(sinks),
-            window_sizes=None if windows is None else on_device(windows),
+            num_sink_tokens=tensors.get("num_sink_tokens"),
+            window_sizes=tensors.get("window_sizes"),
+            **{name: tensors[name] for name in ON_DEVICE},
         )
-        is_stream, shifts = plan.is_stream, plan.head_shifts
         return Step(
             indices=indices,
             plan=self.backend.plan(indices),
-            token_ids=on_device(token_ids),
-            positions=on_device(plan.positions),
-            logit_tokens=on_device(logit_tokens),
-            extra=to_device(extra, self.device),
-            is_stream=None if is_stream is None else torch.from_numpy(is_stream).to(self.device),
-            head_shifts=None if shifts is None else on_device(shifts),
+            token_ids=tensors["token_ids"],
+            positions=tensors["positions"],
+            logit_tokens=tensors["logit_tokens"],
+            extra={name: tensors[f"extra {name}"] for name in extra},
+            is_stream=tensors["is_windowed"] > 0 if "is_windowed" in tensors else None,
+            head_shifts=tensors.get("head_shifts"),
         )
 
     @property
@@ -214,24 +226,6 @@ class PagedKVCache:
     def memory_stats(self, manager: BlockManager) -> MemoryStats:
         """What the pool of `manager`, which hands out this cache's blocks, holds now."""
         return measure_memory(self, manager)
-
-
-def block_table_of(plan: StepPlan, geometry: BlockGeometry) -> IntArray:
-    """[N, W] the plan's two tables as one, in the form of `StepInputs`.
-
-    To be removed once plans carry one table.
-    """
-    width = -(-int(plan.context_lens.max(initial=0)) // geometry.open_block_size)
-    table = np.zeros((len(plan.seq_ids), width), dtype=np.int64)
-    num_sealed, places_of_block = plan.num_sealed[:, None], geometry.open_blocks_per_block
-    columns = np.arange(plan.open_table.shape[1])
-    places = columns + (columns >= geometry.num_head_blocks) * num_sealed * places_of_block
-    rows, columns = (places < width).nonzero()
-    table[rows, places[rows, columns]] = plan.open_table[rows, columns]
-    rows, columns = (np.arange(plan.sealed_table.shape[1]) < num_sealed).nonzero()
-    places = geometry.num_head_blocks + columns * places_of_block
-    table[rows, places] = plan.sealed_table[rows, columns]
-    return table
 
 
 def runs_of(block_ids: BlockIds) -> list[tuple[int, int]]:

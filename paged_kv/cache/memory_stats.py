@@ -36,18 +36,18 @@ class MemoryStats:
 
 def measure_memory(cache: PagedKVCache, manager: BlockManager) -> MemoryStats:
     """What the pool of `manager`, which hands out the blocks of `cache`, holds now."""
-    geometry, tables, seq_ids = cache.geometry, manager.tables, manager.living_seq_ids
-    rows, columns = ragged_arange(tables.num_sealed[seq_ids])
-    num_sealed = len(np.unique(tables.sealed[seq_ids[rows], columns]))
-    rows, columns = ragged_arange(tables.num_open[seq_ids])
-    rows = seq_ids[rows]
-    open_ids, first = np.unique(tables.open[rows, columns], return_index=True)
-    rows, columns = rows[first], columns[first]
-    is_head = columns < geometry.num_head_blocks
-    index = columns + np.where(is_head, 0, tables.num_sealed[rows] * geometry.open_blocks_per_block)
-    filled = tables.num_computed_tokens[rows] - index * geometry.open_block_size
+    geometry, table, seq_ids = cache.geometry, manager.tables.ids, manager.living_seq_ids
+    num_head, num_places = geometry.num_head_blocks, geometry.open_blocks_per_block
+    lengths, sealed = manager.num_computed_tokens[seq_ids], manager.num_sealed[seq_ids]
+    rows, indices = ragged_arange(sealed)
+    num_sealed = len(np.unique(table[seq_ids[rows], num_head + indices * num_places]))
+    rows, indices = ragged_arange(-(-lengths // geometry.open_block_size) - sealed * num_places)
+    places = indices + np.where(indices < num_head, 0, sealed[rows] * num_places)
+    open_ids, first = np.unique(table[seq_ids[rows], places], return_index=True)
+    rows, places = rows[first], places[first]
+    filled = lengths[rows] - places * geometry.open_block_size
     open_tokens = int(filled.clip(max=geometry.open_block_size).sum())
-    num_head = int(is_head.sum())
+    num_head = int(np.count_nonzero(places < num_head))
     token_bytes = sum(
         layer.num_kv_heads * layer.record_layout(cache.dtype).token_bytes for layer in cache.layers
     )

@@ -17,6 +17,7 @@ from tests.support.block_model import (
     manager_of,
     state_of,
 )
+from tests.support.plan_reader import arrays_of, slot_mapping
 
 # -- one step, by hand ----------------------------------------------------------------------------
 
@@ -28,12 +29,13 @@ def test_first_step_of_a_prompt_seals_from_the_new_tokens():
     plan = compute(manager, {manager.add_sequence(): 15})
     # tokens 0-3 head, 4-11 sealed, 12-14 tail
     assert plan.seal_block_ids.tolist() == [0]
-    assert plan.seal_sources.tolist() == [[~token for token in range(4, 12)]]
+    arrays = arrays_of(manager, plan)
+    assert arrays.seal_sources.tolist() == [[~token for token in range(4, 12)]]
     assert plan.new_block_ids.tolist() == [0, 1, 2]
-    assert plan.slot_mapping.tolist() == [4, 5, 6, 7, *[-1] * 8, 8, 9, 10]
+    assert slot_mapping(arrays).tolist() == [4, 5, 6, 7, *[-1] * 8, 8, 9, 10]
     assert plan.freed_block_ids.tolist() == []
     assert plan.query_start_loc.tolist() == [0, 15]
-    assert (plan.open_table.shape, plan.sealed_table.shape) == ((1, 0), (1, 0))
+    assert arrays.block_table[0, [0, 3]].tolist() == [1, 2]  # places 1 and 2 are to be sealed
     assert manager.block_ids(0).tolist() == [1, 0, 2]
 
 
@@ -46,10 +48,11 @@ def test_sealing_step_of_a_decode_moves_open_tokens_and_frees_their_blocks_at_co
     assert plan is not None
     # token 13 makes the tail 8 + 2 long: blocks 1 and 2 are sealed into block 4
     assert plan.seal_block_ids.tolist() == [4]
-    assert plan.seal_sources.tolist() == [[4, 5, 6, 7, 8, 9, 10, 11]]
-    assert plan.slot_mapping.tolist() == [13]
-    assert plan.open_table.tolist() == [[0, 1, 2, 3]]
-    assert plan.num_sealed.tolist() == [0]
+    arrays = arrays_of(manager, plan)
+    assert arrays.seal_sources.tolist() == [[4, 5, 6, 7, 8, 9, 10, 11]]
+    assert slot_mapping(arrays).tolist() == [13]
+    assert arrays.block_table.tolist() == [[0, 1, 2, 3]]
+    assert arrays.num_sealed.tolist() == [0]
     assert plan.freed_block_ids.tolist() == [1, 2]
     assert manager.num_free_blocks == 100 - 5
     manager.commit(plan)
@@ -66,7 +69,9 @@ def test_sealing_step_takes_old_tokens_from_open_slots_and_the_rest_from_the_chu
     assert plan.query_start_loc.tolist() == [0, 2, 11]
     assert plan.context_lens.tolist() == [1, 6]
     assert plan.positions.tolist() == [1, 2, *range(6, 15)]
-    assert plan.seal_sources.tolist() == [[4, 5, *[~token for token in range(2, 8)]]]
+    assert arrays_of(manager, plan).seal_sources.tolist() == [
+        [4, 5, *[~token for token in range(2, 8)]]
+    ]
     assert plan.freed_block_ids.tolist() == [1]
 
 
@@ -76,7 +81,7 @@ def test_native_blocks_never_seal():
     for _ in range(50):
         plan = compute(manager, {seq_id: 3})
         assert not len(plan.seal_block_ids)
-        assert (plan.slot_mapping >= 0).all()
+        assert len(arrays_of(manager, plan).stored_slots) == plan.num_tokens
     assert manager.block_ids(seq_id).tolist() == list(range(38))
 
 
@@ -119,9 +124,7 @@ def test_rollback_restores_everything_and_the_same_step_gives_the_same_plan(geom
         again = manager.reserve(ids(*seq_ids), ids(num_new, step + 1, 1))
         assert again is not None
         for name, array in vars(plan).items():
-            if not name.endswith(
-                ("_table", "_tables")
-            ):  # compared by `state_of`, without their padding
+            if name != "table_update":  # tells rows again that the plan rolled back has told
                 np.testing.assert_array_equal(array, getattr(again, name), err_msg=name)
         manager.commit(again)
 
@@ -153,7 +156,9 @@ def test_plan_is_not_changed_by_later_steps():
     for _ in range(30):
         compute(manager, {seq_id: 3})
     for name, array in vars(kept).items():
-        if name == "unended_tables":
+        if name == "table_update":
+            for part, told in vars(array).items():
+                np.testing.assert_array_equal(told, getattr(plan.table_update, part))
             continue
         np.testing.assert_array_equal(array, getattr(plan, name), err_msg=name)
 
@@ -282,8 +287,8 @@ def test_step_of_one_sequence_twice_is_refused():
         lambda manager: manager.num_computed_tokens.__setitem__(0, 40),
         lambda manager: manager.num_sealed.__setitem__(0, 0),
         lambda manager: manager.num_computed_tokens.__setitem__(2, 1),
-        lambda manager: manager.tables.open.__setitem__((1, 0), manager.tables.open[0, 0]),
-        lambda manager: manager.tables.sealed.__setitem__((0, 0), manager.tables.open[0, 0]),
+        lambda manager: manager.tables.ids.__setitem__((1, 0), manager.tables.ids[0, 0]),
+        lambda manager: manager.tables.ids.__setitem__((0, 1), manager.tables.ids[0, 0]),
     ],
     ids=["leak", "freed in use", "length", "seals", "idle seq_id", "shared open", "shared sealed"],
 )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paged_kv.blocks.block_tables import ragged_arange
-from paged_kv.blocks.geometry import BlockGeometry
+from paged_kv.blocks.geometry import BlockGeometry, ragged_arange
 from paged_kv.errors import ConfigError
 from tests.support.arrays import ids
 from tests.support.block_model import (
@@ -47,11 +46,10 @@ def test_counts_of_every_length_agree_with_the_model(geometry):
     for length in range(6 * geometry.block_size):
         blocks = logical_blocks(geometry, length)
         assert geometry.num_sealed_blocks(ids(length))[0] == num_sealed(geometry, length)
-        assert geometry.sealed_table_width(length) == num_sealed(geometry, length)
         assert geometry.blocks_held(length) == len(blocks)
-        assert geometry.open_table_width(max(length, 1)) >= sum(
-            kind == "open" for kind, _ in blocks
-        )
+        num_open = sum(kind == "open" for kind, _ in blocks)
+        num_sealed_places = num_sealed(geometry, length) * geometry.open_blocks_per_block
+        assert geometry.table_width(length) == num_open + num_sealed_places
 
 
 def most_blocks_at_once(geometry: BlockGeometry, num_tokens: int) -> list[int]:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from paged_kv.blocks.block_manager import BlockManager, PrefixMatch
+from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.prefix_sharing import PrefixMatch
 from paged_kv.blocks.token_chain import ExtraKey
 from paged_kv.errors import InvalidStepError
 from tests.support.arrays import ids
+from tests.support.plan_reader import arrays_of
 from tests.support.prefix_caching import (
     WIDE_HEAD,
     S,
@@ -152,8 +154,9 @@ def test_fresh_sequences_and_hits_are_computed_in_one_step():
     assert plan.context_lens.tolist() == [0, 8]
     assert plan.positions.tolist() == [0, 1, 2, 3, 4, 5, 8, 9]
     assert plan.new_block_ids.tolist() == [2, 3, 4]
-    assert plan.slot_mapping.tolist() == [8, 9, 10, 11, 12, 13, 16, 17]
-    assert plan.open_table.tolist()[1] == [0, 1]
+    arrays = arrays_of(manager, plan)
+    assert arrays.stored_slots.tolist() == [8, 9, 10, 11, 12, 13, 16, 17]
+    assert arrays.block_table.tolist()[1] == [0, 1, 4]
     manager.commit(plan)
     assert manager.block_ids(fresh).tolist() == [2, 3]
     assert manager.block_ids(hit).tolist() == [0, 1, 4]

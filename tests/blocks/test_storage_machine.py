@@ -21,6 +21,7 @@ from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.errors import OutOfBlocksError
 from tests.support.arrays import ids
 from tests.support.block_model import REAL, SMALL, locations, logical_blocks, manager_of, state_of
+from tests.support.plan_reader import PlanReader, slot_mapping
 
 
 class Storage:
@@ -28,6 +29,7 @@ class Storage:
 
     def __init__(self, manager: BlockManager) -> None:
         self.manager = manager
+        self.reader = PlanReader(manager.geometry)
         self.names: dict[int, object] = {}
         self.cells: dict[tuple[str, int, int], tuple[object, int]] = {}
 
@@ -46,11 +48,13 @@ class Storage:
             for offset in range(count)
         ]
         assert [position for _, position in tokens] == plan.positions.tolist()
-        assert len(tokens) == plan.num_tokens == len(plan.slot_mapping)
+        arrays = self.reader.read(plan)
+        targets = slot_mapping(arrays).tolist()
+        assert len(tokens) == plan.num_tokens == len(targets)
         written = {}
         moved = set()
         for block_id, sources in zip(
-            plan.seal_block_ids.tolist(), plan.seal_sources.tolist(), strict=True
+            plan.seal_block_ids.tolist(), arrays.seal_sources.tolist(), strict=True
         ):
             assert block_id in new_blocks
             for offset, source in enumerate(sources):
@@ -63,7 +67,7 @@ class Storage:
                 assert token not in written.values()
                 written["sealed", block_id, offset] = token
         sealed = set(written.values())
-        for token, target in zip(tokens, plan.slot_mapping.tolist(), strict=True):
+        for token, target in zip(tokens, targets, strict=True):
             assert (target < 0) == (token in sealed), "a new token goes to exactly one place"
             if target >= 0:
                 cell = ("open", target // open_size, target % open_size)

@@ -230,7 +230,7 @@ def test_a_copy_that_fails_leaves_nothing_behind(monkeypatch):
     data = exported([layer])
     target = SharingFleet([layer], prefix_caching=True)
     assert target.manager.pool.peak_allocated == 0
-    before = frozen([target.manager.tables.num_open, target.manager.num_free_blocks])
+    before = frozen([target.manager.sequences.state, target.manager.num_free_blocks])
 
     def fail(*arguments: object) -> None:
         raise MemoryError
@@ -240,7 +240,7 @@ def test_a_copy_that_fails_leaves_nothing_behind(monkeypatch):
         with pytest.raises(MemoryError):
             import_sequence(target.cache, target.manager, data)
     target.manager.check_integrity()
-    assert frozen([target.manager.tables.num_open, target.manager.num_free_blocks]) == before
+    assert frozen([target.manager.sequences.state, target.manager.num_free_blocks]) == before
     assert target.manager.num_free_seqs == target.manager.max_num_seqs
     assert target.manager.num_cached_blocks == 0
     import_sequence(target.cache, target.manager, data)

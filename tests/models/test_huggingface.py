@@ -19,7 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import paged_kv.engine.engine
 import paged_kv.models.huggingface
 from paged_kv import LLM, SamplingParams
-from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.geometry import BlockGeometry
+from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.engine.sampler import Draw
 from paged_kv.errors import PagedKVError, UnsupportedModelError
@@ -218,16 +219,16 @@ def test_control_altered_attention(
 def test_control_shared_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence that reads another's first block gets other tokens, and it alone."""
     victim, lender = 6, 7  # seq_ids are given out in the order of the prompts
-    reserve = BlockManager.reserve
+    from_plan = StepArrays.from_plan
 
-    def reserve_shared(manager: BlockManager, *args: Any) -> StepPlan | None:
-        plan = reserve(manager, *args)
-        rows = {int(seq_id): row for row, seq_id in enumerate(plan.seq_ids)} if plan else {}
-        if plan and plan.open_table.shape[1] and {victim, lender} <= rows.keys():
-            plan.open_table[rows[victim], 0] = plan.open_table[rows[lender], 0]
-        return plan
+    def from_plan_shared(geometry: BlockGeometry, plan: StepPlan, *args: Any) -> StepArrays:
+        arrays = from_plan(geometry, plan, *args)
+        rows = {int(seq_id): row for row, seq_id in enumerate(plan.seq_ids)}
+        if arrays.context_lens.any() and {victim, lender} <= rows.keys():
+            arrays.block_table[rows[victim], 0] = arrays.block_table[rows[lender], 0]
+        return arrays
 
-    monkeypatch.setattr(BlockManager, "reserve", reserve_shared)
+    monkeypatch.setattr(StepArrays, "from_plan", from_plan_shared)
     tokens, expected = paged_tokens(name), zoo.expected_tokens(name)
     differ = [index for index in range(len(tokens)) if tokens[index] != expected[index]]
     assert differ == [victim]

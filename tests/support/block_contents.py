@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.step_plan import StepPlan
+from tests.support.plan_reader import PlanReader
 
 UNWRITTEN = -1
 OVERWRITTEN = -2
@@ -37,6 +38,7 @@ class BlockContents:
         geometry = manager.geometry
         num_host = 0 if manager.host_pool is None else manager.host_pool.num_blocks
         sizes = (geometry.open_block_size, geometry.block_size)
+        self.reader = PlanReader(geometry)
         self.pool = [np.full((manager.num_blocks, size), UNWRITTEN) for size in sizes]
         self.host = [np.full((num_host, size), UNWRITTEN) for size in sizes]
 
@@ -46,16 +48,16 @@ class BlockContents:
         assert (self.manager.pool.ref_counts[plan.copy_targets] == 1).all()
         opened[plan.copy_targets] = opened[plan.copy_sources]
         cells = opened.reshape(-1)
-        sources = plan.seal_sources
+        arrays = self.reader.read(plan)
+        sources = arrays.seal_sources
         blocks = np.where(sources >= 0, cells[sources.clip(min=0)], values[(~sources).clip(min=0)])
         opened[plan.seal_block_ids] = OVERWRITTEN
         sealed[plan.seal_block_ids] = blocks
-        targets = plan.slot_mapping
-        written = targets >= 0
-        block_ids = np.unique(targets[written] // opened.shape[1])
+        targets = arrays.stored_slots
+        block_ids = np.unique(targets // opened.shape[1])
         self._check_may_be_written(np.concatenate([block_ids, plan.seal_block_ids]))
         sealed[block_ids] = OVERWRITTEN
-        cells[targets[written]] = values[written]
+        cells[targets] = values[arrays.stored_tokens]
 
     def _check_may_be_written(self, block_ids: NDArray[np.int64]) -> None:
         """A block that is written has one user, and nobody can find it."""
@@ -81,11 +83,11 @@ class BlockContents:
 
     def stored(self, seq_id: int) -> NDArray[np.int64]:
         """What the blocks of a sequence hold, in the order of its tokens."""
-        geometry, tables = self.manager.geometry, self.manager.tables
+        manager = self.manager
         opened, sealed = self.pool
-        row = opened[tables.head_and_tail_ids(seq_id)]
-        num_head = geometry.num_head_blocks if tables.num_sealed[seq_id] else 0
-        body = sealed[tables.body_ids(seq_id)]
+        row = opened[manager.head_and_tail_ids(seq_id)]
+        num_head = manager.geometry.num_head_blocks if manager.num_sealed[seq_id] else 0
+        body = sealed[manager.body_ids(seq_id)]
         parts = [row[:num_head].reshape(-1), body.reshape(-1), row[num_head:].reshape(-1)]
         return np.concatenate(parts)[: int(self.manager.num_computed_tokens[seq_id])]
 

@@ -10,6 +10,7 @@ from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.blocks.step_plan import StepPlan
 from tests.support.arrays import ids
+from tests.support.plan_reader import arrays_of
 
 REAL_GEOMETRIES = {
     "native": (16, 16, 0, 0),
@@ -65,15 +66,9 @@ def compute(manager: BlockManager, counts: dict[int, int]) -> StepPlan:
     """Reserve and commit a step that has to fit."""
     plan = manager.reserve(ids(*counts), ids(*counts.values()))
     assert plan is not None
-    read_index_arrays(plan)
+    arrays_of(manager, plan)
     manager.commit(plan)
     return plan
-
-
-def read_index_arrays(plan: StepPlan) -> None:
-    """They are made when they are first read, which must be before the step ends."""
-    for name in ("positions", "slot_mapping", "open_table", "sealed_table", "seal_sources"):
-        getattr(plan, name)
 
 
 def state_of(manager: BlockManager) -> dict[str, object]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.blocks.step_plan import StepPlan
+from tests.support.plan_reader import slot_mapping
 from tests.support.reference_manager import Sequence
 
 
@@ -20,7 +22,9 @@ class Contents:
         for block_id, other_id in zip(block_ids, other_ids, strict=True):
             other.put(other_id, self.kinds[block_id], self.cells[block_id].copy())
 
-    def apply(self, plan: StepPlan, histories: list[int], open_block_size: int) -> None:
+    def apply(
+        self, plan: StepPlan, arrays: StepArrays, histories: list[int], open_block_size: int
+    ) -> None:
         """Do the writes of a plan, whose new tokens are named by `histories`.
 
         What is sealed and what is written may come in any order: no cell is part of both.
@@ -31,7 +35,7 @@ class Contents:
         read = set()
         num_sealed_new = 0
         for block_id, sources in zip(
-            plan.seal_block_ids.tolist(), plan.seal_sources.tolist(), strict=True
+            plan.seal_block_ids.tolist(), arrays.seal_sources.tolist(), strict=True
         ):
             cells: list[int | None] = []
             for source in sources:
@@ -44,7 +48,7 @@ class Contents:
                 cells.append(self.cells[source_id][offset])
                 read.add(source)
             self.put(block_id, "sealed", cells)
-        targets = plan.slot_mapping.tolist()
+        targets = slot_mapping(arrays).tolist()
         written = [target for target in targets if target >= 0]
         assert len(targets) == len(histories)
         assert len(targets) - len(written) == num_sealed_new, "a new token has two places or none"

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
+from paged_kv.blocks.prefix_sharing import PrefixSharing
 from tests.support.manager_pair import EXTRA_KEYS, ManagerPair, Settings, Wanted
 from tests.support.reference_manager import Shape, layout, num_sealable
 
@@ -95,7 +96,9 @@ class RandomDriver:
             )
         )
         if choice([True, False]):  # some links have to wait for room
-            pair.manager._complete_links = pair.manager._complete_links[:2]
+            sharing = pair.manager._sharing
+            if isinstance(sharing, PrefixSharing):
+                sharing._complete_links = sharing._complete_links[:2]
         return pair
 
     # -- choices --------------------------------------------------------------------------------

@@ -15,10 +15,12 @@ from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.events import BlockRemoved, BlockStored, CacheCleared
 from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.blocks.host_blocks import SwappedSequence
+from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.blocks.token_chain import TokenChain
 from paged_kv.errors import InvalidStepError, OutOfBlocksError
 from tests.support.manager_contents import Contents
+from tests.support.plan_reader import PlanReader, open_ids, sealed_ids
 from tests.support.reference_manager import (
     Content,
     ExtraKeys,
@@ -153,6 +155,7 @@ class ManagerPair:
             prefix_caching=settings.prefix_caching,
             num_host_blocks=settings.num_host_blocks,
         )
+        self.reader = PlanReader(self.manager.geometry)
         self.contents = Contents(settings.num_blocks)
         self.host_contents = Contents(settings.num_host_blocks)
         self.mirror = Mirror()
@@ -418,9 +421,10 @@ class ManagerPair:
             assert plan is step, "one has blocks and the other has not"
             self.tally["failed reservations"] += 1
             return False
-        self._check_plan(plan, step)
+        arrays = self.reader.read(plan)
+        self._check_plan(plan, arrays, step)
         histories = [history for part in parts for history in part.histories]
-        self.contents.apply(plan, histories, self.shape.open_block_size)
+        self.contents.apply(plan, arrays, histories, self.shape.open_block_size)
         self.check()
         if meanwhile is not None:
             meanwhile()
@@ -520,7 +524,7 @@ class ManagerPair:
         else:
             self.manager.commit(plan, num_kept)
 
-    def _check_plan(self, plan: StepPlan, step: Step) -> None:
+    def _check_plan(self, plan: StepPlan, arrays: StepArrays, step: Step) -> None:
         sequences = [row.sequence for row in step.rows]
         num_new = [row.wish.num_new for row in step.rows]
         starts = [sequence.num_computed for sequence in sequences]
@@ -542,10 +546,13 @@ class ManagerPair:
         assert plan.query_start_loc.tolist() == [
             sum(num_new[:row]) for row in range(len(num_new) + 1)
         ]
-        for kind, table in (("open", plan.open_table), ("sealed", plan.sealed_table)):
-            for ids, sequence in zip(table.tolist(), sequences, strict=True):
-                expected = sequence.ids_of(kind)
-                assert ids[: len(expected)] == expected
+        copies = dict(zip(plan.copy_targets.tolist(), plan.copy_sources.tolist(), strict=True))
+        for row, sequence in enumerate(sequences):
+            in_place = open_ids(self.reader.geometry, arrays, row)  # of its source, a copy
+            assert [copies.get(block_id, block_id) for block_id in in_place] == (
+                sequence.ids_of("open")
+            )
+            assert sealed_ids(self.reader.geometry, arrays, row) == sequence.ids_of("sealed")
 
     # -- rules: what is refused -----------------------------------------------------------------
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from paged_kv.blocks.block_manager import BlockManager, PrefixMatch
+from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.geometry import BlockGeometry
+from paged_kv.blocks.prefix_sharing import PrefixMatch
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.blocks.token_chain import ExtraKey, TokenChain
 from tests.support.arrays import ids
+from tests.support.plan_reader import arrays_of
 
 
 def geometry_of(block: int, open_block: int, head: int, min_tail: int) -> BlockGeometry:
@@ -61,6 +63,7 @@ def compute(manager: BlockManager, *seq_ids: int) -> StepPlan:
     remaining = manager.num_tokens[list(seq_ids)] - manager.num_computed_tokens[list(seq_ids)]
     plan = manager.reserve(ids(*seq_ids), remaining)
     assert plan is not None
+    arrays_of(manager, plan)
     manager.commit(plan)
     manager.check_integrity()
     return plan
