@@ -439,7 +439,7 @@ def attend(
 def store(cache: PagedKVCache, layer: int, keys: Tensor, values: Tensor, step: Step) -> None:
     """The store call of the cache's backend."""
     new = NewTokens(keys, keys, values)  # no query is stored
-    cache.backend.store_tokens(new, cache.records[layer], step.indices)
+    cache.backend.store_tokens(new, cache.records[layer], step.inputs)
 
 
 def new_cache(case: Case, label: str, backend: str) -> PagedKVCache:
@@ -488,7 +488,7 @@ def fill(case: Case, contents: Contents, caches: list[PagedKVCache]) -> list[Pag
 
 def needed_bytes(paged: Paged) -> int:
     """What attention has to read of one layer's arena: sealed sections and open tokens."""
-    indices, layer = paged.step.indices, paged.cache.layers[0]
+    indices, layer = paged.step.inputs, paged.cache.layers[0]
     layout = layer.record_layout(paged.cache.dtype)
     num_sealed = int(indices.num_sealed.sum())
     num_open_tokens = int(indices.context_lens_host.sum()) - num_sealed * indices.block_size
@@ -505,7 +505,7 @@ def relative_error(values: Tensor, exact: Tensor) -> float:
 
 def attention_error(paged: Paged) -> float:
     """Against float64 attention over the dequantized cache, on layer 0 and some sequences."""
-    indices = paged.step.indices
+    indices = paged.step.inputs
     last = len(indices.query_lens) - 1
     rows = np.unique(np.linspace(0, last, NUM_CHECKED).astype(int))
     new = NewTokens(paged.contents.queries[0], paged.new_keys[0], paged.new_values[0])
@@ -521,7 +521,7 @@ def attention_error(paged: Paged) -> float:
 
 def stored_tokens(paged: Paged) -> Tensor:
     """Whatever the step wrote to layer 0, in float64: appended tokens and dequantized blocks."""
-    indices, records = paged.step.indices, paged.cache.records[0]
+    indices, records = paged.step.inputs, paged.cache.records[0]
     block_ids = indices.stored_slots // indices.open_block_size
     offsets = indices.stored_slots % indices.open_block_size
     parts = [blocks[block_ids, :, offsets] for blocks in (records.open_keys, records.open_values)]
@@ -733,7 +733,7 @@ class Bench:
 def contiguous_copy(case: Case, paged: Paged) -> OfLayer:
     """Writes the step's new tokens where they belong in the contiguous K/V."""
     rows = torch.arange(len(case.lengths))
-    positions = paged.step.indices.cache_positions
+    positions = paged.step.inputs.cache_positions
     contents = paged.contents
 
     def copy(layer: int) -> None:

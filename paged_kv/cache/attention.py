@@ -37,7 +37,7 @@ def paged_attention(
     `sink_query` is the query with positions that many tokens smaller (RoPE: rotated back by as
     many): it scores sinks.
     """
-    check_shapes(query, key, value, cache.layers[layer], len(step.indices.cache_positions))
+    check_shapes(query, key, value, cache.layers[layer], len(step.inputs.cache_positions))
     check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
     check_sink_query(query, sink_query, step, attention_chunk)
     if scale is None:
@@ -102,7 +102,7 @@ def check_sink_query(
     query: Tensor, sink_query: Tensor | None, step: Step, attention_chunk: int | None
 ) -> None:
     """Raise `ConfigError` for windowed sequences whose sinks would be seen where they are not."""
-    if step.indices.window_sizes is not None and attention_chunk is not None:
+    if step.inputs.window_sizes is not None and attention_chunk is not None:
         raise ConfigError(f"streams and attention_chunk={attention_chunk} do not go together")
     if sink_query is None:
         if step.head_shifts is not None:

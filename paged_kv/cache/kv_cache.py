@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -25,42 +25,29 @@ from ..blocks.step_plan import StepPlan
 from ..blocks.table_replica import TableReplica
 from ..errors import ConfigError
 from ..kernels.block_views import LayerBlocks
-from ..kernels.step_inputs import NO_WINDOW, StepInputs
+from ..kernels.step_inputs import KernelPlan, StepInputs
 from .backend import choose_backend
 from .block_views import layer_blocks
 from .layer_spec import LayerSpec, block_bytes, cache_geometry
 from .memory_stats import MemoryStats, measure_memory
-from .step_staging import StagedArray, to_device
+from .step_staging import StagedArray, stage
 
 NO_NUMBERS: Final[IntArray] = np.empty(0, dtype=np.int64)
 NO_ARRAYS: Final[Mapping[str, StagedArray]] = MappingProxyType({})
-
-# Arrays of a step that kernels read on the device, named alike in `StepArrays` and `StepInputs`.
-ON_DEVICE: Final = (
-    "context_lens",
-    "query_start_loc",
-    "cache_positions",
-    "block_table",
-    "num_sealed",
-    "stored_tokens",
-    "stored_slots",
-    "seal_block_ids",
-    "seal_sources",
-)
 
 
 @dataclass(frozen=True)
 class Step:
     """A plan on the cache's device, with what the layers share. Made by `PagedKVCache.begin`."""
 
-    indices: StepInputs
-    plan: Any  # the backend's own
+    inputs: StepInputs
+    plan: KernelPlan  # what the backend made of it
     token_ids: Tensor  # [T] those that `begin` was given
     positions: Tensor  # [T] of each token in its sequence
     logit_tokens: Tensor  # [M] those that `begin` was given
-    extra: dict[str, Tensor]  # those that `begin` was given
-    # Of a step with streams:
-    is_stream: Tensor | None  # [T]
+    extra: dict[str, Tensor]  # those and all others that `begin` was given
+    # Of a step with windowed sequences:
+    is_windowed: Tensor | None  # [T]
     head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`; None where all are 0
 
 
@@ -135,13 +122,11 @@ class PagedKVCache:
         description = repr((self.layers, self.dtype, self.geometry)).encode()
         return sha256(sha256(model_fingerprint).digest() + description).digest()
 
-    def copy_blocks(self, sources: BlockIds, targets: BlockIds) -> None:
+    def _copy(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy whole blocks within the pool, in every layer."""
-        if len(sources):
-            source_ids, target_ids = self._ids(sources), self._ids(targets)
-            for arena in self.arenas:
-                words = arena.view(torch.int64)  # copies faster than bytes; records are aligned
-                words[target_ids] = words[source_ids]
+        for arena in self.arenas:
+            words = arena.view(torch.int64)  # copies faster than bytes; records are aligned
+            words[target_ids] = words[source_ids]
 
     def swap_out(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
         """Copy blocks of the pool to host memory; on a GPU in the order of its stream."""
@@ -179,39 +164,21 @@ class PagedKVCache:
         `token_ids` [T], the places among them whose logits are wanted, `logit_tokens` [M], and any
         `extra` arrays travel along.
         """
-        self.copy_blocks(plan.copy_sources, plan.copy_targets)
         self._tables.apply(plan)
-        step = StepArrays.from_plan(self.geometry, plan, self._tables)
-        arrays: dict[str, StagedArray] = {name: getattr(step, name) for name in ON_DEVICE}
-        arrays |= {"positions": plan.positions, "token_ids": token_ids}
-        arrays["logit_tokens"] = logit_tokens
-        windows, is_windowed, shifts = plan.window_sizes, plan.is_windowed, plan.head_shifts
-        if plan.num_sink_tokens is not None and windows is not None and is_windowed is not None:
-            arrays["num_sink_tokens"] = plan.num_sink_tokens
-            arrays["window_sizes"] = np.where(windows, windows, NO_WINDOW)
-            arrays["is_windowed"] = is_windowed.astype(np.int64)
-        if shifts is not None:
-            arrays["head_shifts"] = shifts
-        tensors = to_device({**arrays, **{f"extra {name}": extra[name] for name in extra}}, self.device)
-        indices = StepInputs(
-            query_lens=step.query_lens,
-            context_lens_host=step.context_lens,
-            block_size=self.geometry.block_size,
-            open_block_size=self.geometry.open_block_size,
-            num_head_tokens=self.geometry.num_head_tokens,
-            num_sink_tokens=tensors.get("num_sink_tokens"),
-            window_sizes=tensors.get("window_sizes"),
-            **{name: tensors[name] for name in ON_DEVICE},
-        )
+        arrays = StepArrays.from_plan(self.geometry, plan, self._tables)
+        sent = {"token_ids": token_ids, "logit_tokens": logit_tokens, **extra}
+        staged = stage(self.geometry, plan, arrays, sent, self.device)
+        if len(plan.copy_sources):
+            self._copy(staged.copy_sources, staged.copy_targets)
         return Step(
-            indices=indices,
-            plan=self.backend.plan(indices),
-            token_ids=tensors["token_ids"],
-            positions=tensors["positions"],
-            logit_tokens=tensors["logit_tokens"],
-            extra={name: tensors[f"extra {name}"] for name in extra},
-            is_stream=tensors["is_windowed"] > 0 if "is_windowed" in tensors else None,
-            head_shifts=tensors.get("head_shifts"),
+            inputs=staged.inputs,
+            plan=self.backend.plan(staged.inputs),
+            token_ids=staged.extra["token_ids"],
+            positions=staged.positions,
+            logit_tokens=staged.extra["logit_tokens"],
+            extra=staged.extra,
+            is_windowed=staged.is_windowed,
+            head_shifts=staged.head_shifts,
         )
 
     @property

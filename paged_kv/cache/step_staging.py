@@ -1,18 +1,24 @@
-"""What a step needs, on its way to the device: one buffer, one copy. Knows arrays, no meanings.
+"""A step on its way to the device: one buffer, one copy. Knows arrays, never blocks' contents.
 
 Kernels are started by numbers on the device and a copy costs microseconds whatever its size, so all
-arrays of a step travel together.
+arrays of a step travel together, those of whoever runs the model among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ..blocks.geometry import BlockGeometry
+from ..blocks.step_arrays import StepArrays
+from ..blocks.step_plan import StepPlan
+from ..kernels.step_inputs import NO_WINDOW, StepInputs
 
 StagedArray = NDArray[np.int64] | NDArray[np.float64]
 ALIGNMENT: Final = 16  # elements of 8 bytes: what starts at 128 bytes is compiled for once
@@ -42,3 +48,86 @@ def to_device(arrays: Mapping[str, StagedArray], device: torch.device) -> dict[s
         .view(array.shape)
         for name, array in arrays.items()
     }
+
+
+@dataclass(frozen=True)
+class StagedStep:
+    """A plan on the device."""
+
+    inputs: StepInputs
+    positions: Tensor  # [T] of each new token in its sequence
+    copy_sources: Tensor  # [C] blocks to copy before anything is written ...
+    copy_targets: Tensor  # [C] ... and where to
+    # Of a step with windowed sequences:
+    is_windowed: Tensor | None  # [T]
+    head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`; None where all are 0
+    extra: dict[str, Tensor]
+
+
+def stage(
+    geometry: BlockGeometry,
+    plan: StepPlan,
+    arrays: StepArrays,
+    extra: Mapping[str, StagedArray],
+    device: torch.device,
+) -> StagedStep:
+    """A plan and its arrays on `device`; `extra` travels along under its own names."""
+    sent = step_arrays(arrays) | plan_arrays(plan)
+    assert not sent.keys() & extra.keys(), "two arrays of one name"
+    on_device = to_device(sent | dict(extra), device)
+    is_windowed = on_device.get("is_windowed")
+    inputs = StepInputs(
+        query_lens=arrays.query_lens,
+        context_lens_host=arrays.context_lens,
+        block_size=geometry.block_size,
+        open_block_size=geometry.open_block_size,
+        num_head_tokens=geometry.num_head_tokens,
+        num_sink_tokens=on_device.get("num_sink_tokens"),
+        window_sizes=on_device.get("window_sizes"),
+        **{name: on_device[name] for name in INPUT_NAMES},
+    )
+    return StagedStep(
+        inputs=inputs,
+        positions=on_device.get("positions", inputs.cache_positions),
+        copy_sources=on_device["copy_sources"],
+        copy_targets=on_device["copy_targets"],
+        is_windowed=None if is_windowed is None else is_windowed.bool(),
+        head_shifts=on_device.get("head_shifts"),
+        extra={name: on_device[name] for name in extra},
+    )
+
+
+INPUT_NAMES: Final = (
+    "context_lens",
+    "query_start_loc",
+    "cache_positions",
+    "block_table",
+    "num_sealed",
+    "stored_tokens",
+    "stored_slots",
+    "seal_block_ids",
+    "seal_sources",
+)
+
+
+def step_arrays(arrays: StepArrays) -> dict[str, StagedArray]:
+    """What kernels read of every step."""
+    return {name: getattr(arrays, name) for name in INPUT_NAMES}
+
+
+def plan_arrays(plan: StepPlan) -> dict[str, StagedArray]:
+    """Blocks to copy, and what only windowed sequences need."""
+    sent: dict[str, StagedArray] = {
+        "copy_sources": plan.copy_sources.astype(np.int64),
+        "copy_targets": plan.copy_targets.astype(np.int64),
+    }
+    is_windowed, shifts = plan.is_windowed, plan.head_shifts
+    if plan.num_sink_tokens is None or plan.window_sizes is None or is_windowed is None:
+        return sent
+    sent["num_sink_tokens"] = plan.num_sink_tokens
+    sent["window_sizes"] = np.where(plan.window_sizes, plan.window_sizes, NO_WINDOW)
+    sent["is_windowed"] = is_windowed.astype(np.int64)
+    sent["positions"] = plan.positions
+    if shifts is not None:
+        sent["head_shifts"] = shifts
+    return sent

@@ -233,8 +233,8 @@ class PagedModel:
         if not self._detach.alive:
             raise PagedKVError("this LLM is closed")
         turns = None
-        if step.is_stream is not None:
-            turns = StepTurns(positions, step.is_stream, step.head_shifts, self.rotations, {})
+        if step.is_windowed is not None:
+            turns = StepTurns(positions, step.is_windowed, step.head_shifts, self.rotations, {})
             positions = turns.model_positions
         with running(ActiveStep(cache, step, self._cache_layer, turns)):
             return self._call(token_ids, positions, logit_rows)

@@ -94,7 +94,7 @@ class StepTurns:
     """What one step turns: of a stream's tokens, those that the model could not place itself."""
 
     positions: Tensor  # [T] in each token's sequence
-    is_stream: Tensor  # [T]
+    is_windowed: Tensor  # [T]
     head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`
     rotations: dict[int, Rotation]  # by layer
     known_phases: dict[tuple[int, str], Tensor]  # layers share frequencies
@@ -108,7 +108,7 @@ class StepTurns:
     def turns(self) -> Tensor:
         """[T] positions by which tokens are moved after the model's own embedding."""
         whole = self.positions // MODEL_PERIOD * MODEL_PERIOD
-        return torch.where(self.is_stream, whole, 0)
+        return torch.where(self.is_windowed, whole, 0)
 
     def apply(self, layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Query and key [T, H, D] at their true positions, and the query that scores sinks."""

@@ -39,7 +39,7 @@ def test_naive_is_the_oracle_and_backends_are_naive(kv_format, options):
     counts = dict(zip(seq_ids, (3, 1, 12, 1), strict=True))
     expected = expected_outputs(fleet, counts, **options)
     plan = fleet.plan(counts)
-    step = fleet.cache.begin(plan).indices
+    step = fleet.cache.begin(plan).inputs
     streams = [fleet.streams[seq_id] for seq_id in seq_ids]
     starts = [fleet.length(seq_id) for seq_id in seq_ids]
     new = NewTokens(

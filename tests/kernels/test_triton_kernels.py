@@ -213,10 +213,10 @@ def test_a_captured_graph_follows_lengths_and_queries(kv_format):
     with torch.cuda.graph(graph):
         replayed = attend(*rest)
     for shorter_by in (0, 5):
-        step.indices.context_lens.sub_(shorter_by)
+        step.inputs.context_lens.sub_(shorter_by)
         query.normal_()
         graph.replay()
-        assert torch.equal(replayed, attend(rest[0], TritonPlan(step.indices), rest[2]))
+        assert torch.equal(replayed, attend(rest[0], TritonPlan(step.inputs), rest[2]))
 
 
 # -- what is written ------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def store_on_both(
             step = kv_cache.begin(plan)
             backend, blocks = kv_cache.backend, kv_cache.records[0]
             if sum(count) > 8:
-                backend.store_tokens(new, blocks, step.indices)
+                backend.store_tokens(new, blocks, step.inputs)
             else:  # attention of many tokens takes the interpreter a while
                 backend.attend_and_store(new, blocks, step.plan, ScoreRules(scale=1.0))
         manager.commit(plan)
@@ -292,7 +292,7 @@ def test_what_is_not_finite_stays_so():
             cache = Cache([layer], num_blocks=40, dtype=torch.float32, backend=backend)
             manager = cache.new_manager(max_num_seqs=1, max_model_len=400)
             plan = manager.reserve(np.array([manager.add_sequence()]), np.array([400]))
-            indices = cache.begin(plan).indices
+            indices = cache.begin(plan).inputs
             cache.backend.store_tokens(NewTokens(keys, keys, keys), cache.records[0], indices)
             sealed = cache.records[0].sealed
             metadata.append((sealed.key_scale[plan.seal_block_ids].isnan(),

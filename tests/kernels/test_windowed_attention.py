@@ -204,7 +204,7 @@ def test_new_sinks_are_sinks_beyond_the_window_too(num_stored, own_window):
         fleet.step({seq_id: num_stored})
     count, layer = 260, fleet.cache.records[0]
     step = replace(
-        fleet.cache.begin(fleet.plan({seq_id: count})).indices,
+        fleet.cache.begin(fleet.plan({seq_id: count})).inputs,
         num_sink_tokens=torch.tensor([144]),
         window_sizes=torch.tensor([20]),
     )

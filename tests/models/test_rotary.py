@@ -199,9 +199,9 @@ def test_what_is_no_stream_is_left_alone():
     """To the bit, wherever it is and whatever streams are beside it."""
     raw = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([5000, 70_000, 3])
-    is_stream = torch.tensor([False, True, False])
+    is_windowed = torch.tensor([False, True, False])
     shifts = torch.tensor([0, 69_000, 0])
-    turns = StepTurns(positions, is_stream, shifts, {0: Rotation(FREQUENCIES, 0, False)}, {})
+    turns = StepTurns(positions, is_windowed, shifts, {0: Rotation(FREQUENCIES, 0, False)}, {})
     assert turns.model_positions.tolist() == [5000, 70_000 % MODEL_PERIOD, 3]
     for turned in turns.apply(0, raw, raw):
         assert turned is not None
