@@ -26,6 +26,10 @@ class TransferCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        with self:  # in inference mode composed operations arrive whole
+            decomposed = func.decompose(*args, **kwargs)
+        if decomposed is not NotImplemented:
+            return decomposed
         target = kwargs.get("device")
         if func is torch.ops.aten._to_copy.default and target is not None:
             source, target = args[0].device.type, torch.device(target).type
