@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import triton
 from tools.kernel_launches import Launch, context_loop_density, record_launches
-from tools.machine_code import SHARED_MEMORY_LIMIT, MachineCode
+from tools.machine_code import SHARED_MEMORY_LIMIT
 
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
 
@@ -34,13 +34,11 @@ def launches_of(kv_format: KVFormat, rows: tuple[int, int], **options: Any) -> l
     return record_launches(kv_format, group_size=group_size, query_lens=(num_new,), **options)
 
 
-def check_fits(launch: Launch, arch: int) -> MachineCode:
-    code = launch.machine_code(arch)
-    told = launch.name, launch.arguments.get("ROWS"), launch.options, arch, code.registers
-    assert not code.local_bytes, told
-    assert not code.num_spill_instructions, told
-    assert code.fits_shared_memory, (*told, code.shared_bytes)
-    return code
+def check_fits(launch: Launch, arch: int) -> None:
+    taken = launch.resources(arch)
+    told = launch.name, launch.arguments.get("ROWS"), launch.options, arch, taken
+    assert not taken.local_bytes, told
+    assert taken.fits_shared_memory, told
 
 
 @BOTH_ARCHITECTURES
@@ -98,9 +96,9 @@ def test_sealing_spills_next_to_nothing(name, head_dim, arch):
         for launch in launches_of(FORMATS[name], FEW, head_dim=head_dim)
         if launch.name == "seal_blocks"
     )
-    code = launch.machine_code(arch)
-    assert code.local_bytes <= 128
-    assert code.fits_shared_memory
+    taken = launch.resources(arch)
+    assert taken.local_bytes <= 128
+    assert taken.fits_shared_memory
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -111,6 +109,7 @@ def test_loops_over_context_keep_to_their_budget(name):
     code = launch.machine_code(90)
     assert context_loop_density(launch, code) <= BUDGETS[name]
     assert all(loop.opcodes["LDGSTS"] for loop in code.loops if loop.num_mma)
+    assert code.num_spill_instructions == code.local_bytes == 0
 
 
 def test_a_budget_can_be_missed():
@@ -123,4 +122,6 @@ def test_a_budget_can_be_missed():
 
 def test_a_spill_is_seen():
     (launch,) = (each for each in launches_of(INT2, FEW) if each.name == "attend_sealed")
-    assert launch.machine_code(90, max_registers=128).num_spill_instructions
+    code = launch.machine_code(90, max_registers=128)
+    assert code.num_spill_instructions
+    assert code.local_bytes
