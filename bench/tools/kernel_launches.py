@@ -13,7 +13,14 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from tools.machine_code import MachineCode, compile_kernel, disassemble, instructions_per_byte
+from tools.machine_code import (
+    MachineCode,
+    Resources,
+    compile_kernel,
+    disassemble,
+    instructions_per_byte,
+    read_resources,
+)
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
@@ -71,6 +78,9 @@ class Launch:
 
     def machine_code(self, arch: int, **options: Any) -> MachineCode:
         return disassemble(self.compile(arch, **options))
+
+    def resources(self, arch: int) -> Resources:
+        return read_resources(self.compile(arch))
 
 
 def type_of(value: Any) -> str:

@@ -11,8 +11,9 @@ import json
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import and_
 from tempfile import NamedTemporaryFile
@@ -75,13 +76,23 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class MachineCode:
-    """A kernel as one warp runs it. Outer loops come before the loops inside them."""
+class Resources:
+    """What a kernel takes of a GPU. One without local bytes has spilled nothing."""
 
     arch: int
     registers: int  # of each thread
     local_bytes: int  # of each thread, in memory: spilled registers and local arrays
     shared_bytes: int  # of each CTA
+
+    @property
+    def fits_shared_memory(self) -> bool:
+        return self.shared_bytes <= SHARED_MEMORY_LIMIT[self.arch]
+
+
+@dataclass(frozen=True)
+class MachineCode(Resources):
+    """A kernel as one warp runs it. Outer loops come before the loops inside them."""
+
     instructions: tuple[Instruction, ...]  # those of functions that it calls are behind its own
     loops: tuple[Loop, ...]
 
@@ -89,10 +100,6 @@ class MachineCode:
     def num_spill_instructions(self) -> int:
         """Loads from and stores to local memory, anywhere in the code."""
         return sum(instruction.opcode in SPILL_OPCODES for instruction in self.instructions)
-
-    @property
-    def fits_shared_memory(self) -> bool:
-        return self.shared_bytes <= SHARED_MEMORY_LIMIT[self.arch]
 
 
 def compile_kernel(
@@ -167,28 +174,43 @@ def check_kernel(
         raise ValueError(f"arguments of {kernel.fn.__name__}: {'; '.join(found)}")
 
 
+def read_resources(compiled: CompiledKernel) -> Resources:
+    """What a kernel takes that was compiled for one of the known architectures.
+
+    Reads only tables of the cubin: a hundred times faster than `disassemble`. Raises RuntimeError
+    if the tool fails.
+    """
+    with cubin_file(compiled) as path:
+        usage = run_tool(knobs.nvidia.cuobjdump.path, "-res-usage", path)
+    found = re.search(rf"Function {re.escape(compiled.metadata.name)}:\s+(.*)", usage)
+    assert found is not None, usage
+    sizes = {key: int(size) for key, size in re.findall(r"(\w+):(\d+)", found[1])}
+    return Resources(
+        arch=compiled.metadata.target.arch,
+        registers=sizes["REG"],
+        local_bytes=sizes["STACK"] + sizes["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
 def disassemble(compiled: CompiledKernel) -> MachineCode:
     """Read the machine code of a kernel that was compiled for one of the known architectures.
 
     Raises RuntimeError if a tool fails, ValueError if the code jumps to computed addresses.
     """
+    with cubin_file(compiled) as path:
+        _, functions = json.loads(run_tool(knobs.nvidia.nvdisasm.path, "-json", path))
+    instructions = read_instructions(functions)
+    resources = asdict(read_resources(compiled))
+    return MachineCode(**resources, instructions=instructions, loops=find_loops(instructions))
+
+
+@contextmanager
+def cubin_file(compiled: CompiledKernel) -> Iterator[str]:
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = run_tool(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        _, functions = json.loads(run_tool(knobs.nvidia.nvdisasm.path, "-json", file.name))
-    instructions = read_instructions(functions)
-    resources = re.search(rf"Function {re.escape(compiled.metadata.name)}:\s+(.*)", usage)
-    assert resources is not None, usage
-    sizes = {key: int(size) for key, size in re.findall(r"(\w+):(\d+)", resources[1])}
-    return MachineCode(
-        arch=compiled.metadata.target.arch,
-        registers=sizes["REG"],
-        local_bytes=sizes["STACK"] + sizes["LOCAL"],
-        shared_bytes=compiled.metadata.shared,
-        instructions=instructions,
-        loops=find_loops(instructions),
-    )
+        yield file.name
 
 
 def run_tool(*command: str) -> str:

@@ -109,12 +109,12 @@ def instructions(
         (kernel,) = (each for each in recorded if each.name == name)
         for arch in sorted(SHARED_MEMORY_LIMIT):
             try:
-                code = kernel.machine_code(arch)
+                taken = kernel.resources(arch)
             except (TritonError, RuntimeError):
                 return None
-            if code.local_bytes or code.num_spill_instructions or not code.fits_shared_memory:
+            if taken.local_bytes or not taken.fits_shared_memory:
                 return None
-            density = context_loop_density(kernel, code)
+        density = context_loop_density(kernel, kernel.machine_code(90))
     return density
 
 

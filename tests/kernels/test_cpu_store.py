@@ -211,7 +211,8 @@ def test_a_whole_cache_has_the_bytes_of_the_reference_after_every_step(
         for seed in range(3):
             fleet.add(make_stream(layers, 1600, seed, torch.float32))
     for counts in ((1150, 1, 33), (1, 1, 1), (300, 160, 97), (1, 200, 7), (20, 1, 1)):
-        for fleet in fleets:
+        for num_threads, fleet in zip((2, 1), fleets, strict=True):
+            torch.set_num_threads(num_threads)
             fleet.step(dict(zip(fleet.streams, counts, strict=True)))
         for stored, expected in zip(*(fleet.cache.arenas for fleet in fleets), strict=True):
             assert torch.equal(stored, expected)

@@ -60,9 +60,9 @@ def test_ragged_decode_and_verify_match_the_oracle(kv_format, dtype):
 @ALL_FORMATS
 def test_chunks_beside_decodes_match_the_oracle(kv_format, dtype):
     layer = layer_of(kv_format, heads=1)
-    fleet, slots = ragged_fleet(layer, (63, 300, 17), gqa_group=3, dtype=dtype, new_tokens=200)
-    check_step(fleet, dict(zip(slots, (70, 1, 129), strict=True)))
-    check_step(fleet, dict(zip(slots, (1, 40, 2), strict=True)))
+    fleet, slots = ragged_fleet(layer, (63, 300, 17), gqa_group=3, dtype=dtype, new_tokens=90)
+    check_step(fleet, dict(zip(slots, (25, 1, 67), strict=True)))  # of two and of four tiles
+    check_step(fleet, dict(zip(slots, (1, 22, 2), strict=True)))
 
 
 @pytest.mark.parametrize("dims", [(32, 32), (40, 64), (80, 96), (128, 128), (192, 128), (256, 256)])
