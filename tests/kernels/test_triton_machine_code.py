@@ -36,7 +36,7 @@ def launches_of(kv_format: KVFormat, rows: tuple[int, int], **options: Any) -> l
 
 def check_fits(launch: Launch, arch: int) -> MachineCode:
     code = launch.machine_code(arch)
-    told = launch.name, launch.arguments.get("ROWS"), launch.options, arch, code.registers
+    told = launch.name, launch.arguments.get("SPLIT"), launch.options, arch, code.registers
     assert not code.local_bytes, told
     assert not code.num_spill_instructions, told
     assert code.fits_shared_memory, (*told, code.shared_bytes)
