@@ -13,16 +13,18 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import triton
 from tools.machine_code import (
     MachineCode,
     Resources,
-    compile_kernel,
     disassemble,
     instructions_per_byte,
     read_resources,
 )
 from torch import Tensor
-from triton.compiler import CompiledKernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from paged_kv.cache.backend import choose_backend
 from paged_kv.cache.block_views import layer_blocks
@@ -60,36 +62,28 @@ class Launch:
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
-    def compile(self, arch: int, **options: Any) -> CompiledKernel:
-        """As Triton's launcher would: integers of 1 and multiples of 16 are known to the code."""
-        is_constant = {parameter.name: parameter.is_constexpr for parameter in self.kernel.params}
-        signature, constants, divisible = {}, {}, []
-        for name, value in self.arguments.items():
-            if is_constant[name] or value is None or (isinstance(value, int) and value == 1):
-                constants[name] = value
-                continue
-            signature[name] = type_of(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-                divisible.append(name)
-        chosen = {"num_warps": 4, "num_stages": 3} | self.options | options
-        return compile_kernel(
-            self.kernel, signature, constants, arch=arch, divisible=divisible, **chosen
+    def compile(
+        self, arch: int, *, max_registers: int | None = None, **options: Any
+    ) -> CompiledKernel:
+        """As Triton's launcher would, by its own code, which looks at values too."""
+        target = GPUTarget("cuda", arch, 32)
+        backend = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        options = (
+            {"num_warps": 4, "num_stages": 3, "maxnreg": max_registers} | self.options | options
         )
+        bound, specialization, options = bind(**self.arguments, **options)
+        chosen, signature, constants, attributes = self.kernel._pack_args(
+            backend, options, bound, specialization, options
+        )
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=chosen.__dict__)
 
     def machine_code(self, arch: int, **options: Any) -> MachineCode:
         return disassemble(self.compile(arch, **options))
 
     def resources(self, arch: int) -> Resources:
         return read_resources(self.compile(arch))
-
-
-def type_of(value: Any) -> str:
-    """Triton's name for the type of an argument."""
-    if isinstance(value, Tensor):
-        names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8"}
-        name = str(value.dtype).removeprefix("torch.")
-        return "*" + names.get(name, name.replace("int", "i"))
-    return "i32" if isinstance(value, int) else "fp32"
 
 
 class Recorder:
@@ -183,14 +177,14 @@ def record_launches(
 
 def bytes_of_tile(launch: Launch) -> int:
     """K/V bytes that one turn of an attention kernel's loop reads, metadata included."""
-    constants = launch.arguments
-    if launch.name == "attend_prefill":
-        return int(constants["RECORD_BYTES"] * constants["TILE"] // constants["BLOCK_SIZE"])
-    if launch.name == "attend_sealed":
-        rows_of_codes = constants["BLOCK_SIZE"] * constants["BITS"] // 8
-        return int(constants["RECORD_BYTES"] * constants["TILE"] // rows_of_codes)
-    itemsize = constants["open_blocks"].element_size()
-    return int(constants["TILE"] * (constants["KEY_DIM"] + constants["VALUE_DIM"]) * itemsize)
+    shape, layout = launch.arguments["SHAPE"], launch.arguments["LAYOUT"]
+    tile = launch.arguments["SPLIT"].TILE
+    if launch.name == "attend_open":
+        itemsize = launch.arguments["open_blocks"].element_size()
+        return int(tile * (shape.KEY_DIM + shape.VALUE_DIM) * itemsize)
+    is_prefill = launch.name == "attend_prefill"  # whose tiles are of tokens, not of rows of codes
+    tiled = layout.BLOCK_SIZE if is_prefill else layout.BLOCK_SIZE * layout.BITS // 8
+    return int(layout.RECORD_SIZE * tile // tiled)
 
 
 def context_loop_density(launch: Launch, code: MachineCode) -> float:

@@ -1,8 +1,9 @@
 """Attention of new tokens over paged context on a GPU: launches Triton's kernels.
 
-Same signatures as the torch reference in `attention`. Three launches: the sealed body, open blocks
-with the new tokens, and the merge of all parts, which appends the new tokens on the way. A chunk's
-attention to its own tokens can be left to other kernels (`Attender`).
+Knows tensors and how a step is cut; same signature and meaning as `naive.attend`. Three launches:
+the sealed body, open blocks with the new tokens, and the merge of all parts, which appends the new
+tokens on the way. A prefill's attention to its own tokens can be left to other kernels
+(`Attender`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,33 @@ from torch import Tensor
 from ..block_views import LayerBlocks, SealedViews, as_rows
 from ..new_tokens import NewTokens
 from ..rules import ScoreRules
+from ..step_inputs import StepInputs
+from .groups import (
+    Merge,
+    NewRows,
+    OpenBlocks,
+    OtherParts,
+    Parts,
+    RuleNumbers,
+    Sections,
+    Shape,
+    Split,
+    StepTensors,
+)
 from .launch import Launch, open_launch, prefill_launch, sealed_launch, tile_rows
 from .open import attend_open
 from .plan import RowGroup, TritonPlan
 from .prefill import attend_prefill
 from .rows import merge_parts
 from .sealed import attend_sealed
-from .store import open_strides, power_of_2
+from .store import (
+    open_layout,
+    open_tokens,
+    power_of_2,
+    rows_of,
+    sealed_layout,
+    shape_of,
+)
 
 MIN_SPLIT_TOKENS: Final = 512  # of context; a smaller part is not worth merging
 
@@ -65,51 +86,65 @@ class Call:
         return None if part is None else NewPart(*part)
 
     @cached_property
-    def shape(self) -> dict[str, int]:
-        """What all kernels are compiled for."""
-        _, num_heads, key_dim = self.new.key.shape
-        value_dim = self.new.value.shape[2]
-        return {
-            "NUM_HEADS": num_heads,
-            "GROUP_SIZE": self.new.query.shape[1] // num_heads,
-            "KEY_DIM": key_dim,
-            "VALUE_DIM": value_dim,
-            "KEY_COLUMNS": power_of_2(key_dim),
-            "VALUE_COLUMNS": power_of_2(value_dim),
-        }
+    def shape(self) -> Shape:
+        return shape_of(self.new.key, self.new.value, self.new.query.shape[1])
+
+    @cached_property
+    def new_rows(self) -> NewRows:
+        query, key, value, _ = self.new
+        return NewRows(*(rows_of(each) for each in (query, self.sink_query, key, value)))
 
     @property
     def columns(self) -> int:
         """Channels of a key or a value, whichever has more, as kernels hold them."""
-        return max(self.shape["KEY_COLUMNS"], self.shape["VALUE_COLUMNS"])
+        return max(self.shape.KEY_COLUMNS, self.shape.VALUE_COLUMNS)
 
     @property
     def has_groups(self) -> bool:
         """Whether a sealed block's keys are scaled in several groups."""
         return self.layer.sealed is not None and self.layer.sealed.num_key_groups > 1
 
-    @property
-    def rule_numbers(self) -> tuple[float, float, int, int]:
-        """Scale, softcap, sliding window and attention chunk; 0 where a rule is off.
-
-        With a softcap, scores are in units of it.
-        """
-        scale, softcap, sliding_window, attention_chunk, _ = self.rules
-        scale = scale if softcap is None else scale / softcap
-        return scale, softcap or 0.0, sliding_window or 0, attention_chunk or 0
-
     @cached_property
-    def rule_kinds(self) -> dict[str, bool]:
-        has_windows = self.plan.step.window_sizes is not None
-        return {
-            "HAS_SOFTCAP": self.rules.softcap is not None,
-            "HIDES_CONTEXT": has_windows or self.rules.hides_context,
-            "HAS_WINDOWS": has_windows,
-        }
+    def rule_numbers(self) -> RuleNumbers:
+        scale, softcap, sliding_window, attention_chunk, _ = self.rules
+        return RuleNumbers(
+            scale=scale if softcap is None else scale / softcap,
+            softcap=softcap or 0.0,
+            sliding_window=sliding_window or 0,
+            attention_chunk=attention_chunk or 0,
+        )
+
+    @property
+    def has_windows(self) -> bool:
+        return self.plan.step.window_sizes is not None
+
+    @property
+    def hides_context(self) -> bool:
+        return self.has_windows or self.rules.hides_context
 
     @property
     def has_rules(self) -> bool:
-        return any(self.rule_kinds.values())
+        return self.hides_context or self.rules.softcap is not None
+
+    def split(self, group: RowGroup, tile: int, num_splits: int, min_split: int) -> Split:
+        """How a group's work is cut for one kernel, which splits contexts in so many."""
+        return Split(
+            ROWS=group.tile_rows,
+            TILE=tile,
+            NUM_PARTS=self.num_parts(group),
+            NUM_SPLITS=num_splits,
+            MIN_SPLIT=min_split,
+            HAS_SOFTCAP=self.rules.softcap is not None,
+            HIDES_CONTEXT=self.hides_context,
+            HAS_WINDOWS=self.has_windows,
+        )
+
+    def num_splits(self, group: RowGroup) -> tuple[int, int]:
+        """Of contexts, by the kernels of open and of sealed blocks."""
+        return (group.num_splits, 0) if self.layer.sealed is None else (1, group.num_splits)
+
+    def num_parts(self, group: RowGroup) -> int:
+        return sum(self.num_splits(group))
 
 
 def attend(
@@ -140,23 +175,19 @@ def attend(
 
 def attend_group(call: Call, group: RowGroup, output: Tensor, appends: bool) -> None:
     """All parts of a group's tiles, then their merge."""
-    sealed = call.layer.sealed
-    open_splits, sealed_splits = (group.num_splits, 0) if sealed is None else (1, group.num_splits)
-    num_parts = open_splits + sealed_splits
-    num_programs = len(group.tiles) * call.new.key.shape[1]
-    partials = call.plan.partials(
-        num_programs * num_parts, group.tile_rows, call.new.value.shape[2]
-    )
+    _, num_kv_heads, value_dim = call.new.value.shape
+    num_partials = len(group.tiles) * num_kv_heads * call.num_parts(group)
+    parts = Parts(*call.plan.partials(num_partials, group.tile_rows, value_dim))
     new_part = call.new_part if group.is_prefill else None
-    run_open(call, group, partials, num_parts, open_splits, attends_new=new_part is None)
-    if sealed is not None:
-        run_sealed(call, sealed, group, partials, num_parts, sealed_splits)
-    run_merge(call, group, partials, num_parts, new_part, output, appends)
+    run_open(call, group, parts, attends_new=new_part is None)
+    if call.layer.sealed is not None:
+        run_sealed(call, call.layer.sealed, group, parts)
+    run_merge(call, group, parts, new_part, output, appends)
 
 
 def launch_for(call: Call, group: RowGroup, bits: int) -> Launch:
     """The one place where a group's rows choose between the tables."""
-    has_windows = call.rule_kinds["HAS_WINDOWS"]
+    has_windows = call.has_windows
     if group.is_prefill:
         return prefill_launch(bits, call.columns, call.new.query.device, has_windows=has_windows)
     if bits == 0:
@@ -170,140 +201,85 @@ def launch_for(call: Call, group: RowGroup, bits: int) -> Launch:
     )
 
 
-def run_sealed(
-    call: Call,
-    sealed: SealedViews,
-    group: RowGroup,
-    partials: tuple[Tensor, Tensor],
-    num_parts: int,
-    num_splits: int,
-) -> None:
-    step, bits = call.plan.step, call.layer.bits
-    num_key_groups = sealed.num_key_groups
+def run_sealed(call: Call, sealed: SealedViews, group: RowGroup, parts: Parts) -> None:
+    step, num_key_groups = call.plan.step, sealed.num_key_groups
+    _, num_splits = call.num_splits(group)
     group_tokens = step.block_size // max(num_key_groups, 1)
-    launch = launch_for(call, group, bits)
+    launch = launch_for(call, group, call.layer.bits)
+    tile = min(launch.tile, sealed.key_codes.shape[2], group_tokens)
     kernel = attend_prefill if group.is_prefill else attend_sealed
     kernel[len(group.tiles), call.new.key.shape[1], num_splits](
-        call.new.query,
-        *call.new.query.stride()[:2],
-        sealed.key_codes,
-        sealed.value_codes,
-        sealed.key_scale,
-        sealed.key_zero,
-        sealed.value_scale,
-        sealed.value_zero,
-        group.tiles,
-        step.query_start_loc,
-        step.context_lens,
-        step.num_sealed,
-        step.block_table,
-        step.block_table.stride(0),
-        step.window_sizes,
-        *partials,
-        *call.rule_numbers,
-        KEY_STRIDES=sealed.key_codes.stride()[2:],
-        VALUE_STRIDES=sealed.value_codes.stride()[2:],
-        BITS=bits,
-        BLOCK_SIZE=step.block_size,
-        NUM_KEY_GROUPS=num_key_groups,
-        OPEN_BLOCK_SIZE=step.open_block_size,
-        NUM_HEAD_TOKENS=step.num_head_tokens,
-        RECORD_BYTES=sealed.key_codes.stride(1),
-        ROWS=group.tile_rows,
-        TILE=min(launch.tile, sealed.key_codes.shape[2], group_tokens),
-        NUM_PARTS=num_parts,
-        NUM_SPLITS=num_splits,
-        MIN_SPLIT_BLOCKS=-(-MIN_SPLIT_TOKENS // step.block_size),
+        call.new_rows.query,
+        Sections(*sealed),
+        step_tensors(step, group),
+        parts,
+        call.rule_numbers,
+        SHAPE=call.shape,
+        LAYOUT=sealed_layout(step, sealed, call.layer.bits),
+        SPLIT=call.split(group, tile, num_splits, -(-MIN_SPLIT_TOKENS // step.block_size)),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        **call.shape,
-        **call.rule_kinds,
     )
 
 
-def run_open(
-    call: Call,
-    group: RowGroup,
-    partials: tuple[Tensor, Tensor],
-    num_parts: int,
-    num_splits: int,
-    *,
-    attends_new: bool,
-) -> None:
+def run_open(call: Call, group: RowGroup, parts: Parts, *, attends_new: bool) -> None:
     step, layer = call.plan.step, call.layer
+    num_splits, _ = call.num_splits(group)
     launch = launch_for(call, group, 0)
+    split = call.split(group, launch.tile, num_splits, -(-MIN_SPLIT_TOKENS // launch.tile))
     attend_open[len(group.tiles), call.new.key.shape[1], num_splits](
-        call.new.query,
-        *call.new.query.stride()[:2],
-        call.sink_query,
-        *call.sink_query.stride()[:2],
-        call.new.key,
-        *call.new.key.stride()[:2],
-        call.new.value,
-        *call.new.value.stride()[:2],
+        call.new_rows,
         layer.open_keys,
-        group.tiles,
-        step.query_start_loc,
-        step.context_lens,
-        step.num_sealed,
-        step.block_table,
-        step.block_table.stride(0),
-        step.num_sink_tokens,
-        step.window_sizes,
-        *partials,
-        *call.rule_numbers,
-        KEY_STRIDES=layer.open_keys.stride()[2:],
-        RECORD_SIZE=layer.open_keys.stride(1),
-        BLOCK_SIZE=step.block_size,
-        OPEN_BLOCK_SIZE=step.open_block_size,
-        NUM_HEAD_TOKENS=step.num_head_tokens,
-        HAS_BODY=layer.sealed is not None,
-        ROWS=group.tile_rows,
-        ATTENDS_NEW=attends_new,
-        TRANSPOSED=int(group.is_prefill),
-        TILE=launch.tile,
-        NUM_PARTS=num_parts,
-        NUM_SPLITS=num_splits,
-        MIN_SPLIT_TILES=-(-MIN_SPLIT_TOKENS // launch.tile),
+        step_tensors(step, group),
+        parts,
+        call.rule_numbers,
+        SHAPE=call.shape,
+        LAYOUT=open_layout(step, layer),
+        SPLIT=split._replace(ATTENDS_NEW=attends_new, TRANSPOSED=int(group.is_prefill)),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        **call.shape,
-        **call.rule_kinds,
     )
 
 
 def run_merge(
     call: Call,
     group: RowGroup,
-    partials: tuple[Tensor, Tensor],
-    num_parts: int,
+    parts: Parts,
     new_part: NewPart | None,
     output: Tensor,
     appends: bool,
 ) -> None:
+    sink_logits, num_parts = call.rules.sink_logits, call.num_parts(group)
     new_output, new_log_sums = (None, None) if new_part is None else new_part
     merge_parts[len(group.places), call.new.query.shape[1]](
-        *partials,
+        parts,
+        OtherParts(sink_logits, new_output, new_log_sums, num_new=len(call.new.query)),
         group.places,
-        call.rules.sink_logits,
-        new_output,
-        new_log_sums,
-        len(call.new.query),
-        output,
-        output.stride(0),
-        call.new.key,
-        *call.new.key.stride()[:2],
-        call.new.value,
-        *call.new.value.stride()[:2],
-        call.plan.slots,
-        *open_strides(call.layer),
-        OPEN_BLOCK_SIZE=call.plan.step.open_block_size,
-        ROWS=group.tile_rows,
-        NUM_PARTS=num_parts,
-        PARTS_COLUMNS=power_of_2(num_parts),
-        HAS_SINKS=call.rules.sink_logits is not None,
-        HAS_NEW_PART=new_part is not None,
-        APPENDS=appends,
+        call.new_rows,
+        OpenBlocks(*open_tokens(call.layer), slots=call.plan.slots),
+        rows_of(output),
+        SHAPE=call.shape,
+        MERGE=Merge(
+            ROWS=group.tile_rows,
+            NUM_PARTS=num_parts,
+            PARTS_COLUMNS=power_of_2(num_parts),
+            OPEN_BLOCK_SIZE=call.plan.step.open_block_size,
+            HAS_SINKS=sink_logits is not None,
+            HAS_NEW_PART=new_part is not None,
+            APPENDS=appends,
+        ),
         num_warps=1,
-        **call.shape,
+    )
+
+
+def step_tensors(step: StepInputs, group: RowGroup) -> StepTensors:
+    return StepTensors(
+        tiles=group.tiles,
+        query_start_loc=step.query_start_loc,
+        context_lens=step.context_lens,
+        num_sealed=step.num_sealed,
+        block_table=step.block_table,
+        table_width=step.block_table.stride(0),
+        num_sink_tokens=step.num_sink_tokens,
+        window_sizes=step.window_sizes,
     )

@@ -1,7 +1,10 @@
 """Triton: quantize whole blocks of keys and values, from open blocks and the step's own tokens.
 
-The codes and metadata are those of the torch reference in `quantize`, bit by bit: the same float32
-operations in the same order, so kernels must be launched with `enable_fp_fusion=False`.
+Knows where tokens are and how codes lie, nothing of sequences. The codes and metadata are those of
+`eager.quantize`, bit by bit: the same float32 operations in the same order, so kernels must be
+launched with `enable_fp_fusion=False`.
+
+Long because a kernel is one loop, and what it keeps in registers has to stay in sight.
 """
 
 from __future__ import annotations
@@ -60,17 +63,11 @@ def scale_and_zero(low, high, clip, TOP_CODE: tl.constexpr):
 @triton.jit
 def load_tokens(
     sources,
-    head,
+    kv_head,
     new,
-    new_token_stride,
-    new_head_stride,
-    open_blocks,
-    row_stride,
-    channel_stride,
-    block_stride,
-    head_stride,
-    channel,
+    open_tokens,
     DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
     OPEN_BLOCK_SIZE: tl.constexpr,
 ):
     """Tokens [TILE, channels] as float32, from open slots (source >= 0) or new ones (~index).
@@ -79,99 +76,73 @@ def load_tokens(
     whether its tokens passed through an open block.
     """
     is_new = sources < 0
+    channel = tl.arange(0, COLUMNS)
     exists = channel[None, :] < DIM
-    at = (-1 - sources) * new_token_stride + head * new_head_stride
+    at = (-1 - sources) * new.token_stride + kv_head * new.head_stride
     fresh = tl.load(
-        new + at[:, None] + channel[None, :], mask=is_new[:, None] & exists, other=0
+        new.rows + at[:, None] + channel[None, :], mask=is_new[:, None] & exists, other=0
     )  # fmt: skip
     slots = tl.where(is_new, 0, sources)
-    at = slots // OPEN_BLOCK_SIZE * block_stride + head * head_stride
-    at += slots % OPEN_BLOCK_SIZE * row_stride
+    at = slots // OPEN_BLOCK_SIZE * open_tokens.block_stride + kv_head * open_tokens.kv_head_stride
+    at += slots % OPEN_BLOCK_SIZE * open_tokens.row_stride
     stored = tl.load(
-        open_blocks + at[:, None] + channel[None, :] * channel_stride,
+        open_tokens.tokens + at[:, None] + channel[None, :] * open_tokens.channel_stride,
         mask=(sources >= 0)[:, None] & exists, other=0,
     )  # fmt: skip
-    rounded = rounded_to(fresh, open_blocks.dtype.element_ty)
+    rounded = rounded_to(fresh, open_tokens.tokens.dtype.element_ty)
     return tl.where(is_new[:, None], rounded, stored).to(tl.float32)
 
 
 @triton.jit
 def seal_blocks(
-    block_ids,
-    sources,
-    key,
-    key_token_stride,
-    key_head_stride,
-    value,
-    value_token_stride,
-    value_head_stride,
+    seals,
+    new,
     open_keys,
-    open_key_row_stride,
-    open_key_channel_stride,
     open_values,
-    open_value_row_stride,
-    block_stride,
-    head_stride,
-    key_codes,
-    key_row_stride,
-    key_channel_stride,
-    value_codes,
-    value_row_stride,
-    value_channel_stride,
-    key_scale,
-    key_zero,
-    value_scale,
-    value_zero,
-    key_clip,
-    value_clip,
-    BITS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    KEY_COLUMNS: tl.constexpr,
-    VALUE_COLUMNS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    OPEN_BLOCK_SIZE: tl.constexpr,
-    NUM_KEY_GROUPS: tl.constexpr,
-    RECORD_BYTES: tl.constexpr,
-    TILE: tl.constexpr,
+    sections,
+    clips,
+    SHAPE: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
-    """One head of one block: grid (blocks, heads). TILE rows of codes are made at once.
+    """One kv head of one block: grid (blocks, kv heads). TILE rows of codes are made at once.
 
     `sources` [blocks, BLOCK_SIZE]: open slot, or ~index of a new token.
     """
-    seal, head = tl.program_id(0), tl.program_id(1)
-    record = (tl.load(block_ids + seal) * NUM_HEADS + head) * RECORD_BYTES
+    KEY_COLUMNS: tl.constexpr = SHAPE.KEY_COLUMNS
+    TILE: tl.constexpr = LAYOUT.TILE
+    VALUE_COLUMNS: tl.constexpr = SHAPE.VALUE_COLUMNS
+    seal, kv_head = tl.program_id(0), tl.program_id(1)
+    record = (tl.load(seals.block_ids + seal) * SHAPE.NUM_KV_HEADS + kv_head) * LAYOUT.RECORD_SIZE
     metadata = record // 2
-    sources += seal * BLOCK_SIZE
+    sources = seals.sources + seal * LAYOUT.BLOCK_SIZE
     row = tl.arange(0, TILE)
     channel = tl.arange(0, KEY_COLUMNS)
     value_channel = tl.arange(0, VALUE_COLUMNS)
-    PLANES: tl.constexpr = 8 // BITS
-    ROWS_OF_CODES: tl.constexpr = BLOCK_SIZE // PLANES
+    NUM_KEY_GROUPS: tl.constexpr = LAYOUT.NUM_KEY_GROUPS
+    PLANES: tl.constexpr = 8 // LAYOUT.BITS
+    ROWS_OF_CODES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
     TILES_OF_BLOCK: tl.constexpr = ROWS_OF_CODES // TILE
-    TOP_CODE: tl.constexpr = (1 << BITS) - 1
+    TOP_CODE: tl.constexpr = (1 << LAYOUT.BITS) - 1
 
     scales = ()
     zeros = ()
-    if BITS < 8:
-        TILES_OF_GROUP: tl.constexpr = BLOCK_SIZE // NUM_KEY_GROUPS // TILE
+    if LAYOUT.BITS < 8:
+        TILES_OF_GROUP: tl.constexpr = LAYOUT.BLOCK_SIZE // NUM_KEY_GROUPS // TILE
         for group in tl.static_range(NUM_KEY_GROUPS):
             low = tl.full([KEY_COLUMNS], float("inf"), tl.float32)
             high = tl.full([KEY_COLUMNS], float("-inf"), tl.float32)
             for tile in range(TILES_OF_GROUP):
                 token = (group * TILES_OF_GROUP + tile) * TILE + row
                 numbers = load_tokens(
-                    tl.load(sources + token), head, key, key_token_stride, key_head_stride,
-                    open_keys, open_key_row_stride, open_key_channel_stride, block_stride,
-                    head_stride, channel, KEY_DIM, OPEN_BLOCK_SIZE,
+                    tl.load(sources + token), kv_head, new.key, open_keys, SHAPE.KEY_DIM,
+                    KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
                 )  # fmt: skip
                 low = less(low, tl.reduce(numbers, 0, less))
                 high = greater(high, tl.reduce(numbers, 0, greater))
-            scale, zero = scale_and_zero(low, high, key_clip, TOP_CODE)
-            at = metadata + group * KEY_DIM + channel
-            tl.store(key_scale + at, scale, mask=channel < KEY_DIM)
-            tl.store(key_zero + at, zero, mask=channel < KEY_DIM)
+            scale, zero = scale_and_zero(low, high, clips.key, TOP_CODE)
+            at = metadata + group * SHAPE.KEY_DIM + channel
+            tl.store(sections.key_scale + at, scale, mask=channel < SHAPE.KEY_DIM)
+            tl.store(sections.key_zero + at, zero, mask=channel < SHAPE.KEY_DIM)
             scales = scales + (scale.to(tl.float32),)
             zeros = zeros + (zero.to(tl.float32),)
 
@@ -182,20 +153,18 @@ def seal_blocks(
         for plane in tl.static_range(PLANES):
             token = plane * ROWS_OF_CODES + code_row
             keys = load_tokens(
-                tl.load(sources + token), head, key, key_token_stride, key_head_stride, open_keys,
-                open_key_row_stride, open_key_channel_stride, block_stride, head_stride, channel,
-                KEY_DIM, OPEN_BLOCK_SIZE,
-            )  # fmt: skip
+                    tl.load(sources + token), kv_head, new.key, open_keys, SHAPE.KEY_DIM,
+                    KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+                )  # fmt: skip
             values = load_tokens(
-                tl.load(sources + token), head, value, value_token_stride, value_head_stride,
-                open_values, open_value_row_stride, 1, block_stride, head_stride, value_channel,
-                VALUE_DIM, OPEN_BLOCK_SIZE,
-            )  # fmt: skip
-            if BITS == 8:
+                    tl.load(sources + token), kv_head, new.value, open_values, SHAPE.VALUE_DIM,
+                    VALUE_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+                )  # fmt: skip
+            if LAYOUT.BITS == 8:
                 packed_keys, scale = symmetric_codes(keys)
-                tl.store(key_scale + metadata + token, scale)
+                tl.store(sections.key_scale + metadata + token, scale)
                 packed_values, scale = symmetric_codes(values)
-                tl.store(value_scale + metadata + token, scale)
+                tl.store(sections.value_scale + metadata + token, scale)
             else:
                 # An index of a tuple has to be known here: a variable would be a tensor.
                 scale = scales[
@@ -203,27 +172,27 @@ def seal_blocks(
                 ]
                 zero = zeros[group_of(plane, part_of_block, PLANES, TILES_OF_BLOCK, NUM_KEY_GROUPS)]
                 codes = to_codes(keys - zero[None, :], scale[None, :], 0.0, TOP_CODE)
-                packed_keys |= codes.to(tl.int32) << (plane * BITS)
-                exists = value_channel[None, :] < VALUE_DIM
+                packed_keys |= codes.to(tl.int32) << (plane * LAYOUT.BITS)
+                exists = value_channel[None, :] < SHAPE.VALUE_DIM
                 low = tl.reduce(tl.where(exists, values, float("inf")), 1, less)
                 high = tl.reduce(tl.where(exists, values, float("-inf")), 1, greater)
-                scale, zero = scale_and_zero(low, high, value_clip, TOP_CODE)
-                tl.store(value_scale + metadata + token, scale)
-                tl.store(value_zero + metadata + token, zero)
+                scale, zero = scale_and_zero(low, high, clips.value, TOP_CODE)
+                tl.store(sections.value_scale + metadata + token, scale)
+                tl.store(sections.value_zero + metadata + token, zero)
                 codes = to_codes(
                     values - zero.to(tl.float32)[:, None], scale.to(tl.float32)[:, None], 0.0,
                     TOP_CODE,
                 )  # fmt: skip
-                packed_values |= codes.to(tl.int32) << (plane * BITS)
+                packed_values |= codes.to(tl.int32) << (plane * LAYOUT.BITS)
         tl.store(
-            key_codes + record + code_row[:, None] * key_row_stride
-            + channel[None, :] * key_channel_stride,
-            packed_keys.to(tl.uint8), mask=channel[None, :] < KEY_DIM,
+            sections.key_codes + record + code_row[:, None] * LAYOUT.KEY_STRIDES[0]
+            + channel[None, :] * LAYOUT.KEY_STRIDES[1],
+            packed_keys.to(tl.uint8), mask=channel[None, :] < SHAPE.KEY_DIM,
         )  # fmt: skip
         tl.store(
-            value_codes + record + code_row[:, None] * value_row_stride
-            + value_channel[None, :] * value_channel_stride,
-            packed_values.to(tl.uint8), mask=value_channel[None, :] < VALUE_DIM,
+            sections.value_codes + record + code_row[:, None] * LAYOUT.VALUE_STRIDES[0]
+            + value_channel[None, :] * LAYOUT.VALUE_STRIDES[1],
+            packed_values.to(tl.uint8), mask=value_channel[None, :] < SHAPE.VALUE_DIM,
         )  # fmt: skip
 
 

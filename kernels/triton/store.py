@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..block_views import LayerBlocks, as_rows
+from ..block_views import LayerBlocks, SealedViews, as_rows
 from ..eager.store import append
 from ..new_tokens import NewTokens
 from ..step_inputs import StepInputs
+from .groups import Clips, Layout, NewKeysAndValues, OpenTokens, Rows, Seals, Sections, Shape
 from .launch import seal_launch
 from .seal import seal_blocks as seal_blocks_kernel
 
@@ -21,14 +22,68 @@ def power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def open_strides(layer: LayerBlocks) -> tuple[Tensor | int, ...]:
-    """What a kernel must know of open blocks.
+def rows_of(tensor: Tensor) -> Rows:
+    """Of [T, heads, D] with contiguous rows."""
+    token_stride, head_stride, _ = tensor.stride()
+    return Rows(tensor, token_stride, head_stride)
 
-    Keys with the strides of a row and of a channel; values with that of a row; those of blocks and
-    heads.
-    """
-    keys, values = layer.open_keys, layer.open_values
-    return keys, *keys.stride()[2:], values, values.stride(2), *keys.stride()[:2]
+
+def shape_of(key: Tensor, value: Tensor, num_query_heads: int) -> Shape:
+    _, num_kv_heads, key_dim = key.shape
+    value_dim = value.shape[2]
+    return Shape(
+        NUM_KV_HEADS=num_kv_heads,
+        QUERY_GROUP_SIZE=num_query_heads // num_kv_heads,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        KEY_COLUMNS=power_of_2(key_dim),
+        VALUE_COLUMNS=power_of_2(value_dim),
+    )
+
+
+def open_tokens(layer: LayerBlocks) -> tuple[OpenTokens, OpenTokens]:
+    """Keys and values of a layer's open blocks."""
+    keys, values = (
+        OpenTokens(
+            blocks,
+            row_stride=blocks.stride(2),
+            channel_stride=blocks.stride(3),
+            block_stride=blocks.stride(0),
+            kv_head_stride=blocks.stride(1),
+        )
+        for blocks in (layer.open_keys, layer.open_values)
+    )
+    return keys, values
+
+
+def open_layout(step: StepInputs, layer: LayerBlocks) -> Layout:
+    """Of open blocks: an element is a number in full precision."""
+    return Layout(
+        BITS=0,
+        BLOCK_SIZE=step.block_size,
+        OPEN_BLOCK_SIZE=step.open_block_size,
+        NUM_HEAD_TOKENS=step.num_head_tokens,
+        NUM_KEY_GROUPS=0,
+        HAS_BODY=layer.sealed is not None,
+        RECORD_SIZE=layer.open_keys.stride(1),
+        KEY_STRIDES=layer.open_keys.stride()[2:],
+        VALUE_STRIDES=layer.open_values.stride()[2:],
+    )
+
+
+def sealed_layout(step: StepInputs, sealed: SealedViews, bits: int) -> Layout:
+    """Of sealed blocks: an element is a byte of codes."""
+    return Layout(
+        BITS=bits,
+        BLOCK_SIZE=step.block_size,
+        OPEN_BLOCK_SIZE=step.open_block_size,
+        NUM_HEAD_TOKENS=step.num_head_tokens,
+        NUM_KEY_GROUPS=sealed.num_key_groups,
+        HAS_BODY=True,
+        RECORD_SIZE=sealed.key_codes.stride(1),
+        KEY_STRIDES=sealed.key_codes.stride()[2:],
+        VALUE_STRIDES=sealed.value_codes.stride()[2:],
+    )
 
 
 def store_tokens(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
@@ -44,38 +99,17 @@ def seal_blocks(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
     sealed = layer.sealed
     assert sealed is not None
     keys, values = (as_rows(tensor, tensor.dtype) for tensor in (new.key, new.value))
-    _, num_heads, key_dim = keys.shape
-    value_dim = values.shape[2]
+    num_kv_heads, key_dim, value_dim = *keys.shape[1:], values.shape[2]
     launch = seal_launch(max(key_dim, value_dim))
-    seal_blocks_kernel[len(step.seal_block_ids), num_heads](
-        step.seal_block_ids,
-        step.seal_sources,
-        keys,
-        *keys.stride()[:2],
-        values,
-        *values.stride()[:2],
-        *open_strides(layer),
-        sealed.key_codes,
-        *sealed.key_codes.stride()[2:],
-        sealed.value_codes,
-        *sealed.value_codes.stride()[2:],
-        sealed.key_scale,
-        sealed.key_zero,
-        sealed.value_scale,
-        sealed.value_zero,
-        layer.key_clip,
-        layer.value_clip,
-        BITS=layer.bits,
-        NUM_HEADS=num_heads,
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        KEY_COLUMNS=power_of_2(key_dim),
-        VALUE_COLUMNS=power_of_2(value_dim),
-        BLOCK_SIZE=step.block_size,
-        OPEN_BLOCK_SIZE=step.open_block_size,
-        NUM_KEY_GROUPS=sealed.num_key_groups,
-        RECORD_BYTES=sealed.key_codes.stride(1),
-        TILE=min(launch.tile, sealed.key_codes.shape[2]),
+    layout = sealed_layout(step, sealed, layer.bits)
+    seal_blocks_kernel[len(step.seal_block_ids), num_kv_heads](
+        Seals(step.seal_block_ids, step.seal_sources),
+        NewKeysAndValues(rows_of(keys), rows_of(values)),
+        *open_tokens(layer),
+        Sections(*sealed),
+        Clips(layer.key_clip, layer.value_clip),
+        SHAPE=shape_of(keys, values, num_kv_heads),
+        LAYOUT=layout._replace(TILE=min(launch.tile, sealed.key_codes.shape[2])),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         enable_fp_fusion=False,  # so that every operation is rounded as in the reference

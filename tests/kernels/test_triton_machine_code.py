@@ -52,7 +52,7 @@ def attention_of(name: str, rows: tuple[int, int], **options: Any) -> list[Launc
 
 def check_fits(launch: Launch, arch: int) -> None:
     taken = launch.resources(arch)
-    told = launch.name, launch.arguments.get("ROWS"), launch.options, arch, taken
+    told = launch.name, launch.arguments.get("SPLIT"), launch.options, arch, taken
     assert not taken.local_bytes, told
     assert taken.fits_shared_memory, told
 
