@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,18 @@ FORBIDDEN = {
 }
 
 
-def run(name: str, *arguments: str, check: str = "") -> str:
-    """Output of an example; `check` runs after it in the same interpreter."""
-    script = f"import runpy, sys; sys.argv[1:] = {arguments!r}\n"
-    script += f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')\n"
+ARGUMENTS = {"endless_chat": ("20",)}
+pytestmark = pytest.mark.xdist_group("examples")  # so that each of them runs once
+
+
+@cache
+def output_of(name: str) -> str:
+    """What an example prints. It must import nothing of what it says it does without."""
+    script = f"import runpy, sys; sys.argv[1:] = {ARGUMENTS.get(name, ())!r}\n"
+    script += f"runpy.run_path({str(EXAMPLES / name)!r} + '.py', run_name='__main__')\n"
+    script += f"assert not set(sys.modules) & {set(FORBIDDEN[name])!r}, sys.modules\n"
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script + check],
+        [sys.executable, "-W", "error", "-c", script],
         capture_output=True,
         text=True,
         check=False,
@@ -32,11 +39,7 @@ def run(name: str, *arguments: str, check: str = "") -> str:
 
 @pytest.mark.parametrize("name", sorted(FORBIDDEN))
 def test_example_runs_and_imports_only_what_it_says(name: str) -> None:
-    names = FORBIDDEN[name]
-    arguments = ("2",) if name == "endless_chat" else ()
-    run(
-        f"{name}.py", *arguments, check=f"assert not set(sys.modules) & {set(names)!r}, sys.modules"
-    )
+    assert output_of(name)
 
 
 def test_every_example_is_tested() -> None:
@@ -45,19 +48,19 @@ def test_every_example_is_tested() -> None:
 
 def test_the_serving_loop_is_short_and_shares_its_prefix() -> None:
     assert len((EXAMPLES / "embed.py").read_text().splitlines()) < 60
-    output = run("embed.py").splitlines()
+    output = output_of("embed").splitlines()
     assert sum(line.startswith("request ") for line in output) == 12
     assert "41 steps; 2904 of 3720 prompt tokens came from shared blocks" in output[-1]
 
 
 def test_the_manager_alone_prints_what_it_promises() -> None:
-    output = run("blocks_only.py").splitlines()
+    output = output_of("blocks_only").splitlines()
     assert output[2] == "computed already: 448 tokens"
     assert output[-1] == "free again: 64 of 64"
 
 
 def test_the_chat_outlives_the_models_length_in_constant_memory() -> None:
-    *turns, last = run("endless_chat.py", "20").splitlines()
+    *turns, last = output_of("endless_chat").splitlines()
     lengths = [int(turn.split()[0].strip("[")) for turn in turns]
     assert lengths[-1] > 1200
     held = [int(turn.split()[2]) for turn in turns]
