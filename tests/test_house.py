@@ -35,13 +35,6 @@ STILL_LONG_FILES = {"blocks.block_manager"}
 STILL_LONG_FUNCTIONS = {
     "blocks.block_manager: __init__",
     "blocks.block_manager: reserve",
-    "kernels.cpu.microkernels: score_kernel",
-    "kernels.cpu.microkernels: softmax_kernel",
-    "kernels.triton.open: attend_open",
-    "kernels.triton.prefill: attend_prefill",
-    "kernels.triton.rows: merge_parts",
-    "kernels.triton.seal: seal_blocks",
-    "kernels.triton.sealed: attend_sealed",
 }
 STILL_MANY_ARGUMENTS = {
     "blocks.block_pool: drop_sequence",
@@ -50,19 +43,6 @@ STILL_MANY_ARGUMENTS = {
     "blocks.growth: find_complete_links",
     "blocks.growth: place_blocks",
     "blocks.growth: take_effect",
-    "cache.attention: paged_attention",
-    "kernels.triton.open: attend_open",
-    "kernels.triton.open: attend_tile",
-    "kernels.triton.open: rows_of_tile",
-    "kernels.triton.prefill: attend_prefill",
-    "kernels.triton.rows: append_token",
-    "kernels.triton.rows: load_queries",
-    "kernels.triton.rows: merge_parts",
-    "kernels.triton.rows: store_part",
-    "kernels.triton.seal: load_tokens",
-    "kernels.triton.seal: seal_blocks",
-    "kernels.triton.sealed: attend_sealed",
-    "kernels.triton.sealed: score_planes",
 }
 FILES = module_files(ROOT)
 MODULES = sorted(FILES)
