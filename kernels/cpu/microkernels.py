@@ -4,6 +4,8 @@ Knows addresses and element kinds, nothing of tables or sequences. All sums run 
 read channel by channel with tokens in the lanes, values token by token with channels in the lanes.
 Codes become floats in registers; scales and zero points are folded into queries, scores and
 weights. Rows of scratch have fixed strides: see `ROW_STRIDE`.
+
+Long because what writes a loop nests as the loop does, and a microkernel is one nest of them.
 """
 
 from __future__ import annotations

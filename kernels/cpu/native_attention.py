@@ -1,8 +1,8 @@
 """The attention worker of the CPU: walks over work items, tables and blocks, calls microkernels.
 
-Knows addresses and counts. One native function runs on every thread; the threads draw items from a
-common counter. It is compiled once for all formats and shapes: what depends on them is in the
-microkernels, whose addresses it is given.
+Knows addresses and counts, nothing of formats. One native function runs on every thread; the
+threads draw items from a common counter. It is compiled once for all formats and shapes: what
+depends on them is in the microkernels, whose addresses it is given.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def ahead_of(p: int, item: int, scratch: int, position: int, wants_values: bool)
         item = load_long(scratch + 4 * NEXT_ITEM, 0)
         position += load_long(item, Item.START)
     sequence = load_long(item, Item.SEQUENCE)
-    head = load_long(item, Item.KV_HEAD) * load_long(p, LAYER.kv_head_stride)
+    in_record = load_long(item, Item.KV_HEAD) * load_long(p, LAYER.kv_head_stride)
     num_head_tokens, size = load_long(p, STEP.num_head_tokens), load_long(p, STEP.block_size)
     num_body_tokens = load_long(load_long(p, STEP.num_sealed), sequence) * size
     if num_head_tokens <= position < num_head_tokens + num_body_tokens:
@@ -74,7 +74,7 @@ def ahead_of(p: int, item: int, scratch: int, position: int, wants_values: bool)
     width = load_long(p, STEP.table_width)
     index = min(position // load_long(p, STEP.open_block_size), width - 1)
     block = load_long(table_of(p, item), index)
-    return address + block * load_long(p, LAYER.block_stride) + head
+    return address + block * load_long(p, LAYER.block_stride) + in_record
 
 
 @native
@@ -98,8 +98,11 @@ def attend_open(p: int, item: int, scratch: int, position: int, num_tokens: int)
     size, piece = load_long(p, STEP.open_block_size), load_long(p, LAYER.open_piece)
     table = table_of(p, item)
     block_stride = load_long(p, LAYER.block_stride)
-    head = load_long(item, Item.KV_HEAD) * load_long(p, LAYER.kv_head_stride)
-    keys, values = load_long(p, LAYER.open_keys) + head, load_long(p, LAYER.open_values) + head
+    in_record = load_long(item, Item.KV_HEAD) * load_long(p, LAYER.kv_head_stride)
+    keys, values = (
+        load_long(p, LAYER.open_keys) + in_record,
+        load_long(p, LAYER.open_values) + in_record,
+    )
     key_stride = load_long(p, LAYER.open_key_stride)
     value_stride = load_long(p, LAYER.open_value_stride)
     key_dim = load_long(p, LAYER.key_dim)
@@ -179,16 +182,16 @@ def attend_sealed(p: int, item: int, scratch: int, position: int) -> None:
 @native
 def attend_new(p: int, item: int, scratch: int, start: int, num_tokens: int) -> None:
     """Attend to some of the sequence's own new tokens, from `start` among them on."""
-    sequence, head = load_long(item, Item.SEQUENCE), load_long(item, Item.KV_HEAD)
+    sequence, kv_head = load_long(item, Item.SEQUENCE), load_long(item, Item.KV_HEAD)
     token = load_long(load_long(p, STEP.query_start_loc), sequence) + start
     position = load_long(load_long(p, STEP.context_lens), sequence) + start
     key_dim, padded = load_long(p, LAYER.key_dim), load_long(p, CALL.padded_tokens)
-    keys = load_long(p, CALL.channel_major_keys) + 4 * (head * key_dim * padded + token)
+    keys = load_long(p, CALL.channel_major_keys) + 4 * (kv_head * key_dim * padded + token)
     value_stride = load_long(p, CALL.value_token_stride)
     values = (
         load_long(p, CALL.value)
         + token * value_stride
-        + head * load_long(p, CALL.value_head_stride)
+        + kv_head * load_long(p, CALL.value_head_stride)
     )
     for tile in range(-(-load_long(item, Item.NUM_ROWS) // MAX_ROWS)):
         if not set_ranges(p, item, scratch, tile, position, num_tokens):
@@ -249,22 +252,22 @@ def attend_context(p: int, item: int, scratch: int) -> None:
 
 @native
 def append_tokens(p: int, item: int) -> None:
-    """Copy the sequence's new tokens of one head into their slots.
+    """Copy the sequence's new tokens of one kv head into their slots.
 
     Right behind attention to the tail: a token's key is one element of as many cache lines as
     it has channels, and now they are at hand.
     """
-    sequence, head = load_long(item, Item.SEQUENCE), load_long(item, Item.KV_HEAD)
+    sequence, kv_head = load_long(item, Item.SEQUENCE), load_long(item, Item.KV_HEAD)
     size, item_bytes = load_long(p, STEP.open_block_size), load_long(p, LAYER.item_bytes)
-    key = load_long(p, CALL.key) + head * load_long(p, CALL.key_head_stride)
-    value = load_long(p, CALL.value) + head * load_long(p, CALL.value_head_stride)
+    key = load_long(p, CALL.key) + kv_head * load_long(p, CALL.key_head_stride)
+    value = load_long(p, CALL.value) + kv_head * load_long(p, CALL.value_head_stride)
     key_stride = load_long(p, LAYER.open_key_stride)
     value_stride = load_long(p, LAYER.open_value_stride)
     starts, round_to = load_long(p, STEP.stored_starts), load_long(p, LAYER.round_to_open)
     for index in range(load_long(starts, sequence), load_long(starts, sequence + 1)):
         token = load_long(load_long(p, STEP.stored_tokens), index)
         block, offset = divmod(load_long(load_long(p, STEP.stored_slots), index), size)
-        record = block * load_long(p, LAYER.block_stride) + head * load_long(
+        record = block * load_long(p, LAYER.block_stride) + kv_head * load_long(
             p, LAYER.kv_head_stride
         )
         source = key + token * load_long(p, CALL.key_token_stride)

@@ -1,7 +1,7 @@
 """Functions for native workers: memory at addresses, atomic counters, calls, and how to compile.
 
-Knows numba, and where the rows of a tensor are. A worker is one function that every thread runs,
-with the address of its parameters.
+Knows numba, and where the rows of a tensor are, nothing of attention. A worker is one function that
+every thread runs, with the address of its parameters.
 """
 
 from __future__ import annotations

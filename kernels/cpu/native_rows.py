@@ -63,17 +63,19 @@ def state_of_tile(scratch: int, tile: int) -> tuple[int, int, int, int]:
 @native
 def load_queries(p: int, item: int, scratch: int, source: int) -> None:
     """Scale the item's queries into scratch; `source` is the address of the fields of a query."""
-    dim, group_size = load_long(p, LAYER.key_dim), load_long(p, STEP.query_group_size)
+    dim, query_group_size = load_long(p, LAYER.key_dim), load_long(p, STEP.query_group_size)
     first_token = load_long(load_long(p, STEP.query_start_loc), load_long(item, Item.SEQUENCE))
-    first_head = load_long(item, Item.KV_HEAD) * group_size
+    first_head = load_long(item, Item.KV_HEAD) * query_group_size
     first_row, num_rows = load_long(item, Item.FIRST_ROW), load_long(item, Item.NUM_ROWS)
     affine, numbers = load_long(p, LAYER.affine), p + 8 * CALL_NUMBERS
     query, token_stride = load_long(source, 0), load_long(source, 1)
     head_stride = load_long(source, 2)
     queries, _, _, _ = state_of_tile(scratch, 0)
     for row in range(num_rows):
-        token, head = divmod(first_row + row, group_size)
-        address = query + (first_token + token) * token_stride + (first_head + head) * head_stride
+        token, query_head = divmod(first_row + row, query_group_size)
+        address = (
+            query + (first_token + token) * token_stride + (first_head + query_head) * head_stride
+        )
         call(affine, (address, queries + row * ROW_STRIDE * 4, dim, numbers))
 
 
@@ -98,16 +100,16 @@ def start_rows(p: int, item: int, scratch: int) -> None:
 def start_with_new_token(p: int, item: int, scratch: int) -> None:
     """The only new token of a sequence sees itself."""
     token = load_long(load_long(p, STEP.query_start_loc), load_long(item, Item.SEQUENCE))
-    head = load_long(item, Item.KV_HEAD)
+    kv_head = load_long(item, Item.KV_HEAD)
     key = (
         load_long(p, CALL.key)
         + token * load_long(p, CALL.key_token_stride)
-        + head * load_long(p, CALL.key_head_stride)
+        + kv_head * load_long(p, CALL.key_head_stride)
     )
     value = (
         load_long(p, CALL.value)
         + token * load_long(p, CALL.value_token_stride)
-        + head * load_long(p, CALL.value_head_stride)
+        + kv_head * load_long(p, CALL.value_head_stride)
     )
     key_dim, value_dim = load_long(p, LAYER.key_dim), load_long(p, LAYER.value_dim)
     softcap = p + 8 * CALL_NUMBERS + 8
@@ -212,13 +214,13 @@ def write_output(
     total: np.float32,
 ) -> None:
     """One row: divide by the sum of its weights, that of its sink among them."""
-    group_size = load_long(p, STEP.query_group_size)
-    token, head = divmod(load_long(item, Item.FIRST_ROW) + row, group_size)
+    query_group_size = load_long(p, STEP.query_group_size)
+    token, query_head = divmod(load_long(item, Item.FIRST_ROW) + row, query_group_size)
     token += load_long(load_long(p, STEP.query_start_loc), load_long(item, Item.SEQUENCE))
-    head += load_long(item, Item.KV_HEAD) * group_size
+    query_head += load_long(item, Item.KV_HEAD) * query_group_size
     sinks, factor = load_long(p, CALL.sink_logits), np.float32(1)
     if sinks:
-        sink = load_float(sinks, head)  # in units of the softmax
+        sink = load_float(sinks, query_head)  # in units of the softmax
         highest = max(top, sink)
         factor = np.float32(2) ** (top - highest)
         total = total * factor + np.float32(2) ** (sink - highest)
@@ -227,7 +229,7 @@ def write_output(
     store_float(numbers, 1, factor / total)
     dim = load_long(p, LAYER.value_dim)
     num_heads = load_long(p, CALL.num_query_heads)
-    target = load_long(p, CALL.output) + 4 * dim * (token * num_heads + head)
+    target = load_long(p, CALL.output) + 4 * dim * (token * num_heads + query_head)
     call(load_long(p, LAYER.affine), (source, target, dim, numbers))
 
 

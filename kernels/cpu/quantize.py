@@ -1,7 +1,7 @@
 """Copy tokens and quantize a block on a CPU, as machine code.
 
-Knows addresses and element kinds. The codes are those of the torch reference in `quantize`, bit by
-bit: the same float32 operations in the same order, halves rounded to even.
+Knows addresses and element kinds, nothing of blocks. The codes are those of `eager.quantize`, bit
+by bit: the same float32 operations in the same order, halves rounded to even.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def asymmetric_key_kernel(bits: int) -> MachineCode:
     """
     lanes, num_planes = host_width(), NUM_PLANES[f"int{bits}"]
     emitter = Emitter("asymmetric_keys", 9)
-    keys, key_dim, num_tokens, group_size, codes, scale_at, zero_at, clip_at, scratch = (
+    keys, key_dim, num_tokens, key_group_size, codes, scale_at, zero_at, clip_at, scratch = (
         emitter.arguments
     )
     builder = emitter.builder
@@ -223,16 +223,16 @@ def asymmetric_key_kernel(bits: int) -> MachineCode:
     with emitter.loop(emitter.long(0), key_dim, 1) as channel:
         row = emitter.offset(keys, emitter.times(channel, KEY_ROW_BYTES))
         metadata = emitter.variable(emitter.times(channel, 2))
-        with emitter.loop_by(emitter.long(0), num_tokens, group_size) as first:
+        with emitter.loop_by(emitter.long(0), num_tokens, key_group_size) as first:
             start = emitter.offset(row, emitter.times(first, 4))
-            low, high = lowest_and_highest(emitter, start, group_size, lanes)
+            low, high = lowest_and_highest(emitter, start, key_group_size, lanes)
             scale_half, zero_half, scale, zero = range_to_metadata(emitter, low, high, clip, bits)
             place = builder.load(metadata)
             for halves, address in ((scale_half, scale_at), (zero_half, zero_at)):
                 half = builder.extract_element(halves, ir.Constant(INT, 0))
                 emitter.store(half, builder.add(address, place))
             builder.store(builder.add(place, emitter.times(key_dim, 2)), metadata)
-            with emitter.loop(emitter.long(0), group_size, lanes) as token:
+            with emitter.loop(emitter.long(0), key_group_size, lanes) as token:
                 at = emitter.times(token, 4)
                 vector = emitter.load(builder.add(start, at), FLOAT, lanes)
                 code = asymmetric_codes(emitter, vector, scale, zero, bits)

@@ -160,7 +160,7 @@ class Item(IntEnum):
     NUM_ROWS = auto()
     START = auto()  # context tokens [start, end); the new ones follow where end is the last
     END = auto()
-    PARTIAL = auto()  # index of its partial result; -1: the item is the whole row
+    PARTIAL = auto()  # index of its partial result, where there are several parts
     NUM_PARTS = auto()
     COUNTER = auto()
     FIRST_PARTIAL = auto()  # of all parts of the row

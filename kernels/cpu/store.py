@@ -1,8 +1,8 @@
 """Write a step's new keys and values on a CPU: append to open blocks, seal full ones.
 
 Knows a layer's blocks and a step's slots, nothing of sequences. Same signature and the same bytes
-as `eager.store`. Nothing that is sealed is
-written in the same step, so that threads take seals and appended tokens in any order.
+as `eager.store`. Nothing that is sealed is written in the same step, so that threads take seals
+and appended tokens in any order.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Run a native worker on all threads: on torch's own pool, so that no second pool fights it.
 
+Knows a worker's address and its argument's, not what it does.
 Torch on Linux uses OpenMP, whose threads spin for a while after each operation: a second pool
 would share the cores with them. `GOMP_parallel` starts the worker on the very same threads. Where
 that symbol is missing (other builds of torch), plain threads run it.

@@ -1,7 +1,7 @@
 """Write machine code with explicit vectors: a small emitter over LLVM.
 
-Knows vectors and loops, nothing of attention. LLVM comes with numba (llvmlite), so no
-compiler is needed. Where a machine has no vectors, LLVM turns them into plain instructions.
+Knows vectors and loops, nothing of attention. LLVM comes with numba (llvmlite), so no compiler is
+needed. Where a machine has no vectors, LLVM turns them into plain instructions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Compile what a CPU cache needs before the first step, and say so where it takes a while."""
+"""Compile what a CPU cache needs before the first step, and say so where it takes a while.
+
+Knows what there is to compile, not what for.
+"""
 
 from __future__ import annotations
 

@@ -213,21 +213,21 @@ def score_open(queries: Tensor, open_keys: Tensor, runs: BlockRuns) -> Tensor:
     """Scores [P, H, M, R] of queries [N, H, M, D]; anything where a run has padding."""
     reader = BlockReader(open_keys, runs, queries.dtype)
     scores = reader.new_scores(queries)
-    for chunk, keys in reader:
-        score_(scores[chunk], queries.index_select(0, runs.rows[chunk]).unsqueeze(2), keys)
+    for portion, keys in reader:
+        score_(scores[portion], queries.index_select(0, runs.rows[portion]).unsqueeze(2), keys)
     return scores
 
 
 def add_open_values(output: Tensor, weights: Tensor, open_values: Tensor, runs: BlockRuns) -> None:
     """Add the weighted values of runs to the output [N, H, M, D] of their sequences."""
     padding = runs.positions == NOWHERE
-    for chunk, pieces in BlockReader(open_values, runs, output.dtype):
+    for portion, pieces in BlockReader(open_values, runs, output.dtype):
         values = pieces.flatten(2, 3)
-        padded = slice(max(runs.num_full, chunk.start), chunk.stop)
+        padded = slice(max(runs.num_full, portion.start), portion.stop)
         if padded.start < padded.stop:  # a weight of 0 would not silence NaN
             hidden = padding[padded, None, :, None]
-            values[padded.start - chunk.start :].masked_fill_(hidden, 0.0)
-        output.index_add_(0, runs.rows[chunk], batched(weights[chunk], values))
+            values[padded.start - portion.start :].masked_fill_(hidden, 0.0)
+        output.index_add_(0, runs.rows[portion], batched(weights[portion], values))
 
 
 # -- runs of sealed blocks ----------------------------------------------------------------------
@@ -241,17 +241,17 @@ def score_sealed(
     scores = reader.new_scores(queries)
     scale = gather_metadata(sealed.key_scale, runs, queries.dtype)
     if sealed.key_zero is None:  # 8 bits: one scale a token, [P, H, R]
-        for chunk, codes in reader:
-            score_(scores[chunk], queries.index_select(0, runs.rows[chunk]).unsqueeze(2), codes)
+        for portion, codes in reader:
+            score_(scores[portion], queries.index_select(0, runs.rows[portion]).unsqueeze(2), codes)
         offset = queries.sum(-1, keepdim=True).mul_(INT8_OFFSET)
         return scores.sub_(offset.index_select(0, runs.rows)).mul_(scale.unsqueeze(2))
     zero = gather_metadata(sealed.key_zero, runs, queries.dtype)  # [P, H, G, D], as the scales
-    for chunk, codes in reader:
-        chunk_queries = queries.index_select(0, runs.rows[chunk])
-        scaled_queries = chunk_queries.unsqueeze(2) * scale[chunk].unsqueeze(3)
-        score_(scores[chunk], scaled_queries, codes, layer.bits)
-        by_group = torch.unflatten(scores[chunk], 3, (zero.shape[2], -1))  # [n, H, M, G, R / G]
-        by_group.add_(batched(chunk_queries, zero[chunk].transpose(-1, -2)).unsqueeze(-1))
+    for portion, codes in reader:
+        portion_queries = queries.index_select(0, runs.rows[portion])
+        scaled_queries = portion_queries.unsqueeze(2) * scale[portion].unsqueeze(3)
+        score_(scores[portion], scaled_queries, codes, layer.bits)
+        by_group = torch.unflatten(scores[portion], 3, (zero.shape[2], -1))  # [n, H, M, G, R / G]
+        by_group.add_(batched(portion_queries, zero[portion].transpose(-1, -2)).unsqueeze(-1))
     return scores
 
 
@@ -269,9 +269,9 @@ def add_sealed_values(
     for plane, plane_scale in enumerate(scale.chunk(planes, 2)):
         plane_scale.mul_(0.5 ** (plane * layer.bits))
     weights.mul_(scale.unsqueeze(2))
-    for chunk, codes in BlockReader(sealed.value_codes, runs, output.dtype, layer.bits):
-        part = batched(weights[chunk], codes.flatten(2, 3)).add_(zero_part[chunk])
-        output.index_add_(0, runs.rows[chunk], part)
+    for portion, codes in BlockReader(sealed.value_codes, runs, output.dtype, layer.bits):
+        part = batched(weights[portion], codes.flatten(2, 3)).add_(zero_part[portion])
+        output.index_add_(0, runs.rows[portion], part)
 
 
 def gather_metadata(metadata: Tensor, runs: BlockRuns, dtype: torch.dtype) -> Tensor:
@@ -291,12 +291,12 @@ def record_ids(runs: BlockRuns, num_heads: int) -> Tensor:
 
 
 class BlockReader:
-    """Reads runs of `blocks` [NB, H, tokens, D] chunk by chunk, as floats in scratch.
+    """Reads runs of `blocks` [NB, H, tokens, D] portion by portion, as floats in scratch.
 
-    Iterates over (chunk of the P runs, floats [n, H, pieces, tokens, D]). The pieces of a run are
+    Iterates over (portion of the P runs, floats [n, H, pieces, tokens, D]). The pieces of a run are
     its blocks or, with `bits` below 8, the planes of its one block; the codes of plane j are not
     shifted down and so 2**(j * bits) times too large. The floats lie in memory as the blocks do,
-    and only until the next chunk.
+    and only until the next portion.
     """
 
     def __init__(self, blocks: Tensor, runs: BlockRuns, dtype: torch.dtype, bits: int = 8) -> None:
@@ -310,22 +310,22 @@ class BlockReader:
         self.num_planes = 8 // bits
         run_bytes = blocks.shape[1] * self.num_tokens * blocks.shape[3] * dtype.itemsize
         scratch_bytes = CPU_SCRATCH_BYTES if blocks.device.type == "cpu" else GPU_SCRATCH_BYTES
-        self.chunk_size = max(1, scratch_bytes // run_bytes)
+        self.portion_size = max(1, scratch_bytes // run_bytes)
 
     def new_scores(self, queries: Tensor) -> Tensor:
         """Room for scores [P, H, M, R] of queries [N, H, M, D]."""
         return queries.new_empty(len(self.record_ids), *queries.shape[1:3], self.num_tokens)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        num_records = self.record_ids[: self.chunk_size].numel()
+        num_records = self.record_ids[: self.portion_size].numel()
         gathered = self.records.new_empty(num_records, *self.records.shape[1:])
         planes, floats = gathered.unsqueeze(1), gathered.unsqueeze(1)
         if self.num_planes > 1:
             planes = gathered.new_empty(num_records, self.num_planes, *gathered.shape[1:])
         if planes.dtype != self.dtype:
             floats = torch.empty_like(planes, dtype=self.dtype)
-        for start in range(0, len(self.record_ids), self.chunk_size):
-            ids = self.record_ids[start : start + self.chunk_size]
+        for start in range(0, len(self.record_ids), self.portion_size):
+            ids = self.record_ids[start : start + self.portion_size]
             count = ids.numel()
             torch.index_select(self.records, 0, ids.flatten(), out=gathered[:count])
             if self.num_planes > 1:

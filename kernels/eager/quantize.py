@@ -1,5 +1,6 @@
 """Quantize, pack, unpack and dequantize blocks of keys and values: the torch reference.
 
+Knows numbers by tokens and channels, nothing of where blocks are.
 Codes are computed once, in float32, from the original values and against the scale and zero point
 as they are stored: rounded to fp16. Source of the 2-bit scheme, keys per channel in groups of
 tokens and values per token: KIVI (Liu et al. 2024, arXiv:2402.02750).

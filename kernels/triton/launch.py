@@ -1,5 +1,6 @@
 """How Triton's kernels are launched: tiles, warps and pipeline stages of each kind.
 
+Knows bits, channels and rows, no tensors.
 Chosen by instructions for each byte in compiled code for sm_90, among what spills no register on
 sm_80 and sm_90 (`bench/NOTES.md`); not yet timed on a GPU.
 """

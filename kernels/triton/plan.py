@@ -54,8 +54,10 @@ class TritonPlan:
             self._slots[step.stored_tokens] = step.stored_slots
         return self._slots
 
-    def groups(self, num_kv_heads: int, group_size: int, tile_rows: TileRows) -> list[RowGroup]:
-        key = num_kv_heads, group_size, tile_rows
+    def groups(
+        self, num_kv_heads: int, query_group_size: int, tile_rows: TileRows
+    ) -> list[RowGroup]:
+        key = num_kv_heads, query_group_size, tile_rows
         if key not in self._groups:
             self._groups[key] = plan_rows(self.step, *key)
         return self._groups[key]
@@ -73,10 +75,10 @@ class TritonPlan:
 
 
 def plan_rows(
-    step: StepInputs, num_kv_heads: int, group_size: int, tile_rows: TileRows
+    step: StepInputs, num_kv_heads: int, query_group_size: int, tile_rows: TileRows
 ) -> list[RowGroup]:
     """The sequences with few new tokens, and those with many."""
-    num_rows = step.query_lens * group_size
+    num_rows = step.query_lens * query_group_size
     is_few = num_rows <= FEW_ROWS
     groups = []
     for chosen in (is_few, ~is_few):

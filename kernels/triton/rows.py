@@ -4,6 +4,8 @@ Knows the new tokens and how a step is cut, nothing of formats. A row is one que
 token; those of a kv head are in a row: token 0 with all its heads, token 1, ... They are cut into
 tiles of equal size. A part is a tile's attention to some of its context: an output that is not
 divided yet, the exponent that it is relative to, and the sum of its weights.
+
+Long because a kernel is one function, and what it keeps in registers has to stay in sight.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Attention of new tokens to each other by xformers' kernels, an option of a GPU's backend.
 
-Where prompts are long and contexts are short, most of a chunk's work is with itself. xformers is
+Knows one step's new tokens, no context.
+Where prompts are long and contexts are short, most of a prefill's work is with itself. xformers is
 imported when it is first needed.
 """
 

@@ -1,4 +1,7 @@
-"""Attention over paged context, as a model's layer calls it. Knows one layer's tensors."""
+"""Attention over paged context, as a model's layer calls it. Knows one layer's tensors, no model.
+
+Many arguments because those of `paged_attention`, most of them optional, are what layers differ in.
+"""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_all_rules_at_once_spill_nothing(name, head_dim, rows, arch):
 @pytest.mark.parametrize("rows", [FEW, MANY], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("name", ["native", "int8", "int4", "int2"])
-def test_streams_spill_nothing(name, head_dim, rows, arch):
+def test_windowed_steps_spill_nothing(name, head_dim, rows, arch):
     for launch in attention_of(name, rows, head_dim=head_dim, arch=arch, has_windows=True):
         check_fits(launch, arch)
 
