@@ -1,4 +1,4 @@
-"""A conversation without end on one living stream: nothing that was said is computed twice.
+"""A conversation without end on one windowed sequence: nothing that was said is computed twice.
 
     python examples/endless_chat.py [turns]
 
@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paged_kv import INT8, PagedKVCache, SinkWindow
+from paged_kv.engine.model_runner import ModelRunner
 from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.models.huggingface import PagedModel
 
@@ -30,6 +31,7 @@ ANSWER_TOKENS = 48
 tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
 model = PagedModel(AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype="float32"))
 cache = PagedKVCache(model.layers(INT8), num_blocks=64, dtype=torch.float32)
+runner = ModelRunner(model, cache)
 manager = cache.new_manager(max_num_seqs=1, max_model_len=1024)
 tokens = manager.chain_tokens([tokenizer.bos_token_id], sink_window=SinkWindow(4, 512))
 seq_id = np.array([manager.add_sequence(tokens)])
@@ -40,10 +42,8 @@ def compute() -> torch.Tensor:
     while count := int(manager.num_computable(seq_id)[0]):  # as many as a step may
         plan = manager.reserve(seq_id, [count])
         assert plan is not None
-        new = torch.from_numpy(manager.token_ids[seq_id[0], plan.positions]).long()
-        positions = torch.from_numpy(plan.positions)
-        last = torch.tensor([count - 1])
-        logits = model.forward(new, positions, last, cache, cache.begin(plan))
+        new = manager.token_ids[seq_id[0], plan.positions].astype(np.int64)
+        logits, _ = runner.run(plan, new, np.array([count - 1]))
         manager.commit(plan)
     return logits[0]
 

@@ -1,4 +1,7 @@
-"""What an engine is asked for: the KV format, the pool and the limits of a step."""
+"""What an engine is asked for: the KV format, the pool and the limits of a step.
+
+Knows values and their ranges, never the model that they are for.
+"""
 
 from __future__ import annotations
 

@@ -398,8 +398,8 @@ class Engine:
         """Account for one drawn token, which may end its request."""
         live, request = draw.live, draw.live.request
         finish_reason = "length" if is_at_limit else None
-        may_stop = request.num_output_tokens >= live.params.min_tokens
-        if draw.token_id in live.end_token_ids and may_stop:
+        is_end = draw.token_id in live.end_token_ids
+        if is_end and request.num_output_tokens >= live.params.min_tokens:
             finish_reason = "stop"
         if finish_reason is not None:
             self._finish(live)

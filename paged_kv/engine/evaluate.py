@@ -1,7 +1,8 @@
 """How much a KV format changes what a model says, measured by teacher forcing.
 
 All formats are fed the same tokens in lockstep; each step's distributions over the next token are
-compared with those of the first format and with the token that really follows.
+compared with those of the first format and with the token that really follows. Knows sequences and
+logits, never requests, sampling or text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""How one request wants its tokens chosen and when it ends. Plain data, validated once."""
+"""How one request wants its tokens chosen and when it ends.
+
+Knows values and their ranges, validated once; never a model, whose vocabulary and length they are
+held to elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +27,15 @@ class SamplingParams:
 
     `temperature` 0 is greedy. Then, in this order: `top_k` keeps the k most likely tokens (None:
     all), `top_p` the smallest set of at least that probability, `min_p` tokens at least that
-    fraction as likely as the likeliest. With a `seed`, the tokens depend on nothing but the
-    logits, whatever else is in the batch. `max_tokens` None means as many as the model's length
-    allows; for a stream, without end. `n` continuations are sampled independently, on shared blocks
+    fraction as likely as the likeliest. With a `seed`, the tokens depend on nothing but the logits,
+    whatever else is in the batch. `max_tokens` None means as many as the model's length allows; for
+    a windowed request, without end. `n` continuations are sampled independently, on shared blocks
     of the prompt; with `best_of` that many are, and the `n` of the highest mean log-probability are
     kept. Generation ends with the model's end-of-sequence token unless `ignore_eos`, with any of
     `stop_token_ids`, and before any of the `stop` strings; none of the three ends it before
     `min_tokens`. Special tokens have no text: stop at them with `stop_token_ids`. Requests share
-    cached blocks only with requests of the same `cache_salt`. With a `sink_window` the request is a
-    stream, which may go on for ever in constant memory; None is the engine's own setting.
+    cached blocks only with requests of the same `cache_salt`. With a `sink_window` the request is
+    windowed: it may go on for ever in constant memory; None is the engine's own setting.
 
     `logits_processors` are called as transformers calls its own, with ids [1, num_tokens] and
     logits [1, vocab_size], so any `transformers.LogitsProcessor` serves.

@@ -104,7 +104,10 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     )
     memory.add_argument("--swap-space", metavar="SIZE", help="host memory for preempted sequences")
     memory.add_argument(
-        "--window", type=int, metavar="TOKENS", help="stream: keep only so many newest tokens"
+        "--window",
+        type=int,
+        metavar="TOKENS",
+        help="keep only the newest tokens, for ever",
     )
     memory.add_argument(
         "--sinks", type=int, metavar="TOKENS", help="and so many first ones (4), with --window"

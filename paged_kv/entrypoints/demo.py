@@ -1,6 +1,6 @@
 """The demonstration: one small trained model, 32 requests at once, every KV format, one table.
 
-Needs nothing but the package: the model is package data.
+Needs nothing but the package: the model is package data. Knows an `LLM` and what it reports.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class LLM:
     blocks, also with earlier ones. Sequences that must make room go to `swap_space` bytes of host
     memory where that is cheaper than computing them again. On a CPU model and kernels share torch's
     threads; `num_threads` sets how many there are, for the whole process. With a `sink_window`
-    every request is a stream: it keeps attention sinks and a window of newest tokens, and may go on
+    every request is windowed: it keeps attention sinks and a window of newest tokens, and may go on
     beyond the model's length, for ever, in constant memory. One thread at a time may use an LLM.
     """
 

@@ -1,4 +1,4 @@
-"""A progress bar for long generation. Knows counts, and looks at the engine's pool."""
+"""A progress bar for long generation. Knows counts of tokens and blocks, never requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a model's tokens cost in every KV format, computed from its configuration alone."""
+"""What a model's tokens cost in every KV format.
+
+Knows a configuration and bytes, never weights: the model is made without them.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class ActiveStep:
     cache: PagedKVCache
     step: Step
     cache_layer: dict[int, int]  # a module's layer_idx -> its place in the cache
-    turns: StepTurns | None = None  # of streams
+    turns: StepTurns | None = None  # of windowed sequences
 
 
 _active: ContextVar[ActiveStep | Probe | None] = ContextVar("paged_kv_active_step", default=None)
@@ -243,12 +243,12 @@ class PagedModel:
     def rotations(self) -> dict[int, Rotation]:
         """How each layer embeds positions.
 
-        Raises `UnsupportedModelError` where that is not by turning channels, so that a stream's
-        sinks could not be brought near.
+        Raises `UnsupportedModelError` where that is not by turning channels, so that the
+        sinks of a window could not be brought near.
         """
         name, config = type(self.model).__name__, self.model.config.get_text_config()
         if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-            raise UnsupportedModelError(f"{name} attends in chunks, which a stream cannot shift")
+            raise UnsupportedModelError(f"{name} attends in chunks, which a window cannot shift")
         limit = getattr(config, "max_position_embeddings", None) or max(ROTATION_PROBE) + 1
         positions = torch.tensor(
             [position for position in ROTATION_PROBE if position < limit], device=self.device
@@ -266,7 +266,7 @@ class PagedModel:
             found = [find_rotation(tokens, positions, candidates) for tokens in (query, key)]
             if found[0] is None or found[1] is None:
                 raise UnsupportedModelError(
-                    f"{name} cannot stream: layer {layer} does not embed positions by turning "
+                    f"{name} cannot be windowed: layer {layer} does not embed positions by turning "
                     "queries and keys (RoPE) at frequencies that it tells"
                 )
             rotations[layer] = found[1]

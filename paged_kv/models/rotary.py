@@ -1,9 +1,10 @@
 """Rotary position embedding (RoPE) after the fact: turning queries and keys by further positions.
 
 Knows channels and angles, nothing of models' code: what a model does to its keys is found by
-looking at one token at several positions. A stream needs it twice. Its sinks are scored by queries
-turned back, so that stored keys never change (StreamingLLM's positions); and since models compute
-angles in float32, they are given small positions, and the rest is turned here by angles in float64.
+looking at one token at several positions. A windowed sequence needs it twice. Its sinks are scored
+by queries turned back, so that stored keys never change (StreamingLLM's positions); and since
+models compute angles in float32, they are given small positions, and the rest is turned here by
+angles in float64.
 
 Source: RoFormer (Su et al. 2021, arXiv:2104.09864).
 """
@@ -18,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-MODEL_PERIOD: Final = 1024  # a stream's model sees positions modulo this
+MODEL_PERIOD: Final = 1024  # the model of a windowed sequence sees positions modulo this
 TOLERANCE: Final = {torch.float32: 1e-3}  # relative, of a turned key
 HALF_TOLERANCE: Final = 0.03
 
@@ -91,10 +92,10 @@ def find_rotation(
 
 @dataclass(frozen=True)
 class StepTurns:
-    """What one step turns: of a stream's tokens, those that the model could not place itself."""
+    """What one step turns: of windowed sequences, the tokens that the model could not place."""
 
     positions: Tensor  # [T] in each token's sequence
-    is_windowed: Tensor  # [T]
+    is_windowed: Tensor  # [T] whether a token belongs to a windowed sequence
     head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`
     rotations: dict[int, Rotation]  # by layer
     known_phases: dict[tuple[int, str], Tensor]  # layers share frequencies
