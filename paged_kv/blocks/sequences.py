@@ -38,6 +38,8 @@ SEQUENCE: Final = np.dtype(
 # none it is a number that nothing reaches.
 UNLIMITED: Final = int(np.iinfo(np.int64).max)
 
+NO_ROWS: Final[IntArray] = np.empty(0, dtype=np.int64)
+
 
 def integer_array(name: str, values: ArrayLike) -> IntArray:
     """An array of integers as int64; anything else is refused by name."""
@@ -188,6 +190,13 @@ class Sequences:
         self.num_tokens[seq_ids] = ends
 
     # -- windows --------------------------------------------------------------------------------
+
+    def windowed_rows(self, seq_ids: IntArray) -> IntArray:
+        """Which of these sequences are windowed, by index."""
+        if not self.num_windowed:
+            return NO_ROWS
+        rows: IntArray = self.state["window_size"][seq_ids].nonzero()[0]
+        return rows
 
     def num_storable(self, seq_ids: IntArray) -> IntArray:
         """Tokens that each of these windowed sequences may store at the end of its next step.
