@@ -18,11 +18,9 @@ from .events import CacheEvent
 from .geometry import BlockIds, IntArray
 from .growth import (
     COPIED,
-    SEALED,
     Needs,
     count_needs,
     evict_blocks,
-    leaving_blocks,
     place_blocks,
     take_effect,
 )
@@ -178,7 +176,7 @@ class BlockManager(Holdings):
             sequences.check_new_lengths(seq_ids[rows], new_lengths[rows])
         if sequences.num_windowed:
             sequences.make_room_for_tokens(int(new_lengths.max(initial=0)))
-        sequences.write_tokens(seq_ids, lengths, token_ids, counts)
+        sequences.write_tokens(seq_ids, lengths, new_lengths, token_ids, counts)
         if len(rows):
             self._sharing.tokens_came(seq_ids[rows])
 
@@ -334,7 +332,7 @@ class BlockManager(Holdings):
         num_sealed = self.num_sealed[changed]
         table, sizes = self.tables.ids, self.geometry.sizes
         before, counts = request.before[rows], needs.counts
-        place_blocks(changed, before, after, num_sealed, counts, open_ids, table, sizes)
+        freed_ids = place_blocks(changed, before, after, num_sealed, counts, open_ids, table, sizes)
         copy_sources = NO_BLOCKS
         if needs.num_copied:
             copy_sources = self.tables.last_ids(changed[counts[:, COPIED] > 0])
@@ -353,7 +351,7 @@ class BlockManager(Holdings):
             seal_block_ids=seal_ids,
             copy_sources=copy_sources,
             copy_targets=new_ids[open_end:],
-            freed_block_ids=leaving_blocks(changed, num_sealed, counts, table, sizes),
+            freed_block_ids=freed_ids,
             table_update=self.tables.take_update(),
         )
         return self._outstanding
@@ -379,8 +377,6 @@ class BlockManager(Holdings):
             self.geometry.sizes,
         )
         sequences.num_computed_tokens[plan.seq_ids] = after
-        if len(plan.seal_block_ids):
-            self.tables.tell_later(changed[plan.block_counts[:, SEALED] > 0])
         for block_ids in (unused_ids, plan.freed_block_ids):
             if len(block_ids):
                 self.pool.release(block_ids)

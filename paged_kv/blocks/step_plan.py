@@ -19,12 +19,12 @@ from .geometry import BlockIds, IntArray
 from .sequences import integer_array
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class TableUpdate:
     """Rows of block tables as they are before the step, where earlier plans do not tell them.
 
-    They belong to sequences that are new, or that the end of an earlier step changed, whether they
-    are part of this step or not. See `BlockTables` for their form.
+    They belong to sequences that are new, that evicted blocks or whose step was rolled back,
+    whether they are part of this step or not. See `BlockTables` for their form.
     """
 
     seq_ids: IntArray  # [U]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,8 +12,7 @@ from .geometry import IntArray
 from .sequences import Sequences, integer_array
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class StepRequest:
+class StepRequest(NamedTuple):
     """N distinct living sequences and the new tokens of each."""
 
     seq_ids: IntArray  # [N]
