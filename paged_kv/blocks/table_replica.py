@@ -29,9 +29,9 @@ class TableReplica:
         """Take over what the step before sealed, and what the plan tells.
 
         New open blocks and copies get their places at once: the context does not reach as far, and
-        a copy is made before anything is read or written.
+        a copy is made before anything is read or written. The same plan again changes nothing.
         """
-        if self._sealing is not None:
+        if self._sealing is not None and self._sealing is not plan:
             self._seal(self._sealing)
         self._sealing = plan if len(plan.seal_block_ids) else None
         update = plan.table_update
