@@ -12,7 +12,7 @@ runner (a request's id, new block ids and counts, each as python objects) and as
 connector and grammar parts, off here, for each request; its update makes one output object for
 each request and tests for stop tokens. Ours returns arrays; stop tokens are the engine's part,
 and only requests at their token limit become python objects. What ours covers and the peer's
-manager does not: vLLM makes seq_id mappings in its model runner; `with index arrays` adds ours.
+manager does not: vLLM makes slot mappings in its model runner; `with index arrays` adds ours.
 
 The two sides take turns of twenty calls, with five before them that are not counted. Rows with
 `cold caches` read 64 MB of other memory before each step, on both sides: between the steps of a
@@ -33,6 +33,9 @@ from peers import vllm_manager
 from report import Row, add_arguments, write_report
 
 from paged_kv import BlockGeometry, BlockManager, Request, Scheduler
+from paged_kv.blocks.step_arrays import StepArrays
+from paged_kv.blocks.step_plan import StepPlan
+from paged_kv.blocks.table_replica import TableReplica
 
 GEOMETRIES = {
     "int8": (128, 64, 64, 0),
@@ -152,6 +155,7 @@ def decode_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
     peer = vllm_manager.ManagerPeer(num_seqs, lens, **peer_shape(lens)) if has_peer else None
     rng = np.random.default_rng(2)
     managers = {}
+    replicas = {name: TableReplica(geometry(name)) for name in GEOMETRIES}
     seq_ids = rng.permutation(num_seqs)
     seq_ids.setflags(write=False)  # as the scheduler hands them over
     for name in GEOMETRIES:
@@ -160,22 +164,22 @@ def decode_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
             manager.add_sequence(random_tokens(rng, length))
         plan = manager.reserve(seq_ids, np.array(lens)[seq_ids])
         assert plan is not None
+        replicas[name].apply(plan)
         manager.commit(plan)
     ones = np.ones(num_seqs, dtype=np.int64)
     timer = Timer()
 
-    def step(manager: BlockManager) -> None:
-        plan = manager.reserve(seq_ids, ones)
+    def step(name: str) -> StepPlan:
+        plan = managers[name].reserve(seq_ids, ones)
         assert plan is not None
-        manager.commit(plan)
+        managers[name].commit(plan)
+        return plan
 
-    def step_with_arrays(manager: BlockManager) -> None:
-        plan = manager.reserve(seq_ids, ones)
-        assert plan is not None
-        for array in ("query_start_loc", "slot_mapping", "open_table", "sealed_table"):
-            getattr(plan, array)
-        assert plan.seal_sources.ndim == 2
-        manager.commit(plan)
+    def step_with_arrays(name: str) -> StepPlan:
+        plan = step(name)
+        replicas[name].apply(plan)
+        StepArrays.from_plan(managers[name].geometry, plan, replicas[name])
+        return plan
 
     def append(manager: BlockManager) -> None:
         manager.append_tokens(seq_ids, rng.integers(VOCAB_SIZE, size=num_seqs))
@@ -191,12 +195,14 @@ def decode_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
             for _ in timer.turn():
                 append(managers["int8"])
                 read_other_memory(is_cold)
-                timer(f"int8{suffix}", step, managers["int8"])
+                replicas["int8"].apply(timer(f"int8{suffix}", step, "int8"))
         for name, manager in managers.items():
-            for label, function in ((name, step), (f"{name} arrays", step_with_arrays)):
-                for _ in timer.turn() if label != "int8" else ():
-                    append(manager)
-                    timer(label, function, manager)
+            for _ in timer.turn() if name != "int8" else ():
+                append(manager)
+                replicas[name].apply(timer(name, step, name))
+            for _ in timer.turn():
+                append(manager)
+                timer(f"{name} arrays", step_with_arrays, name)
     case = f"decode step of {num_seqs} sequences"
     rows = []
     for name in GEOMETRIES:
@@ -346,7 +352,7 @@ def memory_rows() -> list[Row]:
     pool, cache = manager.pool, manager.prefix_cache
     arrays = [value for part in (pool, cache) for value in vars(part).values()]
     by_id = {id(array): array.nbytes for array in arrays if isinstance(array, np.ndarray)}
-    tables = [*vars(manager.tables).values(), *vars(manager).values()]
+    tables = [*vars(manager.tables).values(), *vars(manager.sequences).values()]
     by_seq_id = {
         id(array): array.nbytes
         for array in tables

@@ -9,49 +9,32 @@ anything about its blocks changes, so one comparison finds those that need work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import ConfigError, InvalidStepError, OutOfBlocksError
-from .block_pool import BlockPool
-from .block_tables import BlockTables
 from .events import CacheEvent
-from .geometry import BlockGeometry, BlockIds, IntArray
+from .geometry import BlockIds, IntArray
 from .growth import (
     COPIED,
-    SEALED,
     Needs,
     count_needs,
     evict_blocks,
-    leaving_blocks,
     place_blocks,
     take_effect,
 )
-from .host_blocks import HostBlocks, SwappedSequence
-from .prefix_cache import PrefixCache
-from .prefix_sharing import NoPrefixSharing, PrefixMatch, PrefixSharing, PrefixStatistics
-from .sequences import Sequences, integer_array
+from .holdings import NO_BLOCKS, Holdings
+from .host_blocks import SwappedSequence
+from .prefix_sharing import PrefixMatch
+from .sequences import integer_array
 from .sink_window import SinkWindow
-from .step_plan import StepPlan, check_drafts
-from .token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids, root_hash
-
-NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int32)
-
-
-class _Windows(NamedTuple):
-    """Of a step's sequences [N]; all None where none of them is windowed."""
-
-    num_evicted_tokens: IntArray | None
-    num_sink_tokens: IntArray | None
-    window_sizes: IntArray | None
+from .step_plan import StepPlan
+from .step_request import checked_request
+from .token_chain import ExtraKey, TokenChain, as_token_ids, root_hash
 
 
-NO_WINDOWS = _Windows(None, None, None)
-
-
-class BlockManager:
+class BlockManager(Holdings):
     """Block tables of up to `max_num_seqs` sequences over one pool of `num_blocks` blocks.
 
     With `prefix_caching`, blocks of complete links stay findable by their tokens; the manager is
@@ -63,127 +46,6 @@ class BlockManager:
     later token sees, and its table is then that of a shorter sequence. `max_model_len` does not
     bound it.
     """
-
-    def __init__(
-        self,
-        geometry: BlockGeometry,
-        *,
-        num_blocks: int,
-        max_num_seqs: int,
-        max_model_len: int,
-        prefix_caching: bool = False,
-        fingerprint: bytes = b"",
-        record_events: bool = False,
-        num_host_blocks: int = 0,
-    ) -> None:
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
-        self.geometry = geometry
-        self.max_num_seqs = max_num_seqs
-        self.max_model_len = max_model_len
-        self.sequences = Sequences(geometry, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
-        self.tables = BlockTables(geometry, self.sequences)
-        cache = PrefixCache(num_blocks, record_events=record_events) if prefix_caching else None
-        self.pool = BlockPool(num_blocks, cache)
-        self._sharing = (
-            NoPrefixSharing(self.sequences)
-            if cache is None
-            else PrefixSharing(self.sequences, self.tables, self.pool, cache)
-        )
-        self._host_blocks = HostBlocks(num_host_blocks)
-        self._fingerprint = fingerprint
-        self._root = root_hash(fingerprint)
-        self._evicted_ids: BlockIds = np.empty(1024, dtype=np.int32)
-        self._outstanding: StepPlan | None = None
-
-    # -- what it holds --------------------------------------------------------------------------
-
-    @property
-    def num_tokens(self) -> IntArray:
-        """[max_num_seqs] tokens known, by seq_id."""
-        return self.sequences.num_tokens
-
-    @property
-    def num_computed_tokens(self) -> IntArray:
-        """[max_num_seqs] tokens stored in blocks, by seq_id; those evicted do not count."""
-        return self.sequences.num_computed_tokens
-
-    @property
-    def num_sealed(self) -> IntArray:
-        """[max_num_seqs] body blocks, by seq_id."""
-        return self.sequences.num_sealed
-
-    @property
-    def num_evicted_tokens(self) -> IntArray:
-        """[max_num_seqs] tokens of windowed sequences that are stored no more, by seq_id."""
-        return self.sequences.state["num_evicted_tokens"]
-
-    @property
-    def num_sink_tokens(self) -> IntArray:
-        """[max_num_seqs] of windowed sequences, by seq_id; 0 of all others."""
-        return self.sequences.state["num_sink_tokens"]
-
-    @property
-    def window_sizes(self) -> IntArray:
-        """[max_num_seqs] of windowed sequences, by seq_id; 0 of all others."""
-        return self.sequences.state["window_size"]
-
-    @property
-    def token_ids(self) -> TokenIds:
-        """[max_num_seqs, L] known tokens, by seq_id."""
-        return self.sequences.token_ids
-
-    @property
-    def last_token_ids(self) -> TokenIds:
-        """[max_num_seqs] the last known token, by seq_id."""
-        return self.sequences.last_token_ids
-
-    @property
-    def num_blocks(self) -> int:
-        return self.pool.num_blocks
-
-    @property
-    def num_free_blocks(self) -> int:
-        return self.pool.num_free
-
-    @property
-    def num_cached_blocks(self) -> int:
-        """Blocks that can be hit, whether a sequence uses them or not."""
-        return self._sharing.num_cached
-
-    @property
-    def num_free_seqs(self) -> int:
-        return self.sequences.num_free
-
-    @property
-    def living_seq_ids(self) -> IntArray:
-        """Ids of the living sequences, ascending."""
-        return self.sequences.living
-
-    @property
-    def prefix_cache(self) -> PrefixCache | None:
-        return self._sharing.cache
-
-    @property
-    def prefix_statistics(self) -> PrefixStatistics:
-        return self._sharing.statistics
-
-    @property
-    def host_pool(self) -> BlockPool | None:
-        return self._host_blocks.pool
-
-    def block_ids(self, seq_id: int) -> BlockIds:
-        """Every block of a sequence, in the order of its tokens: head, body, tail."""
-        return self.tables.block_ids(seq_id)
-
-    def head_and_tail_ids(self, seq_id: int) -> BlockIds:
-        """Open blocks of a sequence in order: head, then tail."""
-        return self.tables.head_and_tail_ids(seq_id)
-
-    def body_ids(self, seq_id: int) -> BlockIds:
-        """Sealed blocks of a sequence in order."""
-        return self.tables.body_ids(seq_id)
 
     # -- sequences ------------------------------------------------------------------------------
 
@@ -314,7 +176,7 @@ class BlockManager:
             sequences.check_new_lengths(seq_ids[rows], new_lengths[rows])
         if sequences.num_windowed:
             sequences.make_room_for_tokens(int(new_lengths.max(initial=0)))
-        sequences.write_tokens(seq_ids, lengths, token_ids, counts)
+        sequences.write_tokens(seq_ids, lengths, new_lengths, token_ids, counts)
         if len(rows):
             self._sharing.tokens_came(seq_ids[rows])
 
@@ -418,9 +280,9 @@ class BlockManager:
         """
         stored = self.num_computed_tokens[seq_ids]
         left: IntArray = self.num_tokens[seq_ids] - stored
-        if self.sequences.num_windowed:
+        rows = self.sequences.windowed_rows(seq_ids)
+        if len(rows):
             left -= self.num_evicted_tokens[seq_ids]
-            rows = self.window_sizes[seq_ids].nonzero()[0]
             room = self.sequences.num_storable(seq_ids[rows]) - stored[rows]
             left[rows] = np.minimum(left[rows], room)
         return left
@@ -452,19 +314,16 @@ class BlockManager:
         hold, or while a step is neither committed nor rolled back.
         """
         self._require_no_step()
-        seq_ids = self.sequences.distinct(seq_ids)
-        num_new_tokens = self._checked_counts(seq_ids, num_new_tokens)
-        before = self.num_computed_tokens[seq_ids]
-        after = certain = before + num_new_tokens
-        if num_draft_tokens is not None:
-            num_draft_tokens = integer_array("num_draft_tokens", num_draft_tokens)
-            check_drafts(num_draft_tokens, num_new_tokens, self.geometry.block_size)
-            certain = after - num_draft_tokens
-        windows = self._windows_of(seq_ids, before, after)
-        self._check_lengths(seq_ids, after, certain, windows.num_evicted_tokens)
-        rows = (after > self.sequences.capacity[seq_ids]).nonzero()[0]
-        changed, after = seq_ids[rows], after[rows]
-        needs = self._needs(changed, after, certain[rows])
+        request = checked_request(
+            self.sequences,
+            self._sharing.computable_tokens,
+            seq_ids,
+            num_new_tokens,
+            num_draft_tokens,
+        )
+        rows = (request.after > self.sequences.capacity[request.seq_ids]).nonzero()[0]
+        changed, after = request.seq_ids[rows], request.after[rows]
+        needs = self._needs(changed, after, request.certain[rows])
         if needs.num_new_blocks > self.pool.num_free:
             return None
         new_ids = self.pool.allocate(needs.num_new_blocks)
@@ -472,83 +331,30 @@ class BlockManager:
         seal_ids, open_ids = new_ids[: needs.num_sealed], new_ids[needs.num_sealed : open_end]
         num_sealed = self.num_sealed[changed]
         table, sizes = self.tables.ids, self.geometry.sizes
-        place_blocks(changed, before[rows], after, num_sealed, needs.counts, open_ids, table, sizes)
+        before, counts = request.before[rows], needs.counts
+        freed_ids = place_blocks(changed, before, after, num_sealed, counts, open_ids, table, sizes)
         copy_sources = NO_BLOCKS
         if needs.num_copied:
-            copy_sources = self.tables.last_ids(changed[needs.counts[:, COPIED] > 0])
+            copy_sources = self.tables.last_ids(changed[counts[:, COPIED] > 0])
             self.pool.leave(copy_sources)
         self._outstanding = StepPlan(
-            seq_ids=seq_ids,
-            num_scheduled_tokens=num_new_tokens,
-            num_draft_tokens=num_draft_tokens,
-            context_lens=before,
-            num_evicted_tokens=windows.num_evicted_tokens,
-            num_sink_tokens=windows.num_sink_tokens,
-            window_sizes=windows.window_sizes,
+            seq_ids=request.seq_ids,
+            num_scheduled_tokens=request.num_new_tokens,
+            num_draft_tokens=request.num_draft_tokens,
+            context_lens=request.before,
+            num_evicted_tokens=request.num_evicted_tokens,
+            num_sink_tokens=request.num_sink_tokens,
+            window_sizes=request.window_sizes,
             changed_rows=rows,
-            block_counts=needs.counts,
+            block_counts=counts,
             new_block_ids=new_ids,
             seal_block_ids=seal_ids,
             copy_sources=copy_sources,
             copy_targets=new_ids[open_end:],
-            freed_block_ids=leaving_blocks(changed, num_sealed, needs.counts, table, sizes),
+            freed_block_ids=freed_ids,
             table_update=self.tables.take_update(),
         )
         return self._outstanding
-
-    def _checked_counts(self, seq_ids: IntArray, num_new_tokens: ArrayLike) -> IntArray:
-        """New tokens of a step; raises `InvalidStepError` unless each sequence has some."""
-        counts = integer_array("num_new_tokens", num_new_tokens)
-        if seq_ids.shape != counts.shape:
-            raise InvalidStepError(
-                f"seq_ids and num_new_tokens must be equally long, got shapes {seq_ids.shape} and "
-                f"{counts.shape}"
-            )
-        if np.count_nonzero(counts > 0) < len(seq_ids):
-            raise InvalidStepError(f"every sequence needs new tokens, got {counts.min()}")
-        if np.count_nonzero(counts > self.max_model_len):
-            raise InvalidStepError(
-                f"{counts.max()} new tokens exceed max_model_len {self.max_model_len}"
-            )
-        return counts
-
-    def _windows_of(self, seq_ids: IntArray, before: IntArray, after: IntArray) -> _Windows:
-        """Of a step; raises `InvalidStepError` for one that a windowed sequence has no room for."""
-        if not self.sequences.num_windowed:
-            return NO_WINDOWS
-        rows = self.window_sizes[seq_ids].nonzero()[0]
-        if not len(rows):
-            return NO_WINDOWS
-        excess = after[rows] - self.sequences.num_storable(seq_ids[rows])
-        if np.count_nonzero(excess > 0):
-            worst = int(excess.argmax())
-            row, num_new = rows[worst], after[rows[worst]] - before[rows[worst]]
-            window = self.sequences.chain(seq_ids[row]).sink_window
-            raise InvalidStepError(
-                f"seq_id {seq_ids[row]}, windowed by {window}, has room for "
-                f"{num_new - excess[worst]} new tokens in a step, got {num_new}"
-            )
-        state = self.sequences.state[seq_ids]
-        return _Windows(state["num_evicted_tokens"], state["num_sink_tokens"], state["window_size"])
-
-    def _check_lengths(
-        self, seq_ids: IntArray, after: IntArray, certain: IntArray, num_evicted: IntArray | None
-    ) -> None:
-        """Raise `InvalidStepError` unless sequences live, keep within `max_model_len` and, with a
-        prefix cache, have known tokens where they are certain."""
-        end, certain_end = after, certain  # in the sequence, evicted tokens included
-        if num_evicted is not None:
-            end, certain_end = after + num_evicted, certain + num_evicted
-        is_unknown = certain_end > self._sharing.computable_tokens[seq_ids]
-        if certain is after and not np.count_nonzero(is_unknown):
-            return
-        self.sequences.check_new_lengths(seq_ids, end)
-        if np.count_nonzero(is_unknown):
-            row = int(is_unknown.nonzero()[0][0])
-            raise InvalidStepError(
-                f"seq_id {seq_ids[row]} would have {certain_end[row]} tokens computed, of which "
-                f"{self.num_tokens[seq_ids[row]]} are known: append_tokens comes first"
-            )
 
     def commit(self, plan: StepPlan, num_kept_tokens: ArrayLike | None = None) -> BlockIds:
         """The step's writes are done: its tokens are stored, the blocks it replaced are let go.
@@ -571,8 +377,6 @@ class BlockManager:
             self.geometry.sizes,
         )
         sequences.num_computed_tokens[plan.seq_ids] = after
-        if len(plan.seal_block_ids):
-            self.tables.tell_later(changed[plan.block_counts[:, SEALED] > 0])
         for block_ids in (unused_ids, plan.freed_block_ids):
             if len(block_ids):
                 self.pool.release(block_ids)
@@ -619,21 +423,3 @@ class BlockManager:
     def _require_step(self, plan: StepPlan) -> None:
         if plan is not self._outstanding:
             raise InvalidStepError("this step is not the one that was reserved last")
-
-    # -- invariants -----------------------------------------------------------------------------
-
-    def check_integrity(self) -> None:
-        """Assert every invariant; O(pool), for tests and debugging."""
-        self.sequences.check_integrity()
-        geometry, seq_ids = self.geometry, self.living_seq_ids
-        lengths, num_sealed = self.num_computed_tokens[seq_ids], self.num_sealed[seq_ids]
-        body_ends = geometry.num_head_tokens + num_sealed * geometry.block_size
-        assert (lengths >= np.where(num_sealed, body_ends, 0)).all()
-        is_overdue = lengths > self.sequences.capacity[seq_ids]  # drafts were kept beyond a seal
-        assert (geometry.num_sealed_blocks(lengths) > num_sealed)[is_overdue].all()
-        used, step = [self.block_ids(seq_id) for seq_id in seq_ids.tolist()], self._outstanding
-        if step is not None:
-            used.append(step.new_block_ids)
-        left = NO_BLOCKS if step is None else step.copy_sources
-        self.pool.check_integrity(np.concatenate([NO_BLOCKS, *used]), left)
-        self._sharing.check_integrity()

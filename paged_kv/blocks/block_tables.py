@@ -31,8 +31,8 @@ def block_places(num_tokens: int, num_sealed: int, sizes: Sizes) -> IntArray:
 class BlockTables:
     """The block ids of `sequences`, `ids` [max_num_seqs, W], and which rows are to be told.
 
-    A plan tells of its new open blocks and copies by itself. What is left are the rows of sequences
-    that are new, and of those that a commit or a rollback changed: the next plan tells them whole.
+    A plan tells by itself where its blocks go. What is left are the rows of sequences that are new,
+    that evicted blocks, or whose step was rolled back: the next plan tells them whole.
     """
 
     def __init__(self, geometry: BlockGeometry, sequences: Sequences) -> None:

@@ -95,6 +95,10 @@ class BlockGeometry:
         """Places in a block table of so many tokens."""
         return -(-num_tokens // self.open_block_size)
 
+    def body_places(self, indices: IntArray) -> IntArray:
+        """Where body blocks, counted from 0, stand in a block table."""
+        return self.num_head_blocks + indices * self.open_blocks_per_block
+
     def num_links(self, num_tokens: int) -> int:
         """Complete links among the first `num_tokens` tokens."""
         if not self.seals or num_tokens < self.num_head_tokens:

@@ -123,10 +123,11 @@ def place_blocks(
     open_ids: BlockIds,
     table: BlockIds,  # by seq_id, written behind the last stored token of each sequence
     sizes: Sizes,
-) -> None:
-    """Give new open blocks their places."""
+) -> BlockIds:
+    """Give new open blocks their places. Returns the open blocks whose tokens are sealed."""
     open_block_size, per_block = sizes[0]["open_block_size"], sizes[0]["open_blocks_per_block"]
-    next_open = 0
+    freed_ids = np.empty(counts[:, 2].sum(), dtype=np.int32)
+    next_open = next_freed = 0
     for row in range(len(seq_ids)):
         body_start = sizes[0]["num_head_blocks"] + num_sealed[row] * per_block  # sealed now
         body_end = body_start + counts[row, 0] * per_block
@@ -134,18 +135,7 @@ def place_blocks(
             if place < body_start or place >= body_end:
                 table[seq_ids[row], place] = open_ids[next_open]
                 next_open += 1
-
-
-@compiled
-def leaving_blocks(
-    seq_ids: IntArray, num_sealed: IntArray, counts: IntArray, table: BlockIds, sizes: Sizes
-) -> BlockIds:
-    """The open blocks of R sequences whose tokens are sealed."""
-    freed_ids = np.empty(counts[:, 2].sum(), dtype=np.int32)
-    next_freed = 0
-    for row in range(len(seq_ids)):
-        body_end = sizes[0]["num_head_blocks"] + num_sealed[row] * sizes[0]["open_blocks_per_block"]
-        for place in range(body_end, body_end + counts[row, 2]):
+        for place in range(body_start, body_start + counts[row, 2]):
             freed_ids[next_freed] = table[seq_ids[row], place]
             next_freed += 1
     return freed_ids

@@ -214,7 +214,8 @@ class PrefixSharing(NoPrefixSharing):
 
     def publish(self, seq_ids: IntArray) -> None:
         sequences, cache, found = self._sequences, self.cache, self._complete_links
-        chains, num_expected = sequences.chains, self._num_expected
+        chains = sequences.chains
+        num_expected = self._num_expected.data  # reads one element faster than numpy does
         while True:
             num_links = find_complete_links(
                 seq_ids,
@@ -231,7 +232,7 @@ class PrefixSharing(NoPrefixSharing):
                 assert chain is not None
                 if link == len(chain.hashes):
                     chain.hash_links(self.geometry, link + 1)
-                was_expected = link < num_expected.item(seq_id)
+                was_expected = link < num_expected[seq_id]
                 is_new = cache.store(chain.hashes[link], block_id, was_expected=was_expected)
                 if is_new and cache.records_events:
                     cache.record(self._stored(chain, link, block_id))

@@ -38,6 +38,8 @@ SEQUENCE: Final = np.dtype(
 # none it is a number that nothing reaches.
 UNLIMITED: Final = int(np.iinfo(np.int64).max)
 
+NO_ROWS: Final[IntArray] = np.empty(0, dtype=np.int64)
+
 
 def integer_array(name: str, values: ArrayLike) -> IntArray:
     """An array of integers as int64; anything else is refused by name."""
@@ -173,21 +175,31 @@ class Sequences:
             self.chains[seq_id] = self.chain(seq_id).with_tokens(self.token_ids[seq_id])
 
     def write_tokens(
-        self, seq_ids: IntArray, lengths: IntArray, token_ids: TokenIds, counts: IntArray | None
+        self,
+        seq_ids: IntArray,
+        lengths: IntArray,
+        new_lengths: IntArray,
+        token_ids: TokenIds,
+        counts: IntArray | None,
     ) -> None:
         """Tokens behind the first `lengths` [M]: one for each sequence, or so many (`counts`)."""
+        self.num_tokens[seq_ids] = new_lengths
         if counts is None:
             self.token_ids[seq_ids, lengths] = token_ids
             self.last_token_ids[seq_ids] = token_ids
-            self.num_tokens[seq_ids] = lengths + 1
             return
-        ends = lengths + counts
         rows, offsets = ragged_arange(counts)
         self.token_ids[seq_ids[rows], lengths[rows] + offsets] = token_ids
-        self.last_token_ids[seq_ids] = self.token_ids[seq_ids, np.maximum(ends - 1, 0)]
-        self.num_tokens[seq_ids] = ends
+        self.last_token_ids[seq_ids] = self.token_ids[seq_ids, np.maximum(new_lengths - 1, 0)]
 
     # -- windows --------------------------------------------------------------------------------
+
+    def windowed_rows(self, seq_ids: IntArray) -> IntArray:
+        """Which of these sequences are windowed, by index."""
+        if not self.num_windowed:
+            return NO_ROWS
+        rows: IntArray = self.state["window_size"][seq_ids].nonzero()[0]
+        return rows
 
     def num_storable(self, seq_ids: IntArray) -> IntArray:
         """Tokens that each of these windowed sequences may store at the end of its next step.

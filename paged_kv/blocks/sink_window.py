@@ -1,4 +1,4 @@
-"""How a stream goes on for ever in constant memory: attention sinks and a window of newest tokens.
+"""How a windowed sequence goes on for ever in constant memory: sinks and newest tokens.
 
 Knows numbers of tokens, never blocks or tensors. Source: StreamingLLM (Xiao et al. 2023,
 arXiv:2309.17453).
@@ -60,7 +60,7 @@ class SinkWindow:
         return replace(self, num_sink_tokens=num_sinks)
 
     def max_stored(self, geometry: BlockGeometry) -> int:
-        """Tokens that a stream may store at once, at the end of a step, before blocks are let go.
+        """Tokens that a sequence may store at the end of a step, before blocks are let go.
 
         After a step it stores less than a block more than head, window and the least tail.
         """
@@ -68,7 +68,7 @@ class SinkWindow:
         return self._num_kept(geometry) + room
 
     def max_storable(self, geometry: BlockGeometry, num_stored: int) -> int:
-        """Tokens that a stream may store at the end of its next step.
+        """Tokens that a sequence may store at the end of its next step.
 
         The step that stores its sinks computes nothing that would see them nearer than they are.
         """
@@ -76,7 +76,7 @@ class SinkWindow:
         return most if num_stored >= self.num_sink_tokens else min(most, self.num_visible_tokens)
 
     def max_blocks(self, geometry: BlockGeometry) -> int:
-        """The most blocks that a stream holds if it grows by one token a step."""
+        """The most blocks that a sequence holds if it grows by one token a step."""
         return geometry.max_blocks(self._num_kept(geometry) + geometry.block_size)
 
     def _num_kept(self, geometry: BlockGeometry) -> int:

@@ -69,7 +69,7 @@ class StepArrays:
         if len(plan.seal_block_ids):
             changed, offsets = ragged_arange(plan.block_counts[:, 0])
             rows = plan.changed_rows[changed]
-            places = _body_places(geometry, num_sealed[rows] + offsets)
+            places = geometry.body_places(num_sealed[rows] + offsets)
             seals = _Seals(rows, places, plan.seal_block_ids.astype(np.int64))
         return cls._of(geometry, tokens, num_sealed, block_table, seals)
 
@@ -96,7 +96,7 @@ class StepArrays:
         seals = None
         if new_sealed.any():
             rows, offsets = ragged_arange(new_sealed)
-            places = _body_places(geometry, num_sealed[rows] + offsets)
+            places = geometry.body_places(num_sealed[rows] + offsets)
             seals = _Seals(rows, places, block_table[rows, places].astype(np.int64))
         return cls._of(geometry, tokens, num_sealed, block_table.astype(np.int64), seals)
 
@@ -132,11 +132,6 @@ class StepArrays:
             seal_block_ids=seal_block_ids,
             seal_sources=seal_sources,
         )
-
-
-def _body_places(geometry: BlockGeometry, body_indices: IntArray) -> IntArray:
-    """Where body blocks stand in a block table."""
-    return geometry.num_head_blocks + body_indices * geometry.open_blocks_per_block
 
 
 def _stored_tokens(geometry: BlockGeometry, tokens: _Tokens, seals: _Seals) -> IntArray:

@@ -19,12 +19,12 @@ from .geometry import BlockIds, IntArray
 from .sequences import integer_array
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class TableUpdate:
     """Rows of block tables as they are before the step, where earlier plans do not tell them.
 
-    They belong to sequences that are new, or that the end of an earlier step changed, whether they
-    are part of this step or not. See `BlockTables` for their form.
+    They belong to sequences that are new, that evicted blocks or whose step was rolled back,
+    whether they are part of this step or not. See `BlockTables` for their form.
     """
 
     seq_ids: IntArray  # [U]
@@ -140,20 +140,3 @@ class StepPlan:
                 f"{(num_new - num_draft).tolist()} to {num_new.tolist()}, got {num_kept.tolist()}"
             )
         return num_kept
-
-
-def check_drafts(num_draft_tokens: IntArray, num_new_tokens: IntArray, block_size: int) -> None:
-    """Raise `InvalidStepError` unless drafts are fewer than the new tokens and at most a block."""
-    fits = (
-        num_draft_tokens.shape == num_new_tokens.shape
-        and (
-            (num_draft_tokens >= 0)
-            & (num_draft_tokens < num_new_tokens)
-            & (num_draft_tokens <= block_size)
-        ).all()
-    )
-    if not fits:
-        raise InvalidStepError(
-            "num_draft_tokens must be from 0 to less than num_new_tokens and at most "
-            f"{block_size}, got {num_draft_tokens.tolist()}"
-        )

@@ -7,28 +7,33 @@ from __future__ import annotations
 
 import numpy as np
 
-from .geometry import BlockGeometry, BlockIds, IntArray
-from .growth import COPIED, place_blocks
+from .geometry import BlockGeometry, BlockIds, IntArray, ragged_arange
+from .growth import COPIED, SEALED, place_blocks
 from .step_plan import StepPlan
 
 
 class TableReplica:
     """One row for each sequence, in the form of `BlockTables`; grows as plans need it.
 
-    Every plan of one manager has to be applied, in order, those that are rolled back later
-    included; plans that were rolled back before anyone saw them may be left out.
+    Every plan of one manager that is committed has to be applied, in order, and no later than the
+    next one. A plan that is rolled back may be applied too: the next one tells its rows again.
     """
 
     def __init__(self, geometry: BlockGeometry) -> None:
         self._geometry = geometry
         self._num_sealed: IntArray = np.zeros(0, dtype=np.int64)
         self._block_table: BlockIds = np.zeros((0, 0), dtype=np.int32)
+        self._sealing: StepPlan | None = None  # whose seals take effect before the next plan
 
     def apply(self, plan: StepPlan) -> None:
-        """Take over what the plan tells: rows that changed before, then its own blocks' places.
+        """Take over what the step before sealed, and what the plan tells.
 
-        A copy takes the place of its source at once: it is made before anything is read or written.
+        New open blocks and copies get their places at once: the context does not reach as far, and
+        a copy is made before anything is read or written. The same plan again changes nothing.
         """
+        if self._sealing is not None and self._sealing is not plan:
+            self._seal(self._sealing)
+        self._sealing = plan if len(plan.seal_block_ids) else None
         update = plan.table_update
         if len(update.seq_ids):
             width = update.block_table.shape[1]
@@ -49,6 +54,14 @@ class TableReplica:
             is_copied = plan.block_counts[:, COPIED] > 0
             last_places = (before[is_copied] - 1) // self._geometry.open_block_size
             table[seq_ids[is_copied], last_places] = plan.copy_targets
+
+    def _seal(self, plan: StepPlan) -> None:
+        geometry, counts = self._geometry, plan.block_counts[:, SEALED]
+        seq_ids = plan.seq_ids[plan.changed_rows]
+        rows, offsets = ragged_arange(counts)
+        places = geometry.body_places(self._num_sealed[seq_ids[rows]] + offsets)
+        self._block_table[seq_ids[rows], places] = plan.seal_block_ids
+        self._num_sealed[seq_ids] += counts
 
     def rows(self, plan: StepPlan) -> tuple[IntArray, IntArray]:
         """Copies for the N sequences of a plan: `num_sealed` [N] and `block_table` [N, W].

@@ -1,0 +1,164 @@
+"""What a block manager holds, to be read. Knows all of its parts, never how a step changes them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import ConfigError
+from .block_pool import BlockPool
+from .block_tables import BlockTables
+from .geometry import BlockGeometry, BlockIds, IntArray
+from .host_blocks import HostBlocks
+from .prefix_cache import PrefixCache
+from .prefix_sharing import NoPrefixSharing, PrefixSharing, PrefixStatistics
+from .sequences import Sequences
+from .step_plan import StepPlan
+from .token_chain import TokenIds, root_hash
+
+NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int32)
+
+
+class Holdings:
+    """Sequences, their block tables, the pool, what is shared, and what lies in host blocks.
+
+    The arguments are those of `BlockManager`.
+    """
+
+    def __init__(
+        self,
+        geometry: BlockGeometry,
+        *,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        prefix_caching: bool = False,
+        fingerprint: bytes = b"",
+        record_events: bool = False,
+        num_host_blocks: int = 0,
+    ) -> None:
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        self.geometry = geometry
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.sequences = Sequences(geometry, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        self.tables = BlockTables(geometry, self.sequences)
+        cache = PrefixCache(num_blocks, record_events=record_events) if prefix_caching else None
+        self.pool = BlockPool(num_blocks, cache)
+        self._sharing = (
+            NoPrefixSharing(self.sequences)
+            if cache is None
+            else PrefixSharing(self.sequences, self.tables, self.pool, cache)
+        )
+        self._host_blocks = HostBlocks(num_host_blocks)
+        self._fingerprint = fingerprint
+        self._root = root_hash(fingerprint)
+        self._evicted_ids: BlockIds = np.empty(1024, dtype=np.int32)
+        self._outstanding: StepPlan | None = None
+
+    # -- what it holds --------------------------------------------------------------------------
+
+    @property
+    def num_tokens(self) -> IntArray:
+        """[max_num_seqs] tokens known, by seq_id."""
+        return self.sequences.num_tokens
+
+    @property
+    def num_computed_tokens(self) -> IntArray:
+        """[max_num_seqs] tokens stored in blocks, by seq_id; those evicted do not count."""
+        return self.sequences.num_computed_tokens
+
+    @property
+    def num_sealed(self) -> IntArray:
+        """[max_num_seqs] body blocks, by seq_id."""
+        return self.sequences.num_sealed
+
+    @property
+    def num_evicted_tokens(self) -> IntArray:
+        """[max_num_seqs] tokens of windowed sequences that are stored no more, by seq_id."""
+        return self.sequences.state["num_evicted_tokens"]
+
+    @property
+    def num_sink_tokens(self) -> IntArray:
+        """[max_num_seqs] of windowed sequences, by seq_id; 0 of all others."""
+        return self.sequences.state["num_sink_tokens"]
+
+    @property
+    def window_sizes(self) -> IntArray:
+        """[max_num_seqs] of windowed sequences, by seq_id; 0 of all others."""
+        return self.sequences.state["window_size"]
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """[max_num_seqs, L] known tokens, by seq_id."""
+        return self.sequences.token_ids
+
+    @property
+    def last_token_ids(self) -> TokenIds:
+        """[max_num_seqs] the last known token, by seq_id."""
+        return self.sequences.last_token_ids
+
+    @property
+    def num_blocks(self) -> int:
+        return self.pool.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.pool.num_free
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that can be hit, whether a sequence uses them or not."""
+        return self._sharing.num_cached
+
+    @property
+    def num_free_seqs(self) -> int:
+        return self.sequences.num_free
+
+    @property
+    def living_seq_ids(self) -> IntArray:
+        """Ids of the living sequences, ascending."""
+        return self.sequences.living
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        return self._sharing.cache
+
+    @property
+    def prefix_statistics(self) -> PrefixStatistics:
+        return self._sharing.statistics
+
+    @property
+    def host_pool(self) -> BlockPool | None:
+        return self._host_blocks.pool
+
+    def block_ids(self, seq_id: int) -> BlockIds:
+        """Every block of a sequence, in the order of its tokens: head, body, tail."""
+        return self.tables.block_ids(seq_id)
+
+    def head_and_tail_ids(self, seq_id: int) -> BlockIds:
+        """Open blocks of a sequence in order: head, then tail."""
+        return self.tables.head_and_tail_ids(seq_id)
+
+    def body_ids(self, seq_id: int) -> BlockIds:
+        """Sealed blocks of a sequence in order."""
+        return self.tables.body_ids(seq_id)
+
+    # -- invariants -----------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Assert every invariant; O(pool), for tests and debugging."""
+        self.sequences.check_integrity()
+        geometry, seq_ids = self.geometry, self.living_seq_ids
+        lengths, num_sealed = self.num_computed_tokens[seq_ids], self.num_sealed[seq_ids]
+        body_ends = geometry.num_head_tokens + num_sealed * geometry.block_size
+        assert (lengths >= np.where(num_sealed, body_ends, 0)).all()
+        is_overdue = lengths > self.sequences.capacity[seq_ids]  # drafts were kept beyond a seal
+        assert (geometry.num_sealed_blocks(lengths) > num_sealed)[is_overdue].all()
+        used, step = [self.block_ids(seq_id) for seq_id in seq_ids.tolist()], self._outstanding
+        if step is not None:
+            used.append(step.new_block_ids)
+        left = NO_BLOCKS if step is None else step.copy_sources
+        self.pool.check_integrity(np.concatenate([NO_BLOCKS, *used]), left)
+        self._sharing.check_integrity()

@@ -1,0 +1,121 @@
+"""What a step is asked to compute, checked. Knows sequences and numbers of tokens, never blocks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import InvalidStepError
+from .geometry import IntArray
+from .sequences import Sequences, integer_array
+
+
+class StepRequest(NamedTuple):
+    """N distinct living sequences and the new tokens of each."""
+
+    seq_ids: IntArray  # [N]
+    num_new_tokens: IntArray  # [N] at least 1
+    num_draft_tokens: IntArray | None  # [N] of these, last ones that commit may drop
+    before: IntArray  # [N] tokens stored before the step
+    after: IntArray  # [N] tokens stored if all drafts are kept
+    certain: IntArray  # [N] of these, the first that are no drafts
+    # Of windowed sequences; None where the step has none.
+    num_evicted_tokens: IntArray | None = None  # [N]
+    num_sink_tokens: IntArray | None = None  # [N]
+    window_sizes: IntArray | None = None  # [N] 0 where the sequence keeps everything
+
+
+def checked_request(
+    sequences: Sequences,
+    computable_tokens: IntArray,
+    seq_ids: ArrayLike,
+    num_new_tokens: ArrayLike,
+    num_draft_tokens: ArrayLike | None,
+) -> StepRequest:
+    """A request that can be served if there are blocks; raises `InvalidStepError` otherwise.
+
+    `computable_tokens`, by seq_id: tokens that may be computed, drafts aside.
+    """
+    seq_ids = sequences.distinct(seq_ids)
+    num_new_tokens = _checked_counts(seq_ids, num_new_tokens, sequences.max_model_len)
+    before = sequences.num_computed_tokens[seq_ids]
+    after = certain = before + num_new_tokens
+    if num_draft_tokens is not None:
+        num_draft_tokens = integer_array("num_draft_tokens", num_draft_tokens)
+        _check_drafts(num_draft_tokens, num_new_tokens, sequences.geometry.block_size)
+        certain = after - num_draft_tokens
+    end, certain_end = after, certain  # in the sequence, evicted tokens included
+    num_evicted = num_sinks = window_sizes = None
+    rows = sequences.windowed_rows(seq_ids)
+    if len(rows):
+        _check_room(sequences, seq_ids[rows], before[rows], after[rows])
+        state = sequences.state[seq_ids]
+        num_evicted = state["num_evicted_tokens"]
+        num_sinks, window_sizes = state["num_sink_tokens"], state["window_size"]
+        end, certain_end = after + num_evicted, certain + num_evicted
+    is_unknown = certain_end > computable_tokens[seq_ids]
+    if num_draft_tokens is not None or np.count_nonzero(is_unknown):
+        sequences.check_new_lengths(seq_ids, end)
+    if np.count_nonzero(is_unknown):
+        row = int(is_unknown.nonzero()[0][0])
+        raise InvalidStepError(
+            f"seq_id {seq_ids[row]} would have {certain_end[row]} tokens computed, of which "
+            f"{sequences.num_tokens[seq_ids[row]]} are known: append_tokens comes first"
+        )
+    return StepRequest(
+        seq_ids=seq_ids,
+        num_new_tokens=num_new_tokens,
+        num_draft_tokens=num_draft_tokens,
+        before=before,
+        after=after,
+        certain=certain,
+        num_evicted_tokens=num_evicted,
+        num_sink_tokens=num_sinks,
+        window_sizes=window_sizes,
+    )
+
+
+def _checked_counts(seq_ids: IntArray, num_new_tokens: ArrayLike, max_model_len: int) -> IntArray:
+    """New tokens of each sequence, at least one."""
+    counts = integer_array("num_new_tokens", num_new_tokens)
+    if seq_ids.shape != counts.shape:
+        raise InvalidStepError(
+            f"seq_ids and num_new_tokens must be equally long, got shapes {seq_ids.shape} and "
+            f"{counts.shape}"
+        )
+    if np.count_nonzero(counts > 0) < len(seq_ids):
+        raise InvalidStepError(f"every sequence needs new tokens, got {counts.min()}")
+    if np.count_nonzero(counts > max_model_len):
+        raise InvalidStepError(f"{counts.max()} new tokens exceed max_model_len {max_model_len}")
+    return counts
+
+
+def _check_drafts(num_draft_tokens: IntArray, num_new_tokens: IntArray, block_size: int) -> None:
+    """Drafts are fewer than the new tokens and at most a block."""
+    fits = (
+        num_draft_tokens.shape == num_new_tokens.shape
+        and (
+            (num_draft_tokens >= 0)
+            & (num_draft_tokens < num_new_tokens)
+            & (num_draft_tokens <= block_size)
+        ).all()
+    )
+    if not fits:
+        raise InvalidStepError(
+            "num_draft_tokens must be from 0 to less than num_new_tokens and at most "
+            f"{block_size}, got {num_draft_tokens.tolist()}"
+        )
+
+
+def _check_room(sequences: Sequences, seq_ids: IntArray, before: IntArray, after: IntArray) -> None:
+    """Windowed sequences have room for these tokens."""
+    excess = after - sequences.num_storable(seq_ids)
+    if np.count_nonzero(excess > 0):
+        row = int(excess.argmax())
+        num_new = after[row] - before[row]
+        raise InvalidStepError(
+            f"seq_id {seq_ids[row]}, windowed by {sequences.chain(seq_ids[row]).sink_window}, has "
+            f"room for {num_new - excess[row]} new tokens in a step, got {num_new}"
+        )
