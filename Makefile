@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 # Triton's kernels are interpreted where there is no GPU; what the compiler makes of them is looked
 # at in a second run.
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
 
 # Random operations on the block manager beside a reference; a mismatch says how to repeat it.
