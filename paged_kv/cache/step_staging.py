@@ -27,10 +27,13 @@ ALIGNMENT: Final = 16  # elements of 8 bytes: what starts at 128 bytes is compil
 def to_device(arrays: Mapping[str, StagedArray], device: torch.device) -> dict[str, Tensor]:
     """The same arrays, int64 or float64, as tensors on `device`, by one copy.
 
-    On a CPU nothing is copied: a tensor is its array's memory.
+    On a CPU nothing is copied, a tensor is its array's memory: but for a field of records, since
+    kernels read one element behind the other.
     """
     if device.type == "cpu":
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
+        }
     starts: dict[str, int] = {}
     end = 0
     for name, array in arrays.items():

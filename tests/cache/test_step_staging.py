@@ -48,6 +48,15 @@ def test_arrays_on_a_cpu_are_not_copied() -> None:
         assert not array.size or tensors[name].data_ptr() == array.ctypes.data
 
 
+def test_a_field_of_records_arrives_without_gaps() -> None:
+    """Kernels read the memory itself, one element behind the other."""
+    records = np.zeros(3, dtype=[("first", np.int64), ("second", np.int64)])
+    records["second"] = 1, 2, 3
+    (tensor,) = to_device({"second": records["second"]}, torch.device("cpu")).values()
+    assert tensor.is_contiguous()
+    assert tensor.tolist() == [1, 2, 3]
+
+
 def test_what_is_packed_is_what_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but the copy goes to another tensor on the host."""
     copies = []
