@@ -71,7 +71,8 @@ def attend(
     num_kv_heads = key.shape[1]
     work = plan.items(num_kv_heads, query.shape[1] // num_kv_heads)
     # Whatever a field has the address of must live until the worker ends.
-    rows, keys, values = (as_rows(tensor, torch.float32) for tensor in (query, key, value))
+    rows, keys = as_rows(query, torch.float32), as_rows(key, torch.float32)
+    values = as_rows(value, torch.float32)
     sink_rows = None if sink_query is None else as_rows(sink_query, torch.float32)
     channel_major = channel_major_keys(keys) if plan.has_prefills else keys
     sinks = None if rules.sink_logits is None else rules.sink_logits.float() * LOG2_E
@@ -79,18 +80,17 @@ def attend(
     call.query, call.query_token_stride, call.query_head_stride = row_addresses(rows)
     call.key, call.key_token_stride, call.key_head_stride = row_addresses(keys)
     call.value, call.value_token_stride, call.value_head_stride = row_addresses(values)
-    call.sink_query, call.sink_query_token_stride, call.sink_query_head_stride = (
-        (0, 0, 0) if sink_rows is None else row_addresses(sink_rows)
-    )
+    call.sink_query = 0
+    if sink_rows is not None:
+        strides = row_addresses(sink_rows)
+        call.sink_query, call.sink_query_token_stride, call.sink_query_head_stride = strides
     call.channel_major_keys = channel_major.data_ptr()
     call.padded_tokens = channel_major.shape[-1]
     call.output = output.data_ptr()
-    call.num_query_heads = query.shape[1]
     call.sliding_window = rules.sliding_window or 0
     call.attention_chunk = rules.attention_chunk or 0
     call.sink_logits = 0 if sinks is None else sinks.data_ptr()
     call.appends = appends
-    call.scratch = plan.scratch.address
     if rules.softcap is None:
         work.record[LAYER_BYTES] = plain_layer(layer)
         call.factor, call.softcap = rules.scale * LOG2_E, 0.0

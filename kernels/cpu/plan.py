@@ -61,9 +61,10 @@ class CpuPlan:
     def items(self, num_kv_heads: int, query_group_size: int) -> WorkItems:
         key = num_kv_heads, query_group_size
         if key not in self._items:
-            self._items[key] = plan_items(
-                self.step, num_kv_heads, query_group_size, self.num_threads
-            )
+            work = plan_items(self.step, num_kv_heads, query_group_size, self.num_threads)
+            work.call.num_query_heads = num_kv_heads * query_group_size
+            work.call.scratch = self.scratch.address
+            self._items[key] = work
         return self._items[key]
 
 
