@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +26,7 @@ from .sampler import Draw, Shortlist, sample, sampling_arrays, uniform_numbers
 from .sampling_params import SamplingParams
 
 
-@dataclass(frozen=True, kw_only=True)
-class SequenceUpdate:
+class SequenceUpdate(NamedTuple):
     """What one step did for one request. `finish_reason`: "stop", "length" or "error"."""
 
     request_id: str
@@ -36,8 +36,7 @@ class SequenceUpdate:
     error: PagedKVError | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchUpdate:
+class SearchUpdate(NamedTuple):
     """A beam search is over."""
 
     request_id: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,8 +18,7 @@ from .sampling_params import SamplingParams
 from .text import Detokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextUpdate:
+class TextUpdate(NamedTuple):
     """A `SequenceUpdate` with the text that became known by it."""
 
     request_id: str

@@ -124,30 +124,31 @@ def sample(
     if "forbidden" in inputs or any(draw.token_ids is not None for draw in draws):
         flags.append(find_unusable_rows(logits))  # most steps need no second look
     listed = find_likeliest(logits, inputs, shortlists) if shortlists else []
-    # One more than may be kept, to see that it is excluded.
-    num_candidates = max([NUM_CANDIDATES, *((draw.params.top_k or 0) + 1 for draw in draws)])
+    num_candidates = NUM_CANDIDATES
+    if "limited_rows" in inputs:  # one more than may be kept, to see that it is excluded
+        num_candidates = max(num_candidates, *((draw.params.top_k or 0) + 1 for draw in draws))
     while True:
         chosen = choose(logits, inputs, len(draws), num_candidates)
         *results, token_ids, scores, is_open = read_back([*flags, *listed, *chosen])
         if not is_open.any():
             break
         num_candidates = logits.shape[1]  # some row may keep more than the candidates
-    scored = iter(scores.tolist())
+    scored, is_unusable = iter(scores.tolist()), [flag.tolist() for flag in results[: len(flags)]]
     for draw, token_id in zip(draws, token_ids.tolist(), strict=True):
         draw.token_id = int(token_id)
         if draw.params.best_of is not None:
             draw.log_probability = next(scored)
-        if results[0][draw.row]:
+        if is_unusable[0][draw.row]:
             draw.error = NonFiniteLogitsError(NOT_FINITE)
         elif draw.row in failures:
             draw.error = failures[draw.row]
-        elif len(flags) > 1 and results[1][draw.row]:
+        elif is_unusable[-1][draw.row]:
             draw.error = NonFiniteLogitsError(NOTHING_LEFT)
     if shortlists:
         values, ids = results[-2].tolist(), results[-1].astype(np.int64).tolist()
         for place, shortlist in enumerate(shortlists):
             shortlist.log_probabilities, shortlist.token_ids = values[place], ids[place]
-            if results[0][shortlist.row]:
+            if is_unusable[0][shortlist.row]:
                 shortlist.error = NonFiniteLogitsError(NOT_FINITE)
 
 
