@@ -106,10 +106,10 @@ def check_sink_query(
 ) -> None:
     """Raise `ConfigError` for windowed sequences whose sinks would be seen where they are not."""
     if step.inputs.window_sizes is not None and attention_chunk is not None:
-        raise ConfigError(f"streams and attention_chunk={attention_chunk} do not go together")
+        raise ConfigError(f"windowed sequences and attention_chunk={attention_chunk} do not go together")
     if sink_query is None:
         if step.head_shifts is not None:
-            raise ConfigError("streams of this step have evicted tokens: sink_query is missing")
+            raise ConfigError("windowed sequences have evicted tokens: sink_query is missing")
     elif sink_query.shape != query.shape or sink_query.dtype != query.dtype:
         raise ConfigError(
             f"sink_query must be {query.dtype} of shape {tuple(query.shape)}, got "

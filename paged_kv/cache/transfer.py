@@ -73,7 +73,7 @@ def export_sequence(
     manager.require_at_rest(seq_id)
     tokens = manager.chain_of(seq_id)
     if tokens.sink_window is not None:
-        raise TransferError(f"seq_id {seq_id} is a stream, which cannot be exported")
+        raise TransferError(f"seq_id {seq_id} is windowed and cannot be exported")
     sequence = SequenceData(
         tokens=tokens,
         num_computed_tokens=int(manager.num_computed_tokens[seq_id]),

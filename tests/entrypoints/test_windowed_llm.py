@@ -327,7 +327,7 @@ def test_a_stream_is_not_exported():
     with open_llm(zoo.model("llama")) as llm:
         manager = llm.engine.manager
         seq_id = manager.add_sequence(manager.chain_tokens([1], sink_window=WINDOW))
-        with pytest.raises(TransferError, match=f"seq_id {seq_id} is a stream"):
+        with pytest.raises(TransferError, match=f"seq_id {seq_id} is windowed"):
             export_sequence(llm.engine.cache, manager, seq_id)
 
 
