@@ -160,8 +160,8 @@ class PagedKVCache:
     ) -> Step:
         """Copy shared blocks that are about to be written, and bring a plan's arrays to the device.
 
-        Once for each step, in the order of the plans: the cache learns the block tables from them
-        alone. Whoever runs a model on it lets the step's
+        Once for each step and in the order of the plans, because the cache learns block tables from
+        them alone, and before the next step is reserved. Whoever runs a model on it lets the step's
         `token_ids` [T], the places among them whose logits are wanted, `logit_tokens` [M], and any
         `extra` arrays travel along.
         """
