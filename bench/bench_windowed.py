@@ -30,6 +30,7 @@ from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.cache.formats import FORMATS, KVFormat
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import cache_geometry
+from paged_kv.engine.model_runner import ModelRunner
 from paged_kv.engine.sampling_params import SamplingParams
 from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.llm import LLM
@@ -70,6 +71,7 @@ def windowed(
         cache_geometry(layers, model.dtype)
     )
     cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=model.dtype)
+    runner = ModelRunner(model, cache)
     manager = cache.new_manager(max_num_seqs=1, max_model_len=1024)
     seq_id = np.array([manager.add_sequence(manager.chain_tokens((), sink_window=window))])
     losses, held, done = [], [], 0
@@ -78,14 +80,8 @@ def windowed(
         count = min(tokens_per_step, int(manager.num_computable(seq_id)[0]))
         plan = manager.reserve(seq_id, [count])
         assert plan is not None
-        rows = torch.arange(count)
-        logits = model.forward(
-            torch.from_numpy(token_ids[done : done + count]),
-            torch.from_numpy(plan.positions),
-            rows,
-            cache,
-            cache.begin(plan),
-        )
+        rows = np.arange(count)
+        logits, _ = runner.run(plan, token_ids[done : done + count], rows)
         manager.commit(plan)
         targets = torch.from_numpy(token_ids[done + 1 : done + count + 1])
         losses.append(-logits.double().log_softmax(-1)[rows, targets].numpy())

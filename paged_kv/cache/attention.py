@@ -106,7 +106,9 @@ def check_sink_query(
 ) -> None:
     """Raise `ConfigError` for windowed sequences whose sinks would be seen where they are not."""
     if step.inputs.window_sizes is not None and attention_chunk is not None:
-        raise ConfigError(f"windowed sequences and attention_chunk={attention_chunk} do not go together")
+        raise ConfigError(
+            f"windowed sequences and attention_chunk={attention_chunk} do not go together"
+        )
     if sink_query is None:
         if step.head_shifts is not None:
             raise ConfigError("windowed sequences have evicted tokens: sink_query is missing")
