@@ -6,6 +6,7 @@ shapes alone, and `TransferCounter` counts what crosses and hands back zeros.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ class OnlyShapes:
 
 
 def make_engine(kv_format: KVFormat) -> Engine:
-    model = PagedModel(zoo.model("llama").to("meta"))
+    model = PagedModel(copy.deepcopy(zoo.model("llama")).to("meta"))
     cache = PagedKVCache(
         model.layers(kv_format),
         num_blocks=64,

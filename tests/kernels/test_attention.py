@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from paged_kv.blocks.table_replica import TableReplica
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.errors import ConfigError
@@ -289,24 +290,32 @@ def test_another_option_gives_a_clearly_different_output(kv_format, real, assume
 
 
 @pytest.mark.parametrize(
-    ("kv_format", "table"),
+    ("kv_format", "kind"),
     [
-        (NATIVE, "open_table"),
-        (INT8, "open_table"),
-        (INT8, "sealed_table"),
-        (INT4, "sealed_table"),
-        (INT2, "open_table"),
-        (INT2, "sealed_table"),
+        (NATIVE, "open"),
+        (INT8, "open"),
+        (INT8, "sealed"),
+        (INT4, "sealed"),
+        (INT2, "open"),
+        (INT2, "sealed"),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_sharing_a_block_by_mistake_gives_a_clearly_different_output(kv_format, table):
+def test_sharing_a_block_by_mistake_gives_a_clearly_different_output(kv_format, kind, monkeypatch):
     fleet, seq_ids = ragged_fleet(layer_of(kv_format), (450, 460))
     counts = dict.fromkeys(seq_ids, 1)
     expected = expected_outputs(fleet, counts)
-    plan = fleet.plan(counts)
-    getattr(plan, table)[1, 1] = getattr(plan, table)[0, 1]
-    outputs = fleet.run(plan)
+    geometry, true_rows = fleet.cache.geometry, TableReplica.rows
+
+    def mistaken_rows(replica, plan):
+        num_sealed, table = true_rows(replica, plan)
+        body = 1 if kind == "sealed" else num_sealed[0]
+        place = geometry.num_head_blocks + body * geometry.open_blocks_per_block
+        table[1, place] = table[0, place]
+        return num_sealed, table
+
+    monkeypatch.setattr(TableReplica, "rows", mistaken_rows)
+    outputs = fleet.step(counts)
     first, second = seq_ids
     assert relative_error(outputs[first][0], expected[first]) <= FLOAT32_TOLERANCE
     assert relative_error(outputs[second][0], expected[second]) > CLEARLY_DIFFERENT
