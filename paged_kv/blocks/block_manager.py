@@ -322,8 +322,8 @@ class BlockManager(Holdings):
             num_draft_tokens,
         )
         rows = (request.after > self.sequences.capacity[request.seq_ids]).nonzero()[0]
-        changed, after = request.seq_ids[rows], request.after[rows]
-        needs = self._needs(changed, after, request.certain[rows])
+        changed = request.seq_ids[rows]
+        needs = self._needs(changed, request.after[rows], request.certain[rows])
         if needs.num_new_blocks > self.pool.num_free:
             return None
         new_ids = self.pool.allocate(needs.num_new_blocks)
@@ -332,12 +332,13 @@ class BlockManager(Holdings):
         num_sealed = self.num_sealed[changed]
         table, sizes = self.tables.ids, self.geometry.sizes
         before, counts = request.before[rows], needs.counts
-        freed_ids = place_blocks(changed, before, after, num_sealed, counts, open_ids, table, sizes)
+        freed_ids = place_blocks(changed, before, num_sealed, counts, open_ids, table, sizes)
         copy_sources = NO_BLOCKS
         if needs.num_copied:
             copy_sources = self.tables.last_ids(changed[counts[:, COPIED] > 0])
             self.pool.leave(copy_sources)
         self._outstanding = StepPlan(
+            number=self._num_committed,
             seq_ids=request.seq_ids,
             num_scheduled_tokens=request.num_new_tokens,
             num_draft_tokens=request.num_draft_tokens,
@@ -382,6 +383,7 @@ class BlockManager(Holdings):
                 self.pool.release(block_ids)
         self._sharing.publish(changed)
         evicted_ids = NO_BLOCKS if plan.window_sizes is None else self._evict(plan.seq_ids)
+        self._num_committed += 1
         self._outstanding = None
         return evicted_ids
 

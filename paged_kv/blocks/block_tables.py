@@ -10,16 +10,23 @@ from __future__ import annotations
 import numpy as np
 
 from ..code_cache import compiled
-from .geometry import BlockGeometry, BlockIds, IntArray, Sizes
+from .geometry import (
+    NUM_HEAD_BLOCKS,
+    OPEN_BLOCK_SIZE,
+    PER_BLOCK,
+    BlockGeometry,
+    BlockIds,
+    IntArray,
+)
 from .sequences import Sequences
 from .step_plan import NO_UPDATE, TableUpdate
 
 
 @compiled
-def block_places(num_tokens: int, num_sealed: int, sizes: Sizes) -> IntArray:
+def block_places(num_tokens: int, num_sealed: int, sizes: IntArray) -> IntArray:
     """The places of a sequence's blocks, in the order of its tokens: head, body, tail."""
-    open_block_size, num_head = sizes[0]["open_block_size"], sizes[0]["num_head_blocks"]
-    per_block = sizes[0]["open_blocks_per_block"]
+    open_block_size, num_head = sizes[OPEN_BLOCK_SIZE], sizes[NUM_HEAD_BLOCKS]
+    per_block = sizes[PER_BLOCK]
     num_places = -(-num_tokens // open_block_size)
     places = np.empty(num_places - num_sealed * (per_block - 1), dtype=np.int64)
     for index in range(len(places)):

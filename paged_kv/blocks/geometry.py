@@ -19,17 +19,13 @@ from ..errors import ConfigError
 
 IntArray = NDArray[np.int64]
 BlockIds = NDArray[np.int32]
-Sizes = NDArray[np.void]  # [1] of SIZES
 
-SIZES: Final = np.dtype(
-    [
-        ("block_size", np.int64),
-        ("open_block_size", np.int64),
-        ("open_blocks_per_block", np.int64),
-        ("num_head_blocks", np.int64),
-        ("min_unsealed", np.int64),  # tokens that a sequence never seals: head and least tail
-    ]
-)
+# Places in `BlockGeometry.sizes`: plain integers, because numba is slow to take records.
+BLOCK_SIZE: Final = 0
+OPEN_BLOCK_SIZE: Final = 1
+PER_BLOCK: Final = 2  # open blocks that hold as many tokens as a sealed one
+NUM_HEAD_BLOCKS: Final = 3
+MIN_UNSEALED: Final = 4  # tokens that a sequence never seals: head and least tail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +56,8 @@ class BlockGeometry:
             raise ConfigError(f"min_tail_tokens must not be negative, got {self.min_tail_tokens}")
 
     @cached_property
-    def sizes(self) -> Sizes:
-        """[1] the same numbers as compiled loops take them."""
+    def sizes(self) -> IntArray:
+        """[5] the same numbers as compiled loops take them."""
         numbers = (
             self.block_size,
             self.open_block_size,
@@ -69,7 +65,7 @@ class BlockGeometry:
             self.num_head_blocks,
             self.num_head_tokens + self.min_tail_tokens,
         )
-        return np.array([numbers], dtype=SIZES)
+        return np.array(numbers, dtype=np.int64)
 
     @cached_property
     def seals(self) -> bool:

@@ -14,7 +14,15 @@ import numpy as np
 
 from ..code_cache import compiled
 from .block_tables import BlockTables
-from .geometry import BlockIds, IntArray, Sizes
+from .geometry import (
+    BLOCK_SIZE,
+    MIN_UNSEALED,
+    NUM_HEAD_BLOCKS,
+    OPEN_BLOCK_SIZE,
+    PER_BLOCK,
+    BlockIds,
+    IntArray,
+)
 from .sequences import Sequences, StateArray
 
 # Columns of `counts` [R, 4].
@@ -81,12 +89,12 @@ def count_blocks(
     num_sealed: IntArray,
     table: BlockIds,
     ref_counts: BlockIds,  # by block
-    sizes: Sizes,
+    sizes: IntArray,
 ) -> tuple[IntArray, int, int, int]:
     """`counts` [R, 4] as if nobody else wrote to a shared block, and the sums over its columns."""
-    block_size, open_block_size = sizes[0]["block_size"], sizes[0]["open_block_size"]
-    per_block, num_head = sizes[0]["open_blocks_per_block"], sizes[0]["num_head_blocks"]
-    min_unsealed = sizes[0]["min_unsealed"]
+    block_size, open_block_size = sizes[BLOCK_SIZE], sizes[OPEN_BLOCK_SIZE]
+    per_block, num_head = sizes[PER_BLOCK], sizes[NUM_HEAD_BLOCKS]
+    min_unsealed = sizes[MIN_UNSEALED]
     counts = np.empty((len(seq_ids), 4), dtype=np.int64)
     sum_sealed = sum_opened = sum_copied = 0
     for row in range(len(seq_ids)):
@@ -115,26 +123,29 @@ def count_blocks(
 
 @compiled
 def place_blocks(
-    seq_ids: IntArray,  # [R], as the next four
+    seq_ids: IntArray,  # [R], as the next three
     before: IntArray,
-    after: IntArray,
     num_sealed: IntArray,
     counts: IntArray,
     open_ids: BlockIds,
     table: BlockIds,  # by seq_id, written behind the last stored token of each sequence
-    sizes: Sizes,
+    sizes: IntArray,
 ) -> BlockIds:
     """Give new open blocks their places. Returns the open blocks whose tokens are sealed."""
-    open_block_size, per_block = sizes[0]["open_block_size"], sizes[0]["open_blocks_per_block"]
+    open_block_size, per_block = sizes[OPEN_BLOCK_SIZE], sizes[PER_BLOCK]
+    num_head = sizes[NUM_HEAD_BLOCKS]
     freed_ids = np.empty(counts[:, 2].sum(), dtype=np.int32)
     next_open = next_freed = 0
     for row in range(len(seq_ids)):
-        body_start = sizes[0]["num_head_blocks"] + num_sealed[row] * per_block  # sealed now
+        place = -(-before[row] // open_block_size)  # the first that is free
+        body_start = num_head + num_sealed[row] * per_block  # of what is sealed now
         body_end = body_start + counts[row, 0] * per_block
-        for place in range(-(-before[row] // open_block_size), -(-after[row] // open_block_size)):
-            if place < body_start or place >= body_end:
-                table[seq_ids[row], place] = open_ids[next_open]
-                next_open += 1
+        for _ in range(counts[row, 1]):
+            if body_start <= place < body_end:
+                place = body_end
+            table[seq_ids[row], place] = open_ids[next_open]
+            next_open += 1
+            place += 1
         for place in range(body_start, body_start + counts[row, 2]):
             freed_ids[next_freed] = table[seq_ids[row], place]
             next_freed += 1
@@ -150,16 +161,16 @@ def take_effect(
     lengths: IntArray,  # by seq_id, still without the new tokens
     num_sealed: IntArray,  # written, as the table
     table: BlockIds,
-    sizes: Sizes,
+    sizes: IntArray,
 ) -> tuple[IntArray, BlockIds]:
     """Put sealed blocks and copies in their places.
 
     Returns what each sequence can store before its blocks change again, and the open blocks that
     are not used, because the tokens that would have needed them were dropped.
     """
-    block_size, open_block_size = sizes[0]["block_size"], sizes[0]["open_block_size"]
-    per_block, num_head = sizes[0]["open_blocks_per_block"], sizes[0]["num_head_blocks"]
-    min_unsealed = sizes[0]["min_unsealed"]
+    block_size, open_block_size = sizes[BLOCK_SIZE], sizes[OPEN_BLOCK_SIZE]
+    per_block, num_head = sizes[PER_BLOCK], sizes[NUM_HEAD_BLOCKS]
+    min_unsealed = sizes[MIN_UNSEALED]
     capacity = np.empty(len(seq_ids), dtype=np.int64)
     unused_ids = np.empty(counts[:, 1].sum(), dtype=np.int32)
     next_sealed = num_unused = 0
@@ -196,7 +207,7 @@ def evict_blocks(
     num_sealed: IntArray,
     state: StateArray,
     table: BlockIds,
-    sizes: Sizes,
+    sizes: IntArray,
     evicted_ids: BlockIds,  # written
 ) -> int:
     """Close windowed sequences' tables over the blocks behind the sinks that no later token sees.
@@ -204,8 +215,8 @@ def evict_blocks(
     Length and capacity are then those of a shorter sequence. Returns how many ids there are. With
     fewer than that of room the rest waits for the next step.
     """
-    block_size, open_block_size = sizes[0]["block_size"], sizes[0]["open_block_size"]
-    per_block, num_head = sizes[0]["open_blocks_per_block"], sizes[0]["num_head_blocks"]
+    block_size, open_block_size = sizes[BLOCK_SIZE], sizes[OPEN_BLOCK_SIZE]
+    per_block, num_head = sizes[PER_BLOCK], sizes[NUM_HEAD_BLOCKS]
     num_sinks, window_sizes = state["num_sink_tokens"], state["window_size"]
     num_evicted = state["num_evicted_tokens"]
     num_ids = 0
@@ -245,15 +256,15 @@ def find_complete_links(
     num_sealed: IntArray,
     state: StateArray,  # written: `num_published`
     table: BlockIds,
-    sizes: Sizes,
+    sizes: IntArray,
     links: IntArray,  # [L, 3], written: seq_id, link, block id
 ) -> int:
     """The links whose tokens are stored and known and which nobody can find yet; how many.
 
     They count as published from here on. With fewer than L of room the rest waits.
     """
-    open_block_size, per_block = sizes[0]["open_block_size"], sizes[0]["open_blocks_per_block"]
-    num_head = sizes[0]["num_head_blocks"]
+    open_block_size, per_block = sizes[OPEN_BLOCK_SIZE], sizes[PER_BLOCK]
+    num_head = sizes[NUM_HEAD_BLOCKS]
     num_published, link_limits = state["num_published"], state["link_limit"]
     num_links = 0
     for row in range(len(seq_ids)):

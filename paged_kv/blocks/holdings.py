@@ -56,6 +56,7 @@ class Holdings:
         self._root = root_hash(fingerprint)
         self._evicted_ids: BlockIds = np.empty(1024, dtype=np.int32)
         self._outstanding: StepPlan | None = None
+        self._num_committed = 0  # plans
 
     # -- what it holds --------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class StepPlan:
     each other in full precision, wherever they are stored.
     """
 
+    number: int  # plans that its manager has committed before
     seq_ids: IntArray  # [N]
     num_scheduled_tokens: IntArray  # [N] new tokens
     num_draft_tokens: IntArray | None  # [N] of these, last ones that commit may drop

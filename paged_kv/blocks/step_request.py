@@ -56,25 +56,17 @@ def checked_request(
         num_sinks, window_sizes = state["num_sink_tokens"], state["window_size"]
         end, certain_end = after + num_evicted, certain + num_evicted
     is_unknown = certain_end > computable_tokens[seq_ids]
-    if num_draft_tokens is not None or np.count_nonzero(is_unknown):
+    num_unknown = np.count_nonzero(is_unknown)
+    if num_draft_tokens is not None or num_unknown:
         sequences.check_new_lengths(seq_ids, end)
-    if np.count_nonzero(is_unknown):
-        row = int(is_unknown.nonzero()[0][0])
+    if num_unknown:
+        row = int(is_unknown.argmax())
         raise InvalidStepError(
             f"seq_id {seq_ids[row]} would have {certain_end[row]} tokens computed, of which "
             f"{sequences.num_tokens[seq_ids[row]]} are known: append_tokens comes first"
         )
-    return StepRequest(
-        seq_ids=seq_ids,
-        num_new_tokens=num_new_tokens,
-        num_draft_tokens=num_draft_tokens,
-        before=before,
-        after=after,
-        certain=certain,
-        num_evicted_tokens=num_evicted,
-        num_sink_tokens=num_sinks,
-        window_sizes=window_sizes,
-    )
+    windows = num_evicted, num_sinks, window_sizes
+    return StepRequest(seq_ids, num_new_tokens, num_draft_tokens, before, after, certain, *windows)
 
 
 def _checked_counts(seq_ids: IntArray, num_new_tokens: ArrayLike, max_model_len: int) -> IntArray:

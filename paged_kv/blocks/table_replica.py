@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import InvalidStepError
 from .geometry import BlockGeometry, BlockIds, IntArray, ragged_arange
 from .growth import COPIED, SEALED, place_blocks
 from .step_plan import StepPlan
@@ -16,13 +17,15 @@ class TableReplica:
     """One row for each sequence, in the form of `BlockTables`; grows as plans need it.
 
     Every plan of one manager that is committed has to be applied, in order, and no later than the
-    next one. A plan that is rolled back may be applied too: the next one tells its rows again.
+    next one; another order is refused. A plan that is rolled back may be applied too: the next one
+    tells its rows again.
     """
 
     def __init__(self, geometry: BlockGeometry) -> None:
         self._geometry = geometry
         self._num_sealed: IntArray = np.zeros(0, dtype=np.int64)
         self._block_table: BlockIds = np.zeros((0, 0), dtype=np.int32)
+        self._num_applied = 0  # plans, of those rolled back none or the last
         self._sealing: StepPlan | None = None  # whose seals take effect before the next plan
 
     def apply(self, plan: StepPlan) -> None:
@@ -30,7 +33,14 @@ class TableReplica:
 
         New open blocks and copies get their places at once: the context does not reach as far, and
         a copy is made before anything is read or written. The same plan again changes nothing.
+        Raises `InvalidStepError`, changing nothing, for a plan that does not come next.
         """
+        if plan.number not in (self._num_applied - 1, self._num_applied):
+            raise InvalidStepError(
+                f"step {plan.number} cannot begin here: {self._num_applied} steps were begun, and "
+                "each that is committed has to be, in order"
+            )
+        self._num_applied = plan.number + 1
         if self._sealing is not None and self._sealing is not plan:
             self._seal(self._sealing)
         self._sealing = plan if len(plan.seal_block_ids) else None
@@ -49,7 +59,7 @@ class TableReplica:
         num_sealed, num_seals = self._num_sealed[seq_ids], len(plan.seal_block_ids)
         open_ids = plan.new_block_ids[num_seals : len(plan.new_block_ids) - len(plan.copy_targets)]
         table, sizes = self._block_table, self._geometry.sizes
-        place_blocks(seq_ids, before, after, num_sealed, plan.block_counts, open_ids, table, sizes)
+        place_blocks(seq_ids, before, num_sealed, plan.block_counts, open_ids, table, sizes)
         if len(plan.copy_targets):
             is_copied = plan.block_counts[:, COPIED] > 0
             last_places = (before[is_copied] - 1) // self._geometry.open_block_size

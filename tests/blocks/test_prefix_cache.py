@@ -220,6 +220,7 @@ def test_draft_tokens_are_published_when_they_are_kept_and_known(told):
     seq_id = start(manager, tokens(3))
     manager.append_tokens([seq_id], [3])
     plan = manager.reserve([seq_id], [5], [4])  # token 3 and drafts of 4 to 7
+    arrays_of(manager, plan)
     if told == "before commit":
         manager.append_tokens([seq_id], [4, 5], [2])
     manager.commit(plan, [3])
@@ -239,7 +240,9 @@ def test_draft_tokens_that_nobody_told_are_not_published_as_something_else():
     manager = manager_of(geometry_of(8, 8, 0, 0))
     seq_id = start(manager, [1, 2, 3])
     manager.append_tokens([seq_id], [4])
-    manager.commit(manager.reserve([seq_id], [8], [7]))
+    plan = manager.reserve([seq_id], [8], [7])
+    arrays_of(manager, plan)
+    manager.commit(plan)
     assert hits(manager, [1, 2, 3, 4, 0, 0, 0, 0, 9]) == 0
     manager.check_integrity()
     manager.append_tokens([seq_id], range(5, 18), [13])
@@ -335,7 +338,9 @@ def test_a_prefix_is_pending_while_one_of_two_that_compute_it_lives(leaving):
 def test_a_prefix_is_pending_while_a_fork_of_the_one_that_computed_it_lives():
     manager = manager_of()
     seq_id = manager.add_sequence(tokens(13))
-    manager.commit(manager.reserve([seq_id], [6]))
+    plan = manager.reserve([seq_id], [6])
+    arrays_of(manager, plan)
+    manager.commit(plan)
     child = manager.fork(seq_id)
     manager.remove_sequence(seq_id)
     assert is_pending(manager, tokens(13))
