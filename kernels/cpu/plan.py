@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..step_inputs import StepInputs
-from .native_code import thread_scratch
+from .native_code import address_of_array, thread_scratch
 from .native_plan import PLAN_STRUCT, PlanFields, Totals, plan_worker
 from .records import (
     CALL_BYTE,
@@ -73,9 +73,10 @@ def plan_items(
 ) -> WorkItems:
     """Cut a step into items: by sequence, kv head, query rows, and long contexts into parts."""
     num_seqs = len(step.query_lens)
-    memory = np.empty(2 * num_seqs + 1 + len(Totals._fields), dtype=np.int64)
-    stored_starts = int(memory.ctypes.data)
-    num_parts = stored_starts + 8 * (num_seqs + 1)
+    first_total = 2 * num_seqs + 1
+    first_field = first_total + len(Totals._fields)
+    memory = np.empty(first_field + len(PlanFields._fields), dtype=np.int64)
+    address = address_of_array(memory)
     fields = PlanFields(
         num_seqs=num_seqs,
         query_start_loc=step.query_start_loc.data_ptr(),
@@ -89,24 +90,22 @@ def plan_items(
         query_group_size=query_group_size,
         num_threads=num_threads,
         min_split_tokens=MIN_SPLIT_TOKENS,
-        stored_starts=stored_starts,
-        num_parts=num_parts,
-        totals=num_parts + 8 * num_seqs,
+        stored_starts=address,
+        num_parts=address + 8 * (num_seqs + 1),
+        totals=address + 8 * first_total,
         writes_items=0,
         items=0,
     )
-    run_plan_worker(fields)
-    totals = Totals(*memory[2 * num_seqs + 1 :].tolist())
+    PLAN_STRUCT.pack_into(memory.data, 8 * first_field, *fields)
+    run_worker(plan_worker(), address + 8 * first_field, 1)
+    totals = Totals(*memory[first_total:first_field].tolist())
     items = np.empty((totals.num_items, Item.COUNT), dtype=np.int64)
-    run_plan_worker(fields._replace(writes_items=1, items=int(items.ctypes.data)))
+    fields = fields._replace(writes_items=1, items=address_of_array(items))
+    PLAN_STRUCT.pack_into(memory.data, 8 * first_field, *fields)
+    run_worker(plan_worker(), address + 8 * first_field, 1)
     # Long ones first: the last ones fill the gaps.
     items = items[np.argsort(-items[:, Item.COST], kind="stable")]
     return with_record(step, items, totals, memory, num_threads, query_group_size)
-
-
-def run_plan_worker(fields: PlanFields) -> None:
-    record = np.frombuffer(PLAN_STRUCT.pack(*fields), dtype=np.int64)
-    run_worker(plan_worker(), int(record.ctypes.data), 1)
 
 
 def with_record(
@@ -121,10 +120,11 @@ def with_record(
     counters = np.empty(2 + totals.num_partials, dtype=np.int64)
     partials = np.empty((totals.num_partials, MAX_ITEM_ROWS, PARTIAL_FLOATS), dtype=np.float32)
     record = np.zeros(-(-RECORD_BYTES // 8), dtype=np.int64)
+    record_address = address_of_array(record)
     sinks, windows = step.num_sink_tokens, step.window_sizes
     fields = StepFields(
         num_items=len(items),
-        items=items.ctypes.data,
+        items=address_of_array(items),
         context_lens=step.context_lens.data_ptr(),
         num_sealed=step.num_sealed.data_ptr(),
         query_start_loc=step.query_start_loc.data_ptr(),
@@ -136,9 +136,9 @@ def with_record(
         query_group_size=query_group_size,
         num_sink_tokens=0 if sinks is None else sinks.data_ptr(),
         window_sizes=0 if windows is None else windows.data_ptr(),
-        counters=counters.ctypes.data,
-        partials=partials.ctypes.data,
-        stored_starts=memory.ctypes.data,
+        counters=address_of_array(counters),
+        partials=address_of_array(partials),
+        stored_starts=address_of_array(memory),
         stored_tokens=step.stored_tokens.data_ptr(),
         stored_slots=step.stored_slots.data_ptr(),
     )
@@ -149,7 +149,7 @@ def with_record(
         items=items,
         partials=partials,
         record=record_bytes,
-        record_address=record.ctypes.data,
+        record_address=record_address,
         call=CallFields.from_buffer(record_bytes, CALL_BYTE),
         counters=counters.data.cast("B"),
         zeros=bytes(counters.nbytes),

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .geometry import BlockGeometry, IntArray, ragged_arange
+from ..code_cache import compiled
+from .geometry import OPEN_BLOCK_SIZE, PER_BLOCK, BlockGeometry, IntArray, ragged_arange
 from .step_plan import StepPlan
 from .table_replica import TableReplica
 
@@ -137,8 +138,8 @@ class StepArrays:
 def _stored_tokens(geometry: BlockGeometry, tokens: _Tokens, seals: _Seals) -> IntArray:
     """Index of each new token that no sealed block takes."""
     seal_ends = np.zeros(len(tokens.query_lens), dtype=np.int64)  # in tokens
-    ends = seals.first_places * geometry.open_block_size + geometry.block_size
-    np.maximum.at(seal_ends, seals.rows, ends)
+    # Of several blocks of a sequence the last one stays: they are in order.
+    seal_ends[seals.rows] = seals.first_places * geometry.open_block_size + geometry.block_size
     positions = tokens.cache_positions
     is_stored = positions >= seal_ends[tokens.rows]
     is_stored |= positions < geometry.num_head_tokens
@@ -149,11 +150,36 @@ def _seal_sources(
     geometry: BlockGeometry, tokens: _Tokens, seals: _Seals, block_table: IntArray
 ) -> IntArray:
     """[S, block_size] where each token to be sealed is now."""
-    size = geometry.open_block_size
-    places = seals.first_places[:, None] + np.arange(geometry.open_blocks_per_block)
-    first_slots = block_table[seals.rows[:, None], places] * size
-    slots = (first_slots[:, :, None] + np.arange(size)).reshape(-1, geometry.block_size)
-    positions = seals.first_places[:, None] * size + np.arange(geometry.block_size)
-    new_tokens = positions - tokens.context_lens[seals.rows, None]  # negative if stored
-    new_tokens_start = tokens.query_start_loc[seals.rows, None]
-    return np.where(new_tokens < 0, slots, ~(new_tokens_start + new_tokens))
+    return find_sources(
+        seals.rows,
+        seals.first_places,
+        tokens.context_lens,
+        tokens.query_start_loc,
+        block_table,
+        geometry.sizes,
+    )
+
+
+@compiled
+def find_sources(
+    rows: IntArray,  # [S]
+    first_places: IntArray,  # [S]
+    context_lens: IntArray,  # [N]
+    query_start_loc: IntArray,  # [N + 1]
+    block_table: IntArray,  # [N, W]
+    sizes: IntArray,
+) -> IntArray:
+    """[S, block_size] open slots, or ~index where a token is new."""
+    size, per_block = sizes[OPEN_BLOCK_SIZE], sizes[PER_BLOCK]
+    sources = np.empty((len(rows), per_block * size), dtype=np.int64)
+    for seal in range(len(rows)):
+        row = rows[seal]
+        for index in range(per_block):
+            place = first_places[seal] + index
+            first_new = min(max(context_lens[row] - place * size, 0), size)  # of the open block
+            for offset in range(first_new):
+                sources[seal, index * size + offset] = block_table[row, place] * size + offset
+            new_token = query_start_loc[row] + place * size - context_lens[row]
+            for offset in range(first_new, size):
+                sources[seal, index * size + offset] = ~(new_token + offset)
+    return sources
