@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import shutil
 import stat
 import sys
@@ -33,6 +34,8 @@ DAYS_KEPT_UNUSED: Final = 30
 # All that compiled code is made of; the ground floor's modules are beside this one.
 FOLDERS_OF_SOURCES: Final = ("", ".blocks", ".kernels", ".kernels.eager", ".kernels.cpu")
 OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+
+NAME_OF_SOURCES: Final = re.compile("sources-[0-9a-f]{32}")
 
 logger = logging.getLogger("paged_kv")
 
@@ -190,7 +193,9 @@ def _root_folder() -> Path | None:
     """PAGED_KV_CACHE_DIR, or the user's cache folder; None where nobody's home."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen:
-        return Path(chosen).absolute()
+        with suppress(RuntimeError):  # a user without a home
+            return Path(chosen).expanduser().absolute()
+        return None
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(base) if base else Path.home() / ".cache"
@@ -217,7 +222,9 @@ def _is_safe_parent(status: os.stat_result) -> bool:
 def _remove_unused(root: Path) -> None:
     """Remove folders for sources that nobody has started with for a while."""
     oldest = time.time() - DAYS_KEPT_UNUSED * 24 * 3600
-    for path in root.glob("sources-*"):
+    for path in root.iterdir():
+        if not NAME_OF_SOURCES.fullmatch(path.name):
+            continue
         with suppress(OSError):
             status = path.lstat()
             if stat.S_ISDIR(status.st_mode) and status.st_mtime < oldest:

@@ -105,7 +105,11 @@ class Room:
                 and need.blocks_later <= self.blocks_later
             )
         least = find_need(request, 1, manager, may_wait=False)
-        return least is not None and least.blocks_now <= self.blocks_now
+        return (
+            least is not None
+            and least.num_seqs <= self.num_seqs
+            and least.blocks_now <= self.blocks_now
+        )
 
     def take(self, need: Need) -> None:
         self.num_tokens -= need.num_tokens

@@ -14,7 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.geometry import IntArray
+from paged_kv.blocks.sequences import UNLIMITED
 from paged_kv.blocks.step_plan import StepPlan
+from paged_kv.blocks.token_chain import as_token_ids
 from paged_kv.errors import (
     ConfigError,
     InvalidRequestError,
@@ -29,7 +31,6 @@ from .step import BlockCopy, Branches, Fork, ScheduledStep
 from .waiting_queue import WaitingQueue
 
 ARRIVAL_BITS: Final = 40  # of a rank packed into one integer; the rest is the priority
-NO_LIMIT: Final = np.iinfo(np.int64).max  # tokens of a sequence that is not ended by their number
 
 
 class Scheduler:
@@ -74,12 +75,12 @@ class Scheduler:
         self._swap_outs: list[BlockCopy] = []
         self._swap_ins: list[BlockCopy] = []
         self._num_arrived = self._num_steps = self._num_scheduled = self._num_preemptions = 0
-        seq_ids = manager.max_num_seqs
+        num_seqs = manager.max_num_seqs
         self._running: IntArray = np.empty(0, dtype=np.int64)  # seq_ids by rank, read-only
-        self._rank: IntArray = np.zeros(seq_ids, dtype=np.int64)  # by seq_id, as all that follow
-        self._max_tokens: IntArray = np.zeros(seq_ids, dtype=np.int64)  # prompt and output
-        self._by_seq_id: NDArray[np.object_] = np.full(seq_ids, None, dtype=np.object_)
-        self._is_branch: NDArray[np.bool_] = np.zeros(seq_ids, dtype=np.bool_)
+        self._rank: IntArray = np.zeros(num_seqs, dtype=np.int64)  # by seq_id, as all that follow
+        self._max_tokens: IntArray = np.zeros(num_seqs, dtype=np.int64)  # prompt and output
+        self._by_seq_id: NDArray[np.object_] = np.full(num_seqs, None, dtype=np.object_)
+        self._is_branch: NDArray[np.bool_] = np.zeros(num_seqs, dtype=np.bool_)
         self._branching: list[Request] = []  # running ones
 
     @property
@@ -232,7 +233,9 @@ class Scheduler:
     def _held_by_others(self) -> OutOfBlocksError:
         return OutOfBlocksError(
             "no request can be scheduled beside sequences that the scheduler does not know: "
-            f"{self.manager.pool.num_allocated} of {self.manager.num_blocks} blocks are in use"
+            f"{self.manager.pool.num_allocated} of {self.manager.num_blocks} blocks and "
+            f"{self.manager.max_num_seqs - self.manager.num_free_seqs} of "
+            f"{self.manager.max_num_seqs} sequences are in use"
         )
 
     def _describe(self, plan: StepPlan, preempted: list[Request]) -> ScheduledStep:
@@ -288,29 +291,37 @@ class Scheduler:
         self._enter(admitted_seq_ids)
         return np.concatenate([seq_ids, admitted_seq_ids]), np.concatenate([num_new, counts])
 
+    @property
+    def _num_free_seqs(self) -> int:
+        """Sequences that may start: the others are kept for requests that branch."""
+        num_kept = 0
+        for request in self._branching:
+            assert request.branching is not None
+            num_kept += request.branching.max_seqs - len(request.seq_ids)
+        return self.manager.num_free_seqs - num_kept
+
     def _room_beside(self, seq_ids: IntArray, num_new: IntArray) -> Room:
         """What is left beside running sequences that compute so many tokens in this step."""
         manager, running = self.manager, self._running
-        num_free_seqs, blocks_later = manager.num_free_seqs, manager.num_free_blocks
+        blocks_later = manager.num_free_blocks
         if self._branching:
             running = running[~self._is_branch[running]]
         for request in self._branching:
             assert request.branching is not None
             held = np.unique(np.concatenate([manager.block_ids(n) for n in request.seq_ids]))
-            num_free_seqs -= request.branching.max_seqs - len(request.seq_ids)
             blocks_later -= max(request.branching.max_blocks - len(held), 0)
         to_compute = manager.blocks_needed(seq_ids, num_new)
         to_catch_up = manager.blocks_needed(running, manager.num_computable(running))
         return Room(
             num_tokens=self.token_budget - int(num_new.sum()),
-            num_seqs=num_free_seqs,
+            num_seqs=self._num_free_seqs,
             blocks_now=manager.num_free_blocks - int(to_compute.sum()),
             blocks_later=blocks_later - int(to_catch_up.sum()) - self._watermark_blocks,
             is_empty=not len(self._running),
         )
 
     def _start(self, request: Request) -> None:
-        """Give a request a seq_id, with the blocks that it can share or had in host memory."""
+        """Start a request's sequence, with the blocks that it can share or had in host memory."""
         self.waiting.remove(request)
         if request.swapped is None:
             seq_id = self.manager.add_sequence(request.tokens)
@@ -333,7 +344,7 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self._rank[seq_id] = (priority << ARRIVAL_BITS) + arrival
         # The scheduler does not end branches: whoever makes them does.
-        self._max_tokens[seq_id] = NO_LIMIT
+        self._max_tokens[seq_id] = UNLIMITED
         if request.max_tokens is not None and request.branching is None:
             self._max_tokens[seq_id] = request.num_prompt_tokens + request.max_tokens
         self._by_seq_id[seq_id] = request
@@ -363,7 +374,7 @@ class Scheduler:
         requests that have reached their `max_tokens`; the caller finishes them, and any other it
         wants to stop.
         """
-        tokens = np.asarray(sampled_token_ids, dtype=np.int64)
+        tokens = as_token_ids(sampled_token_ids)
         if tokens.shape != step.sampled_seq_ids.shape:
             raise InvalidStepError(
                 f"{len(step.sampled_seq_ids)} sequences sample a token, got tokens of shape "
@@ -371,8 +382,7 @@ class Scheduler:
             )
         self._require_step(step)
         self._check_forks(step, forks)
-        for branch in branches:
-            branch.check()
+        self._check_branches(branches)
         self.manager.commit(step.plan)
         seq_ids = step.sampled_seq_ids
         if self._branching:
@@ -383,7 +393,7 @@ class Scheduler:
             forked_seq_ids = seq_ids_of([fork.child for fork in started])
             self._enter(forked_seq_ids)
             seq_ids = np.concatenate([seq_ids, forked_seq_ids])
-            tokens = np.concatenate([tokens, [fork.token_id for fork in started]])
+            tokens = np.concatenate([tokens, as_token_ids([fork.token_id for fork in started])])
         self.manager.append_tokens(seq_ids, tokens)
         for branch in branches:
             self._branch(branch)
@@ -405,12 +415,19 @@ class Scheduler:
         if len({fork.child.request_id for fork in forks}) < len(forks):
             raise InvalidRequestError("two forks have the same request id")
 
+    def _check_branches(self, branches: Sequence[Branches]) -> None:
+        """Raise before anything has changed."""
+        for branch in branches:
+            branch.check(self.manager.max_model_len)
+        if len({branch.request.request_id for branch in branches}) < len(branches):
+            raise InvalidStepError("a request branches once in a step")
+
     def _fork(self, fork: Fork) -> bool:
-        """Start a fork's child; False where it has to wait for a seq_id."""
+        """Start a fork's child; False where it has to wait until a sequence ends."""
         parent, child = fork.parent, fork.child
         assert parent.seq_id is not None
         self._register(child)
-        if self.manager.num_free_seqs:
+        if self._num_free_seqs:
             self._run_in(child, self.manager.fork(parent.seq_id))
             return True
         chain = self.manager.chain_of(parent.seq_id)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from paged_kv.blocks.geometry import BlockIds, IntArray
 from paged_kv.blocks.step_plan import StepPlan
+from paged_kv.blocks.token_chain import as_token_ids
 from paged_kv.errors import InvalidStepError
 
 from .request import Request
@@ -43,8 +44,8 @@ class Branches(NamedTuple):
     parents: Sequence[int]
     token_ids: Sequence[Sequence[int]]
 
-    def check(self) -> None:
-        """Raise `InvalidStepError` for what cannot be done."""
+    def check(self, max_model_len: int) -> None:
+        """Raise `InvalidStepError` or `InvalidRequestError` for what cannot be done."""
         request, branching = self.request, self.request.branching
         name, num_seqs = request.request_id, len(request.seq_ids)
         if branching is None or not num_seqs:
@@ -60,6 +61,12 @@ class Branches(NamedTuple):
             )
         if len(self.token_ids) != len(self.parents) or not all(map(len, self.token_ids)):
             raise InvalidStepError(f"request {name!r} needs tokens for each of its sequences")
+        for token_ids in self.token_ids:
+            length = request.num_tokens + len(as_token_ids(list(token_ids)))
+            if length > max_model_len:
+                raise InvalidStepError(
+                    f"request {name!r} would have {length} tokens; max_model_len is {max_model_len}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,14 +164,15 @@ def test_a_home_that_cannot_be_written_costs_only_time(
 
 
 def test_folders_of_other_sources_go_when_unused_for_long(root: Path) -> None:
-    for name, days in (("sources-old", 40), ("sources-new", 20), ("another's", 40)):
+    old, new, thesis = f"sources-{0:032x}", f"sources-{1:032x}", "sources-of-my-thesis"
+    for name, days in ((old, 40), (new, 20), (thesis, 400)):
         (root / name).mkdir(mode=0o700, parents=True)
         (root / name / "file").write_text("code")
         os.utime(root / name, (time.time() - days * 24 * 3600,) * 2)
     root.chmod(0o700)
     write_code("name", b"code")
     names = {path.name for path in root.iterdir()}
-    assert names == {"sources-new", "another's", held().name}
+    assert names == {new, thesis, held().name}
 
 
 # -- files ----------------------------------------------------------------------------------------

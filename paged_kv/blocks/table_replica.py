@@ -5,12 +5,24 @@ It may run in another process than the block manager, or some steps behind it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ..errors import InvalidStepError
 from .geometry import BlockGeometry, BlockIds, IntArray, ragged_arange
 from .growth import COPIED, SEALED, place_blocks
 from .step_plan import StepPlan
+
+
+class _Seals(NamedTuple):
+    """Sealed blocks of a step, and how many body blocks its sequences have then."""
+
+    seq_ids: IntArray  # [R]
+    num_sealed: IntArray  # [R]
+    block_seq_ids: IntArray  # [S], as the next two
+    places: IntArray
+    block_ids: BlockIds
 
 
 class TableReplica:
@@ -26,52 +38,61 @@ class TableReplica:
         self._num_sealed: IntArray = np.zeros(0, dtype=np.int64)
         self._block_table: BlockIds = np.zeros((0, 0), dtype=np.int32)
         self._num_applied = 0  # plans, of those rolled back none or the last
-        self._sealing: StepPlan | None = None  # whose seals take effect before the next plan
+        self._seals: _Seals | None = None  # of the last of these; they take effect with the next
 
     def apply(self, plan: StepPlan) -> None:
         """Take over what the step before sealed, and what the plan tells.
 
         New open blocks and copies get their places at once: the context does not reach as far, and
         a copy is made before anything is read or written. The same plan again changes nothing.
-        Raises `InvalidStepError`, changing nothing, for a plan that does not come next.
+        Raises `InvalidStepError`, changing nothing, for a plan that does not come next. Interrupted
+        anywhere, it can be applied again, or another one in its place.
         """
         if plan.number not in (self._num_applied - 1, self._num_applied):
             raise InvalidStepError(
                 f"step {plan.number} cannot begin here: {self._num_applied} steps were begun, and "
                 "each that is committed has to be, in order"
             )
-        self._num_applied = plan.number + 1
-        if self._sealing is not None and self._sealing is not plan:
-            self._seal(self._sealing)
-        self._sealing = plan if len(plan.seal_block_ids) else None
+        if plan.number == self._num_applied:  # the step before is over
+            self._seal()
         update = plan.table_update
         if len(update.seq_ids):
             width = update.block_table.shape[1]
             self._make_room(int(update.seq_ids.max()) + 1, width)
             self._num_sealed[update.seq_ids] = update.num_sealed
             self._block_table[update.seq_ids, :width] = update.block_table
-        rows = plan.changed_rows
-        if not len(rows):
-            return
+        seals = None
+        if len(plan.changed_rows):
+            seals = self._place(plan)
+        self._seals, self._num_applied = seals, plan.number + 1
+
+    def _place(self, plan: StepPlan) -> _Seals | None:
+        """Give new open blocks and copies their places; what the step seals has them later."""
+        geometry, rows, counts = self._geometry, plan.changed_rows, plan.block_counts
         seq_ids, before = plan.seq_ids[rows], plan.context_lens[rows]
         after = before + plan.num_scheduled_tokens[rows]
-        self._make_room(0, self._geometry.table_width(int(after.max())))
+        self._make_room(0, geometry.table_width(int(after.max())))
         num_sealed, num_seals = self._num_sealed[seq_ids], len(plan.seal_block_ids)
         open_ids = plan.new_block_ids[num_seals : len(plan.new_block_ids) - len(plan.copy_targets)]
-        table, sizes = self._block_table, self._geometry.sizes
-        place_blocks(seq_ids, before, num_sealed, plan.block_counts, open_ids, table, sizes)
+        table = self._block_table
+        place_blocks(seq_ids, before, num_sealed, counts, open_ids, table, geometry.sizes)
         if len(plan.copy_targets):
-            is_copied = plan.block_counts[:, COPIED] > 0
-            last_places = (before[is_copied] - 1) // self._geometry.open_block_size
+            is_copied = counts[:, COPIED] > 0
+            last_places = (before[is_copied] - 1) // geometry.open_block_size
             table[seq_ids[is_copied], last_places] = plan.copy_targets
+        if not num_seals:
+            return None
+        sealing, offsets = ragged_arange(counts[:, SEALED])
+        places = geometry.body_places(num_sealed[sealing] + offsets)
+        num_sealed += counts[:, SEALED]
+        return _Seals(seq_ids, num_sealed, seq_ids[sealing], places, plan.seal_block_ids)
 
-    def _seal(self, plan: StepPlan) -> None:
-        geometry, counts = self._geometry, plan.block_counts[:, SEALED]
-        seq_ids = plan.seq_ids[plan.changed_rows]
-        rows, offsets = ragged_arange(counts)
-        places = geometry.body_places(self._num_sealed[seq_ids[rows]] + offsets)
-        self._block_table[seq_ids[rows], places] = plan.seal_block_ids
-        self._num_sealed[seq_ids] += counts
+    def _seal(self) -> None:
+        """Let what the step before sealed take effect; twice is as good as once."""
+        seals = self._seals
+        if seals is not None:
+            self._num_sealed[seals.seq_ids] = seals.num_sealed
+            self._block_table[seals.block_seq_ids, seals.places] = seals.block_ids
 
     def rows(self, plan: StepPlan) -> tuple[IntArray, IntArray]:
         """Copies for the N sequences of a plan: `num_sealed` [N] and `block_table` [N, W].
@@ -88,8 +109,8 @@ class TableReplica:
             return
         num_rows = max(2 * num_rows, old.shape[0]) if num_rows > old.shape[0] else old.shape[0]
         width = max(2 * width, old.shape[1]) if width > old.shape[1] else old.shape[1]
-        self._block_table = np.zeros((num_rows, width), dtype=np.int32)
-        self._block_table[: old.shape[0], : old.shape[1]] = old
-        old_sealed = self._num_sealed
-        self._num_sealed = np.zeros(num_rows, dtype=np.int64)
-        self._num_sealed[: len(old_sealed)] = old_sealed
+        table: BlockIds = np.zeros((num_rows, width), dtype=np.int32)
+        table[: old.shape[0], : old.shape[1]] = old
+        num_sealed: IntArray = np.zeros(num_rows, dtype=np.int64)
+        num_sealed[: old.shape[0]] = self._num_sealed
+        self._block_table, self._num_sealed = table, num_sealed

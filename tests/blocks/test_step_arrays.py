@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pickle
 import random
-from itertools import pairwise
+import sys
+from collections.abc import Callable
+from itertools import count, pairwise
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -208,3 +211,73 @@ def test_plans_are_applied_in_order_and_none_is_missed(geometry: BlockGeometry) 
     replica.apply(third)
     with pytest.raises(InvalidStepError, match="step 1 cannot begin here: 3 steps"):
         replica.apply(missed)
+
+
+@REAL
+def test_a_plan_that_is_applied_twice_as_two_copies_is_applied_once(
+    geometry: BlockGeometry,
+) -> None:
+    manager, once, twice = (
+        manager_of(geometry, num_blocks=200),
+        PlanReader(geometry),
+        PlanReader(geometry),
+    )
+    seq_id = manager.add_sequence()
+    for num_new in (100, 300, 1, 200, 40):
+        plan = manager.reserve([seq_id], [num_new])
+        assert plan is not None
+        twice.read(pickle.loads(pickle.dumps(plan)))
+        assert_equal(twice.read(pickle.loads(pickle.dumps(plan))), once.read(plan))
+        manager.commit(plan)
+
+
+@REAL
+def test_an_interrupted_replica_goes_on_after_the_rollback(
+    geometry: BlockGeometry,
+) -> None:
+    """At every line of `apply` and what it calls; then the next plan is applied as ever."""
+    manager, reader, truth = (
+        manager_of(geometry, num_blocks=400, max_num_seqs=8),
+        PlanReader(geometry),
+        PlanReader(geometry),
+    )
+    seq_ids = [manager.add_sequence() for _ in range(3)]
+    num_interrupts = 0
+    for counts in ([100, 1, 40], [300, 128, 40], [1, 1, 1], [30, 250, 90]):
+        for line in count(1):
+            plan = manager.reserve(seq_ids, counts)
+            assert plan is not None
+            if not interrupted_at(line, lambda plan=plan: reader.replica.apply(plan)):
+                break
+            num_interrupts += 1
+            manager.rollback(plan)
+        assert_equal(reader.read(plan), truth.read(plan))
+        manager.commit(plan)
+        seq_ids.append(manager.add_sequence())
+        seq_ids.pop(0)
+    assert num_interrupts > 40
+
+
+def interrupted_at(line: int, call: Callable[[], None]) -> bool:
+    """Whether a call came as far as its n-th line in the replica, where it is interrupted."""
+    num_lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal num_lines
+        if not frame.f_code.co_filename.endswith("table_replica.py"):
+            return None
+        if event == "line":
+            num_lines += 1
+            if num_lines == line:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from paged_kv.errors import InvalidRequestError, InvalidStepError
+from paged_kv.errors import InvalidRequestError, InvalidStepError, OutOfBlocksError
 from paged_kv.scheduler.request import Branching, Request, RequestStatus
 from paged_kv.scheduler.scheduler import Scheduler
-from paged_kv.scheduler.step import Branches, ScheduledStep
+from paged_kv.scheduler.step import Branches, Fork, ScheduledStep
 from tests.support.scheduler_steps import (
     NO_HEAD_NO_TAIL,
     QUANTIZED,
@@ -147,7 +147,7 @@ def test_it_is_preempted_whole_and_starts_again_with_its_prompt():
         if at:
             parents = [0, 0, 0] if len(request.seq_ids) == 1 else [0, 1, 2]
             branches = [Branches(request, parents, [[1], [2], [3]])]
-        scheduler.update(step, np.zeros(len(step.sampled_seq_ids)), branches=branches)
+        scheduler.update(step, [0] * len(step.sampled_seq_ids), branches=branches)
         scheduler.check_integrity()
     assert step.preempted == [request]
     assert request.seq_ids == []
@@ -179,7 +179,7 @@ def test_alone_it_takes_smaller_steps_where_blocks_lack(
         step = scheduler.schedule()
         assert not step.preempted
         steps.append(computed_in(step))
-        scheduler.update(step, np.zeros(len(step.sampled_seq_ids)))
+        scheduler.update(step, np.zeros(len(step.sampled_seq_ids), dtype=np.int64))
         scheduler.check_integrity()
     first, second = request.seq_ids
     assert steps[0] == {first: num_tokens}
@@ -225,6 +225,56 @@ def test_branches_that_cannot_be_are_refused_and_change_nothing(parents, token_i
     assert tokens_of(scheduler, request) == [[7], [8]]
     scheduler.update(step, [0, 0], branches=[Branches(request, [0, 1], [[5], [6]])])
     assert tokens_of(scheduler, request) == [[7, 5], [8, 6]]
+
+
+def test_tokens_that_cannot_be_are_refused_and_change_nothing():
+    scheduler = make_scheduler()
+    request = add_branching(scheduler, "a", 20, max_seqs=3, max_blocks=10)
+    branch_at_the_prompt(scheduler, request, [[7], [8]])
+    step = scheduler.schedule()
+    too_long = [[1] * scheduler.manager.max_model_len, [2]]
+    once = Branches(request, [0, 1], [[5], [6]])
+    for sampled, branches, message in [
+        ([0, 0], [Branches(request, [0, 1], too_long)], "would have .* tokens; max_model_len is"),
+        ([0, 0], [Branches(request, [0, 1], [[1.5], [2]])], "token ids must be"),
+        ([0, 0], [once, once], "branches once in a step"),
+        ([1 << 40, 0], [once], "token ids must be"),
+        ([1.7, 0], [once], "token ids must be"),
+    ]:
+        with pytest.raises((InvalidStepError, InvalidRequestError), match=message):
+            scheduler.update(step, sampled, branches=branches)
+    assert tokens_of(scheduler, request) == [[7], [8]]
+    scheduler.update(step, [0, 0], branches=[once])
+    assert tokens_of(scheduler, request) == [[7, 5], [8, 6]]
+
+
+def test_forks_leave_the_sequences_that_a_branching_request_will_need():
+    scheduler = make_scheduler(max_num_seqs=4)
+    parent = add(scheduler, "a", 5, max_tokens=9)
+    request = add_branching(scheduler, "b", 6, max_seqs=3, max_blocks=10)
+    step = scheduler.schedule()
+    assert step.sampled_requests == [parent, request]
+    children = [make_request(f"child {i}", 5, max_tokens=9) for i in range(2)]
+    forks = [Fork(parent, child, 3 + i) for i, child in enumerate(children)]
+    branches = [Branches(request, [0] * 3, [[1], [2], [3]])]
+    scheduler.update(step, [2, 0], forks, branches)
+    scheduler.check_integrity()
+    assert len(request.seq_ids) == 3
+    assert [child.status for child in children] == [RequestStatus.WAITING] * 2
+    scheduler.finish(request)
+    while scheduler.has_unfinished:
+        run_step(scheduler)
+    assert_nothing_is_held(scheduler)
+
+
+def test_it_does_not_start_beside_sequences_that_nobody_knows():
+    scheduler = make_scheduler(max_num_seqs=3)
+    stranger = scheduler.manager.add_sequence([1, 2])
+    request = add_branching(scheduler, "a", 6, max_seqs=3, max_blocks=10)
+    with pytest.raises(OutOfBlocksError, match="1 of 3 sequences are in use"):
+        scheduler.schedule()
+    scheduler.manager.remove_sequence(stranger)
+    branch_at_the_prompt(scheduler, request, [[1], [2], [3]])
 
 
 def test_only_what_branches_has_branches():
