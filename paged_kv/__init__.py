@@ -1,7 +1,7 @@
 """paged_kv: a paged-attention block manager whose KV blocks are quantized.
 
-Names are imported when they are first used, so that the block manager needs no torch and the cache
-no transformers.
+Knows where public names live, never what they do. They are imported when they
+are first used, so that the block manager needs no torch and the cache no transformers.
 """
 
 from __future__ import annotations

@@ -120,3 +120,10 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def waits_at_limit(self) -> bool:
+        """Whether it has all its tokens, and waits: a fork that found no sequence free."""
+        if self.seq_ids or self.max_tokens is None:
+            return False
+        return self.num_output_tokens >= self.max_tokens

@@ -399,7 +399,7 @@ class Scheduler:
             self._branch(branch)
         at_limit = self.manager.num_tokens[seq_ids] >= self._max_tokens[seq_ids]
         requests: list[Request] = self._by_seq_id[seq_ids[at_limit]].tolist()
-        requests += [fork.child for fork in forks if is_waiting_at_limit(fork.child)]
+        requests += [fork.child for fork in forks if fork.child.waits_at_limit]
         self._end_step()
         return [request for request in requests if request.status is not RequestStatus.FINISHED]
 
@@ -490,13 +490,6 @@ class Scheduler:
             assert (request.status is RequestStatus.RUNNING) != (request in self._ending)
             is_branch = request.branching is not None
             assert self._is_branch[seq_id] == is_branch == (request in self._branching)
-
-
-def is_waiting_at_limit(request: Request) -> bool:
-    """Whether a request that waits has all its tokens."""
-    if request.seq_ids or request.max_tokens is None:
-        return False
-    return request.num_output_tokens >= request.max_tokens
 
 
 def seq_ids_of(requests: Sequence[Request]) -> IntArray:

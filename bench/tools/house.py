@@ -27,7 +27,7 @@ FOLDERS = {
     "paged_kv/blocks": "Who holds which block. numpy, never torch.",
     "scheduler": "Who computes next. No torch. Installs as `paged_kv.scheduler`.",
     "kernels": "The border between a cache and its kernels. Installs as `paged_kv.kernels`.",
-    "kernels/eager": "The kernels in torch: the definition, and the fallback.",
+    "kernels/eager": "The kernels in torch: the fallback.",
     "kernels/cpu": "The CPU's own kernels: numba and LLVM.",
     "kernels/triton": "A GPU's kernels.",
     "paged_kv/cache": "The bytes in the blocks; the one room that calls kernels.",

@@ -1,8 +1,8 @@
 """Attention of new tokens over paged context on a CPU: fills the worker's record and starts it.
 
-Knows tensors and addresses; same signature and meaning as `naive.attend`. The work of a step is cut
-into items once, for all layers; a call sets a few addresses and starts the worker on torch's
-threads.
+Knows tensors and addresses, never how a microkernel computes; same signature and meaning as
+`naive.attend`. The work of a step is cut into items once, for all layers; a call sets a few
+addresses and starts the worker on torch's threads.
 """
 
 from __future__ import annotations

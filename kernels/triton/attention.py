@@ -1,9 +1,9 @@
 """Attention of new tokens over paged context on a GPU: launches Triton's kernels.
 
-Knows tensors and how a step is cut; same signature and meaning as `naive.attend`. Three launches:
-the sealed body, open blocks with the new tokens, and the merge of all parts, which appends the new
-tokens on the way. A prefill's attention to its own tokens can be left to other kernels
-(`Attender`).
+Knows tensors and how a step is cut, never what happens inside a kernel; same signature and meaning
+as `naive.attend`. Three launches: the sealed body, open blocks with the new tokens, and the merge
+of all parts, which appends the new tokens on the way. A prefill's attention to its own tokens can
+be left to other kernels (`Attender`).
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ class BlockManager(Holdings):
         return self._host_blocks.keep(swapped)
 
     def swap_in(self, swapped: SwappedSequence) -> tuple[int, BlockIds] | None:
-        """Bring a sequence back; None, changing nothing, if too few blocks are free or no seq_id.
+        """Bring a sequence back; None, changing nothing, if too few blocks or no sequence is free.
 
         Returns its seq_id and its new blocks, to which the caller copies `host_block_ids` before
         the next `swap_out`.

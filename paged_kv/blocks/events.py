@@ -1,4 +1,7 @@
-"""What happened to cached blocks, as plain data: for routers and KV-transfer connectors."""
+"""What happened to cached blocks, as plain data: for routers and KV-transfer connectors.
+
+Knows hashes, tokens and block ids, never what is stored in a block.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def export_sequence(
     """Everything that `import_sequence` needs to go on with a sequence, which stays as it is.
 
     `manager` hands out the blocks of `cache`; `model_fingerprint` is what it was made with. Raises
-    `InvalidStepError` while a step is outstanding, or for a seq_id without a sequence.
+    `InvalidStepError` while a step is outstanding, or where no sequence is.
     """
     manager.require_at_rest(seq_id)
     tokens = manager.chain_of(seq_id)
@@ -101,14 +101,15 @@ def import_sequence(
     model_fingerprint: bytes = b"",
     extra_keys: Sequence[ExtraKey] = (),
 ) -> int:
-    """A seq_id for an exported sequence, in blocks of its own.
+    """Bring in an exported sequence, whose seq_id this returns, in blocks of its own.
 
     With prefix caching its complete links can be hit at once. Their hashes are computed here, from
     the tokens and the `extra_keys` that the caller names as for `BlockManager.chain_tokens`; data
     that say otherwise are refused, so that nobody plants blocks under another prefix's hash.
 
-    Raises `TransferError` for data that are corrupt or do not fit, `OutOfBlocksError` where seq_ids
-    or blocks lack, `InvalidStepError` while a step is outstanding; nothing has changed then.
+    Raises `TransferError` for data that are corrupt or do not fit, `OutOfBlocksError` if too few
+    sequences or blocks are free, `InvalidStepError` while a step is outstanding; nothing has
+    changed then.
     """
     sequence, records = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
     seq_id, block_ids = manager.place_sequence(

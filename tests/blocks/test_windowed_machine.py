@@ -1,7 +1,8 @@
-"""Streams beside ordinary sequences: all that a manager does, and after each step what blocks hold.
+"""Windowed sequences beside ordinary sequences: all that a manager does, and after each step what
+blocks hold.
 
-A token is stored as a number that stands for everything it has seen, so a block that a stream
-shares or is given where it must not be is found out.
+A token is stored as a number that stands for everything it has seen, so a block that a windowed
+sequence shares or is given where it must not be is found out.
 """
 
 from __future__ import annotations
@@ -273,7 +274,7 @@ def run_machine(geometry: BlockGeometry) -> None:
 
 
 @ALL_GEOMETRIES
-def test_streams_hold_what_they_see(geometry):
+def test_windowed_ones_hold_what_they_see(geometry):
     run_machine(geometry)
 
 
@@ -306,7 +307,7 @@ def test_blocks_go_as_soon_as_nobody_sees_them(geometry):
 
 @ALL_GEOMETRIES
 def test_a_window_off_by_one_is_seen(geometry, monkeypatch):
-    """Streams that let go of blocks a token too early."""
+    """Windowed sequences that let go of blocks a token too early."""
     evict = growth.evict_blocks
 
     def eager(seq_ids: Any, sinks: Any, windows: Any, *rest: Any) -> int:

@@ -1,4 +1,5 @@
-"""Streams through models, engine and scheduler: the tokens that the definition gives, for ever.
+"""Windowed sequences through models, engine and scheduler: the tokens that the definition gives,
+for ever.
 
 The reference runs a model over a whole sequence at once, without blocks and without its own
 rotary embedding: for each token it places sinks and window as StreamingLLM's cache does.
@@ -121,7 +122,7 @@ def logits_by_definition(name: str, token_ids: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_streams_generate_what_the_definition_says(name):
+def test_windowed_ones_generate_what_the_definition_says(name):
     """Greedy, six times the window, native; the prompt is longer than the window, and in chunks."""
     prompt = zoo.prompts((90,))[0]
     with open_llm(zoo.model(name), sink_window=WINDOW, token_budget=33) as llm:
@@ -145,7 +146,7 @@ def test_the_definition_is_not_full_attention():
 # -- batches ------------------------------------------------------------------------------------
 
 
-def test_streams_and_others_give_the_tokens_that_each_gives_alone():
+def test_windowed_ones_and_others_give_the_tokens_that_each_gives_alone():
     prompts = zoo.prompts(tuple(range(3, 131, 2)))
     options = [params(70, sink_window=WINDOW if i % 2 else None) for i in range(len(prompts))]
     model = zoo.model("llama")
@@ -159,7 +160,7 @@ def test_streams_and_others_give_the_tokens_that_each_gives_alone():
     assert together == alone
 
 
-def test_a_stream_within_its_window_is_an_ordinary_sequence():
+def test_a_windowed_one_within_its_window_is_an_ordinary_sequence():
     with open_llm(zoo.model("llama")) as llm:
         assert tokens_of(llm, zoo.prompts(), params(20)) == tokens_of(
             llm, zoo.prompts(), params(20, sink_window=SinkWindow(4, 170))
@@ -167,7 +168,7 @@ def test_a_stream_within_its_window_is_an_ordinary_sequence():
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_streams_outlive_the_models_length_in_constant_memory(kv_format):
+def test_windowed_ones_outlive_the_models_length_in_constant_memory(kv_format):
     window = SinkWindow(4, 150)
     with open_llm(zoo.model("llama"), kv_format=kv_format, sink_window=window) as llm:
         manager = llm.engine.manager
@@ -191,13 +192,13 @@ def test_chunks_of_a_long_prompt_do_not_matter(token_budget):
 
 
 @pytest.mark.parametrize("swap_space", [0, "64MiB"])
-def test_preempted_streams_go_on_as_they_would_have(swap_space, preempted: list[Request]):
+def test_preempted_windowed_ones_go_on_as_they_would_have(swap_space, preempted: list[Request]):
     prompts = zoo.prompts((30, 90, 60, 100))
     model = zoo.model("llama")
     with open_llm(model, sink_window=WINDOW) as llm:
         expected = tokens_of(llm, prompts, params(90))
         assert not preempted
-    # Three streams hold up to 5 blocks each.
+    # Three windowed sequences hold up to 5 blocks each.
     with open_llm(model, sink_window=WINDOW, num_blocks=13, swap_space=swap_space) as llm:
         assert tokens_of(llm, prompts, params(90)) == expected
         assert preempted
@@ -205,7 +206,7 @@ def test_preempted_streams_go_on_as_they_would_have(swap_space, preempted: list[
         assert host_pool is None or host_pool.peak_allocated
 
 
-def test_samples_of_a_stream_share_its_blocks():
+def test_samples_of_a_windowed_one_share_its_blocks():
     prompt = zoo.prompts((120,))[0]
     with open_llm(zoo.model("llama"), sink_window=WINDOW) as llm:
         (output,) = llm.generate(
@@ -221,7 +222,7 @@ def test_samples_of_a_stream_share_its_blocks():
     assert [tuple(completion.token_ids) for completion in alone.completions] == texts
 
 
-def test_a_stream_without_max_tokens_goes_on_until_it_is_closed():
+def test_a_windowed_one_without_max_tokens_goes_on_until_it_is_closed():
     with open_llm(zoo.model("llama"), sink_window=WINDOW) as llm:
         events = llm.stream([[1, 2, 3]], params(None))
         for _ in range(3 * zoo.MAX_MODEL_LEN):
@@ -254,8 +255,8 @@ def test_nothing_past_sinks_and_window_is_shared(kv_format):
                 assert tokens_of(llm, [prompt], params(40, sink_window=second)) == shared
 
 
-def test_who_waits_for_a_streams_blocks_does_not_wait_for_ever():
-    """A prompt whose next link a stream was to store: it never will."""
+def test_who_waits_for_a_windowed_ones_blocks_does_not_wait_for_ever():
+    """A prompt whose next link a windowed sequence was to store: it never will."""
     prompt = zoo.prompts((300,))[0]
     with open_llm(zoo.model("llama"), num_blocks=300, token_budget=64) as llm:
         together = tokens_of(llm, [prompt, prompt], [params(10, sink_window=WINDOW), params(10)])
@@ -314,7 +315,7 @@ def test_a_window_must_be_a_window():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama4"])
-def test_models_that_cannot_stream_are_refused(name):
+def test_models_that_cannot_windowed_one_are_refused(name):
     with pytest.raises(UnsupportedModelError):
         open_llm(zoo.model(name), sink_window=WINDOW)
     with open_llm(zoo.model(name)) as llm:
@@ -323,7 +324,7 @@ def test_models_that_cannot_stream_are_refused(name):
         assert tokens_of(llm, [[1, 2]], params(3))
 
 
-def test_a_stream_is_not_exported():
+def test_a_windowed_one_is_not_exported():
     with open_llm(zoo.model("llama")) as llm:
         manager = llm.engine.manager
         seq_id = manager.add_sequence(manager.chain_tokens([1], sink_window=WINDOW))
@@ -331,7 +332,7 @@ def test_a_stream_is_not_exported():
             export_sequence(llm.engine.cache, manager, seq_id)
 
 
-def test_a_scheduler_checks_streams_too():
+def test_a_scheduler_checks_windowed_ones_too():
     with open_llm(zoo.model("llama")) as llm:
         scheduler = Scheduler(llm.engine.manager, token_budget=8)
         request = Request("a", [1], 5, sink_window=SinkWindow(4, 3))

@@ -1,4 +1,4 @@
-"""Streams on Triton's kernels, against the definition and the torch reference."""
+"""Windowed sequences on Triton's kernels, against the definition and the torch reference."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ pytestmark = triton_fleet.pytestmark
 @pytest.mark.parametrize("splits", ["few", "many"])
 @pytest.mark.parametrize("sinks", [(4, 130), (0, 200)], ids=str)
 @BASE_FORMATS
-def test_streams_see_exactly_sinks_and_window(kv_format, sinks, splits, request):
-    """Chunks, verify and decode of two streams beside an ordinary sequence."""
+def test_windowed_ones_see_exactly_sinks_and_window(kv_format, sinks, splits, request):
+    """Chunks, verify and decode of two windowed sequences beside an ordinary sequence."""
     if splits == "many":
         request.getfixturevalue("many_splits")
     layer = layer_of(kv_format, heads=1)
@@ -96,7 +96,7 @@ def test_a_layer_with_a_window_of_its_own_keeps_it():
 
 @pytest.mark.parametrize("count", [1, 35])
 @BASE_FORMATS
-def test_rules_of_a_layer_go_with_streams_as_in_the_reference(kv_format, count):
+def test_rules_of_a_layer_go_with_windowed_ones_as_in_the_reference(kv_format, count):
     options = {"softcap": 5.0, "sink_logits": SINKS[:2].cpu(), "sliding_window": 150}
     outputs = []
     for is_triton in (False, True):

@@ -47,7 +47,7 @@ FORMATS = pytest.mark.parametrize(
 
 
 @ON_EVERY_BACKEND
-def test_native_streams_equal_rerotated_keys(backend):
+def test_native_windowed_ones_equal_rerotated_keys(backend):
     """Token by token far beyond the window, in float32: 1e-5 of the definition's own oracle."""
     layer = layer_of(NATIVE)
     fleet = Fleet([layer], max_model_len=64, backend=backend)
@@ -68,7 +68,7 @@ def test_native_streams_equal_rerotated_keys(backend):
     "sinks", [SinkWindow(4, 130), SinkWindow(0, 200), SinkWindow(4, 128)], ids=str
 )
 @FORMATS
-def test_streams_see_exactly_sinks_and_window(kv_format, sinks, backend):
+def test_windowed_ones_see_exactly_sinks_and_window(kv_format, sinks, backend):
     """Prefill in chunks, verify and decode beside an ordinary sequence."""
     fleet = Fleet([layer_of(kv_format)], max_model_len=1200, backend=backend)
     seq_ids, windows = [], {}
@@ -137,7 +137,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("num_sinks", [0, 16, 208, 300])
 @FORMATS
-def test_streams_in_parts_on_two_threads(kv_format, num_sinks, parts):
+def test_windowed_ones_in_parts_on_two_threads(kv_format, num_sinks, parts):
     """Sinks that end within a part, fill several, or are but a piece of a long head."""
     if not kv_format.is_native:
         kv_format = kv_format.with_options(num_sink_tokens=300)
@@ -166,7 +166,9 @@ RULES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @FORMATS
-def test_rules_of_a_layer_go_with_streams_as_in_the_reference(kv_format, rules, dtype, monkeypatch):
+def test_rules_of_a_layer_go_with_windowed_ones_as_in_the_reference(
+    kv_format, rules, dtype, monkeypatch
+):
     """From the first sinks on, which come in two steps; second queries in another layout."""
     attention = fleets.paged_attention
     if not kv_format.is_native:
@@ -197,7 +199,9 @@ def test_rules_of_a_layer_go_with_streams_as_in_the_reference(kv_format, rules, 
 @pytest.mark.parametrize("own_window", [None, 25])
 @pytest.mark.parametrize("num_stored", [0, 5, 90])
 def test_new_sinks_are_sinks_beyond_the_window_too(num_stored, own_window):
-    """More at once than the manager would let a stream have; kernels know only the definition."""
+    """More at once than the manager would let a windowed sequence have; kernels know only the
+    definition.
+    """
     fleet = Fleet([layer_of(NATIVE)], backend="cpu")
     seq_id, _ = add_stream(fleet, None, 400, 1)
     if num_stored:

@@ -136,7 +136,7 @@ def test_layers_without_positions_are_found():
     [("gpt2", "does not embed positions by turning"), ("opt", "does not embed positions by"),
      ("llama4", "attends in chunks")],
 )  # fmt: skip
-def test_models_that_cannot_stream_are_refused(name, reason):
+def test_models_that_cannot_windowed_one_are_refused(name, reason):
     model = PagedModel(zoo.model(name))
     try:
         with pytest.raises(UnsupportedModelError, match=reason):
@@ -157,7 +157,7 @@ def as_a_model_gives(raw: Tensor, positions: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("offset", [0, 1 << 10, 1 << 16, 1_000_000, 4_000_000])
-def test_streams_equal_rerotated_keys_at_any_position(offset):
+def test_windowed_ones_equal_rerotated_keys_at_any_position(offset):
     """Behind its sinks the stream is `offset` tokens further; float32, native: 1e-5."""
     layer = layer_of(NATIVE)
     sinks = SinkWindow(16, 64)
@@ -195,8 +195,8 @@ def test_streams_equal_rerotated_keys_at_any_position(offset):
         assert relative_error(output[-1], expected) <= 1e-5
 
 
-def test_what_is_no_stream_is_left_alone():
-    """To the bit, wherever it is and whatever streams are beside it."""
+def test_what_is_no_windowed_one_is_left_alone():
+    """To the bit, wherever it is and whatever windowed sequences are beside it."""
     raw = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([5000, 70_000, 3])
     is_windowed = torch.tensor([False, True, False])
