@@ -179,7 +179,7 @@ def test_no_seq_id_left_raises():
     manager = manager_of(HAND, max_num_seqs=2)
     manager.add_sequence()
     manager.add_sequence()
-    with pytest.raises(OutOfBlocksError, match="all 2 sequence seq_ids are in use"):
+    with pytest.raises(OutOfBlocksError, match="all 2 sequences are in use"):
         manager.add_sequence()
 
 
