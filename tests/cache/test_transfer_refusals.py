@@ -202,7 +202,7 @@ def test_too_few_blocks_or_seq_ids(prefix_caching):
     fleet.manager.check_integrity()
     fleet = SharingFleet([layer], max_num_seqs=1, prefix_caching=prefix_caching)
     fleet.take(data, stream)
-    assert_refused(fleet, data, r"^all 1 sequences are in use (max_num_seqs)$", OutOfBlocksError)
+    assert_refused(fleet, data, r"^all 1 sequences are in use \(max_num_seqs\)$", OutOfBlocksError)
 
 
 def test_outstanding_steps_and_seq_ids_without_a_sequence():
