@@ -102,7 +102,7 @@ def sealed_launch(
     """
     is_wide = columns > WIDE
     launch = (WIDE_LAUNCHES if is_wide else NARROW_LAUNCHES)[bits, rows]
-    if is_wide and has_groups and has_rules:
+    if is_wide and has_groups and (has_rules or bits == 2):
         return Launch(16, 4, 2)
     if bits == 2 and (has_rules or has_groups):
         num_warps = launch.num_warps if rows == 16 else 2 * launch.num_warps
