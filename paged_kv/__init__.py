@@ -55,9 +55,9 @@ if TYPE_CHECKING:
     from .engine.beam_search import BeamSearchParams as BeamSearchParams
     from .engine.sampling_params import SamplingParams as SamplingParams
     from .entrypoints.llm import LLM as LLM
-    from .entrypoints.llm import Completion as Completion
-    from .entrypoints.llm import RequestOutput as RequestOutput
-    from .entrypoints.llm import StreamEvent as StreamEvent
+    from .entrypoints.outputs import Completion as Completion
+    from .entrypoints.outputs import RequestOutput as RequestOutput
+    from .entrypoints.outputs import StreamEvent as StreamEvent
     from .scheduler.request import Request as Request
     from .scheduler.scheduler import Scheduler as Scheduler
     from .scheduler.statistics import SchedulerStatistics as SchedulerStatistics
@@ -79,21 +79,21 @@ _HOME = {
     "BlockRemoved": "blocks.events",
     "BlockStored": "blocks.events",
     "CacheCleared": "blocks.events",
-    "Completion": "entrypoints.llm",
+    "Completion": "entrypoints.outputs",
     "Fork": "scheduler.step",
     "KVFormat": "cache.formats",
     "LayerSpec": "cache.layer_spec",
     "MemoryStats": "cache.memory_stats",
     "PagedKVCache": "cache.kv_cache",
     "Request": "scheduler.request",
-    "RequestOutput": "entrypoints.llm",
+    "RequestOutput": "entrypoints.outputs",
     "SamplingParams": "engine.sampling_params",
     "ScheduledStep": "scheduler.step",
     "Scheduler": "scheduler.scheduler",
     "SchedulerStatistics": "scheduler.statistics",
     "SinkWindow": "blocks.sink_window",
     "StepPlan": "blocks.step_plan",
-    "StreamEvent": "entrypoints.llm",
+    "StreamEvent": "entrypoints.outputs",
     "SwappedSequence": "blocks.host_blocks",
     "TokenChain": "blocks.token_chain",
     "cache_geometry": "cache.layer_spec",

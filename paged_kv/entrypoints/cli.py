@@ -17,7 +17,8 @@ from ..errors import InvalidRequestError, PagedKVError
 from ..units import format_memory, parse_memory
 
 if TYPE_CHECKING:
-    from .llm import LLM, RequestOutput
+    from .llm import LLM
+    from .outputs import RequestOutput
 
 SAMPLING_OPTIONS: Final = {
     "temperature": (float, "0 is greedy"),

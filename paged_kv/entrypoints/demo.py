@@ -24,7 +24,8 @@ from ..engine.sampling_params import SamplingParams
 from ..models.huggingface import PagedModel
 from ..models.loading import load_model
 from ..units import format_memory
-from .llm import LLM, RequestOutput
+from .llm import LLM
+from .outputs import RequestOutput
 
 MODEL_FOLDER: Final = Path(__file__).parents[1] / "demo_model"
 SUBJECTS: Final = (

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -37,50 +36,8 @@ from ..models.huggingface import PagedModel
 from ..models.loading import load_model, load_tokenizer
 from ..scheduler.statistics import SchedulerStatistics
 from ..validation import is_integer
+from .outputs import Completion, OutputAssembler, RequestOutput, StreamEvent
 from .progress import Progress
-
-
-@dataclass(kw_only=True)
-class Completion:
-    """One continuation. `finish_reason`: "stop", "length" or "error"."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    log_probability: float | None = None  # of all its tokens, with `best_of`; a beam's score
-    error: PagedKVError | None = None
-
-
-@dataclass(kw_only=True)
-class RequestOutput:
-    """A prompt and its `n` continuations."""
-
-    prompt: Prompt
-    prompt_token_ids: list[int]
-    completions: list[Completion]
-
-    @property
-    def text(self) -> str:
-        """The first continuation's text."""
-        return self.completions[0].text
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The first continuation's tokens."""
-        return self.completions[0].token_ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamEvent:
-    """A new token of one continuation: of prompt `prompt_index`, sample `sample_index`."""
-
-    prompt_index: int
-    sample_index: int
-    token_id: int | None
-    text: str
-    finish_reason: str | None
-    log_probability: float | None
-    error: PagedKVError | None
 
 
 class LLM:
@@ -199,33 +156,14 @@ class LLM:
         batch = as_batch(prompts)
         per_prompt = as_params(params, len(batch))
         token_ids = self._check_all(batch, per_prompt, priorities)
-        outputs = [
-            RequestOutput(
-                prompt=prompt,
-                prompt_token_ids=ids,
-                completions=[Completion() for _ in range(p.num_samples)],
-            )
-            for prompt, ids, p in zip(batch, token_ids, per_prompt, strict=True)
-        ]
+        assembler = OutputAssembler(batch, token_ids, per_prompt)
         total = sum(p.num_samples for p in per_prompt)
         with Progress(total, self.engine, show_progress) as progress:
             for event in self._run(token_ids, per_prompt, priorities):
-                completion = outputs[event.prompt_index].completions[event.sample_index]
-                completion.text += event.text
-                if event.token_id is not None:
-                    completion.token_ids.append(event.token_id)
-                completion.finish_reason = event.finish_reason
-                completion.error = event.error
-                if event.log_probability is not None:
-                    completion.log_probability = (
-                        completion.log_probability or 0.0
-                    ) + event.log_probability
+                assembler.add(event)
                 progress.update(is_finished=event.finish_reason is not None)
+        outputs = assembler.outputs
         errors = [c.error for output in outputs for c in output.completions if c.error]
-        for output, p in zip(outputs, per_prompt, strict=True):
-            if p.best_of is not None and not any(c.error for c in output.completions):
-                output.completions.sort(key=mean_log_probability, reverse=True)
-                del output.completions[p.n :]
         if errors:
             raise GenerationError(
                 f"{len(errors)} of {total} requests failed: {errors[0]}", outputs
@@ -395,10 +333,6 @@ class LLM:
             self.engine.abort(request_id)
             self._mailboxes.pop(request_id, None)
             self._processor.drop_request(request_id)
-
-
-def mean_log_probability(completion: Completion) -> float:
-    return (completion.log_probability or 0.0) / max(len(completion.token_ids), 1)
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -19,7 +19,7 @@ from paged_kv import LLM, SamplingParams
 from paged_kv.engine.engine import Engine, SequenceUpdate
 from paged_kv.engine.sampler import sample, uniform_numbers
 from paged_kv.entrypoints.demo import MODEL_FOLDER
-from paged_kv.entrypoints.llm import Completion
+from paged_kv.entrypoints.outputs import Completion
 from paged_kv.errors import (
     ConfigError,
     GenerationError,

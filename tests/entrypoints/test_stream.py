@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from paged_kv.entrypoints.llm import StreamEvent
+from paged_kv.entrypoints.outputs import StreamEvent
 from tests.support.small_llm import (
     NUM_NEW_TOKENS,
     assemble,

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from paged_kv import LLM, SamplingParams
-from paged_kv.entrypoints.llm import Completion, RequestOutput, StreamEvent
+from paged_kv.entrypoints.outputs import Completion, RequestOutput, StreamEvent
 
 MODEL_LEN = 512
 
