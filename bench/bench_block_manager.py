@@ -262,7 +262,11 @@ def scheduler_rows(num_seqs: int, num_steps: int, has_peer: bool) -> list[Row]:
             )
             timer.seconds[f"{name}both{suffix}"] = [sum(pair) for pair in both]
     for _ in range(min(num_seqs // 4, 50)):
-        timer("preempt", scheduler._preempt, scheduler._by_seq_id[scheduler._running[-1]])
+        timer(
+            "preempt",
+            scheduler._preempt,
+            scheduler._running.by_seq_id[scheduler._running.seq_ids[-1]],
+        )
         if peer is not None:
             timer("peer preempt", peer.preempt)
     for request in requests[: min(num_seqs // 4, 50)]:

@@ -132,6 +132,8 @@ def find_admissible(
     for request in waiting:
         if room.is_used_up or num_skipped == MAX_SKIPPED:
             return
+        if request.is_paused:
+            continue
         need = find_need(request, room.num_tokens, manager, may_wait=not room.is_empty)
         if need is None:
             num_skipped += 1

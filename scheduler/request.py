@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.host_blocks import SwappedSequence
 from paged_kv.blocks.sink_window import SinkWindow
@@ -58,6 +60,7 @@ class Request:
     arrival: int | None = field(default=None, init=False)
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     seq_ids: list[int] = field(default_factory=list, init=False)  # while it runs
+    is_paused: bool = field(default=False, init=False)  # it keeps its place and computes nothing
     num_preemptions: int = 0
     times_passed: int = 0  # later requests that were admitted because this one did not fit
     num_prompt_tokens: int = field(init=False)
@@ -79,6 +82,17 @@ class Request:
                 raise InvalidRequestError(f"max_tokens must be an integer, got {self.max_tokens!r}")
             self.max_tokens = int(self.max_tokens)
         self.tokens = TokenChain(token_ids, root=b"")
+
+    def restart(self, output_token_ids: Sequence[int] = ()) -> None:
+        """Back to where no scheduler knows it, with so many output tokens already.
+
+        For one whose scheduler had to `recover`, to be added to it again.
+        """
+        prompt = as_token_ids(self.prompt_token_ids)
+        tokens = np.concatenate([prompt, as_token_ids(output_token_ids)])
+        self.tokens = TokenChain(tokens, root=b"")
+        self.arrival, self.manager, self.swapped, self.seq_ids = None, None, None, []
+        self.status, self.is_paused, self.times_passed = RequestStatus.WAITING, False, 0
 
     @property
     def has_arrived(self) -> bool:

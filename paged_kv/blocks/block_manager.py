@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import ConfigError, InvalidStepError, OutOfBlocksError
 from .events import CacheEvent
-from .geometry import BlockIds, IntArray
+from .geometry import NO_BLOCKS, BlockIds, IntArray
 from .growth import (
     COPIED,
     Needs,
@@ -24,13 +24,13 @@ from .growth import (
     place_blocks,
     take_effect,
 )
-from .holdings import NO_BLOCKS, Holdings
+from .holdings import Holdings
 from .host_blocks import SwappedSequence
 from .prefix_sharing import PrefixMatch
-from .sequences import integer_array
+from .sequences import NO_ROWS, integer_array
 from .sink_window import SinkWindow
 from .step_plan import StepPlan
-from .step_request import checked_request
+from .step_request import StepRequest, checked_request
 from .token_chain import ExtraKey, TokenChain, as_token_ids, root_hash
 
 
@@ -91,10 +91,12 @@ class BlockManager(Holdings):
         """
         if not isinstance(tokens, TokenChain):
             tokens = self.chain_tokens(() if tokens is None else tokens)
-        seq_id = self._start(tokens)
-        self._sharing.share(seq_id, tokens)
-        self.tables.tell_later(np.array([seq_id]))
-        self.sequences.capacity[seq_id] = self.num_computed_tokens[seq_id]
+        self._check_start(tokens)
+        with self._change:
+            seq_id = self._start(tokens)
+            self._sharing.share(seq_id, tokens)
+            self.tables.tell_later(np.array([seq_id]))
+            self.sequences.capacity[seq_id] = self.num_computed_tokens[seq_id]
         return seq_id
 
     def place_sequence(
@@ -113,10 +115,23 @@ class BlockManager(Holdings):
         does so at once.
         """
         self._require_no_step()
-        self.sequences.check_length(tokens)
         num_blocks = self.geometry.count_blocks(num_computed_tokens, num_sealed)
         if num_blocks > self.pool.num_free:
             raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")
+        self._check_start(tokens)
+        with self._change:
+            return self._place(
+                tokens, num_blocks, num_computed_tokens, num_sealed, num_evicted_tokens
+            )
+
+    def _place(
+        self,
+        tokens: TokenChain,
+        num_blocks: int,
+        num_computed_tokens: int,
+        num_sealed: int,
+        num_evicted_tokens: int,
+    ) -> tuple[int, BlockIds]:
         seq_id = self._start(tokens)
         block_ids = self.pool.allocate(num_blocks)
         state = self.sequences.state[seq_id]
@@ -131,9 +146,13 @@ class BlockManager(Holdings):
         self._sharing.follow(seq_id, tokens, 0)
         return seq_id, block_ids
 
-    def _start(self, tokens: TokenChain) -> int:
+    def _check_start(self, tokens: TokenChain) -> None:
+        """Raise before anything has changed unless a sequence of these tokens can begin."""
         self.sequences.check_length(tokens)
+        self.sequences.require_free()
         self._sharing.hash(tokens)
+
+    def _start(self, tokens: TokenChain) -> int:
         seq_id = self.sequences.start(tokens)
         if tokens.sink_window is not None:
             self.tables.make_room(tokens.sink_window.max_stored(self.geometry))
@@ -142,7 +161,8 @@ class BlockManager(Holdings):
     def publish_sequence(self, seq_id: int) -> None:
         """Make the complete links of a placed sequence, whose blocks are written, findable."""
         self.require_at_rest(seq_id)
-        self._sharing.publish(np.array([seq_id]))
+        with self._change:
+            self._sharing.publish(np.array([seq_id]))
 
     def append_tokens(
         self, seq_ids: ArrayLike, token_ids: ArrayLike, counts: ArrayLike | None = None
@@ -174,11 +194,12 @@ class BlockManager(Holdings):
         rows = (new_lengths > sequences.token_capacity[seq_ids]).nonzero()[0]
         if len(rows):
             sequences.check_new_lengths(seq_ids[rows], new_lengths[rows])
-        if sequences.num_windowed:
-            sequences.make_room_for_tokens(int(new_lengths.max(initial=0)))
-        sequences.write_tokens(seq_ids, lengths, new_lengths, token_ids, counts)
-        if len(rows):
-            self._sharing.tokens_came(seq_ids[rows])
+        with self._change:
+            if sequences.num_windowed:
+                sequences.make_room_for_tokens(int(new_lengths.max(initial=0)))
+            sequences.write_tokens(seq_ids, lengths, new_lengths, token_ids, counts)
+            if len(rows):
+                self._sharing.tokens_came(seq_ids[rows])
 
     def fork(self, seq_id: int) -> int:
         """The seq_id of a copy of a sequence: it shares every block.
@@ -187,16 +208,19 @@ class BlockManager(Holdings):
         writes to it.
         """
         self.require_at_rest(seq_id)
-        child = self.sequences.fork(seq_id)
-        self.pool.share(self.tables.block_ids(seq_id))
-        self.tables.copy(seq_id, child)
-        self._sharing.forked(child)
+        self.sequences.require_free()
+        with self._change:
+            child = self.sequences.fork(seq_id)
+            self.pool.share(self.tables.block_ids(seq_id))
+            self.tables.copy(seq_id, child)
+            self._sharing.forked(child)
         return child
 
     def remove_sequence(self, seq_id: int) -> None:
         """Give every block of a sequence back, and its seq_id."""
         self.require_at_rest(seq_id)
-        self._remove(seq_id, self.tables.block_ids(seq_id))
+        with self._change:
+            self._remove(seq_id, self.tables.block_ids(seq_id))
 
     def _remove(self, seq_id: int, block_ids: BlockIds) -> None:
         self.pool.release(block_ids)
@@ -224,19 +248,19 @@ class BlockManager(Holdings):
         """
         self.require_at_rest(seq_id)
         block_ids = self.tables.block_ids(seq_id)
-        host_block_ids = self._host_blocks.allocate(len(block_ids))
-        if host_block_ids is None:
+        if not self._host_blocks.has_room(len(block_ids)):
             return None
-        swapped = SwappedSequence(
-            tokens=self.chain_of(seq_id),
-            num_computed_tokens=int(self.num_computed_tokens[seq_id]),
-            num_sealed=int(self.num_sealed[seq_id]),
-            num_evicted_tokens=int(self.num_evicted_tokens[seq_id]),
-            device_block_ids=block_ids,
-            host_block_ids=host_block_ids,
-        )
-        self._remove(seq_id, block_ids)
-        return self._host_blocks.keep(swapped)
+        with self._change:
+            swapped = SwappedSequence(
+                tokens=self.chain_of(seq_id),
+                num_computed_tokens=int(self.num_computed_tokens[seq_id]),
+                num_sealed=int(self.num_sealed[seq_id]),
+                num_evicted_tokens=int(self.num_evicted_tokens[seq_id]),
+                device_block_ids=block_ids,
+                host_block_ids=self._host_blocks.allocate(len(block_ids)),
+            )
+            self._remove(seq_id, block_ids)
+            return self._host_blocks.keep(swapped)
 
     def swap_in(self, swapped: SwappedSequence) -> tuple[int, BlockIds] | None:
         """Bring a sequence back; None, changing nothing, if too few blocks or no sequence is free.
@@ -244,27 +268,38 @@ class BlockManager(Holdings):
         Returns its seq_id and its new blocks, to which the caller copies `host_block_ids` before
         the next `swap_out`.
         """
+        self._require_no_step()
         self._host_blocks.require(swapped)
-        if len(swapped.host_block_ids) > self.pool.num_free or not self.num_free_seqs:
+        num_blocks = len(swapped.host_block_ids)
+        if num_blocks > self.pool.num_free or not self.num_free_seqs:
             return None
-        seq_id, block_ids = self.place_sequence(
-            swapped.tokens,
-            swapped.num_computed_tokens,
-            swapped.num_sealed,
-            swapped.num_evicted_tokens,
-        )
-        self.discard_swapped(swapped)
-        return seq_id, block_ids
+        self._check_start(swapped.tokens)
+        with self._change:
+            placed = self._place(
+                swapped.tokens,
+                num_blocks,
+                swapped.num_computed_tokens,
+                swapped.num_sealed,
+                swapped.num_evicted_tokens,
+            )
+            self._host_blocks.discard(swapped)
+        return placed
 
     def discard_swapped(self, swapped: SwappedSequence) -> None:
         """Give the host blocks of a sequence back."""
-        self._host_blocks.discard(swapped)
+        self._host_blocks.require(swapped)
+        with self._change:
+            self._host_blocks.discard(swapped)
 
     # -- the prefix cache -----------------------------------------------------------------------
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks; raises `InvalidStepError` while a sequence lives."""
-        self._sharing.reset()
+        num_living = len(self.living_seq_ids)
+        if self.prefix_cache is not None and num_living:
+            raise InvalidStepError(f"the prefix cache is in use by {num_living} sequences")
+        with self._change:
+            self._sharing.reset()
 
     def take_events(self) -> list[CacheEvent]:
         """What was stored in and removed from the prefix cache since the last call."""
@@ -326,6 +361,14 @@ class BlockManager(Holdings):
         needs = self._needs(changed, request.after[rows], request.certain[rows])
         if needs.num_new_blocks > self.pool.num_free:
             return None
+        with self._change:
+            self._outstanding = self._take_blocks(request, rows, changed, needs)
+        return self._outstanding
+
+    def _take_blocks(
+        self, request: StepRequest, rows: IntArray, changed: IntArray, needs: Needs
+    ) -> StepPlan:
+        """The plan of a step, of whose N sequences those in `rows`, `changed`, need blocks."""
         new_ids = self.pool.allocate(needs.num_new_blocks)
         open_end = needs.num_sealed + needs.num_opened
         seal_ids, open_ids = new_ids[: needs.num_sealed], new_ids[needs.num_sealed : open_end]
@@ -337,7 +380,7 @@ class BlockManager(Holdings):
         if needs.num_copied:
             copy_sources = self.tables.last_ids(changed[counts[:, COPIED] > 0])
             self.pool.leave(copy_sources)
-        self._outstanding = StepPlan(
+        return StepPlan(
             number=self._num_committed,
             seq_ids=request.seq_ids,
             num_scheduled_tokens=request.num_new_tokens,
@@ -355,16 +398,30 @@ class BlockManager(Holdings):
             freed_block_ids=freed_ids,
             table_update=self.tables.take_update(),
         )
-        return self._outstanding
 
-    def commit(self, plan: StepPlan, num_kept_tokens: ArrayLike | None = None) -> BlockIds:
+    def commit(
+        self,
+        plan: StepPlan,
+        num_kept_tokens: ArrayLike | None = None,
+        *,
+        spoilt_seq_ids: IntArray = NO_ROWS,
+    ) -> BlockIds:
         """The step's writes are done: its tokens are stored, the blocks it replaced are let go.
 
-        `num_kept_tokens` [N] keeps fewer tokens of sequences that had draft tokens. Returns the
-        blocks that windowed sequences let go on top of `plan.freed_block_ids`.
+        `num_kept_tokens` [N] keeps fewer tokens of sequences that had draft tokens. Of sequences
+        whose results are not finite, `spoilt_seq_ids`, nothing can be found by others any more,
+        neither what they stored nor what they share. Returns the blocks that windowed sequences let
+        go on top of `plan.freed_block_ids`.
         """
         self._require_step(plan)
         after = plan.context_lens + plan.kept_tokens(num_kept_tokens)
+        with self._change:
+            evicted_ids = self._store(plan, after, spoilt_seq_ids)
+            self._num_committed += 1
+            self._outstanding = None
+        return evicted_ids
+
+    def _store(self, plan: StepPlan, after: IntArray, spoilt_seq_ids: IntArray) -> BlockIds:
         changed = plan.seq_ids[plan.changed_rows]
         sequences = self.sequences
         sequences.capacity[changed], unused_ids = take_effect(
@@ -381,11 +438,10 @@ class BlockManager(Holdings):
         for block_ids in (unused_ids, plan.freed_block_ids):
             if len(block_ids):
                 self.pool.release(block_ids)
+        if len(spoilt_seq_ids):
+            self._sharing.withdraw(spoilt_seq_ids)
         self._sharing.publish(changed)
-        evicted_ids = NO_BLOCKS if plan.window_sizes is None else self._evict(plan.seq_ids)
-        self._num_committed += 1
-        self._outstanding = None
-        return evicted_ids
+        return NO_BLOCKS if plan.window_sizes is None else self._evict(plan.seq_ids)
 
     def _evict(self, seq_ids: IntArray) -> BlockIds:
         """Let go of the blocks of windowed sequences that no later token sees."""
@@ -412,11 +468,12 @@ class BlockManager(Holdings):
     def rollback(self, plan: StepPlan) -> None:
         """The step did not happen: the new blocks go back, nothing else has changed."""
         self._require_step(plan)
-        self.pool.release(plan.new_block_ids)
-        self.pool.rejoin(plan.copy_sources)
-        self.tables.tell_later(plan.table_update.seq_ids)
-        self.tables.tell_later(plan.seq_ids[plan.changed_rows])
-        self._outstanding = None
+        with self._change:
+            self.pool.release(plan.new_block_ids)
+            self.pool.rejoin(plan.copy_sources)
+            self.tables.tell_later(plan.table_update.seq_ids)
+            self.tables.tell_later(plan.seq_ids[plan.changed_rows])
+            self._outstanding = None
 
     def _require_no_step(self) -> None:
         if self._outstanding is not None:

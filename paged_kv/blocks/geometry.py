@@ -19,6 +19,7 @@ from ..errors import ConfigError
 
 IntArray = NDArray[np.int64]
 BlockIds = NDArray[np.int32]
+NO_BLOCKS: Final[BlockIds] = np.empty(0, dtype=np.int32)
 
 # Places in `BlockGeometry.sizes`: plain integers, because numba is slow to take records.
 BLOCK_SIZE: Final = 0

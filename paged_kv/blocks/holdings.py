@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..change import Change
 from ..errors import ConfigError
 from .block_pool import BlockPool
 from .block_tables import BlockTables
-from .geometry import BlockGeometry, BlockIds, IntArray
+from .geometry import NO_BLOCKS, BlockGeometry, BlockIds, IntArray
 from .host_blocks import HostBlocks
 from .prefix_cache import PrefixCache
 from .prefix_sharing import NoPrefixSharing, PrefixSharing, PrefixStatistics
 from .sequences import Sequences
 from .step_plan import StepPlan
 from .token_chain import TokenIds, root_hash
-
-NO_BLOCKS: BlockIds = np.empty(0, dtype=np.int32)
 
 
 class Holdings:
@@ -42,21 +41,51 @@ class Holdings:
         self.geometry = geometry
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        self.sequences = Sequences(geometry, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
-        self.tables = BlockTables(geometry, self.sequences)
-        cache = PrefixCache(num_blocks, record_events=record_events) if prefix_caching else None
-        self.pool = BlockPool(num_blocks, cache)
-        self._sharing = (
-            NoPrefixSharing(self.sequences)
-            if cache is None
-            else PrefixSharing(self.sequences, self.tables, self.pool, cache)
-        )
-        self._host_blocks = HostBlocks(num_host_blocks)
         self._fingerprint = fingerprint
         self._root = root_hash(fingerprint)
         self._evicted_ids: BlockIds = np.empty(1024, dtype=np.int32)
-        self._outstanding: StepPlan | None = None
         self._num_committed = 0  # plans
+        self._change = Change("block manager")
+        cache = PrefixCache(num_blocks, record_events=record_events) if prefix_caching else None
+        self._begin_empty(num_blocks, cache, num_host_blocks)
+
+    def _begin_empty(
+        self, num_blocks: int, cache: PrefixCache | None, num_host_blocks: int
+    ) -> None:
+        """Make everything that holds sequences or blocks, with none of them in use."""
+        sequences = Sequences(
+            self.geometry, max_num_seqs=self.max_num_seqs, max_model_len=self.max_model_len
+        )
+        tables, pool = BlockTables(self.geometry, sequences), BlockPool(num_blocks, cache)
+        self._sharing = (
+            NoPrefixSharing(sequences)
+            if cache is None
+            else PrefixSharing(sequences, tables, pool, cache)
+        )
+        self.sequences, self.tables, self.pool = sequences, tables, pool
+        self._host_blocks = HostBlocks(num_host_blocks)
+        self._outstanding: StepPlan | None = None
+
+    def recover(self) -> None:
+        """Drop every sequence, swapped ones too, and forget all cached blocks.
+
+        What comes after an exception that cut off a change, which the next one is refused for. It
+        may itself be cut off, and called again. Plans go on in their order.
+        """
+        self._change.is_unfinished = True
+        statistics, cache, host_pool = self.prefix_statistics, self.prefix_cache, self.host_pool
+        self._begin_empty(
+            self.num_blocks,
+            None if cache is None else cache.emptied(self.num_blocks),
+            0 if host_pool is None else host_pool.num_blocks,
+        )
+        self._sharing.statistics = statistics
+        self._change.is_unfinished = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no exception has cut off a change: else `recover` comes first."""
+        return not self._change.is_unfinished
 
     # -- what it holds --------------------------------------------------------------------------
 

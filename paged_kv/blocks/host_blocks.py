@@ -29,10 +29,12 @@ class HostBlocks:
         self.pool = BlockPool(num_blocks) if num_blocks else None
         self._swapped: set[int] = set()  # identities of the sequences
 
-    def allocate(self, num_blocks: int) -> BlockIds | None:
-        """So many host blocks; None, taking none, if too few are free."""
-        if self.pool is None or num_blocks > self.pool.num_free:
-            return None
+    def has_room(self, num_blocks: int) -> bool:
+        return self.pool is not None and num_blocks <= self.pool.num_free
+
+    def allocate(self, num_blocks: int) -> BlockIds:
+        """So many host blocks, for which there has to be room."""
+        assert self.pool is not None
         return self.pool.allocate(num_blocks)
 
     def keep(self, swapped: SwappedSequence) -> SwappedSequence:
@@ -46,8 +48,7 @@ class HostBlocks:
             raise InvalidStepError("this sequence was swapped in or discarded before")
 
     def discard(self, swapped: SwappedSequence) -> None:
-        """Give the host blocks of a sequence back."""
-        self.require(swapped)
+        """Give the host blocks of a sequence, which still lies in them, back."""
         assert self.pool is not None
         self.pool.release(swapped.host_block_ids)
         self._swapped.remove(id(swapped))

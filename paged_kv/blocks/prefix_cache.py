@@ -27,6 +27,13 @@ class PrefixCache:
         # Hashes that living sequences are about to store, and how many sequences.
         self._pending: dict[bytes, int] = {}
 
+    def emptied(self, num_blocks: int) -> PrefixCache:
+        """One that knows nothing, in place of this one; its events go on with those of this one."""
+        cache = PrefixCache(num_blocks, record_events=self.records_events)
+        if self._events is not None:
+            cache._events = [*self._events, CacheCleared()]
+        return cache
+
     @property
     def num_cached(self) -> int:
         return len(self._block_of)
@@ -99,6 +106,14 @@ class PrefixCache:
                 for block_hash, block_id in zip(block_hashes, block_ids, strict=True)
             ]
         return block_ids
+
+    def withdraw(self, block_ids: list[int]) -> None:
+        """Let nobody find these cached blocks any more; they are in use, and stay so."""
+        for block_id in block_ids:
+            block_hash = self._hash_of.pop(block_id)
+            del self._block_of[block_hash]
+            self.record(BlockRemoved(block_hash=block_hash, block_id=block_id))
+        self.is_cached[block_ids] = False
 
     def clear(self) -> list[int]:
         """Forget everything; returns the blocks, all of which must be idle."""

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import InvalidStepError
 from .block_pool import BlockPool
 from .block_tables import BlockTables
 from .events import BlockStored, CacheEvent
@@ -87,8 +86,11 @@ class NoPrefixSharing:
     def stop(self, seq_ids: IntArray) -> None:
         """Nothing past a gap is ever found: what others wait for will not come."""
 
+    def withdraw(self, seq_ids: IntArray) -> None:
+        """Nobody finds the blocks of these sequences any more, nor any that they store later."""
+
     def reset(self) -> None:
-        """Forget all cached blocks; raises `InvalidStepError` while a sequence lives."""
+        """Forget all cached blocks, of which no sequence uses any."""
 
     def take_events(self) -> list[CacheEvent]:
         """What was stored in and removed from the cache since the last call."""
@@ -205,6 +207,12 @@ class PrefixSharing(NoPrefixSharing):
             self._num_expected[seq_id] = 0
             self._link_limits[seq_id] = self._num_published[seq_id]
 
+    def withdraw(self, seq_ids: IntArray) -> None:
+        self.stop(seq_ids)
+        for seq_id in seq_ids.tolist():
+            block_ids = self._tables.block_ids(seq_id)
+            self.cache.withdraw(block_ids[self.cache.is_cached[block_ids]].tolist())
+
     def _unpublished_hashes(self, seq_id: int) -> list[bytes]:
         """Of the links that others may wait for."""
         published, expected = self._num_published.item(seq_id), self._num_expected.item(seq_id)
@@ -251,9 +259,6 @@ class PrefixSharing(NoPrefixSharing):
     # -- the cache as a whole -------------------------------------------------------------------
 
     def reset(self) -> None:
-        num_living = len(self._sequences.living)
-        if num_living:
-            raise InvalidStepError(f"the prefix cache is in use by {num_living} sequences")
         self._pool.reset_cache()
 
     def take_events(self) -> list[CacheEvent]:

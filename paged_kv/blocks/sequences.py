@@ -110,13 +110,16 @@ class Sequences:
                 f"{self.max_model_len}"
             )
 
+    def require_free(self) -> None:
+        """Raise `OutOfBlocksError` where no sequence can begin."""
+        if not self._free_seq_ids:
+            raise OutOfBlocksError(f"all {self.max_num_seqs} sequences are in use (max_num_seqs)")
+
     def start(self, tokens: TokenChain) -> int:
-        """The id of a new sequence that stores nothing yet; raises `OutOfBlocksError` without one.
+        """The id of a new sequence that stores nothing yet; there has to be a free one.
 
         Its `token_capacity` is its length limit.
         """
-        if not self._free_seq_ids:
-            raise OutOfBlocksError(f"all {self.max_num_seqs} sequences are in use (max_num_seqs)")
         length, sink_window = len(tokens.token_ids), tokens.sink_window
         self.make_room_for_tokens(length)
         seq_id = self._free_seq_ids.pop()
@@ -140,8 +143,6 @@ class Sequences:
 
     def fork(self, seq_id: int) -> int:
         """The id of a copy of a sequence; the blocks of both have to be looked at anew."""
-        if not self._free_seq_ids:
-            raise OutOfBlocksError(f"all {self.max_num_seqs} sequences are in use (max_num_seqs)")
         child = self._free_seq_ids.pop()
         length = int(self.num_tokens[seq_id])
         for array in self._arrays:

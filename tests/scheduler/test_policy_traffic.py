@@ -74,7 +74,8 @@ class Traffic:
     def step(self) -> None:
         rng, scheduler = self.rng, self.scheduler
         was_running = {
-            seq_id: scheduler._by_seq_id[seq_id] for seq_id in scheduler._running.tolist()
+            seq_id: scheduler._running.by_seq_id[seq_id]
+            for seq_id in scheduler._running.seq_ids.tolist()
         }
         step = scheduler.schedule()
         if step is None:
@@ -82,7 +83,7 @@ class Traffic:
             return
         admitted = [
             request
-            for request in scheduler._by_seq_id[scheduler._running].tolist()
+            for request in scheduler._running.by_seq_id[scheduler._running.seq_ids].tolist()
             if request not in was_running.values()
         ]
         assert not (admitted and step.preempted)

@@ -164,7 +164,7 @@ def check_contents(scheduler: Scheduler, contents: BlockContents) -> None:
 
 def salt_of(scheduler: Scheduler, seq_id: int) -> int:
     """The salts of these tests are numbers."""
-    return sum(map(int, scheduler._by_seq_id[seq_id].extra_keys))
+    return sum(map(int, scheduler._running.by_seq_id[seq_id].extra_keys))
 
 
 # -- abort ----------------------------------------------------------------------------------------
