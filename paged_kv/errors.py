@@ -45,6 +45,10 @@ class NonFiniteLogitsError(PagedKVError, ArithmeticError):
     """The model produced NaN or infinite logits for a request; only that request ends."""
 
 
+class StepFailedError(PagedKVError, RuntimeError):
+    """A step raised an exception, which is the cause of this; the requests of that step end."""
+
+
 class GenerationError(PagedKVError):
     """Some requests of a `generate` call failed while they ran.
 

@@ -95,6 +95,10 @@ class Request:
         self.status, self.is_paused, self.times_passed = RequestStatus.WAITING, False, 0
 
     @property
+    def is_unfinished(self) -> bool:
+        return self.status is not RequestStatus.FINISHED
+
+    @property
     def has_arrived(self) -> bool:
         """Whether a scheduler knows it, or has known it."""
         return self.arrival is not None

@@ -134,6 +134,18 @@ class BeamSearch:
     num_generated: int = 0
     hypotheses: list[Hypothesis] = field(default_factory=list)
     error: PagedKVError | None = None
+    is_done: bool = False  # over, and reported
+
+    def restart(self) -> None:
+        """Back to where no scheduler knows it: it finds everything once more."""
+        self.beams, self.num_generated, self.error = [Beam([], 0.0)], 0, None
+        self.hypotheses.clear()
+        self.request.restart()
+
+    def fail(self, error: PagedKVError) -> None:
+        """It is over, with this error."""
+        self.beams, self.error = [], error
+        self.hypotheses.clear()
 
     @property
     def is_over(self) -> bool:

@@ -6,80 +6,36 @@ One direction: nothing that a step decides later reaches back into what it decid
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock, get_ident
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..blocks.sink_window import SinkWindow
-from ..cache.step_staging import StagedArray
-from ..errors import InvalidRequestError, PagedKVError, PromptTooLongError
-from ..scheduler.request import Request, RequestStatus
+from ..change import Change
+from ..errors import (
+    InvalidRequestError,
+    InvalidStepError,
+    PagedKVError,
+    StepFailedError,
+)
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import Fork, ScheduledStep
-from .beam_search import Beam, BeamOutput, BeamSearch, BeamSearchParams, find_branching
+from .beam_search import BeamSearch, BeamSearchParams
+from .intake import Intake
+from .live_request import (
+    BeamShortlist,
+    LiveRequest,
+    SearchUpdate,
+    SequenceUpdate,
+    TokenDraw,
+)
 from .model_runner import ModelRunner
-from .sampler import Draw, Shortlist, sample, sampling_arrays, uniform_numbers
+from .sampler import sample, sampling_arrays, uniform_numbers
 from .sampling_params import SamplingParams
-
-
-class SequenceUpdate(NamedTuple):
-    """What one step did for one request. `finish_reason`: "stop", "length" or "error"."""
-
-    request_id: str
-    token_id: int | None  # None with an error
-    finish_reason: str | None
-    log_probability: float | None = None  # of the token, where the request asks for `best_of`
-    error: PagedKVError | None = None
-
-
-class SearchUpdate(NamedTuple):
-    """A beam search is over."""
-
-    request_id: str
-    output: BeamOutput
-
-
-@dataclass(eq=False)
-class LiveRequest:
-    """A request with everything that its sampling needs.
-
-    `siblings` are further samples of the same prompt: they start as forks when the prompt is
-    computed, and until then only wait here.
-    """
-
-    request: Request
-    params: SamplingParams
-    seed: int
-    sample_index: int
-    end_token_ids: frozenset[int]
-    siblings: list[LiveRequest] = field(default_factory=list)
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class TokenDraw(Draw):
-    """The next token of a request; the first one of a sibling is drawn from its leader's row."""
-
-    live: LiveRequest
-    leader: LiveRequest | None = None
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether the request is still there, and what it was: it may be aborted in any step."""
-        if self.leader is not None and self.live not in self.leader.siblings:
-            return False
-        return self.live.request.status is not RequestStatus.FINISHED
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class BeamShortlist(Shortlist):
-    """What a beam may go on with."""
-
-    search: BeamSearch
-    beam: Beam
 
 
 class Engine:
@@ -97,15 +53,78 @@ class Engine:
         self.cache = runner.cache
         self.scheduler = scheduler
         self.manager = scheduler.manager
-        self.sink_window = sink_window
-        self.end_token_ids = frozenset(t for t in end_token_ids if 0 <= t < self.model.vocab_size)
+        ends = frozenset(t for t in end_token_ids if 0 <= t < self.model.vocab_size)
+        self.intake = Intake(self.model, scheduler, ends, sink_window)
+        self.num_steps = 0
         self._live: dict[str, LiveRequest] = {}
         self._searches: dict[str, BeamSearch] = {}
-        self.num_steps = 0
+        self._aborted: deque[str] = deque()  # ids whose requests are still to be taken out
+        self._ended: list[str] = []  # ids, as `take_ended` tells them
+        self._last_step: ScheduledStep | None = None
+        self._change = Change("engine")
+        self._lock = Lock()
+        self._owner: int | None = None  # the thread that holds the lock
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished
+        return bool(self._live or self._searches)
+
+    # -- turns ----------------------------------------------------------------------------------
+
+    @property
+    def _is_inside(self) -> bool:
+        """Whether this very thread is in the middle of a turn: something that it calls is back."""
+        return self._lock.locked() and self._owner == get_ident()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One thread at a time, on an engine that is whole, and that is left whole.
+
+        What an exception cuts off is undone before anybody sees the exception. Where another one
+        strikes while that is done, the next turn begins with it.
+        """
+        if self._is_inside:
+            raise InvalidStepError("the engine is in the middle of a step, which calls it again")
+        with self._lock:
+            self._owner = get_ident()
+            try:
+                self._mend()
+                self._take_out_aborted()
+                yield
+                self._take_out_aborted()
+            except BaseException:
+                self._mend()
+                raise
+            finally:
+                self._owner = None
+
+    def _mend(self) -> None:
+        """Undo what was cut off: a step that was not updated, or else everything but the tokens."""
+        if self._change.is_unfinished or not self.scheduler.is_whole:
+            self._recover()
+        elif self.scheduler.step is not None:
+            self.scheduler.cancel(self.scheduler.step)
+
+    def _recover(self) -> None:
+        """Start from an empty pool: every request computes the tokens that it has once more."""
+        self._change.is_unfinished = True
+        self.scheduler.recover()
+        for request_id in self._aborted:
+            self._searches.pop(request_id, None)
+            if request_id in self._live:
+                self._live[request_id].finish_reason = "abort"
+        for live in list(self._live.values()):
+            if live.finish_reason is None:
+                live.finish_reason = "error" if live.error is not None else live.end
+            if live.finish_reason is None:
+                live.restart()
+                self.scheduler.add(live.request)
+            else:
+                del self._live[live.request_id]
+        for search in self._searches.values():
+            search.restart()
+            self.scheduler.add(search.request)
+        self._change.is_unfinished = False
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -116,169 +135,173 @@ class Engine:
         params: SamplingParams,
         *,
         priority: int = 0,
-    ) -> None:
+    ) -> list[LiveRequest]:
         """Queue a request; raises `InvalidRequestError` and queues nothing if it cannot be served.
 
-        One id for each of its samples. `max_tokens` beyond the model's length is cut to what is
-        left after the prompt. Stop strings are not looked at: they are text.
+        One id for each of its samples, of which this returns what becomes of them. `max_tokens`
+        beyond the model's length is cut to what is left after the prompt; None is what the pool
+        holds too. Stop strings are not looked at: they are text.
         """
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         if len(ids) != params.num_samples or len(set(ids)) != len(ids):
             raise InvalidRequestError(f"{params.num_samples} samples need as many ids, got {ids}")
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        ends = frozenset() if params.ignore_eos else self.end_token_ids
-        samples = []
-        for sample_index, request_id in enumerate(ids):
-            self._check_id(request_id)
-            samples.append(
-                LiveRequest(
-                    request=self.check_request(
-                        request_id, prompt_token_ids, params, priority=priority
-                    ),
+        with self._turn():
+            samples = []
+            for sample_index, request_id in enumerate(ids):
+                self._check_id(request_id)
+                request = self.intake.request(request_id, prompt_token_ids, params, priority)
+                live = LiveRequest(
+                    request=request,
                     params=params,
                     seed=seed,
                     sample_index=sample_index,
-                    end_token_ids=frozenset(params.stop_token_ids) | ends,
+                    end_token_ids=self.intake.end_token_ids(params),
                 )
-            )
-        samples[0].siblings = samples[1:]
-        self.scheduler.add(samples[0].request)
-        self._live |= {live.request.request_id: live for live in samples}
+                samples.append(live)
+            leader, *siblings = samples
+            leader.siblings = siblings
+            for sibling in siblings:
+                sibling.leader = leader
+            with self._change:
+                self.scheduler.add(leader.request)
+                self._live |= {live.request_id: live for live in samples}
+        return samples
 
     def add_search(
         self, request_id: str, prompt_token_ids: Sequence[int], params: BeamSearchParams
-    ) -> None:
-        """Queue a beam search; raises as `check_search` does, and queues nothing then."""
-        self._check_id(request_id)
-        search = self.check_search(request_id, prompt_token_ids, params)
-        self.scheduler.add(search.request)
-        self._searches[request_id] = search
-
-    def check_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        priority: int = 0,
-    ) -> Request:
-        """The request as it would be queued; raises `InvalidRequestError` if it cannot be."""
-        sink_window = params.sink_window or self.sink_window
-        if sink_window is not None:
-            _ = self.model.rotations  # or it raises
-        return self._checked_request(request_id, prompt_token_ids, params, priority, sink_window)
-
-    def check_search(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: BeamSearchParams
     ) -> BeamSearch:
-        """The search as it would be queued; it is not windowed, whatever the engine's setting.
-
-        Raises `InvalidRequestError` for a prompt that cannot be served, `OutOfBlocksError` where
-        its beams might not fit.
-        """
-        request = self._checked_request(request_id, prompt_token_ids, params.request_params())
-        request.branching = find_branching(
-            self.manager.geometry,
-            request,
-            params.num_beams,
-            max_seqs=self.manager.max_num_seqs,
-            num_blocks=self.manager.num_blocks,
-        )
-        assert request.max_tokens is not None
-        ends = frozenset() if params.ignore_eos else self.end_token_ids
-        return BeamSearch(
-            params=params,
-            request=request,
-            max_tokens=request.max_tokens,
-            end_token_ids=frozenset(params.stop_token_ids) | ends,
-        )
-
-    def _checked_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        priority: int = 0,
-        sink_window: SinkWindow | None = None,
-    ) -> Request:
-        self._check_prompt(prompt_token_ids, is_windowed=sink_window is not None)
-        self._check_in_vocabulary(params.stop_token_ids)
-        max_tokens = params.max_tokens
-        if sink_window is None:
-            room = self.manager.max_model_len - len(prompt_token_ids)
-            max_tokens = room if max_tokens is None else min(max_tokens, room)
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=prompt_token_ids,
-            max_tokens=max_tokens,
-            priority=priority,
-            extra_keys=() if params.cache_salt is None else (params.cache_salt,),
-            sink_window=sink_window,
-        )
-        self.scheduler.check(request)
-        return request
+        """Queue a beam search; raises as `Intake.search` does, and queues nothing then."""
+        with self._turn():
+            self._check_id(request_id)
+            search = self.intake.search(request_id, prompt_token_ids, params)
+            with self._change:
+                self.scheduler.add(search.request)
+                self._searches[request_id] = search
+        return search
 
     def _check_id(self, request_id: str) -> None:
         if request_id in self._live or request_id in self._searches:
             raise InvalidRequestError(f"request id {request_id!r} is already in use")
 
-    def _check_prompt(self, prompt_token_ids: Sequence[int], *, is_windowed: bool) -> None:
-        if not prompt_token_ids:
-            raise InvalidRequestError("the prompt is empty")
-        if not is_windowed and len(prompt_token_ids) >= self.manager.max_model_len:
-            raise PromptTooLongError(
-                f"a prompt of {len(prompt_token_ids)} tokens leaves no room for output within "
-                f"the model length of {self.manager.max_model_len}"
-            )
-        self._check_in_vocabulary(prompt_token_ids)
-
-    def _check_in_vocabulary(self, token_ids: Sequence[int]) -> None:
-        vocab_size = self.model.vocab_size
-        for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(
-                    f"token id {token_id} is outside the vocabulary of {vocab_size}"
-                )
-
     def abort(self, request_id: str) -> bool:
-        """End a request or a search and free its blocks; False when it is not known, or over."""
+        """End a request or a search and free its blocks; False when it is not known, or over.
+
+        Any thread may call it. In the middle of a step it takes effect when the step ends.
+        """
+        is_known = request_id in self._live or request_id in self._searches
+        is_known = is_known and request_id not in self._aborted
+        self.abort_all([request_id])
+        return is_known
+
+    def abort_all(self, request_ids: Iterable[str]) -> None:
+        """End these requests and searches, as far as they are not over; as `abort` does."""
+        self._aborted.extend(request_ids)
+        if not self._is_inside:  # else the turn takes them out when it ends
+            with self._turn():
+                pass
+
+    def _take_out_aborted(self) -> None:
+        while self._aborted:
+            with self._change:
+                self._take_out(self._aborted[0])
+            self._aborted.popleft()
+
+    def _take_out(self, request_id: str) -> None:
+        """End what is known by this id, if anything is."""
         search = self._searches.pop(request_id, None)
         if search is not None:
             self.scheduler.finish(search.request)
-            return True
-        live = self._live.pop(request_id, None)
+        live = self._live.get(request_id)
         if live is None:
-            return False
-        for other in self._live.values():
-            if live in other.siblings:  # it has not started
-                other.siblings.remove(live)
-                return True
-        self.scheduler.finish(live.request)
+            return
+        live.finish_reason = "abort"
+        self._ended.append(request_id)
+        if live.leader is not None:  # it has not started
+            live.leader.siblings.remove(live)
+        elif live.request.has_arrived:  # or the step that would have started it left it out
+            self.scheduler.finish(live.request)
         if live.siblings:  # another one computes the prompt
             leader, *leader.siblings = live.siblings
-            live.siblings = []
+            leader.leader, live.siblings = None, []
+            for sibling in leader.siblings:
+                sibling.leader = leader
             self.scheduler.add(leader.request)
-        return True
+        del self._live[request_id]
+
+    def pause(self, request_id: str) -> None:
+        """Give a request no more tokens until `resume`; unknown ones, and searches, go on."""
+        with self._turn():
+            live = self._live.get(request_id)
+            if live is not None and live.leader is None:
+                self.scheduler.pause(live.request)
+
+    def resume(self, request_id: str) -> None:
+        """Go on with a request that was paused."""
+        with self._turn():
+            live = self._live.get(request_id)
+            if live is not None:
+                self.scheduler.resume(live.request)
 
     # -- steps ----------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def step(self) -> list[SequenceUpdate | SearchUpdate]:
         """Compute one step for as many requests as fit.
 
-        Reports those that got a token or failed, and the searches that are over.
+        Reports those that got a token or failed, and the searches that are over. An exception
+        leaves every request where it was, to go on in the next step; what was given to it by then,
+        its `LiveRequest` tells.
         """
+        with self._turn():
+            self._last_step = None
+            return self._step()
+
+    def take_ended(self) -> list[str]:
+        """Ids of requests that no step has ended since the last call: aborted, or `fail_step`."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def fail_step(self, error: Exception) -> int:
+        """End the requests of the step that has just failed with this error; how many there are.
+
+        None where it failed before it was known which they are.
+        """
+        with self._turn():
+            scheduled, self._last_step = self._last_step, None
+            if scheduled is None:
+                return 0
+            found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
+            names = {request.request_id for request in found if request is not None}
+            lives = [self._live[name] for name in names if name in self._live]
+            searches = [self._searches[name] for name in names if name in self._searches]
+            with self._change:
+                for live in lives:
+                    self._end_with(live, StepFailedError(f"the step failed: {error!r}"), error)
+                    self._ended.append(live.request_id)
+                for search in searches:
+                    search.fail(StepFailedError(f"the step failed: {error!r}"))
+                    self._end_search(search)
+        return len(lives) + len(searches)
+
+    @torch.inference_mode()
+    def _step(self) -> list[SequenceUpdate | SearchUpdate]:
         scheduled = self.scheduler.schedule()
         if scheduled is None:
             return []
-        try:
-            draws, shortlists = self._draws_of(scheduled), self._shortlists_of(scheduled)
-            logits, inputs = self._run_model(scheduled, sampling_arrays(draws, shortlists))
-            sample(logits, inputs, draws, shortlists)
-        except BaseException:
-            self.scheduler.cancel(scheduled)
-            raise
-        return self._update(scheduled, draws, shortlists)
+        self._last_step = scheduled
+        draws, shortlists = self._draws_of(scheduled), self._shortlists_of(scheduled)
+        if scheduled.swap_outs or scheduled.swap_ins:
+            with self._change:  # blocks that are copied in part are nobody's
+                self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
+        logits, inputs = self.runner.run(
+            scheduled.plan,
+            scheduled.token_ids,
+            scheduled.sampled_token_index,
+            sampling_arrays(draws, shortlists),
+        )
+        sample(logits, inputs, draws, shortlists)
+        with self._change:
+            return self._update(scheduled, draws, shortlists)
 
     def _draws_of(self, scheduled: ScheduledStep) -> list[TokenDraw]:
         """The tokens to draw: of every request whose tokens are computed, then of siblings."""
@@ -329,20 +352,6 @@ class Engine:
                 shortlists.append(BeamShortlist(row=row, count=count, search=search, beam=beam))
         return shortlists
 
-    def _run_model(
-        self, scheduled: ScheduledStep, extra: dict[str, StagedArray]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits [M, V] in float32 of the sequences that sample, and `extra` on the device."""
-        try:
-            self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
-        except BaseException:  # the requests whose blocks these are are lost
-            for copy in (*scheduled.swap_outs, *scheduled.swap_ins):
-                self.abort(copy.request_id)
-            raise
-        return self.runner.run(
-            scheduled.plan, scheduled.token_ids, scheduled.sampled_token_index, extra
-        )
-
     def _update(
         self,
         scheduled: ScheduledStep,
@@ -350,30 +359,27 @@ class Engine:
         shortlists: Sequence[BeamShortlist],
     ) -> list[SequenceUpdate | SearchUpdate]:
         """Commit the step: requests get their tokens, siblings start, who is done is finished."""
+        aborted = set(self._aborted)
+        wanted = [draw for draw in draws if draw.live.request_id not in aborted]
         token_ids = np.zeros(len(scheduled.sampled_seq_ids), dtype=np.int64)
+        is_spoilt = np.zeros(len(token_ids), dtype=np.bool_)
         forks: list[Fork] = []
-        wanted: list[TokenDraw] = []
-        for draw in draws:
+        for draw in wanted:
             if draw.leader is None:
                 token_ids[draw.row] = draw.token_id
-            elif draw.is_wanted and draw.error is None:
+            elif draw.error is None:
                 forks.append(Fork(draw.leader.request, draw.live.request, draw.token_id))
-            if draw.is_wanted:
-                wanted.append(draw)
+        spoilt_rows = [draw.row for draw in draws if not draw.is_finite]
+        spoilt_rows += [shortlist.row for shortlist in shortlists if not shortlist.is_finite]
+        is_spoilt[spoilt_rows] = True
         searches = self._collect(shortlists)
         branches = [b for b in (search.advance() for search in searches) if b is not None]
-        at_limit = set(self.scheduler.update(scheduled, token_ids, forks, branches))
+        self.scheduler.update(scheduled, token_ids, forks, branches, is_spoilt)
         self.num_steps += 1
         for draw in draws:
             if draw.leader is not None:
-                draw.leader.siblings = []
-        updates: list[SequenceUpdate | SearchUpdate] = [
-            self._fail(draw, draw.error)
-            if draw.error is not None
-            else self._advance(draw, draw.live.request in at_limit)
-            for draw in wanted
-            if draw.live.request.status is not RequestStatus.FINISHED
-        ]
+                draw.leader.siblings, draw.live.leader = [], None
+        updates: list[SequenceUpdate | SearchUpdate] = [self._advance(draw) for draw in wanted]
         updates += [self._end_search(search) for search in searches if search.is_over]
         return updates
 
@@ -391,42 +397,34 @@ class Engine:
         name = search.request.request_id
         self.scheduler.finish(search.request)
         del self._searches[name]
+        search.is_done = True
         return SearchUpdate(request_id=name, output=search.output)
 
-    def _advance(self, draw: TokenDraw, is_at_limit: bool) -> SequenceUpdate:
-        """Account for one drawn token, which may end its request."""
-        live, request = draw.live, draw.live.request
-        finish_reason = "length" if is_at_limit else None
-        is_end = draw.token_id in live.end_token_ids
-        if is_end and request.num_output_tokens >= live.params.min_tokens:
-            finish_reason = "stop"
-        if finish_reason is not None:
+    def _advance(self, draw: TokenDraw) -> SequenceUpdate:
+        """Give a request its token, or the reason why there is none; either may end it."""
+        live = draw.live
+        if draw.error is not None:
+            self._end_with(live, draw.error, None)
+            return live.last_update()
+        live.take(draw.token_id, draw.log_probability)
+        live.finish_reason = live.end
+        if live.finish_reason is not None:
             self._finish(live)
-        return SequenceUpdate(
-            request_id=request.request_id,
-            token_id=draw.token_id,
-            finish_reason=finish_reason,
-            log_probability=draw.log_probability,
-        )
+        return live.last_update()
 
-    def _fail(self, draw: TokenDraw, error: PagedKVError) -> SequenceUpdate:
-        """End one request from whose logits nothing can be drawn; its last token is no choice."""
-        request = draw.live.request
-        num_output = max(request.num_output_tokens - 1, 0)
-        if not request.has_arrived:  # a sibling that never started
-            del self._live[request.request_id]
-        else:
-            self._finish(draw.live)
-        return SequenceUpdate(
-            request_id=request.request_id,
-            token_id=None,
-            finish_reason="error",
-            error=type(error)(
-                f"request {request.request_id!r}, after {request.num_prompt_tokens} prompt and "
-                f"{num_output} output tokens: {error}"
-            ),
+    def _end_with(
+        self, live: LiveRequest, error: PagedKVError, cause: BaseException | None
+    ) -> None:
+        """End one request with an error; its last token in the scheduler is no choice."""
+        live.error = type(error)(
+            f"after {live.request.num_prompt_tokens} prompt and {len(live.token_ids)} output "
+            f"tokens: {error}"
         )
+        live.error.__cause__ = cause
+        live.finish_reason = "error"
+        self._finish(live)
 
     def _finish(self, live: LiveRequest) -> None:
-        self.scheduler.finish(live.request)
-        del self._live[live.request.request_id]
+        if live.request.has_arrived:  # or it is a sibling that never started
+            self.scheduler.finish(live.request)
+        del self._live[live.request_id]

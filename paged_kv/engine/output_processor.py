@@ -1,27 +1,26 @@
 """Tokens to text: detokenization and stop strings. Knows a tokenizer, never an engine or a model.
 
-Whoever steps an engine shows every update to an `OutputProcessor`, and ends a request there that a
-stop string has ended here.
+A `TextOutput` reads what a `LiveRequest` was given, whenever it is asked to; what an exception cut
+off is read again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidRequestError, PagedKVError
-from .engine import SequenceUpdate
+from .live_request import LiveRequest
 from .sampling_params import SamplingParams
 from .text import Detokenizer
 
 
 class TextUpdate(NamedTuple):
-    """A `SequenceUpdate` with the text that became known by it."""
+    """A token with the text that became known by it, or the end of a request without one."""
 
-    request_id: str
     token_id: int | None
     text: str
     finish_reason: str | None
@@ -29,66 +28,104 @@ class TextUpdate(NamedTuple):
     error: PagedKVError | None
 
 
-@dataclass(eq=False)
-class TextState:
-    """The text of a request so far."""
+class _Reading(NamedTuple):
+    """How far an output was read. Replaced as a whole: there is nothing between two of them."""
 
     detokenizer: Detokenizer
-    min_tokens: int
-    num_tokens: int = 0
+    num_tokens: int  # that were read
+    is_over: bool
+    updates: tuple[TextUpdate, ...]  # those that may not have been taken ...
+    first: int  # ... and how many came before them
+
+
+class TextOutput:
+    """The text of one request as its tokens come: one thread catches up, another may take."""
+
+    def __init__(self, live: LiveRequest, detokenizer: Detokenizer) -> None:
+        self.live = live
+        self.is_paused = False  # until what waits was taken
+        self._num_taken = 0
+        self._reading = _Reading(detokenizer, 0, is_over=False, updates=(), first=0)
+
+    @property
+    def num_waiting(self) -> int:
+        """Updates that nobody has taken."""
+        reading = self._reading
+        return reading.first + len(reading.updates) - self._num_taken
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string or a tokenizer that fails has ended what the engine has not."""
+        return self._reading.is_over and self.live.finish_reason is None
+
+    def take(self) -> TextUpdate | None:
+        """The oldest update that nobody has taken, if there is one."""
+        reading = self._reading
+        index = self._num_taken - reading.first
+        if index == len(reading.updates):
+            return None
+        self._num_taken += 1
+        return reading.updates[index]
+
+    def catch_up(self) -> None:
+        """Read the tokens that have come, up to the end of the request or a stop string."""
+        reading, live = self._reading, self.live
+        if reading.is_over:
+            return
+        first = self._num_taken
+        detokenizer, updates = (
+            copy(reading.detokenizer),
+            list(reading.updates[first - reading.first :]),
+        )
+        num_read, is_over = reading.num_tokens, False
+        while num_read < len(live.token_ids) and not is_over:
+            updates.append(self._read(detokenizer, num_read))
+            num_read += 1
+            is_over = updates[-1].finish_reason is not None
+        if not is_over and live.finish_reason is not None:  # for which no token stands
+            detokenizer.finish()
+            text = detokenizer.take_new_text(is_final=True)
+            updates.append(TextUpdate(None, text, live.finish_reason, None, live.error))
+            is_over = True
+        self._reading = _Reading(detokenizer, num_read, is_over, tuple(updates), first)
+
+    def _read(self, detokenizer: Detokenizer, index: int) -> TextUpdate:
+        """One token. A stop string ends the request with it, but not before `min_tokens`."""
+        live = self.live
+        token_id, finish_reason, error, text = live.token_ids[index], None, None, ""
+        if index + 1 == len(live.token_ids) and live.finish_reason in ("stop", "length"):
+            finish_reason = live.finish_reason
+        try:
+            may_stop = index + 1 >= live.params.min_tokens
+            is_end = finish_reason == "stop"  # an end token has no text
+            if not is_end and detokenizer.append(token_id, may_stop):
+                finish_reason = "stop"
+            if finish_reason is not None:
+                detokenizer.finish()
+            text = detokenizer.take_new_text(is_final=finish_reason is not None)
+        except Exception as failure:  # the tokenizer's code: it ends this request alone
+            error = PagedKVError(f"the tokenizer fails on token {token_id}: {failure!r}")
+            error.__cause__ = failure
+            finish_reason = "error"
+        log_probability = live.log_probabilities[index] if live.log_probabilities else None
+        return TextUpdate(token_id, text, finish_reason, log_probability, error)
 
 
 class OutputProcessor:
-    """The texts of all requests that are not over. Without a tokenizer there is no text."""
+    """Makes text of tokens. Without a tokenizer there is none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.tokenizer = tokenizer
-        self._states: dict[str, TextState] = {}
-
-    def __len__(self) -> int:
-        return len(self._states)
 
     def check(self, params: SamplingParams) -> None:
         """Raise `InvalidRequestError` for what cannot be done with this tokenizer."""
         if params.stop_strings and self.tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer")
 
-    def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
-    ) -> None:
-        """Follow a request from its first token on."""
-        self._states[request_id] = TextState(
-            Detokenizer(self.tokenizer, prompt_token_ids, params.stop_strings), params.min_tokens
-        )
-
-    def drop_request(self, request_id: str) -> None:
-        """Forget a request that was aborted, if it is known."""
-        self._states.pop(request_id, None)
-
-    def process(self, update: SequenceUpdate) -> TextUpdate:
-        """The update as text. A stop string ends the request: its `finish_reason` is "stop" then.
-
-        No stop string ends it before `min_tokens`.
-        """
-        state = self._states[update.request_id]
-        detokenizer, finish_reason = state.detokenizer, update.finish_reason
-        if update.token_id is not None:
-            state.num_tokens += 1
-            may_stop = state.num_tokens >= state.min_tokens
-            is_end = finish_reason == "stop"  # an end token has no text
-            if not is_end and detokenizer.append(update.token_id, may_stop):
-                finish_reason = "stop"
-        if finish_reason is not None:
-            detokenizer.finish()
-            del self._states[update.request_id]
-        return TextUpdate(
-            request_id=update.request_id,
-            token_id=update.token_id,
-            text=detokenizer.take_new_text(is_final=finish_reason is not None),
-            finish_reason=finish_reason,
-            log_probability=update.log_probability,
-            error=update.error,
-        )
+    def follow(self, live: LiveRequest, prompt_token_ids: Sequence[int]) -> TextOutput:
+        """The text of a request, from its first token on."""
+        stop_strings = live.params.stop_strings
+        return TextOutput(live, Detokenizer(self.tokenizer, prompt_token_ids, stop_strings))
 
     def text_of(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
         """The whole text of tokens that follow a prompt."""

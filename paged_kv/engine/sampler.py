@@ -41,6 +41,7 @@ class Draw:
     token_id: int = 0
     log_probability: float | None = None  # of the token, where `best_of` compares them
     error: PagedKVError | None = None  # why nothing can be drawn; the token is no choice then
+    is_finite: bool = True  # what the model computed for the row
 
     @property
     def is_limited(self) -> bool:
@@ -58,6 +59,7 @@ class Shortlist:
     token_ids: Sequence[int] = ()
     log_probabilities: Sequence[float] = ()
     error: PagedKVError | None = None
+    is_finite: bool = True  # what the model computed for the row
 
 
 def sampling_arrays(
@@ -138,7 +140,8 @@ def sample(
         draw.token_id = int(token_id)
         if draw.params.best_of is not None:
             draw.log_probability = next(scored)
-        if is_unusable[0][draw.row]:
+        draw.is_finite = not is_unusable[0][draw.row]
+        if not draw.is_finite:
             draw.error = NonFiniteLogitsError(NOT_FINITE)
         elif draw.row in failures:
             draw.error = failures[draw.row]
@@ -148,7 +151,8 @@ def sample(
         values, ids = results[-2].tolist(), results[-1].astype(np.int64).tolist()
         for place, shortlist in enumerate(shortlists):
             shortlist.log_probabilities, shortlist.token_ids = values[place], ids[place]
-            if is_unusable[0][shortlist.row]:
+            shortlist.is_finite = not is_unusable[0][shortlist.row]
+            if not shortlist.is_finite:
                 shortlist.error = NonFiniteLogitsError(NOT_FINITE)
 
 

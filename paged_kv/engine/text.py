@@ -76,7 +76,7 @@ class Detokenizer:
         """Add a token; True when a stop string came with it. The text then ends before it."""
         if self._backend is None:
             return False
-        self._undecoded.append(token_id)
+        self._undecoded = [*self._undecoded, token_id]  # copies of this object keep theirs
         decoded = self._decode(self._context + self._undecoded)
         is_incomplete = decoded.endswith(REPLACEMENT) or len(decoded) <= len(self._context_text)
         if is_incomplete and len(self._undecoded) < MAX_INCOMPLETE_TOKENS:

@@ -8,10 +8,12 @@ Many arguments because the settings of an `LLM` are keywords of its own, not of 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from threading import RLock
+from typing import Final, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,11 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..blocks.sink_window import SinkWindow
 from ..cache.formats import KVFormat
 from ..cache.memory_stats import MemoryStats
-from ..engine.beam_search import BeamOutput, BeamSearchParams, Hypothesis
+from ..engine.beam_search import BeamSearch, BeamSearchParams, Hypothesis
 from ..engine.build import build_engine
 from ..engine.config import EngineConfig
-from ..engine.engine import SearchUpdate
-from ..engine.output_processor import OutputProcessor, TextUpdate
+from ..engine.output_processor import OutputProcessor, TextOutput, TextUpdate
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import ChatMessages, Prompt, encode_prompt
 from ..errors import (
@@ -39,6 +40,29 @@ from ..validation import is_integer
 from .outputs import Completion, OutputAssembler, RequestOutput, StreamEvent
 from .progress import Progress
 
+MAX_WAITING: Final = 256  # updates of a request that nobody takes, before it is paused
+WAITING_SECONDS: Final = 1e-4
+
+
+class Output(NamedTuple):
+    """Where the text of a request belongs: an iterator's queue, prompt and sample."""
+
+    text: TextOutput
+    ready: deque[Output]
+    prompt_index: int
+    sample_index: int
+
+    def event(self, update: TextUpdate) -> StreamEvent:
+        return StreamEvent(
+            prompt_index=self.prompt_index,
+            sample_index=self.sample_index,
+            token_id=update.token_id,
+            text=update.text,
+            finish_reason=update.finish_reason,
+            log_probability=update.log_probability,
+            error=update.error,
+        )
+
 
 class LLM:
     """A Hugging Face causal language model that decodes many requests on quantized KV blocks.
@@ -52,7 +76,8 @@ class LLM:
     memory where that is cheaper than computing them again. On a CPU model and kernels share torch's
     threads; `num_threads` sets how many there are, for the whole process. With a `sink_window`
     every request is windowed: it keeps attention sinks and a window of newest tokens, and may go on
-    beyond the model's length, for ever, in constant memory. One thread at a time may use an LLM.
+    beyond the model's length, for ever, in constant memory. Several threads may use one LLM: their
+    requests are decoded together, and each waits while another one steps the engine.
     """
 
     def __init__(
@@ -104,8 +129,10 @@ class LLM:
         self.tokenizer = tokenizer
         self._request_numbers = itertools.count()
         self._processor = OutputProcessor(tokenizer)
-        self._mailboxes: dict[str, deque[TextUpdate]] = {}
-        self._found: dict[str, BeamOutput] = {}  # by beam searches that are over
+        self._outputs: dict[str, Output] = {}  # of requests that some iterator waits for
+        self._lock = RLock()  # held by the thread that steps the engine
+        self._num_waiting = 0  # threads that want to
+        self._is_behind = False  # an exception kept outputs from what the engine has for them
 
     def __enter__(self) -> LLM:
         return self
@@ -176,19 +203,23 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priorities: Sequence[int] | None = None,
+        keep_going: bool = False,
     ) -> Iterator[StreamEvent]:
         """Like `generate`, but yields every token as it comes.
 
         The prompts are checked by this call and queued when iteration begins; closing the
         iterator aborts those that are left. A request that fails ends with an event that carries
-        its `error`.
+        its `error`. One whose events are not taken waits after some hundred of them, and others go
+        on. An exception of a step, as out of memory, is raised here and aborts what is left; with
+        `keep_going` it ends the requests of that step only, with events that carry it. With
+        `best_of` all samples are told of, and it is for the caller to compare them.
         """
         batch = as_batch(prompts)
         per_prompt = as_params(params, len(batch))
-        if any(p.num_samples > p.n for p in per_prompt):
+        if not keep_going and any(p.num_samples > p.n for p in per_prompt):
             raise ConfigError("best_of compares finished continuations: use generate")
         token_ids = self._check_all(batch, per_prompt, priorities)
-        return self._run(token_ids, per_prompt, priorities)
+        return self._run(token_ids, per_prompt, priorities, keep_going=keep_going)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | None = None
@@ -205,8 +236,8 @@ class LLM:
         batch = as_batch(prompts)
         token_ids = [encode_prompt(prompt, self.tokenizer) for prompt in batch]
         for ids in token_ids:
-            self.engine.check_search("", ids, params)
-        found = self._search(token_ids, params)
+            self.engine.intake.search("", ids, params)
+        found = [search.output for search in self._search(token_ids, params)]
         outputs = [
             RequestOutput(
                 prompt=prompt,
@@ -223,20 +254,20 @@ class LLM:
             ) from errors[0]
         return outputs
 
-    def _search(self, prompts: Sequence[list[int]], params: BeamSearchParams) -> list[BeamOutput]:
+    def _search(self, prompts: Sequence[list[int]], params: BeamSearchParams) -> list[BeamSearch]:
         """Queue searches and step the engine until they are over."""
-        names: list[str] = []
+        names = [str(next(self._request_numbers)) for _ in prompts]
+        searches: list[BeamSearch] = []
         try:
-            for token_ids in prompts:
-                names.append(str(next(self._request_numbers)))
-                self.engine.add_search(names[-1], token_ids, params)
-            while not all(name in self._found for name in names):
-                self._step(len(names))
-            return [self._found[name] for name in names]
+            for name, token_ids in zip(names, prompts, strict=True):
+                searches.append(self.engine.add_search(name, token_ids, params))
+            while not all(search.is_done for search in searches):
+                if not all(search.is_done or search.request.is_unfinished for search in searches):
+                    raise PagedKVError("a beam search was aborted by somebody else")
+                self._step()
+            return searches
         finally:
-            for name in names:
-                self.engine.abort(name)
-                self._found.pop(name, None)
+            self.engine.abort_all(names)
 
     def _complete(self, prompt_token_ids: list[int], hypothesis: Hypothesis) -> Completion:
         """A hypothesis with its text, to which a token that ends it adds nothing."""
@@ -252,7 +283,7 @@ class LLM:
     def check(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[int]:
         """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot."""
         token_ids = encode_prompt(prompt, self.tokenizer)
-        self.engine.check_request("", token_ids, params, priority=priority)
+        self.engine.intake.request("", token_ids, params, priority)
         self._processor.check(params)
         return token_ids
 
@@ -275,64 +306,88 @@ class LLM:
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
         priorities: Sequence[int] | None,
+        *,
+        keep_going: bool = False,
     ) -> Iterator[StreamEvent]:
-        """Queue requests and step the engine until they are over.
-
-        Updates of requests that other iterators wait for go to their mailboxes.
-        """
-        places: dict[str, tuple[int, int]] = {}
-        mailbox: deque[TextUpdate] = deque()
+        """Queue requests and step the engine until they are over."""
+        left: set[str] = set()
+        ready: deque[Output] = deque()
         try:
             for prompt_index, (token_ids, p) in enumerate(zip(prompts, params, strict=True)):
                 request_ids = [str(next(self._request_numbers)) for _ in range(p.num_samples)]
                 priority = 0 if priorities is None else priorities[prompt_index]
-                self.engine.add_request(request_ids, token_ids, p, priority=priority)
-                for sample_index, request_id in enumerate(request_ids):
-                    places[request_id] = (prompt_index, sample_index)
-                    self._mailboxes[request_id] = mailbox
-                    self._processor.add_request(request_id, token_ids, p)
-            while places:
-                if not mailbox:
-                    self._step(len(places))
+                left.update(request_ids)
+                lives = self.engine.add_request(request_ids, token_ids, p, priority=priority)
+                for sample_index, live in enumerate(lives):
+                    text = self._processor.follow(live, token_ids)
+                    output = Output(text, ready, prompt_index, sample_index)
+                    self._outputs[live.request_id] = output
+            while left:
+                if not ready:
+                    self._step(ready, keep_going=keep_going)
                     continue
-                update = mailbox.popleft()
-                prompt_index, sample_index = places[update.request_id]
+                output = ready[0]
+                if output.text.is_paused:
+                    self._resume(output.text)
+                update = output.text.take()
+                if update is None:
+                    ready.popleft()
+                    continue
                 if update.finish_reason is not None:
-                    del places[update.request_id], self._mailboxes[update.request_id]
-                yield StreamEvent(
-                    prompt_index=prompt_index,
-                    sample_index=sample_index,
-                    token_id=update.token_id,
-                    text=update.text,
-                    finish_reason=update.finish_reason,
-                    log_probability=update.log_probability,
-                    error=update.error,
-                )
+                    left.discard(output.text.live.request_id)
+                    self._outputs.pop(output.text.live.request_id, None)
+                yield output.event(update)
         finally:
-            self._abort(places)
+            for request_id in left:
+                self._outputs.pop(request_id, None)
+            self.engine.abort_all(left)
 
-    def _step(self, num_waiting_for: int) -> None:
-        """Step the engine, and put what it did into the mailboxes of those who wait for it."""
-        updates = self.engine.step()
-        if not updates and not self.engine.has_unfinished:
-            raise PagedKVError(f"{num_waiting_for} requests were aborted by somebody else")
-        for update in updates:
-            if isinstance(update, SearchUpdate):
-                self._found[update.request_id] = update.output
-                continue
-            mailbox = self._mailboxes.get(update.request_id)
-            if mailbox is None:
-                continue  # its iterator was closed in the middle of the step
-            processed = self._processor.process(update)
-            if processed.finish_reason != update.finish_reason:
-                self.engine.abort(update.request_id)  # a stop string ends it
-            mailbox.append(processed)
+    def _step(self, ready: deque[Output] | None = None, *, keep_going: bool = False) -> None:
+        """Step the engine, unless another thread's step has made something ready meanwhile.
 
-    def _abort(self, request_ids: dict[str, tuple[int, int]]) -> None:
-        for request_id in request_ids:
-            self.engine.abort(request_id)
-            self._mailboxes.pop(request_id, None)
-            self._processor.drop_request(request_id)
+        What it did is ready then for those who wait for it, in whatever thread.
+        """
+        self._num_waiting += 1
+        with self._lock:
+            self._num_waiting -= 1
+            if not ready:
+                self._step_engine(keep_going)
+        if self._num_waiting:
+            time.sleep(WAITING_SECONDS)  # or this thread would take the lock again before they can
+
+    def _step_engine(self, keep_going: bool) -> None:
+        everybody, self._is_behind = self._is_behind, True
+        try:
+            names = [update.request_id for update in self.engine.step()]
+        except Exception as error:
+            if not keep_going or not self.engine.fail_step(error):
+                raise
+            names = []
+        names += self.engine.take_ended()
+        everybody |= not names
+        for name in list(self._outputs) if everybody else names:
+            output = self._outputs.get(name)
+            if output is not None:  # or its iterator was closed in the middle of the step
+                self._read(output)
+        self._is_behind = False
+
+    def _read(self, output: Output) -> None:
+        """Make ready what has come for an output; one that nobody takes waits."""
+        text = output.text
+        text.catch_up()
+        if text.is_stopped:
+            self.engine.abort(text.live.request_id)
+        elif text.num_waiting >= MAX_WAITING and not text.is_paused:
+            text.is_paused = True
+            self.engine.pause(text.live.request_id)
+        output.ready.append(output)
+
+    def _resume(self, text: TextOutput) -> None:
+        """Let a request go on of whose updates most were taken."""
+        with self._lock:
+            if text.num_waiting <= MAX_WAITING // 2:
+                self.engine.resume(text.live.request_id)
+                text.is_paused = False
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

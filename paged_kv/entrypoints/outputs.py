@@ -15,7 +15,7 @@ from ..errors import PagedKVError
 
 @dataclass(kw_only=True)
 class Completion:
-    """One continuation. `finish_reason`: "stop", "length" or "error"."""
+    """One continuation. `finish_reason`: "stop", "length", "error", or "abort" by somebody else."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)

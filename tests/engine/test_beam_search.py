@@ -345,7 +345,7 @@ def test_bad_params_are_refused(options, message):
         ([1, 99], {}, InvalidRequestError, "token id 99 is outside the vocabulary of 20"),
         ([1], {"stop_token_ids": [-1]}, InvalidRequestError, "token id -1 is outside"),
         ([1] * 100, {}, PromptTooLongError, "a prompt of 100 tokens leaves no room"),
-        ([1] * 80, {"max_tokens": None}, PromptTooLongError, "need 7 blocks; the pool has 6"),
+        ([1] * 99, {"max_tokens": None}, PromptTooLongError, "need 7 blocks; the pool has 6"),
         ([1] * 60, {}, OutOfBlocksError, "3 beams of 60 .* may need 9 blocks; the pool has 6"),
         ([1], {"num_beams": 9}, OutOfBlocksError, r"9 beams exceed max_num_seqs \(8\)"),
     ],

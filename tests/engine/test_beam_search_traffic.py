@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from paged_kv import RequestOutput, SamplingParams
-from paged_kv.engine.engine import SequenceUpdate
+from paged_kv.engine.live_request import SequenceUpdate
 from paged_kv.errors import InvalidRequestError
 from tests.support.beam_searches import (
     assert_same,

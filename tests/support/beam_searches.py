@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from paged_kv import LLM, BeamSearchParams
 from paged_kv.engine.beam_search import BeamOutput
-from paged_kv.engine.engine import Engine, SearchUpdate
+from paged_kv.engine.engine import Engine
+from paged_kv.engine.live_request import SearchUpdate
 from tests.support import zoo
 
 SMALL_VOCABULARY = 20
@@ -89,7 +90,7 @@ def search_beams(
     """Search from all prompts at once; whatever happens, nothing is held afterwards."""
     names = [f"search {index}" for index in range(len(prompts))]
     for name, prompt in zip(names, prompts, strict=True):
-        engine.check_search(name, prompt, params)
+        engine.intake.search(name, prompt, params)
     found = {}
     try:
         for name, prompt in zip(names, prompts, strict=True):

@@ -1,0 +1,155 @@
+"""Prompts and parameters to requests that can be served. Knows limits, never what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from ..blocks.sink_window import SinkWindow
+from ..errors import InvalidRequestError, PromptTooLongError
+from ..models.huggingface import PagedModel
+from ..scheduler.request import Request
+from ..scheduler.scheduler import Scheduler
+from .beam_search import BeamSearch, BeamSearchParams, find_branching, max_blocks_of_beams
+from .sampling_params import SamplingParams
+
+
+class Intake:
+    """Makes requests for one engine, or says why it cannot serve them; queues none.
+
+    `ends` are the model's own end-of-sequence tokens; with a `sink_window` every request that
+    brings none of its own is windowed by it.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        scheduler: Scheduler,
+        ends: frozenset[int],
+        sink_window: SinkWindow | None,
+    ) -> None:
+        self._model = model
+        self._scheduler = scheduler
+        self._manager = scheduler.manager
+        self._ends = ends
+        self._sink_window = sink_window
+
+    def end_token_ids(self, params: SamplingParams | BeamSearchParams) -> frozenset[int]:
+        """Tokens that end a request."""
+        ends = frozenset() if params.ignore_eos else self._ends
+        return frozenset(params.stop_token_ids) | ends
+
+    def request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+    ) -> Request:
+        """The request as it would be queued; raises `InvalidRequestError` if it cannot be."""
+        sink_window = params.sink_window or self._sink_window
+        if sink_window is not None:
+            _ = self._model.rotations  # or it raises
+        return self._checked_request(request_id, prompt_token_ids, params, priority, sink_window)
+
+    def search(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: BeamSearchParams
+    ) -> BeamSearch:
+        """The search as it would be queued; it is not windowed, whatever the engine's setting.
+
+        Raises `InvalidRequestError` for a prompt that cannot be served, `OutOfBlocksError` where
+        its beams might not fit.
+        """
+        request = self._checked_request(request_id, prompt_token_ids, params.request_params())
+        if params.max_tokens is None:
+            assert request.max_tokens is not None
+            request.max_tokens = self._fitting_tokens(request, params.num_beams)
+        request.branching = find_branching(
+            self._manager.geometry,
+            request,
+            params.num_beams,
+            max_seqs=self._manager.max_num_seqs,
+            num_blocks=self._manager.num_blocks,
+        )
+        assert request.max_tokens is not None
+        return BeamSearch(
+            params=params,
+            request=request,
+            max_tokens=request.max_tokens,
+            end_token_ids=self.end_token_ids(params),
+        )
+
+    def _checked_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        sink_window: SinkWindow | None = None,
+    ) -> Request:
+        self._check_prompt(prompt_token_ids, is_windowed=sink_window is not None)
+        self._check_in_vocabulary(params.stop_token_ids)
+        max_tokens = params.max_tokens
+        if sink_window is None:
+            room = self._manager.max_model_len - len(prompt_token_ids)
+            if max_tokens is None:
+                max_tokens = max(min(room, self._longest - len(prompt_token_ids)), 1)
+            max_tokens = min(max_tokens, room)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            max_tokens=max_tokens,
+            priority=priority,
+            extra_keys=() if params.cache_salt is None else (params.cache_salt,),
+            sink_window=sink_window,
+        )
+        self._scheduler.check(request)
+        return request
+
+    @cached_property
+    def _longest(self) -> int:
+        """Tokens of the longest sequence that the pool holds, the last of which is never stored."""
+        geometry, limit = self._manager.geometry, self._manager.max_model_len
+        return most_that_fit(
+            limit, lambda tokens: geometry.max_blocks(tokens - 1), self._manager.num_blocks
+        )
+
+    def _fitting_tokens(self, request: Request, num_beams: int) -> int:
+        """The most tokens that all beams of a prompt may get."""
+        assert request.max_tokens is not None
+        geometry, length = self._manager.geometry, request.num_prompt_tokens
+        return most_that_fit(
+            request.max_tokens,
+            lambda tokens: max_blocks_of_beams(geometry, length, tokens, num_beams),
+            self._manager.num_blocks,
+        )
+
+    def _check_prompt(self, prompt_token_ids: Sequence[int], *, is_windowed: bool) -> None:
+        if not prompt_token_ids:
+            raise InvalidRequestError("the prompt is empty")
+        if not is_windowed and len(prompt_token_ids) >= self._manager.max_model_len:
+            raise PromptTooLongError(
+                f"a prompt of {len(prompt_token_ids)} tokens leaves no room for output within "
+                f"the model length of {self._manager.max_model_len}"
+            )
+        self._check_in_vocabulary(prompt_token_ids)
+
+    def _check_in_vocabulary(self, token_ids: Sequence[int]) -> None:
+        vocab_size = self._model.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token_id} is outside the vocabulary of {vocab_size}"
+                )
+
+
+def most_that_fit(limit: int, blocks_of: Callable[[int], int], num_blocks: int) -> int:
+    """The most tokens, from 1 to `limit`, that take no more than `num_blocks`; 1 if none do."""
+    fits, too_many = 1, limit + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if blocks_of(middle) <= num_blocks:
+            fits = middle
+        else:
+            too_many = middle
+    return fits

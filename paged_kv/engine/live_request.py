@@ -1,0 +1,110 @@
+"""Requests as the engine follows them, and what it draws for them. Knows tokens, never logits.
+
+What a request was given stands in its `LiveRequest` alone: whoever was kept from an update by an
+exception finds it there, and the engine goes on from there.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..errors import PagedKVError
+from ..scheduler.request import Request
+from .beam_search import Beam, BeamOutput, BeamSearch
+from .sampler import Draw, Shortlist
+from .sampling_params import SamplingParams
+
+
+class SequenceUpdate(NamedTuple):
+    """What one step did for one request. `finish_reason`: "stop", "length" or "error"."""
+
+    request_id: str
+    token_id: int | None  # None with an error
+    finish_reason: str | None
+    log_probability: float | None = None  # of the token, where the request asks for `best_of`
+    error: PagedKVError | None = None
+
+
+class SearchUpdate(NamedTuple):
+    """A beam search is over."""
+
+    request_id: str
+    output: BeamOutput
+
+
+@dataclass(eq=False, kw_only=True)
+class LiveRequest:
+    """A request with everything that its sampling needs, and what it was given so far.
+
+    `siblings` are further samples of the same prompt: they start as forks when the prompt is
+    computed by this one, their `leader`, and until then only wait here.
+    """
+
+    request: Request
+    params: SamplingParams
+    seed: int
+    sample_index: int
+    end_token_ids: frozenset[int]
+    leader: LiveRequest | None = None
+    siblings: list[LiveRequest] = field(default_factory=list)
+    token_ids: array[int] = field(default_factory=lambda: array("i"))
+    log_probabilities: array[float] = field(default_factory=lambda: array("d"))  # with `best_of`
+    finish_reason: str | None = None  # of a `SequenceUpdate`, or "abort"
+    error: PagedKVError | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    def take(self, token_id: int, log_probability: float | None) -> None:
+        """One more token; it counts from the last of these lines on, and from no other."""
+        if log_probability is not None:
+            self.log_probabilities.append(log_probability)
+        self.token_ids.append(token_id)
+
+    @property
+    def end(self) -> str | None:
+        """How its tokens end it: "stop", "length", or not at all."""
+        num_tokens = len(self.token_ids)
+        if not num_tokens:
+            return None
+        if self.token_ids[-1] in self.end_token_ids and num_tokens >= self.params.min_tokens:
+            return "stop"
+        return "length" if num_tokens == self.request.max_tokens else None
+
+    def restart(self) -> None:
+        """Back to where no scheduler knows it, with the tokens that it was given."""
+        self.leader, self.siblings = None, []
+        del self.log_probabilities[len(self.token_ids) :]
+        self.request.restart(self.token_ids.tolist())
+
+    def last_update(self) -> SequenceUpdate:
+        """Its last token, or why there is none."""
+        has_token = self.error is None
+        return SequenceUpdate(
+            request_id=self.request_id,
+            token_id=self.token_ids[-1] if has_token else None,
+            finish_reason=self.finish_reason,
+            log_probability=self.log_probabilities[-1]
+            if has_token and self.log_probabilities
+            else None,
+            error=self.error,
+        )
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class TokenDraw(Draw):
+    """The next token of a request; the first one of a sibling is drawn from its leader's row."""
+
+    live: LiveRequest
+    leader: LiveRequest | None = None
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class BeamShortlist(Shortlist):
+    """What a beam may go on with."""
+
+    search: BeamSearch
+    beam: Beam
