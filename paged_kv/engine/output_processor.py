@@ -103,6 +103,8 @@ class TextOutput:
             if finish_reason is not None:
                 detokenizer.finish()
             text = detokenizer.take_new_text(is_final=finish_reason is not None)
+        except MemoryError:
+            raise  # nobody's fault: it is read again
         except Exception as failure:  # the tokenizer's code: it ends this request alone
             error = PagedKVError(f"the tokenizer fails on token {token_id}: {failure!r}")
             error.__cause__ = failure
