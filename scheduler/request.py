@@ -61,6 +61,8 @@ class Request:
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     seq_ids: list[int] = field(default_factory=list, init=False)  # while it runs
     is_paused: bool = field(default=False, init=False)  # it keeps its place and computes nothing
+    has_shared: bool = field(default=False, init=False)  # it began with blocks of others
+    is_retried: bool = field(default=False, init=False)  # because what it shared may be spoilt
     num_preemptions: int = 0
     times_passed: int = 0  # later requests that were admitted because this one did not fit
     num_prompt_tokens: int = field(init=False)
@@ -93,6 +95,12 @@ class Request:
         self.tokens = TokenChain(tokens, root=b"")
         self.arrival, self.manager, self.swapped, self.seq_ids = None, None, None, []
         self.status, self.is_paused, self.times_passed = RequestStatus.WAITING, False, 0
+
+    @property
+    def may_be_retried(self) -> bool:
+        """Whether, if what is computed for it is not finite, that may be the fault of others."""
+        is_single = self.status is RequestStatus.RUNNING and self.branching is None
+        return is_single and self.has_shared and not self.is_retried
 
     @property
     def is_unfinished(self) -> bool:

@@ -212,6 +212,7 @@ class Scheduler(Roster):
         self.waiting.remove(request)
         if request.swapped is None:
             seq_id = self.manager.add_sequence(request.tokens)
+            request.has_shared = bool(self.manager.num_computed_tokens[seq_id])
         else:
             swapped_in = self.manager.swap_in(request.swapped)
             assert swapped_in is not None, "its need was checked"
@@ -236,7 +237,8 @@ class Scheduler(Roster):
         the parent's blocks, or waits where no sequence is free. A branching request gets its tokens
         by `branches` alone, in whatever step: what it sampled is not looked at. What the model
         computed for those that `is_spoilt` [M] is not finite: nobody finds their blocks any more,
-        and requests that share them and have not sampled since start again. Returns the requests
+        and requests that share them and have not sampled since start again, as does, once, one that
+        is spoilt itself and began with blocks of others (its status tells). Returns the requests
         that have reached their `max_tokens`; the caller finishes them, and any other it wants to
         stop.
         """
@@ -253,9 +255,11 @@ class Scheduler(Roster):
             seq_ids = step.sampled_seq_ids
             if is_spoilt is None or not is_spoilt.any():
                 self.manager.commit(step.plan)
-                suspects = []
+                starting_again = []
             else:
-                suspects = self._commit_spoilt(step, seq_ids[is_spoilt])
+                starting_again = self._commit_spoilt(step, seq_ids[is_spoilt])
+                goes_on = ~np.isin(seq_ids, seq_ids_of(starting_again))
+                seq_ids, tokens = seq_ids[goes_on], tokens[goes_on]
             if self._running.branching:
                 is_ours = ~self._running.is_branch[seq_ids]
                 seq_ids, tokens = seq_ids[is_ours], tokens[is_ours]
@@ -263,7 +267,7 @@ class Scheduler(Roster):
             for branch in branches:
                 self._branch(branch)
             self._end_step()
-            for request in suspects:
+            for request in starting_again:
                 if request.status is RequestStatus.RUNNING:
                     self._preempt(request, may_swap=False)
         return [request for request in at_limit if request.status is not RequestStatus.FINISHED]
@@ -271,17 +275,22 @@ class Scheduler(Roster):
     def _commit_spoilt(self, step: ScheduledStep, spoilt_seq_ids: IntArray) -> list[Request]:
         """Commit a step with sequences whose results are not finite; the requests to start again.
 
-        Those that sampled have seen all that they share, and it was finite, or they are spoilt too.
+        They are those that share blocks with these: of others that sampled it is known that all
+        they share is finite, of those that did not it is not. And the spoilt ones themselves that
+        began with blocks of others, because the fault may lie there; but only once.
         """
         spoilt_ids = np.concatenate([self.manager.block_ids(n) for n in spoilt_seq_ids.tolist()])
         unseen = np.setdiff1d(self._running.seq_ids, step.sampled_seq_ids)
         suspect = [
             n for n in unseen.tolist() if np.isin(self.manager.block_ids(n), spoilt_ids).any()
         ]
-        suspects = list(dict.fromkeys(self._running.by_seq_id[suspect].tolist()))
         withdrawn = np.concatenate([spoilt_seq_ids, np.array(suspect, dtype=np.int64)])
         self.manager.commit(step.plan, spoilt_seq_ids=withdrawn)
-        return suspects
+        by_seq_id = self._running.by_seq_id
+        retried = [r for r in by_seq_id[spoilt_seq_ids].tolist() if r.may_be_retried]
+        for request in retried:
+            request.is_retried = True
+        return list(dict.fromkeys([*by_seq_id[suspect].tolist(), *retried]))
 
     def _append(self, seq_ids: IntArray, tokens: TokenIds, forks: Sequence[Fork]) -> list[Request]:
         """Sequences get a token each and forks start; the requests that have all their tokens."""

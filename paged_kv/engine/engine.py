@@ -376,10 +376,12 @@ class Engine:
         branches = [b for b in (search.advance() for search in searches) if b is not None]
         self.scheduler.update(scheduled, token_ids, forks, branches, is_spoilt)
         self.num_steps += 1
-        for draw in draws:
+        settled = [draw for draw in wanted if not draw.is_to_be_retried]
+        for draw in settled:
             if draw.leader is not None:
-                draw.leader.siblings, draw.live.leader = [], None
-        updates: list[SequenceUpdate | SearchUpdate] = [self._advance(draw) for draw in wanted]
+                draw.live.leader = None
+                draw.leader.siblings.remove(draw.live)
+        updates: list[SequenceUpdate | SearchUpdate] = [self._advance(draw) for draw in settled]
         updates += [self._end_search(search) for search in searches if search.is_over]
         return updates
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import PagedKVError
-from ..scheduler.request import Request
+from ..scheduler.request import Request, RequestStatus
 from .beam_search import Beam, BeamOutput, BeamSearch
 from .sampler import Draw, Shortlist
 from .sampling_params import SamplingParams
@@ -100,6 +100,12 @@ class TokenDraw(Draw):
 
     live: LiveRequest
     leader: LiveRequest | None = None
+
+    @property
+    def is_to_be_retried(self) -> bool:
+        """Whether the scheduler started the request again instead of taking what was drawn."""
+        drawn_from = self.live if self.leader is None else self.leader
+        return drawn_from.request.status is RequestStatus.PREEMPTED
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
