@@ -11,6 +11,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 from typing import Final, NamedTuple, cast
@@ -190,11 +191,7 @@ class LLM:
                 assembler.add(event)
                 progress.update(is_finished=event.finish_reason is not None)
         outputs = assembler.outputs
-        errors = [c.error for output in outputs for c in output.completions if c.error]
-        if errors:
-            raise GenerationError(
-                f"{len(errors)} of {total} requests failed: {errors[0]}", outputs
-            ) from errors[0]
+        raise_failures(outputs)
         return outputs
 
     def stream(
@@ -234,9 +231,11 @@ class LLM:
         if not isinstance(params, BeamSearchParams):
             raise ConfigError(f"params must be BeamSearchParams, got {params!r}")
         batch = as_batch(prompts)
-        token_ids = [encode_prompt(prompt, self.tokenizer) for prompt in batch]
-        for ids in token_ids:
-            self.engine.intake.search("", ids, params)
+        token_ids = []
+        for index, prompt in enumerate(batch):
+            with naming_prompt(index, len(batch)):
+                token_ids.append(encode_prompt(prompt, self.tokenizer))
+                self.engine.intake.search("", token_ids[-1], params)
         found = [search.output for search in self._search(token_ids, params)]
         outputs = [
             RequestOutput(
@@ -247,11 +246,7 @@ class LLM:
             )
             for prompt, ids, beams in zip(batch, token_ids, found, strict=True)
         ]
-        errors = [beams.error for beams in found if beams.error]
-        if errors:
-            raise GenerationError(
-                f"{len(errors)} of {len(batch)} prompts failed: {errors[0]}", outputs
-            ) from errors[0]
+        raise_failures(outputs)
         return outputs
 
     def _search(self, prompts: Sequence[list[int]], params: BeamSearchParams) -> list[BeamSearch]:
@@ -296,10 +291,11 @@ class LLM:
         if priorities is not None and len(priorities) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts, but {len(priorities)} priorities")
         ranks = priorities if priorities is not None else [0] * len(prompts)
-        return [
-            self.check(prompt, p, priority)
-            for prompt, p, priority in zip(prompts, params, ranks, strict=True)
-        ]
+        checked = []
+        for index, (prompt, p, rank) in enumerate(zip(prompts, params, ranks, strict=True)):
+            with naming_prompt(index, len(prompts)):
+                checked.append(self.check(prompt, p, rank))
+        return checked
 
     def _run(
         self,
@@ -388,6 +384,34 @@ class LLM:
             if text.num_waiting <= MAX_WAITING // 2:
                 self.engine.resume(text.live.request_id)
                 text.is_paused = False
+
+
+@contextmanager
+def naming_prompt(index: int, num_prompts: int) -> Iterator[None]:
+    """Let refusals of one of several prompts say which it is."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if num_prompts == 1:
+            raise
+        raise type(error)(f"prompt {index}: {error}") from error
+
+
+def raise_failures(outputs: list[RequestOutput]) -> None:
+    """Raise `GenerationError` if any completion failed; it names the first that did."""
+    completions = [
+        (index, sample, len(output.completions), completion)
+        for index, output in enumerate(outputs)
+        for sample, completion in enumerate(output.completions)
+    ]
+    failed = [place for place in completions if place[3].error is not None]
+    if not failed:
+        return
+    index, sample, num_samples, completion = failed[0]
+    name = f"prompt {index}" + (f", sample {sample}" if num_samples > 1 else "")
+    raise GenerationError(
+        f"{len(failed)} of {len(completions)} requests failed: {name}: {completion.error}", outputs
+    ) from completion.error
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -451,7 +451,7 @@ def test_llm_reports_failed_prompts(model):
     with engine_of(model) as llm:
         intercept(llm, lambda logits: torch.full_like(logits, math.nan))
         with pytest.raises(
-            GenerationError, match="1 of 1 prompts failed: after 2 prompt"
+            GenerationError, match="1 of 1 requests failed: prompt 0: after 2 prompt"
         ) as caught:
             llm.beam_search([1, 2])
     ((completion,),) = [output.completions for output in caught.value.outputs]

@@ -17,7 +17,12 @@ from paged_kv import LLM
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.engine.text import Detokenizer
 from paged_kv.entrypoints.llm import MAX_WAITING
-from paged_kv.errors import GenerationError, InvalidStepError, StepFailedError
+from paged_kv.errors import (
+    GenerationError,
+    InvalidRequestError,
+    InvalidStepError,
+    StepFailedError,
+)
 from tests.support.small_llm import (
     assemble,
     assert_nothing_is_held,
@@ -207,3 +212,22 @@ def test_closing_many_streams_looks_at_each_request_once(make_llm, monkeypatch, 
     finally:
         sys.settrace(None)
     assert lines < 300 * 100
+
+
+# -- errors name the request ----------------------------------------------------------------------
+
+
+def test_errors_say_which_prompt_they_are_about(make_llm, prompts):
+    llm = make_llm()
+    for call in (llm.generate, llm.stream, llm.beam_search):
+        with pytest.raises(InvalidRequestError, match=r"^prompt 2: token id 9999 is outside"):
+            call([prompts[0], prompts[1], [9999]])
+        with pytest.raises(InvalidRequestError, match=r"^token id 9999 is outside"):
+            call([9999])
+
+    def fail(ids: Tensor, scores: Tensor) -> Tensor:
+        raise ValueError("mine")
+
+    params = [params_of(), params_of(n=2, logits_processors=[fail])]
+    with pytest.raises(GenerationError, match=r"2 of 3 requests failed: prompt 1, sample 0: after"):
+        llm.generate(prompts[:2], params)
