@@ -87,6 +87,7 @@ class Room:
     """What a step has left for requests that wait."""
 
     num_tokens: int
+    most_tokens: int  # of one request
     num_seqs: int
     blocks_now: int
     blocks_later: int  # when those who run have computed all their tokens, and branched
@@ -134,7 +135,8 @@ def find_admissible(
             return
         if request.is_paused:
             continue
-        need = find_need(request, room.num_tokens, manager, may_wait=not room.is_empty)
+        budget = min(room.num_tokens, room.most_tokens)
+        need = find_need(request, budget, manager, may_wait=not room.is_empty)
         if need is None:
             num_skipped += 1
         elif not room.fits(request, need, manager):

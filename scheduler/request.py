@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 import numpy as np
 
@@ -14,6 +15,10 @@ from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.blocks.token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids
 from paged_kv.errors import InvalidRequestError
 from paged_kv.validation import is_integer
+
+# Steps of waiting that a level of priority is worth: whoever waits is passed only by requests that
+# arrive within so many steps for each level between them.
+AGING_STEPS: Final = 500
 
 
 class RequestStatus(Enum):
@@ -45,7 +50,8 @@ class Branching:
 class Request:
     """A prompt and how far to continue it.
 
-    Lower `priority` is served first, then earlier `arrival`, which the scheduler assigns. Requests
+    Lower `priority` is served first, then earlier `arrival`, which the scheduler assigns; but one
+    level of priority is worth no more than `AGING_STEPS` steps of waiting. Requests
     share cached blocks only where their `extra_keys` are equal too: an adapter's name, the hash of
     an image, a tenant's salt. `max_tokens` None is without end, which takes a `sink_window`.
     """
@@ -58,6 +64,7 @@ class Request:
     sink_window: SinkWindow | None = None
     branching: Branching | None = None
     arrival: int | None = field(default=None, init=False)
+    turn: int = field(default=0, init=False)  # its step of arrival, moved by its priority
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     seq_ids: list[int] = field(default_factory=list, init=False)  # while it runs
     is_paused: bool = field(default=False, init=False)  # it keeps its place and computes nothing
@@ -120,7 +127,11 @@ class Request:
     def rank(self) -> tuple[int, int]:
         """Smaller ranks are scheduled first and preempted last."""
         assert self.arrival is not None, "a scheduler ranks those that it knows"
-        return self.priority, self.arrival
+        return self.turn, self.arrival
+
+    def arrive(self, arrival: int, step: int) -> None:
+        """It is the scheduler's `arrival`th request and came in so many steps; its rank stays."""
+        self.arrival, self.turn = arrival, self.priority * AGING_STEPS + step
 
     @property
     def num_tokens(self) -> int:

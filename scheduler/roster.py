@@ -101,7 +101,7 @@ class Roster:
 
     def _register(self, request: Request) -> None:
         request.manager = self.manager
-        request.arrival = self._num_arrived
+        request.arrive(self._num_arrived, self._num_steps)
         self._num_arrived += 1
         self._requests[request.request_id] = request
 

@@ -6,7 +6,6 @@ What a step reads of all of them are arrays by seq_id.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +15,6 @@ from paged_kv.blocks.sequences import NO_ROWS, UNLIMITED
 
 from .request import Request, RequestStatus
 
-ARRIVAL_BITS: Final = 40  # of a rank packed into one integer; the rest is the priority
-
 
 class RunningRequests:
     """Each has one sequence, or as many as it has branches."""
@@ -25,7 +22,12 @@ class RunningRequests:
     def __init__(self, max_num_seqs: int) -> None:
         self._seq_ids: IntArray = NO_ROWS  # by rank, read-only; those that left may still be there
         self._num_left = 0
-        self._rank: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # by seq_id, as all others
+        # By seq_id, as all others: the two parts of a rank.
+        self._turn: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        self._arrival: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        # Its place in the row of those that take turns: whoever had one goes to the end.
+        self._place_in_row: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
+        self._end_of_row = 0
         self._is_running: NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
         self.is_branch: NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
         self.max_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # prompt and output
@@ -51,8 +53,10 @@ class RunningRequests:
     @property
     def worst(self) -> Request:
         """The one that is preempted first: one that is paused, if there is any."""
-        seq_id = max(self.paused, key=self._rank.item) if self.paused else self.seq_ids[-1]
-        request: Request = self.by_seq_id[seq_id]
+        if self.paused:
+            requests: list[Request] = self.by_seq_id[list(self.paused)].tolist()
+            return max(requests, key=lambda request: request.rank)
+        request: Request = self.by_seq_id[self.seq_ids[-1]]
         return request
 
     @property
@@ -72,12 +76,12 @@ class RunningRequests:
 
     def begin(self, request: Request, seq_id: int) -> None:
         """A sequence of this request runs, once it has been entered."""
-        priority, arrival = request.rank
         if request.branching is not None and not request.seq_ids:
             self.branching.append(request)
         request.seq_ids.append(seq_id)
         request.status = RequestStatus.RUNNING
-        self._rank[seq_id] = (priority << ARRIVAL_BITS) + arrival
+        self._turn[seq_id], self._arrival[seq_id] = request.rank
+        self._place_in_row[seq_id] = self._end_of_row
         # The scheduler does not end branches: whoever makes them does.
         self.max_tokens[seq_id] = UNLIMITED
         if request.max_tokens is not None and request.branching is None:
@@ -91,7 +95,19 @@ class RunningRequests:
         """Take sequences that have begun into the order of ranks."""
         running = np.concatenate([self.seq_ids, np.array(seq_ids, dtype=np.int64)])
         self._is_running[running] = True
-        self._set(running[np.argsort(self._rank[running], kind="stable")])
+        self._set(running[np.lexsort((self._arrival[running], self._turn[running]))])
+
+    def whose_turn(self, seq_ids: IntArray, count: int) -> NDArray[np.bool_]:
+        """Which of these, so many, have gone longest without a turn; of equals the best rank."""
+        is_next = np.zeros(len(seq_ids), dtype=np.bool_)
+        is_next[np.argsort(self._place_in_row[seq_ids], kind="stable")[:count]] = True
+        return is_next
+
+    def had_a_turn(self, seq_ids: IntArray) -> None:
+        """These were computed in a step that had no token for others."""
+        in_order = seq_ids[np.argsort(self._place_in_row[seq_ids], kind="stable")]
+        self._place_in_row[in_order] = self._end_of_row + 1 + np.arange(len(in_order))
+        self._end_of_row += len(in_order)
 
     def leave(self, seq_id: int) -> None:
         """A sequence is no longer its request's own; O(1)."""

@@ -32,10 +32,17 @@ from .step import BlockCopy, Branches, Fork, ScheduledStep
 class Scheduler(Roster):
     """Shares a `BlockManager`'s pool among requests, best rank first.
 
-    A step computes at most `token_budget` tokens; long prompts are computed in chunks. A request is
-    admitted when its whole prompt fits and leaves a fraction `watermark` of the pool free for the
-    growth of others. One that does not fit may be passed by later ones that do, a limited number of
-    times. A request whose next blocks a running one is about to share waits for them. A branching
+    A step computes at most `token_budget` tokens. Those who need a single one get it first: whoever
+    decodes has its token in every step. What is left goes to prompts by rank, in chunks of at most
+    `max_prefill_tokens` of one request. Where decodes use the budget up, all take turns.
+
+    Ranks go by priority and arrival, and a level of priority is worth `AGING_STEPS` (500) steps of
+    waiting: of two that arrive together the one of the lower priority waits for the other, but only
+    for those better ones that arrive in the next 500 steps. So nobody waits for ever.
+
+    A request is admitted when its whole prompt fits and leaves a fraction `watermark` of the pool
+    free for the growth of others. One that does not fit may be passed by later ones that do, a
+    limited number of times. A request whose next blocks a running one is about to share waits for them. A branching
     request keeps room for all its sequences; of these the ones that have nothing to compute, while
     others catch up, are left out of a step.
 
@@ -51,17 +58,21 @@ class Scheduler(Roster):
         manager: BlockManager,
         *,
         token_budget: int,
+        max_prefill_tokens: int | None = None,
         watermark: float = 0.01,
         swap_cost: float = 1.0,
     ) -> None:
         if token_budget < 1:
             raise ConfigError(f"token_budget must be at least 1, got {token_budget}")
+        if max_prefill_tokens is not None and max_prefill_tokens < 1:
+            raise ConfigError(f"max_prefill_tokens must be at least 1, got {max_prefill_tokens}")
         if not 0 <= watermark < 1:
             raise ConfigError(f"watermark must be at least 0 and below 1, got {watermark}")
         if swap_cost < 0:
             raise ConfigError(f"swap_cost must not be negative, got {swap_cost}")
         super().__init__(manager, swap_cost=swap_cost)
         self.token_budget = token_budget
+        self.max_prefill_tokens = max_prefill_tokens
         self._watermark_blocks = int(watermark * manager.num_blocks)
 
     # -- steps ----------------------------------------------------------------------------------
@@ -80,6 +91,8 @@ class Scheduler(Roster):
             if plan is not None:
                 self._num_steps += 1
                 self._num_scheduled += plan.num_tokens
+                if len(plan.seq_ids) < len(self._running):
+                    self._running.had_a_turn(plan.seq_ids)
                 self._step = self._describe(plan, preempted)
         if self._step is None and not all(r.is_paused for r in self._requests.values()):
             raise self._held_by_others()
@@ -154,14 +167,22 @@ class Scheduler(Roster):
         )
 
     def _share_budget(self, budget: int) -> tuple[IntArray, IntArray]:
-        """Running sequences that have tokens to compute, best rank first, and how many of them."""
+        """Running sequences that compute tokens, best rank first, and how many of them."""
         seq_ids = self._running.active_seq_ids
         num_new = self.manager.num_computable(seq_ids)
         if self._running.branching:
             seq_ids, num_new = seq_ids[num_new > 0], num_new[num_new > 0]
+        if self.max_prefill_tokens is not None:
+            num_new = np.minimum(num_new, self.max_prefill_tokens)
         if int(num_new.sum()) > budget:
-            budget_left = budget - (np.cumsum(num_new) - num_new)
-            num_new = np.minimum(num_new, budget_left)
+            is_decode = num_new == 1
+            budget_left = budget - np.count_nonzero(is_decode)
+            if budget_left > 0:
+                of_prompts = np.where(is_decode, 0, num_new)
+                before = np.cumsum(of_prompts) - of_prompts
+                num_new = np.where(is_decode, 1, np.minimum(of_prompts, budget_left - before))
+            else:
+                num_new = self._running.whose_turn(seq_ids, budget).astype(np.int64)
             seq_ids, num_new = seq_ids[num_new > 0], num_new[num_new > 0]
         return seq_ids, num_new
 
@@ -201,6 +222,7 @@ class Scheduler(Roster):
         to_catch_up = manager.blocks_needed(running, manager.num_computable(running))
         return Room(
             num_tokens=self.token_budget - int(num_new.sum()),
+            most_tokens=self.max_prefill_tokens or self.token_budget,
             num_seqs=self._num_free_seqs,
             blocks_now=manager.num_free_blocks - int(to_compute.sum()),
             blocks_later=blocks_later - int(to_catch_up.sum()) - self._watermark_blocks,

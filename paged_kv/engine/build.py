@@ -56,7 +56,10 @@ def build_engine(
     if config.sink_window is not None:
         manager.fitted_window(config.sink_window)  # or it raises
     scheduler = Scheduler(
-        manager, token_budget=config.token_budget, swap_cost=swap_cost(model, cache)
+        manager,
+        token_budget=config.token_budget,
+        max_prefill_tokens=config.max_prefill_tokens,
+        swap_cost=swap_cost(model, cache),
     )
     runner = ModelRunner(model, cache)
     return Engine(runner, scheduler, end_token_ids(model.model), config.sink_window)

@@ -23,6 +23,7 @@ class EngineConfig:
     num_blocks: int | None = None
     max_num_seqs: int = 64
     token_budget: int = 1024
+    max_prefill_tokens: int | None = None
     max_model_len: int | None = None
     prefix_caching: bool = True
     swap_space: int | str = 0
@@ -43,7 +44,14 @@ class EngineConfig:
             )
         if self.swap_space != 0:
             parse_memory(self.swap_space)
-        for name in ("num_blocks", "max_num_seqs", "token_budget", "max_model_len", "num_threads"):
+        for name in (
+            "num_blocks",
+            "max_num_seqs",
+            "token_budget",
+            "max_prefill_tokens",
+            "max_model_len",
+            "num_threads",
+        ):
             value = getattr(self, name)
             is_valid = value is None or (is_integer(value) and value >= 1)
             require(name, value, is_valid, "an integer of at least 1")

@@ -38,10 +38,9 @@ def make_scheduler(
     max_model_len: int = 500,
     num_host_blocks: int = 0,
     prefix_caching: bool = True,
-    token_budget: int = 64,
-    watermark: float = 0.0,
-    swap_cost: float = 1.0,
+    **options: float | None,
 ) -> Scheduler:
+    """With a `token_budget` of 64 and no watermark, where `options` say nothing else."""
     manager = BlockManager(
         geometry,
         num_blocks=num_blocks,
@@ -50,7 +49,7 @@ def make_scheduler(
         prefix_caching=prefix_caching,
         num_host_blocks=num_host_blocks,
     )
-    return Scheduler(manager, token_budget=token_budget, watermark=watermark, swap_cost=swap_cost)
+    return Scheduler(manager, **{"token_budget": 64, "watermark": 0.0, **options})
 
 
 def add(
