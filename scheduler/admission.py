@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.prefix_cache import PrefixCache
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.errors import ConfigError, InvalidRequestError, PromptTooLongError
 
@@ -80,6 +81,59 @@ class Need(NamedTuple):
     num_tokens: int  # to compute in this step
     blocks_now: int  # free ones for these, shared ones that nobody uses at present included
     blocks_later: int  # free ones until all its tokens are computed, or all its branches are
+    next_link: bytes | None  # the hash of the first that it could share if it were there
+    is_pending: bool  # a running sequence is about to store it
+
+
+class Lack:
+    """What waiting requests lacked when they were last looked at, all of them in vain.
+
+    Until they have it, or the list of those who wait or run has changed, nobody looks at them.
+    """
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self._cache = cache  # says when a link that one of them could share has come
+        self._num_links = 0
+        self._is_known = False
+        self._last: Request | None = None  # looked at; None where all were
+        self._least_blocks: dict[int, int] = {}  # by the number of sequences that it takes
+
+    def begin(self) -> None:
+        self._is_known, self._last, self._least_blocks = False, None, {}
+        self._cache.awaited = set()
+
+    def note(self, need: Need, room: Room) -> None:
+        """A request of this need does not fit, or waits for a link."""
+        if need.next_link is not None:
+            self._cache.awaited.add(need.next_link)
+        if need.is_pending:
+            return
+        fits_later = need.blocks_later <= room.blocks_later and need.num_seqs <= room.num_seqs
+        blocks = 0 if fits_later else need.blocks_later  # what it takes now depends on the budget
+        self._least_blocks[need.num_seqs] = min(
+            blocks, self._least_blocks.get(need.num_seqs, blocks)
+        )
+
+    def end(self, last: Request | None) -> None:
+        """Nobody could start, up to and including `last`, or among all."""
+        self._is_known, self._last = True, last
+        self._num_links = len(self._cache.awaited)
+
+    def changed(self, request: Request | None = None) -> None:
+        """A sequence has ended, or somebody else came to wait, left or was resumed."""
+        if request is None or self._last is None or request.rank <= self._last.rank:
+            self._is_known = False
+
+    def persists(self, num_seqs: int, num_blocks: int) -> bool:
+        """Whether nobody can start where so much is free."""
+        return (
+            self._is_known
+            and len(self._cache.awaited) == self._num_links
+            and not any(
+                seqs <= num_seqs and blocks <= num_blocks
+                for seqs, blocks in self._least_blocks.items()
+            )
+        )
 
 
 @dataclass(eq=False, kw_only=True)
@@ -105,12 +159,8 @@ class Room:
                 and need.blocks_now <= self.blocks_now
                 and need.blocks_later <= self.blocks_later
             )
-        least = find_need(request, 1, manager, may_wait=False)
-        return (
-            least is not None
-            and least.num_seqs <= self.num_seqs
-            and least.blocks_now <= self.blocks_now
-        )
+        least = find_need(request, 1, manager)
+        return least.num_seqs <= self.num_seqs and least.blocks_now <= self.blocks_now
 
     def take(self, need: Need) -> None:
         self.num_tokens -= need.num_tokens
@@ -121,52 +171,62 @@ class Room:
 
 
 def find_admissible(
-    waiting: WaitingQueue, room: Room, manager: BlockManager
+    waiting: WaitingQueue, room: Room, lack: Lack, manager: BlockManager
 ) -> Iterator[tuple[Request, int]]:
     """Requests that may start now, best rank first, and how many tokens each computes.
 
     Each has to be started before the next is asked for: others may wait for what it will store. A
-    request that does not fit may be passed by later ones that do, a limited number of times.
+    request that does not fit may be passed by later ones that do, a limited number of times. Where
+    none may start, `lack` is what they lack.
     """
     did_not_fit: list[Request] = []
-    num_skipped = 0
+    num_skipped, num_admitted, was_empty = 0, 0, room.is_empty
+    last: Request | None = None
+    lack.begin()
     for request in waiting:
-        if room.is_used_up or num_skipped == MAX_SKIPPED:
+        if room.is_used_up:
             return
+        if num_skipped == MAX_SKIPPED:
+            break
         if request.is_paused:
             continue
-        budget = min(room.num_tokens, room.most_tokens)
-        need = find_need(request, budget, manager, may_wait=not room.is_empty)
-        if need is None:
+        last = request
+        need = find_need(request, min(room.num_tokens, room.most_tokens), manager)
+        if need.is_pending and not room.is_empty:
+            lack.note(need, room)
             num_skipped += 1
         elif not room.fits(request, need, manager):
+            lack.note(need, room)
             if request.times_passed >= MAX_TIMES_PASSED:
-                return
+                break
             num_skipped += 1
             did_not_fit.append(request)
+        elif any(passed.times_passed >= MAX_TIMES_PASSED for passed in did_not_fit):
+            break  # reached in this step, or by better ranks
         else:
-            if any(passed.times_passed >= MAX_TIMES_PASSED for passed in did_not_fit):
-                return  # reached in this step
             for passed in did_not_fit:
                 passed.times_passed += 1
             room.take(need)
+            num_admitted += 1
             yield request, need.num_tokens
+    else:
+        last = None
+    if not num_admitted and not was_empty:
+        lack.end(last)
 
 
-def find_need(
-    request: Request, budget: int, manager: BlockManager, *, may_wait: bool
-) -> Need | None:
-    """What admitting a request takes; None where a running one is about to share blocks with it."""
+def find_need(request: Request, budget: int, manager: BlockManager) -> Need:
+    """What admitting a request takes, where it computes no more than `budget` tokens at once."""
     geometry = manager.geometry
     length, swapped = len(request.tokens.token_ids), request.swapped
+    next_link, is_pending = None, False
     if swapped is not None:
         length -= swapped.num_evicted_tokens
         start, num_sealed = swapped.num_computed_tokens, swapped.num_sealed
         taken = len(swapped.host_block_ids)
     else:
         match = manager.find_prefix(request.tokens)
-        if match.is_pending and may_wait:
-            return None
+        next_link, is_pending = match.next_link, match.is_pending
         start, num_sealed, taken = match.num_tokens, match.num_sealed, match.num_idle_blocks
     if request.tokens.sink_window is not None:
         length = min(length, request.tokens.sink_window.max_storable(geometry, start))
@@ -179,4 +239,6 @@ def find_need(
         blocks_later=taken + geometry.blocks_to_grow(start, num_sealed, length)
         if branching is None
         else branching.max_blocks,
+        next_link=next_link,
+        is_pending=is_pending,
     )

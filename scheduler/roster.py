@@ -6,7 +6,7 @@ from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.change import Change
 from paged_kv.errors import InvalidRequestError
 
-from .admission import check_servable
+from .admission import Lack, check_servable
 from .request import Request, RequestStatus
 from .running import RunningRequests
 from .statistics import SchedulerStatistics
@@ -30,6 +30,8 @@ class Roster:
     def _begin_empty(self) -> None:
         self.waiting = WaitingQueue()
         self._requests: dict[str, Request] = {}
+        self._lack = Lack(self.manager.pool.prefix_cache)
+        self._num_swapped = 0  # of those that wait
         self._running = RunningRequests(self.manager.max_num_seqs)
         self._step: ScheduledStep | None = None  # scheduled, neither updated nor cancelled
         self._ending: list[Request] = []  # finished while a step still computes them
@@ -76,7 +78,7 @@ class Roster:
         return SchedulerStatistics(
             num_running=self.num_running,
             num_waiting=self.num_waiting,
-            num_swapped=sum(request.swapped is not None for request in self.waiting),
+            num_swapped=self._num_swapped,
             num_free_blocks=manager.num_free_blocks,
             num_cached_blocks=manager.num_cached_blocks,
             num_steps=self._num_steps,
@@ -97,13 +99,17 @@ class Roster:
         with self._change:
             request.tokens = tokens
             self._register(request)
-            self.waiting.push(request)
+            self._wait(request)
 
     def _register(self, request: Request) -> None:
         request.manager = self.manager
         request.arrive(self._num_arrived, self._num_steps)
         self._num_arrived += 1
         self._requests[request.request_id] = request
+
+    def _wait(self, request: Request) -> None:
+        self.waiting.push(request)
+        self._lack.changed(request)
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequestError` if this request can never be served."""
@@ -127,8 +133,10 @@ class Roster:
         del self._requests[request.request_id]
         if request.status is not RequestStatus.RUNNING:
             self.waiting.remove(request)
+            self._lack.changed(request)
             if request.swapped is not None:
                 self.manager.discard_swapped(request.swapped)
+                self._num_swapped -= 1
                 request.swapped = None
         elif self._step is not None:
             self._ending.append(request)
@@ -145,12 +153,14 @@ class Roster:
             return
         with self._change:
             request.is_paused = True
+            self._lack.changed()
             self._running.paused.update(request.seq_ids)
 
     def resume(self, request: Request) -> None:
         """Go on with a request that was paused."""
         with self._change:
             request.is_paused = False
+            self._lack.changed()
             self._running.paused.difference_update(request.seq_ids)
 
     def _stop_running(self, request: Request) -> None:
@@ -160,6 +170,7 @@ class Roster:
         for seq_id in request.seq_ids:
             self.manager.remove_sequence(seq_id)
         self._running.vacate(request)
+        self._lack.changed()
 
     def _preempt(self, request: Request, *, may_swap: bool = True) -> None:
         assert request.seq_id is not None
@@ -173,6 +184,7 @@ class Roster:
             self._stop_running(request)
         else:
             swapped = request.swapped
+            self._num_swapped += 1
             request.tokens = swapped.tokens
             self._swap_outs.append(
                 BlockCopy(request.request_id, swapped.device_block_ids, swapped.host_block_ids)
@@ -181,7 +193,8 @@ class Roster:
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         self._num_preemptions += 1
-        self.waiting.push(request)
+        self._lack.changed()
+        self._wait(request)
 
     def check_integrity(self) -> None:
         """Assert every invariant; for tests and debugging."""
@@ -190,6 +203,7 @@ class Roster:
         known = [*self._requests.values(), *self._ending]
         assert len(self._running) == sum(len(request.seq_ids) for request in known)
         assert len(self.waiting) == sum(not request.seq_ids for request in known)
+        assert self._num_swapped == sum(request.swapped is not None for request in known)
         for request in known:
             is_running = request.status is RequestStatus.RUNNING
             assert not request.seq_ids or is_running != (request in self._ending)

@@ -42,9 +42,9 @@ class Scheduler(Roster):
 
     A request is admitted when its whole prompt fits and leaves a fraction `watermark` of the pool
     free for the growth of others. One that does not fit may be passed by later ones that do, a
-    limited number of times. A request whose next blocks a running one is about to share waits for them. A branching
-    request keeps room for all its sequences; of these the ones that have nothing to compute, while
-    others catch up, are left out of a step.
+    limited number of times. A request whose next blocks a running one is about to share waits for
+    them. A branching request keeps room for all its sequences; of these the ones that have nothing
+    to compute, while others catch up, are left out of a step.
 
     When blocks run out, the running request of the worst rank is preempted, the newest of the
     lowest priority, and nobody is admitted in that step. It is swapped to host blocks if these have
@@ -188,12 +188,16 @@ class Scheduler(Roster):
 
     def _admit(self, seq_ids: IntArray, num_new: IntArray) -> tuple[IntArray, IntArray]:
         """Add waiting requests while sequences, budget and blocks for their whole prompts last."""
+        if self._lack.persists(self._num_free_seqs, self.manager.num_free_blocks):
+            return seq_ids, num_new
         room = self._room_beside(seq_ids, num_new)
-        if room.blocks_now < 0:
+        if room.blocks_now < 0 or room.is_used_up:
+            return seq_ids, num_new
+        if self._lack.persists(room.num_seqs, room.blocks_later):
             return seq_ids, num_new
         admitted: list[Request] = []
         counts: list[int] = []
-        for request, num_tokens in find_admissible(self.waiting, room, self.manager):
+        for request, num_tokens in find_admissible(self.waiting, room, self._lack, self.manager):
             self._start(request)
             admitted.append(request)
             counts.append(num_tokens)
@@ -242,6 +246,7 @@ class Scheduler(Roster):
             self._swap_ins.append(
                 BlockCopy(request.request_id, block_ids, request.swapped.host_block_ids)
             )
+            self._num_swapped -= 1
             request.swapped = None
         self._running.begin(request, seq_id)
 
@@ -356,7 +361,7 @@ class Scheduler(Roster):
             return True
         chain = self.manager.chain_of(parent.seq_id)
         child.tokens = chain.with_tokens(np.append(chain.token_ids, np.int32(fork.token_id)))
-        self.waiting.push(child)
+        self._wait(child)
         return False
 
     def _branch(self, branches: Branches) -> None:
@@ -367,6 +372,7 @@ class Scheduler(Roster):
             if index not in parents:
                 self.manager.remove_sequence(seq_id)
                 self._running.leave(seq_id)
+                self._lack.changed()
         forked: list[int] = []
         for index, parent in enumerate(parents):
             if parent in parents[:index]:

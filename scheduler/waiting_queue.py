@@ -18,8 +18,13 @@ class WaitingQueue:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
-        """Best rank first. Requests may be removed meanwhile, the current one included."""
-        return iter(self._requests.copy())
+        """Best rank first. The current one may be removed meanwhile."""
+        place = 0
+        while place < len(self._requests):
+            request = self._requests[place]
+            yield request
+            if place < len(self._requests) and self._requests[place] is request:
+                place += 1
 
     def push(self, request: Request) -> None:
         insort(self._requests, request, key=lambda waiting: waiting.rank)

@@ -26,6 +26,9 @@ class PrefixCache:
         self._events: list[CacheEvent] | None = [] if record_events else None
         # Hashes that living sequences are about to store, and how many sequences.
         self._pending: dict[bytes, int] = {}
+        # Hashes of which somebody wants to know: each is dropped when it is stored, or when those
+        # that were about to store it may have given up.
+        self.awaited: set[bytes] = set()
 
     def emptied(self, num_blocks: int) -> PrefixCache:
         """One that knows nothing, in place of this one; its events go on with those of this one."""
@@ -54,6 +57,7 @@ class PrefixCache:
 
     def store(self, block_hash: bytes, block_id: int, *, was_expected: bool) -> bool:
         """Make a block findable; False when another block of the same content already is."""
+        self.awaited.discard(block_hash)
         if was_expected:
             self._forget_one(block_hash)
         if block_hash in self._block_of or block_id in self._hash_of:
@@ -71,6 +75,7 @@ class PrefixCache:
 
     def no_longer_expect(self, hashes: Sequence[bytes]) -> None:
         """The sequence ends without having stored these; others may still be about to."""
+        self.awaited.difference_update(hashes)
         for block_hash in hashes:
             self._forget_one(block_hash)
 

@@ -28,7 +28,8 @@ class PrefixMatch(NamedTuple):
     num_blocks: int
     num_sealed: int  # of these, in the body
     num_idle_blocks: int  # of these, blocks that count as free until they are shared
-    is_pending: bool  # a living sequence is about to store the next link
+    next_link: bytes | None  # the hash of the first that is missing
+    is_pending: bool  # a living sequence is about to store it
 
 
 @dataclass(kw_only=True)
@@ -60,7 +61,7 @@ class NoPrefixSharing:
 
     def find(self, tokens: TokenChain) -> PrefixMatch:
         """What `share` would take over."""
-        return PrefixMatch(0, 0, 0, 0, is_pending=False)
+        return PrefixMatch(0, 0, 0, 0, next_link=None, is_pending=False)
 
     def share(self, seq_id: int, tokens: TokenChain) -> None:
         """Fill a new sequence with the cached blocks of its tokens' first links."""
@@ -133,12 +134,14 @@ class PrefixSharing(NoPrefixSharing):
         block_ids = self._find_links(tokens)
         num_links = len(block_ids)
         limit = tokens.num_shareable_links(self.geometry)
+        next_link = tokens.hashes[num_links] if num_links < limit else None
         return PrefixMatch(
             num_tokens=self.geometry.link_end(num_links),
             num_blocks=num_links,
             num_sealed=self._num_body(num_links),
             num_idle_blocks=int(np.count_nonzero(self._pool.ref_counts[block_ids] == 0)),
-            is_pending=num_links < limit and self.cache.is_expected(tokens.hashes[num_links]),
+            next_link=next_link,
+            is_pending=next_link is not None and self.cache.is_expected(next_link),
         )
 
     def share(self, seq_id: int, tokens: TokenChain) -> None:

@@ -95,7 +95,12 @@ def test_what_is_hit_is_what_find_prefix_says():
     start(manager, tokens(14))
     found = match(manager, tokens(40))
     assert found == PrefixMatch(
-        num_tokens=36, num_blocks=5, num_sealed=4, num_idle_blocks=3, is_pending=False
+        num_tokens=36,
+        num_blocks=5,
+        num_sealed=4,
+        num_idle_blocks=3,
+        next_link=None,
+        is_pending=False,
     )
     free = manager.num_free_blocks
     seq_id = manager.add_sequence(tokens(40))
@@ -132,7 +137,7 @@ def test_the_last_known_token_is_at_hand_whatever_made_the_sequence():
 def test_without_a_prefix_cache_nothing_is_hit():
     manager = manager_of(prefix_caching=False)
     serve(manager, tokens(12))
-    assert match(manager, tokens(12)) == PrefixMatch(0, 0, 0, 0, is_pending=False)
+    assert match(manager, tokens(12)) == PrefixMatch(0, 0, 0, 0, None, is_pending=False)
     assert manager.num_cached_blocks == 0
     assert manager.take_events() == []
     manager.reset_prefix_cache()

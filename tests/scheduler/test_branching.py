@@ -85,12 +85,12 @@ def test_sequences_that_have_nothing_to_compute_are_left_out():
     branch_at_the_prompt(scheduler, request, [[1], [2] * 8, [3]])
     first, second, third = request.seq_ids
     step = scheduler.schedule()
-    assert computed_in(step) == {first: 1, second: 5}
-    assert step.sampled_seq_ids.tolist() == [first]
-    scheduler.update(step, [0])
+    assert computed_in(step) == {first: 1, second: 4, third: 1}
+    assert step.sampled_seq_ids.tolist() == [first, third]
+    scheduler.update(step, [0, 0])
     step = scheduler.schedule()
-    assert computed_in(step) == {second: 3, third: 1, other.seq_id: 2}
-    scheduler.update(step, [0, 0, 5])
+    assert computed_in(step) == {second: 4, other.seq_id: 2}
+    scheduler.update(step, [0, 5])
     step = scheduler.schedule()
     assert computed_in(step) == {other.seq_id: 1}
     branches = Branches(request, [1, 0], [[4], [4]])
