@@ -195,7 +195,10 @@ class ManagerPair:
         if chain is not None:
             sequence = Sequence(root)
             sequence.extend(tokens)
-            assert self.manager.find_prefix(chain) == self.reference.find(sequence)
+            found = self.manager.find_prefix(chain)
+            if found.next_link is not None:
+                found = found._replace(next_link=chain.hashes.index(found.next_link))
+            assert found == self.reference.find(sequence)
         try:
             seq_id = self.reference.add(tokens, root)
         except NoSeqIdError:

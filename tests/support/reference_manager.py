@@ -197,6 +197,7 @@ class Match(NamedTuple):
     num_blocks: int
     num_sealed: int
     num_idle: int
+    next_link: int | None  # by number, as the manager names it by hash
     is_pending: bool
 
 
@@ -294,6 +295,7 @@ class ReferenceManager:
             num_blocks=len(hits),
             num_sealed=sum(stretch.kind == "sealed" for stretch in hits),
             num_idle=sum(not self.ref_counts[block_id] for block_id in hits.values()),
+            next_link=len(hits) if following and self.prefix_caching else None,
             is_pending=any(
                 other.num_published <= len(hits) < other.num_expected
                 and other.content(link) == sequence.content(link)
