@@ -20,7 +20,7 @@ TOP_LEVEL = ("kernels", "scheduler")  # folders beside the package that install 
 TREE_OPENING = """# Structure
 
 Every file in one line, written by `make structure` from what the file says of itself.
-`docs/contributing.md` says what to put where."""
+`CONTRIBUTING.md` says what to put where."""
 # Folders from the ground up, and what is in each.
 FOLDERS = {
     "paged_kv": "The ground floor: what every room may use.",
