@@ -272,7 +272,8 @@ class Engine:
                 return 0
             found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
             names = {request.request_id for request in found if request is not None}
-            lives = [self._live[name] for name in names if name in self._live]
+            leaders = [self._live[name] for name in names if name in self._live]
+            lives = [live for leader in leaders for live in (leader, *leader.siblings)]
             searches = [self._searches[name] for name in names if name in self._searches]
             with self._change:
                 for live in lives:

@@ -194,6 +194,15 @@ def test_a_step_that_fails_costs_its_own_requests_where_that_is_asked_for(
     assert_nothing_is_held(llm)
 
 
+def test_a_step_that_fails_costs_the_samples_that_wait_for_it_too(make_llm, model, monkeypatch):
+    llm = make_llm()
+    mlp = model.model.layers[-1].mlp
+    monkeypatch.setattr(mlp, "forward", raise_once(mlp.forward, 1, RuntimeError("lost")))
+    events = list(llm.stream([[1, 2, 3]], params_of(n=3), keep_going=True))
+    assert [event.sample_index for event in events] == [0, 1, 2]
+    assert all(isinstance(event.error, StepFailedError) for event in events)
+
+
 def test_closing_many_streams_looks_at_each_request_once(make_llm, monkeypatch, prompts):
     """No list of all others is gone through for each: that would be quadratic."""
     llm: LLM = make_llm(num_blocks=40)
