@@ -185,7 +185,7 @@ class BlockManager(Holdings):
                 )
             num_expected, new_lengths = int(counts.sum()), lengths + counts
         token_ids = np.asarray(token_ids)
-        if token_ids.dtype != np.int32:
+        if token_ids.dtype != np.int32 or np.count_nonzero(token_ids < 0):
             token_ids = as_token_ids(token_ids)
         if token_ids.shape != (num_expected,):
             raise InvalidStepError(
@@ -195,8 +195,6 @@ class BlockManager(Holdings):
         if len(rows):
             sequences.check_new_lengths(seq_ids[rows], new_lengths[rows])
         with self._change:
-            if sequences.num_windowed:
-                sequences.make_room_for_tokens(int(new_lengths.max(initial=0)))
             sequences.write_tokens(seq_ids, lengths, new_lengths, token_ids, counts)
             if len(rows):
                 self._sharing.tokens_came(seq_ids[rows])
@@ -361,6 +359,8 @@ class BlockManager(Holdings):
         needs = self._needs(changed, request.after[rows], request.certain[rows])
         if needs.num_new_blocks > self.pool.num_free:
             return None
+        if len(rows):
+            self.tables.make_room(int(request.after[rows].max()))
         with self._change:
             self._outstanding = self._take_blocks(request, rows, changed, needs)
         return self._outstanding
@@ -381,6 +381,7 @@ class BlockManager(Holdings):
             copy_sources = self.tables.last_ids(changed[counts[:, COPIED] > 0])
             self.pool.leave(copy_sources)
         return StepPlan(
+            source=self.source,
             number=self._num_committed,
             seq_ids=request.seq_ids,
             num_scheduled_tokens=request.num_new_tokens,
@@ -417,6 +418,7 @@ class BlockManager(Holdings):
         after = plan.context_lens + plan.kept_tokens(num_kept_tokens)
         with self._change:
             evicted_ids = self._store(plan, after, spoilt_seq_ids)
+            plan.is_over = True
             self._num_committed += 1
             self._outstanding = None
         return evicted_ids
@@ -473,6 +475,7 @@ class BlockManager(Holdings):
             self.pool.rejoin(plan.copy_sources)
             self.tables.tell_later(plan.table_update.seq_ids)
             self.tables.tell_later(plan.seq_ids[plan.changed_rows])
+            plan.is_over = True
             self._outstanding = None
 
     def _require_no_step(self) -> None:

@@ -39,6 +39,12 @@ SEQUENCE: Final = np.dtype(
 UNLIMITED: Final = int(np.iinfo(np.int64).max)
 
 NO_ROWS: Final[IntArray] = np.empty(0, dtype=np.int64)
+FIRST_WIDTH: Final = 512  # tokens
+
+
+def grown_width(width: int, needed: int, usual_limit: int) -> int:
+    """At least `needed`, and twice as much as before unless `usual_limit` is enough."""
+    return max(needed, min(2 * width, usual_limit) if needed <= usual_limit else 2 * width)
 
 
 def integer_array(name: str, values: ArrayLike) -> IntArray:
@@ -67,7 +73,10 @@ class Sequences:
         self.capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         # Tokens that it can be told before more is to do: hash a link, or refuse.
         self.token_capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
-        self.token_ids: TokenIds = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
+        # As wide as the longest sequence needed so far, or up to twice as wide.
+        width = min(max_model_len, FIRST_WIDTH)
+        self.token_ids: TokenIds = np.zeros((max_num_seqs, width), dtype=np.int32)
+        self._length_bound = 0  # no sequence has more tokens
         # The last of them, beside each other: what most steps compute.
         self.last_token_ids: TokenIds = np.zeros(max_num_seqs, dtype=np.int32)
         self._arrays = (
@@ -122,6 +131,7 @@ class Sequences:
         """
         length, sink_window = len(tokens.token_ids), tokens.sink_window
         self.make_room_for_tokens(length)
+        self._length_bound = max(self._length_bound, length)
         seq_id = self._free_seq_ids.pop()
         self.token_ids[seq_id, :length] = tokens.token_ids
         if length:
@@ -165,15 +175,32 @@ class Sequences:
     # -- tokens ---------------------------------------------------------------------------------
 
     def make_room_for_tokens(self, num_tokens: int) -> None:
-        """Widen the rows of token ids for a windowed sequence that outgrows them."""
+        """Widen the rows of token ids for a sequence that outgrows them."""
         old = self.token_ids
         if num_tokens <= old.shape[1]:
             return
-        self.token_ids = np.zeros((len(old), max(num_tokens, 2 * old.shape[1])), dtype=np.int32)
+        width = grown_width(old.shape[1], num_tokens, self.max_model_len)
+        token_ids: TokenIds = np.zeros((len(old), width), dtype=np.int32)
+        chains = self.chains.copy()
         for seq_id in self.living.tolist():
             length = self.num_tokens[seq_id]
-            self.token_ids[seq_id, :length] = old[seq_id, :length]
-            self.chains[seq_id] = self.chain(seq_id).with_tokens(self.token_ids[seq_id])
+            token_ids[seq_id, :length] = old[seq_id, :length]
+            chains[seq_id] = self.chain(seq_id).with_tokens(token_ids[seq_id])
+        self.token_ids, self.chains = token_ids, chains  # at once, or not at all
+
+    def _make_room_behind(self, new_lengths: IntArray, counts: IntArray | None) -> None:
+        """Widen the rows of token ids where sequences of these lengths need it.
+
+        Most steps add one token to each, so that a bound on all lengths says that there is room.
+        """
+        width = self.token_ids.shape[1]
+        if width >= self.max_model_len and not self.num_windowed:
+            return
+        bound = self._length_bound + 1
+        if counts is not None or bound > width:
+            bound = max(int(self.num_tokens.max()), int(new_lengths.max(initial=0)))
+            self.make_room_for_tokens(bound)
+        self._length_bound = bound
 
     def write_tokens(
         self,
@@ -184,14 +211,15 @@ class Sequences:
         counts: IntArray | None,
     ) -> None:
         """Tokens behind the first `lengths` [M]: one for each sequence, or so many (`counts`)."""
-        self.num_tokens[seq_ids] = new_lengths
+        self._make_room_behind(new_lengths, counts)
         if counts is None:
             self.token_ids[seq_ids, lengths] = token_ids
             self.last_token_ids[seq_ids] = token_ids
-            return
-        rows, offsets = ragged_arange(counts)
-        self.token_ids[seq_ids[rows], lengths[rows] + offsets] = token_ids
-        self.last_token_ids[seq_ids] = self.token_ids[seq_ids, np.maximum(new_lengths - 1, 0)]
+        else:
+            rows, offsets = ragged_arange(counts)
+            self.token_ids[seq_ids[rows], lengths[rows] + offsets] = token_ids
+            self.last_token_ids[seq_ids] = self.token_ids[seq_ids, np.maximum(new_lengths - 1, 0)]
+        self.num_tokens[seq_ids] = new_lengths
 
     # -- windows --------------------------------------------------------------------------------
 
