@@ -10,7 +10,7 @@ from .errors import ConfigError
 from .validation import is_finite
 
 # As GNU's tools read them: K and KiB are 1024 bytes, KB is 1000.
-UNITS: Final = {"": 1, "B": 1} | {
+UNITS: Final[dict[str, int]] = {"": 1, "B": 1} | {
     letter + ending: base**power
     for power, letter in enumerate("KMGT", start=1)
     for ending, base in (("", 1024), ("IB", 1024), ("B", 1000))
@@ -48,7 +48,7 @@ def parse_amount(amount: object) -> int | None:
         return None
     unit, fraction = UNITS[match[3].upper()], match[2] or "."
     digits = fraction[1:]
-    return int(match[1] or 0) * unit + int(digits or 0) * unit // int("1" + "0" * len(digits))
+    return int(match[1] or 0) * unit + int(digits or 0) * unit // int(10 ** len(digits))
 
 
 def format_memory(size: float) -> str:
