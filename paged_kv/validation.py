@@ -17,6 +17,11 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def is_flag(value: object) -> bool:
+    """True or False; text and None, which mean one of them as a condition, are neither."""
+    return isinstance(value, bool)
+
+
 def is_finite(value: object) -> bool:
     """A real number, neither infinite nor NaN; a bool is none."""
     if not isinstance(value, Real) or isinstance(value, bool):

@@ -231,10 +231,11 @@ class LLM:
         if not isinstance(params, BeamSearchParams):
             raise ConfigError(f"params must be BeamSearchParams, got {params!r}")
         batch = as_batch(prompts)
+        most = self.engine.intake.max_prompt_tokens(params)
         token_ids = []
         for index, prompt in enumerate(batch):
             with naming_prompt(index, len(batch)):
-                token_ids.append(encode_prompt(prompt, self.tokenizer))
+                token_ids.append(encode_prompt(prompt, self.tokenizer, most))
                 self.engine.intake.search("", token_ids[-1], params)
         found = [search.output for search in self._search(token_ids, params)]
         outputs = [
@@ -277,7 +278,8 @@ class LLM:
 
     def check(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[int]:
         """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot."""
-        token_ids = encode_prompt(prompt, self.tokenizer)
+        most = self.engine.intake.max_prompt_tokens(params)
+        token_ids = encode_prompt(prompt, self.tokenizer, most)
         self.engine.intake.request("", token_ids, params, priority)
         self._processor.check(params)
         return token_ids

@@ -169,7 +169,7 @@ def model_length(model: PreTrainedModel, max_model_len: int | None) -> int:
         return int(limit)
     if max_model_len < 1 or (limit is not None and max_model_len > limit):
         raise ConfigError(f"max_model_len must be from 1 to {limit}, got {max_model_len}")
-    return max_model_len
+    return int(max_model_len)
 
 
 def end_token_ids(model: PreTrainedModel) -> list[int]:
