@@ -47,7 +47,8 @@ def paged_attention(
     many): it scores sinks.
     """
     cache.require_step(step, layer)
-    check_tensors(query, key, value, sink_query, sink_logits, device=cache.arenas[layer].device)
+    optional = (tensor for tensor in (sink_query, sink_logits) if tensor is not None)
+    check_tensors(query, key, value, *optional, device=cache.arenas[layer].device)
     check_shapes(query, key, value, cache.layers[layer], len(step.inputs.cache_positions))
     check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
     check_sink_query(query, sink_query, step, attention_chunk)
@@ -64,11 +65,9 @@ def paged_attention(
     return output
 
 
-def check_tensors(*tensors: Tensor | None, device: torch.device) -> None:
+def check_tensors(*tensors: Tensor, device: torch.device) -> None:
     """Raise `ConfigError` for what kernels cannot read, or would read without its gradient."""
     for tensor in tensors:
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"a tensor was expected, got {short_repr(tensor)}")
         if tensor.device != device:
