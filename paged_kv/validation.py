@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from reprlib import repr as short_repr
 from typing import Final, cast
 
-from .errors import ConfigError
+from .errors import ConfigError, PagedKVError
 
 # Block ids and token ids are 32-bit integers, and no sequence has more tokens.
 MAX_COUNT: Final = (1 << 31) - 1
@@ -38,6 +39,14 @@ def require(name: str, value: object, is_valid: bool, expected: str) -> None:
     """Raise `ConfigError` naming the setting, its value and what was expected."""
     if not is_valid:
         raise ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+def require_instance(
+    name: str, value: object, kind: type, error: type[PagedKVError] = ConfigError
+) -> None:
+    """Raise `ConfigError`, or another error, for a value of another type."""
+    if not isinstance(value, kind):
+        raise error(f"{name} must be a {kind.__name__}, got {short_repr(value)}")
 
 
 def require_count(name: str, value: object, least: int = 1, most: int = MAX_COUNT) -> int:

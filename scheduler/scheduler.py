@@ -20,7 +20,7 @@ from paged_kv.errors import (
     InvalidStepError,
     OutOfBlocksError,
 )
-from paged_kv.validation import is_finite, require, require_count
+from paged_kv.validation import is_finite, require, require_count, require_instance
 
 from .admission import Room, find_admissible
 from .request import Request, RequestStatus
@@ -62,6 +62,7 @@ class Scheduler(Roster):
         watermark: float = 0.01,
         swap_cost: float = 1.0,
     ) -> None:
+        require_instance("manager", manager, BlockManager)
         is_fraction = is_finite(watermark) and 0 <= watermark < 1
         require("watermark", watermark, is_fraction, "at least 0 and below 1")
         is_cost = is_finite(swap_cost) and swap_cost >= 0

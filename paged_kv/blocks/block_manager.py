@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import ConfigError, InvalidStepError, OutOfBlocksError
+from ..errors import ConfigError, InvalidRequestError, InvalidStepError, OutOfBlocksError
+from ..validation import require_instance
 from .events import CacheEvent
 from .geometry import NO_BLOCKS, BlockIds, IntArray
 from .growth import (
@@ -61,7 +62,8 @@ class BlockManager(Holdings):
         or a salt that keeps tenants apart: sequences share nothing unless all keys are equal. With
         a `sink_window` the sequence is windowed; raises `ConfigError` for one that cannot be kept.
         """
-        root = root_hash(self._fingerprint, extra_keys) if extra_keys else self._root
+        is_plain = isinstance(extra_keys, tuple) and not extra_keys
+        root = self._root if is_plain else root_hash(self._fingerprint, extra_keys)
         chain = TokenChain(as_token_ids(token_ids), root, sink_window)
         self.sequences.check_length(chain)
         if sink_window is not None:
@@ -71,6 +73,7 @@ class BlockManager(Holdings):
 
     def fitted_window(self, sink_window: SinkWindow) -> SinkWindow:
         """With sinks in whole blocks; raises `ConfigError` for one that this pool cannot keep."""
+        require_instance("sink_window", sink_window, SinkWindow)
         fitted = sink_window.fitted(self.geometry)
         num_blocks = fitted.max_blocks(self.geometry)
         if num_blocks > self.num_blocks:
@@ -81,6 +84,7 @@ class BlockManager(Holdings):
 
     def find_prefix(self, tokens: TokenChain) -> PrefixMatch:
         """What `add_sequence(tokens)` would take over from the prefix cache."""
+        require_instance("tokens", tokens, TokenChain, InvalidRequestError)
         return self._sharing.find(tokens)
 
     def add_sequence(self, tokens: TokenChain | ArrayLike | None = None) -> int:
@@ -483,5 +487,5 @@ class BlockManager(Holdings):
             raise InvalidStepError("commit or roll back the step before")
 
     def _require_step(self, plan: StepPlan) -> None:
-        if plan is not self._outstanding:
+        if plan is None or plan is not self._outstanding:
             raise InvalidStepError("this step is not the one that was reserved last")

@@ -47,7 +47,8 @@ class BlockGeometry:
         for field in fields(self):
             size = require_count(field.name, getattr(self, field.name), -MAX_COUNT)
             object.__setattr__(self, field.name, size)
-        if self.open_block_size < 1 or self.block_size % self.open_block_size:
+        is_multiple = self.open_block_size >= 1 and self.block_size >= 1
+        if not is_multiple or self.block_size % self.open_block_size:
             raise ConfigError(
                 f"block_size ({self.block_size}) must be a multiple of open_block_size "
                 f"({self.open_block_size})"

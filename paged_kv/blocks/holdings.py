@@ -9,7 +9,7 @@ import numpy as np
 
 from ..change import Change
 from ..free_memory import require_memory
-from ..validation import require_count
+from ..validation import require_count, require_instance
 from .block_pool import BlockPool
 from .block_tables import BlockTables
 from .geometry import NO_BLOCKS, BlockGeometry, BlockIds, IntArray
@@ -42,6 +42,10 @@ class Holdings:
         record_events: bool = False,
         num_host_blocks: int = 0,
     ) -> None:
+        require_instance("geometry", geometry, BlockGeometry)
+        require_instance("fingerprint", fingerprint, bytes)
+        for name, flag in (("prefix_caching", prefix_caching), ("record_events", record_events)):
+            require_instance(name, flag, bool)
         max_num_seqs = require_count("max_num_seqs", max_num_seqs, most=MAX_NUM_SEQS)
         max_model_len = require_count("max_model_len", max_model_len)
         num_blocks = require_count("num_blocks", num_blocks)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidStepError, OutOfBlocksError
+from ..validation import is_integer
 from .geometry import BlockGeometry, IntArray, ragged_arange
 from .token_chain import TokenChain, TokenIds
 
@@ -263,7 +264,8 @@ class Sequences:
         return checked
 
     def is_living(self, seq_id: int) -> bool:
-        return 0 <= seq_id < self.max_num_seqs and self.chains[seq_id] is not None
+        is_id = is_integer(seq_id) and 0 <= seq_id < self.max_num_seqs
+        return is_id and self.chains[seq_id] is not None
 
     def require_living(self, seq_ids: IntArray) -> None:
         if not self.state["is_living"][seq_ids].all():

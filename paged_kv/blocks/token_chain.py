@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidRequestError
-from ..validation import MAX_COUNT
+from ..validation import MAX_COUNT, is_list_of
 from .geometry import BlockGeometry
 from .sink_window import SinkWindow
 
@@ -53,6 +53,8 @@ def _converted(values: NDArray[np.int64]) -> TokenIds | None:
 
 def root_hash(fingerprint: bytes, extra_keys: Sequence[ExtraKey] = ()) -> bytes:
     """What a chain starts from. Types and lengths are hashed too: keys cannot run together."""
+    if not is_list_of(extra_keys, lambda key: True):
+        raise InvalidRequestError(f"extra_keys must be a list, got {short_repr(extra_keys)}")
     digest = sha256(b"paged_kv prefix 1")
     for key in (fingerprint, *extra_keys):
         if type(key) not in (bytes, str, int):  # whatever else may look the same and not be it

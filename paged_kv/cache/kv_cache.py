@@ -28,7 +28,7 @@ from ..errors import ConfigError, InvalidStepError
 from ..free_memory import require_memory
 from ..kernels.block_views import LayerBlocks
 from ..kernels.step_inputs import KernelPlan, StepInputs
-from ..validation import require_count
+from ..validation import require, require_count, require_instance
 from .backend import choose_backend
 from .block_views import layer_blocks
 from .device_memory import free_memory, require_device
@@ -154,6 +154,7 @@ class PagedKVCache:
     def fingerprint(self, model_fingerprint: bytes = b"") -> bytes:
         """32 bytes that differ when a token's stored K/V would: by model, format or precision."""
         description = repr((self.layers, self.dtype, self.geometry)).encode()
+        require_instance("model_fingerprint", model_fingerprint, bytes)
         return sha256(sha256(model_fingerprint).digest() + description).digest()
 
     def _copy(self, source_ids: Tensor, target_ids: Tensor) -> None:
@@ -164,6 +165,7 @@ class PagedKVCache:
 
     def swap_out(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
         """Copy blocks of the pool to host memory; on a GPU in the order of its stream."""
+        self._require_block_ids(device_block_ids, host_block_ids)
         device_ids = self._ids(device_block_ids)
         for arena, host in zip(self.arenas, self.host_arenas, strict=True):
             blocks = arena.view(torch.int64)[device_ids].view(torch.uint8)
@@ -173,6 +175,7 @@ class PagedKVCache:
 
     def swap_in(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
         """Copy blocks from host memory into the pool; on a GPU in the order of its stream."""
+        self._require_block_ids(device_block_ids, host_block_ids)
         device_ids = self._ids(device_block_ids)
         for arena, host in zip(self.arenas, self.host_arenas, strict=True):
             blocks = arena.new_empty(len(device_block_ids), *arena.shape[1:])
@@ -180,6 +183,17 @@ class PagedKVCache:
                 first = int(host_block_ids[start])
                 blocks[start:end].copy_(host[first : first + end - start], non_blocking=True)
             arena.view(torch.int64)[device_ids] = blocks.view(torch.int64)
+
+    def _require_block_ids(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
+        """Raise `ConfigError` for blocks that are not there, or not as many on both sides."""
+        for name, ids, limit in (
+            ("device_block_ids", device_block_ids, self.num_blocks),
+            ("host_block_ids", host_block_ids, self.num_host_blocks),
+        ):
+            fits = isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"
+            fits = fits and len(ids) == len(device_block_ids)
+            fits = fits and ids.min(initial=0) >= 0 and ids.max(initial=-1) < limit
+            require(name, short_repr(ids), bool(fits), f"equally many ids of {limit} blocks")
 
     def _ids(self, block_ids: BlockIds) -> Tensor:
         return torch.from_numpy(block_ids.astype(np.int64)).to(self.device)
@@ -229,6 +243,11 @@ class PagedKVCache:
         if plan.is_over:
             raise InvalidStepError(f"step {plan.number} was committed or rolled back before")
         self.require_blocks_of(plan.source)
+
+    def require_manager(self, manager: BlockManager) -> None:
+        """Raise unless this is the manager that hands out the blocks."""
+        require_instance("manager", manager, BlockManager)
+        self.require_blocks_of(manager.source)
 
     def require_blocks_of(self, source: PlanSource) -> None:
         """Raise `InvalidStepError` unless it is this manager that hands out the blocks."""
@@ -284,7 +303,7 @@ class PagedKVCache:
 
     def memory_stats(self, manager: BlockManager) -> MemoryStats:
         """What the pool of `manager`, which hands out this cache's blocks, holds now."""
-        self.require_blocks_of(manager.source)
+        self.require_manager(manager)
         return measure_memory(self, manager)
 
 

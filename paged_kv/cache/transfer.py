@@ -36,7 +36,7 @@ from ..blocks.block_manager import BlockManager
 from ..blocks.geometry import BlockGeometry, BlockIds
 from ..blocks.token_chain import ExtraKey, TokenChain, TokenIds
 from ..errors import TransferError
-from ..validation import MAX_COUNT, require_count
+from ..validation import MAX_COUNT, require_count, require_instance
 from .formats import RecordLayout
 from .kv_cache import PagedKVCache
 from .layer_spec import LayerSpec
@@ -72,7 +72,8 @@ def export_sequence(
     `manager` hands out the blocks of `cache`; `model_fingerprint` is what it was made with. Raises
     `InvalidStepError` while a step is outstanding, or where no sequence is.
     """
-    cache.require_blocks_of(manager.source)
+    require_instance("cache", cache, PagedKVCache)
+    cache.require_manager(manager)
     manager.require_at_rest(seq_id)
     tokens = manager.chain_of(seq_id)
     if tokens.sink_window is not None:
@@ -119,7 +120,8 @@ def import_sequence(
     sequences or blocks are free, `InvalidStepError` while a step is outstanding; nothing has
     changed then.
     """
-    cache.require_blocks_of(manager.source)
+    require_instance("cache", cache, PagedKVCache)
+    cache.require_manager(manager)
     sequence, layer_data = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
     require_token_ids(sequence.tokens.token_ids, vocab_size)
     records = read_records(cache, sequence, layer_data)

@@ -37,7 +37,7 @@ from ..errors import (
 from ..models.huggingface import PagedModel
 from ..models.loading import load_model, load_tokenizer
 from ..scheduler.statistics import SchedulerStatistics
-from ..validation import is_integer
+from ..validation import is_integer, is_list_of
 from .outputs import Completion, OutputAssembler, RequestOutput, StreamEvent
 from .progress import Progress
 
@@ -290,6 +290,8 @@ class LLM:
         params: Sequence[SamplingParams],
         priorities: Sequence[int] | None,
     ) -> list[list[int]]:
+        if priorities is not None and not is_list_of(priorities, lambda p: True):
+            raise ConfigError(f"priorities must be a list of integers, got {priorities!r}")
         if priorities is not None and len(priorities) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts, but {len(priorities)} priorities")
         ranks = priorities if priorities is not None else [0] * len(prompts)
@@ -435,7 +437,7 @@ def as_params(
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
-    if isinstance(params, Mapping) or not all(isinstance(p, SamplingParams) for p in params):
+    if not is_list_of(params, lambda p: isinstance(p, SamplingParams)):
         raise ConfigError(f"params must be SamplingParams, got {params!r}")
     if len(params) != count:
         raise ConfigError(f"{count} prompts, but {len(params)} sampling parameters")
