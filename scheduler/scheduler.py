@@ -268,13 +268,13 @@ class Scheduler(Roster):
         that have reached their `max_tokens`; the caller finishes them, and any other it wants to
         stop.
         """
+        self._require_step(step)
         tokens = as_token_ids(sampled_token_ids)
         if tokens.shape != step.sampled_seq_ids.shape:
             raise InvalidStepError(
                 f"{len(step.sampled_seq_ids)} sequences sample a token, got tokens of shape "
                 f"{tokens.shape}"
             )
-        self._require_step(step)
         self._check_forks(step, forks)
         self._check_branches(branches)
         with self._change:
@@ -395,7 +395,7 @@ class Scheduler(Roster):
             self._end_step()
 
     def _require_step(self, step: ScheduledStep) -> None:
-        if step is not self._step:
+        if step is None or step is not self._step:
             raise InvalidStepError("this step is not the one that was scheduled last")
 
     def _end_step(self) -> None:

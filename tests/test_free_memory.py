@@ -254,6 +254,35 @@ def test_a_sequence_reaches_its_limit_and_no_further(max_model_len):
     manager.check_integrity()
 
 
+def test_one_long_sequence_does_not_make_room_for_thousands():
+    manager = manager_of_long_sequences()
+    tokens = np.arange(1 << 20)
+    longest = manager.add_sequence(tokens)
+    others = [manager.add_sequence([n]) for n in range(10)]
+    assert manager.token_ids.nbytes <= 64 * tokens.nbytes // 2
+    assert manager.token_ids[longest, : 1 << 20].tolist() == tokens.tolist()
+    assert [manager.token_ids[other, 0] for other in others] == list(range(10))
+
+
+def test_rows_come_with_new_sequences_and_forks_and_nothing_is_lost():
+    manager = manager_of_long_sequences(max_num_seqs=300)
+    known = {}
+    for number in range(200):
+        tokens = [(7 * number + place) % 90 for place in range(3 + number % 5)]
+        known[manager.add_sequence(tokens)] = tokens
+    while manager.num_free_seqs:
+        known[manager.fork(0)] = known[0].copy()
+    for token in range(600):
+        seq_ids = [0, 70, 299] if token % 300 else list(known)
+        manager.append_tokens(seq_ids, [token] * len(seq_ids))
+        for seq_id in seq_ids:
+            known[seq_id].append(token)
+    for seq_id, tokens in known.items():
+        assert manager.token_ids[seq_id, : len(tokens)].tolist() == tokens
+        assert manager.chain_of(seq_id).token_ids.tolist() == tokens
+    manager.check_integrity()
+
+
 def test_growing_that_fails_changes_nothing(monkeypatch):
     manager = manager_of_long_sequences(max_num_seqs=2)
     seq_id = manager.add_sequence(np.arange(512))
@@ -266,7 +295,7 @@ def test_growing_that_fails_changes_nothing(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("paged_kv.blocks.sequences.np.zeros", no_memory)
         with pytest.raises(MemoryError):
-            sequences.make_room_for_tokens(513)
+            sequences._make_room(0, 513)
         with pytest.raises(MemoryError):
             manager.tables.make_room(1 << 19)
     assert (sequences.token_ids, sequences.chains, int(manager.num_tokens[seq_id])) == before

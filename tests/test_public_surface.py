@@ -324,10 +324,50 @@ def test_functions_of_a_cache_refuse_or_work(wrong):
 def test_a_seq_id_that_is_none_is_refused(wrong):
     manager = new_manager()
     manager.add_sequence([1, 2, 3])
-    for name in ("fork", "remove_sequence", "swap_out", "publish_sequence"):
+    for name in (
+        *("fork", "remove_sequence", "swap_out", "publish_sequence", "chain_of"),
+        *("block_ids", "body_ids", "head_and_tail_ids"),
+    ):
         with pytest.raises(PagedKVError, match="holds no sequence"):
             getattr(manager, name)(wrong)
     assert manager.living_seq_ids.tolist() == [0]
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "a"])
+def test_what_is_no_request_or_step_changes_no_scheduler(wrong):
+    scheduler = Scheduler(new_manager(), token_budget=4)
+    for call in (
+        lambda: scheduler.add(wrong),
+        lambda: scheduler.finish(wrong),
+        lambda: scheduler.cancel(wrong),
+        lambda: scheduler.update(wrong, [1]),
+    ):
+        with pytest.raises(PagedKVError):
+            call()
+    request = Request(request_id="a", prompt_token_ids=[1, 2], max_tokens=4)
+    scheduler.add(request)
+    step = scheduler.schedule()
+    with pytest.raises(PagedKVError):
+        scheduler.update(wrong, [1])
+    scheduler.update(step, [1])
+    with pytest.raises(PagedKVError):
+        scheduler.update(step, [1])
+    scheduler.check_integrity()
+
+
+def test_a_request_is_finished_once_and_by_its_own_scheduler():
+    scheduler = Scheduler(new_manager(), token_budget=4)
+    request, other = (
+        Request(request_id="a", prompt_token_ids=[1, 2], max_tokens=4) for _ in range(2)
+    )
+    scheduler.add(request)
+    for wrong in (other, request):
+        with pytest.raises(PagedKVError, match="not an unfinished request"):
+            scheduler.finish(wrong)
+        if wrong is other:
+            scheduler.finish(request)
+    scheduler.check_integrity()
+    assert not scheduler.has_unfinished
 
 
 # -- requests to an LLM -------------------------------------------------------------------------

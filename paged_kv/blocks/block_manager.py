@@ -231,14 +231,14 @@ class BlockManager(Holdings):
 
     def chain_of(self, seq_id: int) -> TokenChain:
         """A copy of a sequence's tokens and hashes, to add it again later."""
+        self.sequences.require(seq_id)
         tokens = self.token_ids[seq_id, : self.num_tokens[seq_id]].copy()
         return self.sequences.chain(seq_id).with_tokens(tokens)
 
     def require_at_rest(self, seq_id: int) -> None:
         """Raise `InvalidStepError` where no sequence is, or while a step is outstanding."""
         self._require_no_step()
-        if not self.sequences.is_living(seq_id):
-            raise InvalidStepError(f"seq_id {seq_id} holds no sequence")
+        self.sequences.require(seq_id)
 
     # -- swap -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from .geometry import (
     BlockIds,
     IntArray,
 )
-from .sequences import Sequences, grown_width
+from .sequences import Sequences, grown
 from .step_plan import NO_UPDATE, TableUpdate
 
 FIRST_WIDTH: Final = 64  # blocks
@@ -59,9 +59,10 @@ class BlockTables:
         old, needed = self.ids, self.geometry.table_width(num_tokens)
         if needed <= old.shape[1]:
             return
-        width = grown_width(old.shape[1], needed, self._usual_width)
+        width = grown(old.shape[1], needed, self._usual_width)
         block_ids: BlockIds = np.zeros((len(old), width), dtype=np.int32)
-        block_ids[:, : old.shape[1]] = old
+        living = self._sequences.living
+        block_ids[living, : old.shape[1]] = old[living]
         self.ids = block_ids
 
     # -- one sequence ---------------------------------------------------------------------------

@@ -184,14 +184,17 @@ class Holdings:
 
     def block_ids(self, seq_id: int) -> BlockIds:
         """Every block of a sequence, in the order of its tokens: head, body, tail."""
+        self.sequences.require(seq_id)
         return self.tables.block_ids(seq_id)
 
     def head_and_tail_ids(self, seq_id: int) -> BlockIds:
         """Open blocks of a sequence in order: head, then tail."""
+        self.sequences.require(seq_id)
         return self.tables.head_and_tail_ids(seq_id)
 
     def body_ids(self, seq_id: int) -> BlockIds:
         """Sealed blocks of a sequence in order."""
+        self.sequences.require(seq_id)
         return self.tables.body_ids(seq_id)
 
     # -- invariants -----------------------------------------------------------------------------

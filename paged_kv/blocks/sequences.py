@@ -40,12 +40,16 @@ SEQUENCE: Final = np.dtype(
 UNLIMITED: Final = int(np.iinfo(np.int64).max)
 
 NO_ROWS: Final[IntArray] = np.empty(0, dtype=np.int64)
+FIRST_ROWS: Final = 64  # sequences
 FIRST_WIDTH: Final = 512  # tokens
 
 
-def grown_width(width: int, needed: int, usual_limit: int) -> int:
-    """At least `needed`, and twice as much as before unless `usual_limit` is enough."""
-    return max(needed, min(2 * width, usual_limit) if needed <= usual_limit else 2 * width)
+def grown(size: int, needed: int, usual_limit: int) -> int:
+    """At least `needed`; where that is more than `size`, twice as much unless `usual_limit` will
+    do."""
+    if needed <= size:
+        return size
+    return max(needed, min(2 * size, usual_limit) if needed <= usual_limit else 2 * size)
 
 
 def integer_array(name: str, values: ArrayLike) -> IntArray:
@@ -74,9 +78,9 @@ class Sequences:
         self.capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         # Tokens that it can be told before more is to do: hash a link, or refuse.
         self.token_capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
-        # As wide as the longest sequence needed so far, or up to twice as wide.
-        width = min(max_model_len, FIRST_WIDTH)
-        self.token_ids: TokenIds = np.zeros((max_num_seqs, width), dtype=np.int32)
+        # For as many sequences, and as long ones, as there were so far, or up to twice that.
+        shape = min(max_num_seqs, FIRST_ROWS), min(max_model_len, FIRST_WIDTH)
+        self.token_ids: TokenIds = np.zeros(shape, dtype=np.int32)
         self._length_bound = 0  # no sequence has more tokens
         # The last of them, beside each other: what most steps compute.
         self.last_token_ids: TokenIds = np.zeros(max_num_seqs, dtype=np.int32)
@@ -131,7 +135,7 @@ class Sequences:
         Its `token_capacity` is its length limit.
         """
         length, sink_window = len(tokens.token_ids), tokens.sink_window
-        self.make_room_for_tokens(length)
+        self._make_room(self._free_seq_ids[-1], length)
         self._length_bound = max(self._length_bound, length)
         seq_id = self._free_seq_ids.pop()
         self.token_ids[seq_id, :length] = tokens.token_ids
@@ -154,6 +158,7 @@ class Sequences:
 
     def fork(self, seq_id: int) -> int:
         """The id of a copy of a sequence; the blocks of both have to be looked at anew."""
+        self._make_room(self._free_seq_ids[-1], 0)
         child = self._free_seq_ids.pop()
         length = int(self.num_tokens[seq_id])
         for array in self._arrays:
@@ -175,13 +180,14 @@ class Sequences:
 
     # -- tokens ---------------------------------------------------------------------------------
 
-    def make_room_for_tokens(self, num_tokens: int) -> None:
-        """Widen the rows of token ids for a sequence that outgrows them."""
+    def _make_room(self, seq_id: int, num_tokens: int) -> None:
+        """Grow the matrix of token ids to a sequence of that id and to one of so many tokens."""
         old = self.token_ids
-        if num_tokens <= old.shape[1]:
+        if seq_id < len(old) and num_tokens <= old.shape[1]:
             return
-        width = grown_width(old.shape[1], num_tokens, self.max_model_len)
-        token_ids: TokenIds = np.zeros((len(old), width), dtype=np.int32)
+        rows = grown(len(old), seq_id + 1, self.max_num_seqs)
+        width = grown(old.shape[1], num_tokens, self.max_model_len)
+        token_ids: TokenIds = np.zeros((rows, width), dtype=np.int32)
         chains = self.chains.copy()
         for seq_id in self.living.tolist():
             length = self.num_tokens[seq_id]
@@ -200,7 +206,7 @@ class Sequences:
         bound = self._length_bound + 1
         if counts is not None or bound > width:
             bound = max(int(self.num_tokens.max()), int(new_lengths.max(initial=0)))
-            self.make_room_for_tokens(bound)
+            self._make_room(0, bound)
         self._length_bound = bound
 
     def write_tokens(
@@ -266,6 +272,11 @@ class Sequences:
     def is_living(self, seq_id: int) -> bool:
         is_id = is_integer(seq_id) and 0 <= seq_id < self.max_num_seqs
         return is_id and self.chains[seq_id] is not None
+
+    def require(self, seq_id: int) -> None:
+        """Raise `InvalidStepError` where no sequence is."""
+        if not self.is_living(seq_id):
+            raise InvalidStepError(f"seq_id {seq_id} holds no sequence")
 
     def require_living(self, seq_ids: IntArray) -> None:
         if not self.state["is_living"][seq_ids].all():
