@@ -12,9 +12,11 @@ import numpy as np
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.host_blocks import SwappedSequence
 from paged_kv.blocks.sink_window import SinkWindow
-from paged_kv.blocks.token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids
+from paged_kv.blocks.token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids, root_hash
 from paged_kv.errors import InvalidRequestError
-from paged_kv.validation import is_integer
+from paged_kv.validation import is_integer, require_instance
+
+MAX_TOKENS: Final = 1 << 62
 
 # Steps of waiting that a level of priority is worth: whoever waits is passed only by requests that
 # arrive within so many steps for each level between them.
@@ -80,6 +82,12 @@ class Request:
     manager: BlockManager | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        require_instance("request_id", self.request_id, str, InvalidRequestError)
+        if self.sink_window is not None:
+            require_instance("sink_window", self.sink_window, SinkWindow, InvalidRequestError)
+        if self.branching is not None:
+            require_instance("branching", self.branching, Branching, InvalidRequestError)
+        root_hash(b"", self.extra_keys)  # or it raises
         token_ids = as_token_ids(self.prompt_token_ids)
         self.prompt_token_ids = token_ids
         self.num_prompt_tokens = len(token_ids)
@@ -89,6 +97,10 @@ class Request:
         if self.max_tokens is not None:
             if not is_integer(self.max_tokens):
                 raise InvalidRequestError(f"max_tokens must be an integer, got {self.max_tokens!r}")
+            if self.max_tokens > MAX_TOKENS:
+                raise InvalidRequestError(
+                    f"max_tokens must be at most {MAX_TOKENS}, got {self.max_tokens}"
+                )
             self.max_tokens = int(self.max_tokens)
         self.tokens = TokenChain(token_ids, root=b"")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from reprlib import repr as short_repr
+
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.change import Change
 from paged_kv.errors import InvalidRequestError
@@ -113,6 +115,8 @@ class Roster:
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequestError` if this request can never be served."""
+        if not isinstance(request, Request):
+            raise InvalidRequestError(f"a Request was expected, got {short_repr(request)}")
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is already in use")
         check_servable(request, self.manager)
@@ -126,6 +130,9 @@ class Roster:
 
     def finish(self, request: Request) -> None:
         """Take a request out and free its blocks, those of a step in flight when it ends."""
+        is_request = isinstance(request, Request)
+        if not is_request or self._requests.get(request.request_id) is not request:
+            raise InvalidRequestError(f"not an unfinished request of here: {short_repr(request)}")
         with self._change:
             self._finish(request)
 

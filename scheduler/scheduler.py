@@ -16,11 +16,11 @@ from paged_kv.blocks.geometry import IntArray
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.blocks.token_chain import TokenIds, as_token_ids
 from paged_kv.errors import (
-    ConfigError,
     InvalidRequestError,
     InvalidStepError,
     OutOfBlocksError,
 )
+from paged_kv.validation import is_finite, require, require_count, require_instance
 
 from .admission import Room, find_admissible
 from .request import Request, RequestStatus
@@ -62,17 +62,16 @@ class Scheduler(Roster):
         watermark: float = 0.01,
         swap_cost: float = 1.0,
     ) -> None:
-        if token_budget < 1:
-            raise ConfigError(f"token_budget must be at least 1, got {token_budget}")
-        if max_prefill_tokens is not None and max_prefill_tokens < 1:
-            raise ConfigError(f"max_prefill_tokens must be at least 1, got {max_prefill_tokens}")
-        if not 0 <= watermark < 1:
-            raise ConfigError(f"watermark must be at least 0 and below 1, got {watermark}")
-        if swap_cost < 0:
-            raise ConfigError(f"swap_cost must not be negative, got {swap_cost}")
-        super().__init__(manager, swap_cost=swap_cost)
-        self.token_budget = token_budget
+        require_instance("manager", manager, BlockManager)
+        is_fraction = is_finite(watermark) and 0 <= watermark < 1
+        require("watermark", watermark, is_fraction, "at least 0 and below 1")
+        is_cost = is_finite(swap_cost) and swap_cost >= 0
+        require("swap_cost", swap_cost, is_cost, "a number that is not negative")
+        self.token_budget = require_count("token_budget", token_budget)
+        if max_prefill_tokens is not None:
+            max_prefill_tokens = require_count("max_prefill_tokens", max_prefill_tokens)
         self.max_prefill_tokens = max_prefill_tokens
+        super().__init__(manager, swap_cost=swap_cost)
         self._watermark_blocks = int(watermark * manager.num_blocks)
 
     # -- steps ----------------------------------------------------------------------------------
@@ -269,13 +268,13 @@ class Scheduler(Roster):
         that have reached their `max_tokens`; the caller finishes them, and any other it wants to
         stop.
         """
+        self._require_step(step)
         tokens = as_token_ids(sampled_token_ids)
         if tokens.shape != step.sampled_seq_ids.shape:
             raise InvalidStepError(
                 f"{len(step.sampled_seq_ids)} sequences sample a token, got tokens of shape "
                 f"{tokens.shape}"
             )
-        self._require_step(step)
         self._check_forks(step, forks)
         self._check_branches(branches)
         with self._change:
@@ -396,7 +395,7 @@ class Scheduler(Roster):
             self._end_step()
 
     def _require_step(self, step: ScheduledStep) -> None:
-        if step is not self._step:
+        if step is None or step is not self._step:
             raise InvalidStepError("this step is not the one that was scheduled last")
 
     def _end_step(self) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import ConfigError, InvalidStepError, OutOfBlocksError
+from ..errors import ConfigError, InvalidRequestError, InvalidStepError, OutOfBlocksError
+from ..validation import require_instance
 from .events import CacheEvent
 from .geometry import NO_BLOCKS, BlockIds, IntArray
 from .growth import (
@@ -61,7 +62,8 @@ class BlockManager(Holdings):
         or a salt that keeps tenants apart: sequences share nothing unless all keys are equal. With
         a `sink_window` the sequence is windowed; raises `ConfigError` for one that cannot be kept.
         """
-        root = root_hash(self._fingerprint, extra_keys) if extra_keys else self._root
+        is_plain = isinstance(extra_keys, tuple) and not extra_keys
+        root = self._root if is_plain else root_hash(self._fingerprint, extra_keys)
         chain = TokenChain(as_token_ids(token_ids), root, sink_window)
         self.sequences.check_length(chain)
         if sink_window is not None:
@@ -71,6 +73,7 @@ class BlockManager(Holdings):
 
     def fitted_window(self, sink_window: SinkWindow) -> SinkWindow:
         """With sinks in whole blocks; raises `ConfigError` for one that this pool cannot keep."""
+        require_instance("sink_window", sink_window, SinkWindow)
         fitted = sink_window.fitted(self.geometry)
         num_blocks = fitted.max_blocks(self.geometry)
         if num_blocks > self.num_blocks:
@@ -81,6 +84,7 @@ class BlockManager(Holdings):
 
     def find_prefix(self, tokens: TokenChain) -> PrefixMatch:
         """What `add_sequence(tokens)` would take over from the prefix cache."""
+        require_instance("tokens", tokens, TokenChain, InvalidRequestError)
         return self._sharing.find(tokens)
 
     def add_sequence(self, tokens: TokenChain | ArrayLike | None = None) -> int:
@@ -185,7 +189,7 @@ class BlockManager(Holdings):
                 )
             num_expected, new_lengths = int(counts.sum()), lengths + counts
         token_ids = np.asarray(token_ids)
-        if token_ids.dtype != np.int32:
+        if token_ids.dtype != np.int32 or np.count_nonzero(token_ids < 0):
             token_ids = as_token_ids(token_ids)
         if token_ids.shape != (num_expected,):
             raise InvalidStepError(
@@ -195,8 +199,6 @@ class BlockManager(Holdings):
         if len(rows):
             sequences.check_new_lengths(seq_ids[rows], new_lengths[rows])
         with self._change:
-            if sequences.num_windowed:
-                sequences.make_room_for_tokens(int(new_lengths.max(initial=0)))
             sequences.write_tokens(seq_ids, lengths, new_lengths, token_ids, counts)
             if len(rows):
                 self._sharing.tokens_came(seq_ids[rows])
@@ -229,14 +231,14 @@ class BlockManager(Holdings):
 
     def chain_of(self, seq_id: int) -> TokenChain:
         """A copy of a sequence's tokens and hashes, to add it again later."""
+        self.sequences.require(seq_id)
         tokens = self.token_ids[seq_id, : self.num_tokens[seq_id]].copy()
         return self.sequences.chain(seq_id).with_tokens(tokens)
 
     def require_at_rest(self, seq_id: int) -> None:
         """Raise `InvalidStepError` where no sequence is, or while a step is outstanding."""
         self._require_no_step()
-        if not self.sequences.is_living(seq_id):
-            raise InvalidStepError(f"seq_id {seq_id} holds no sequence")
+        self.sequences.require(seq_id)
 
     # -- swap -----------------------------------------------------------------------------------
 
@@ -361,6 +363,8 @@ class BlockManager(Holdings):
         needs = self._needs(changed, request.after[rows], request.certain[rows])
         if needs.num_new_blocks > self.pool.num_free:
             return None
+        if len(rows):
+            self.tables.make_room(int(request.after[rows].max()))
         with self._change:
             self._outstanding = self._take_blocks(request, rows, changed, needs)
         return self._outstanding
@@ -381,6 +385,7 @@ class BlockManager(Holdings):
             copy_sources = self.tables.last_ids(changed[counts[:, COPIED] > 0])
             self.pool.leave(copy_sources)
         return StepPlan(
+            source=self.source,
             number=self._num_committed,
             seq_ids=request.seq_ids,
             num_scheduled_tokens=request.num_new_tokens,
@@ -417,6 +422,7 @@ class BlockManager(Holdings):
         after = plan.context_lens + plan.kept_tokens(num_kept_tokens)
         with self._change:
             evicted_ids = self._store(plan, after, spoilt_seq_ids)
+            plan.is_over = True
             self._num_committed += 1
             self._outstanding = None
         return evicted_ids
@@ -473,6 +479,7 @@ class BlockManager(Holdings):
             self.pool.rejoin(plan.copy_sources)
             self.tables.tell_later(plan.table_update.seq_ids)
             self.tables.tell_later(plan.seq_ids[plan.changed_rows])
+            plan.is_over = True
             self._outstanding = None
 
     def _require_no_step(self) -> None:
@@ -480,5 +487,5 @@ class BlockManager(Holdings):
             raise InvalidStepError("commit or roll back the step before")
 
     def _require_step(self, plan: StepPlan) -> None:
-        if plan is not self._outstanding:
+        if plan is None or plan is not self._outstanding:
             raise InvalidStepError("this step is not the one that was reserved last")

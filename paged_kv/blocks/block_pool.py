@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..code_cache import compiled
-from ..errors import ConfigError, OutOfBlocksError
+from ..errors import OutOfBlocksError
+from ..validation import require_count
 from .geometry import BlockIds
 from .prefix_cache import PrefixCache
 
@@ -51,10 +52,8 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int, prefix_cache: PrefixCache | None = None) -> None:
-        if num_blocks < 1:
-            raise ConfigError(f"num_blocks must be at least 1, got {num_blocks}")
-        self.num_blocks = num_blocks
-        self.ref_counts: NDArray[np.int32] = np.zeros(num_blocks, dtype=np.int32)
+        self.num_blocks = require_count("num_blocks", num_blocks)
+        self.ref_counts: NDArray[np.int32] = np.zeros(self.num_blocks, dtype=np.int32)
         # Without one, one in which nothing is ever stored.
         self.prefix_cache = prefix_cache or PrefixCache(num_blocks, record_events=False)
         self.peak_allocated = 0  # most blocks in use at once so far

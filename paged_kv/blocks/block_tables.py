@@ -7,6 +7,8 @@ others, nor what lies behind the last token.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from ..code_cache import compiled
@@ -18,8 +20,10 @@ from .geometry import (
     BlockIds,
     IntArray,
 )
-from .sequences import Sequences
+from .sequences import Sequences, grown
 from .step_plan import NO_UPDATE, TableUpdate
+
+FIRST_WIDTH: Final = 64  # blocks
 
 
 @compiled
@@ -45,16 +49,21 @@ class BlockTables:
     def __init__(self, geometry: BlockGeometry, sequences: Sequences) -> None:
         self.geometry = geometry
         self._sequences = sequences
-        width = geometry.table_width(sequences.max_model_len)
+        self._usual_width = geometry.table_width(sequences.max_model_len)
+        width = min(self._usual_width, FIRST_WIDTH)
         self.ids: BlockIds = np.zeros((sequences.max_num_seqs, width), dtype=np.int32)
         self._untold: list[IntArray] = []
 
     def make_room(self, num_tokens: int) -> None:
         """Widen every row to sequences that store so many tokens."""
-        old, width = self.ids, self.geometry.table_width(num_tokens)
-        if width > old.shape[1]:
-            self.ids = np.zeros((len(old), width), dtype=np.int32)
-            self.ids[:, : old.shape[1]] = old
+        old, needed = self.ids, self.geometry.table_width(num_tokens)
+        if needed <= old.shape[1]:
+            return
+        width = grown(old.shape[1], needed, self._usual_width)
+        block_ids: BlockIds = np.zeros((len(old), width), dtype=np.int32)
+        living = self._sequences.living
+        block_ids[living, : old.shape[1]] = old[living]
+        self.ids = block_ids
 
     # -- one sequence ---------------------------------------------------------------------------
 
@@ -83,6 +92,7 @@ class BlockTables:
 
     def write(self, seq_id: int, block_ids: BlockIds) -> None:
         """Every block of a sequence whose lengths are set, in the order of its tokens."""
+        self.make_room(int(self._sequences.num_computed_tokens[seq_id]))
         self.ids[seq_id, self._places(seq_id)] = block_ids
 
     def copy(self, seq_id: int, child: int) -> None:

@@ -8,7 +8,7 @@ each head block, each body block, and in the native format every full block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Final
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
+from ..validation import MAX_COUNT, require_count
 
 IntArray = NDArray[np.int64]
 BlockIds = NDArray[np.int32]
@@ -43,7 +44,11 @@ class BlockGeometry:
     min_tail_tokens: int
 
     def __post_init__(self) -> None:
-        if self.open_block_size < 1 or self.block_size % self.open_block_size:
+        for field in fields(self):
+            size = require_count(field.name, getattr(self, field.name), -MAX_COUNT)
+            object.__setattr__(self, field.name, size)
+        is_multiple = self.open_block_size >= 1 and self.block_size >= 1
+        if not is_multiple or self.block_size % self.open_block_size:
             raise ConfigError(
                 f"block_size ({self.block_size}) must be a multiple of open_block_size "
                 f"({self.open_block_size})"
@@ -53,8 +58,7 @@ class BlockGeometry:
                 "num_head_tokens must be whole open blocks of "
                 f"{self.open_block_size} tokens, got {self.num_head_tokens}"
             )
-        if self.min_tail_tokens < 0:
-            raise ConfigError(f"min_tail_tokens must not be negative, got {self.min_tail_tokens}")
+        require_count("min_tail_tokens", self.min_tail_tokens, least=0)
 
     @cached_property
     def sizes(self) -> IntArray:

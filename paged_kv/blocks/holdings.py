@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from typing import Final
+
 import numpy as np
 
 from ..change import Change
-from ..errors import ConfigError
+from ..free_memory import require_memory
+from ..validation import require_count, require_instance
 from .block_pool import BlockPool
 from .block_tables import BlockTables
 from .geometry import NO_BLOCKS, BlockGeometry, BlockIds, IntArray
@@ -13,8 +17,11 @@ from .host_blocks import HostBlocks
 from .prefix_cache import PrefixCache
 from .prefix_sharing import NoPrefixSharing, PrefixSharing, PrefixStatistics
 from .sequences import Sequences
-from .step_plan import StepPlan
+from .step_plan import PlanSource, StepPlan
 from .token_chain import TokenIds, root_hash
+
+MAX_NUM_SEQS: Final = 1 << 20
+BYTES_PER_BLOCK: Final = 9  # of arrays of the pool and the prefix cache
 
 
 class Holdings:
@@ -35,9 +42,19 @@ class Holdings:
         record_events: bool = False,
         num_host_blocks: int = 0,
     ) -> None:
-        for name, value in (("max_num_seqs", max_num_seqs), ("max_model_len", max_model_len)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        require_instance("geometry", geometry, BlockGeometry)
+        require_instance("fingerprint", fingerprint, bytes)
+        for name, flag in (("prefix_caching", prefix_caching), ("record_events", record_events)):
+            require_instance(name, flag, bool)
+        max_num_seqs = require_count("max_num_seqs", max_num_seqs, most=MAX_NUM_SEQS)
+        max_model_len = require_count("max_model_len", max_model_len)
+        num_blocks = require_count("num_blocks", num_blocks)
+        num_host_blocks = require_count("num_host_blocks", num_host_blocks, least=0)
+        num_bytes = (num_blocks + num_host_blocks) * BYTES_PER_BLOCK
+        require_memory(f"a manager of {num_blocks} blocks", num_bytes)
+        self.source = PlanSource(
+            manager_id=os.urandom(16), geometry=geometry, num_blocks=num_blocks
+        )
         self.geometry = geometry
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
@@ -73,6 +90,8 @@ class Holdings:
         may itself be cut off, and called again. Plans go on in their order.
         """
         self._change.is_unfinished = True
+        if self._outstanding is not None:
+            self._outstanding.is_over = True
         statistics, cache, host_pool = self.prefix_statistics, self.prefix_cache, self.host_pool
         self._begin_empty(
             self.num_blocks,
@@ -165,14 +184,17 @@ class Holdings:
 
     def block_ids(self, seq_id: int) -> BlockIds:
         """Every block of a sequence, in the order of its tokens: head, body, tail."""
+        self.sequences.require(seq_id)
         return self.tables.block_ids(seq_id)
 
     def head_and_tail_ids(self, seq_id: int) -> BlockIds:
         """Open blocks of a sequence in order: head, then tail."""
+        self.sequences.require(seq_id)
         return self.tables.head_and_tail_ids(seq_id)
 
     def body_ids(self, seq_id: int) -> BlockIds:
         """Sealed blocks of a sequence in order."""
+        self.sequences.require(seq_id)
         return self.tables.body_ids(seq_id)
 
     # -- invariants -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidStepError, OutOfBlocksError
+from ..validation import is_integer
 from .geometry import BlockGeometry, IntArray, ragged_arange
 from .token_chain import TokenChain, TokenIds
 
@@ -39,6 +40,16 @@ SEQUENCE: Final = np.dtype(
 UNLIMITED: Final = int(np.iinfo(np.int64).max)
 
 NO_ROWS: Final[IntArray] = np.empty(0, dtype=np.int64)
+FIRST_ROWS: Final = 64  # sequences
+FIRST_WIDTH: Final = 512  # tokens
+
+
+def grown(size: int, needed: int, usual_limit: int) -> int:
+    """At least `needed`; where that is more than `size`, twice as much unless `usual_limit` will
+    do."""
+    if needed <= size:
+        return size
+    return max(needed, min(2 * size, usual_limit) if needed <= usual_limit else 2 * size)
 
 
 def integer_array(name: str, values: ArrayLike) -> IntArray:
@@ -67,7 +78,10 @@ class Sequences:
         self.capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         # Tokens that it can be told before more is to do: hash a link, or refuse.
         self.token_capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
-        self.token_ids: TokenIds = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
+        # For as many sequences, and as long ones, as there were so far, or up to twice that.
+        shape = min(max_num_seqs, FIRST_ROWS), min(max_model_len, FIRST_WIDTH)
+        self.token_ids: TokenIds = np.zeros(shape, dtype=np.int32)
+        self._length_bound = 0  # no sequence has more tokens
         # The last of them, beside each other: what most steps compute.
         self.last_token_ids: TokenIds = np.zeros(max_num_seqs, dtype=np.int32)
         self._arrays = (
@@ -121,7 +135,8 @@ class Sequences:
         Its `token_capacity` is its length limit.
         """
         length, sink_window = len(tokens.token_ids), tokens.sink_window
-        self.make_room_for_tokens(length)
+        self._make_room(self._free_seq_ids[-1], length)
+        self._length_bound = max(self._length_bound, length)
         seq_id = self._free_seq_ids.pop()
         self.token_ids[seq_id, :length] = tokens.token_ids
         if length:
@@ -143,6 +158,7 @@ class Sequences:
 
     def fork(self, seq_id: int) -> int:
         """The id of a copy of a sequence; the blocks of both have to be looked at anew."""
+        self._make_room(self._free_seq_ids[-1], 0)
         child = self._free_seq_ids.pop()
         length = int(self.num_tokens[seq_id])
         for array in self._arrays:
@@ -164,16 +180,34 @@ class Sequences:
 
     # -- tokens ---------------------------------------------------------------------------------
 
-    def make_room_for_tokens(self, num_tokens: int) -> None:
-        """Widen the rows of token ids for a windowed sequence that outgrows them."""
+    def _make_room(self, seq_id: int, num_tokens: int) -> None:
+        """Grow the matrix of token ids to a sequence of that id and to one of so many tokens."""
         old = self.token_ids
-        if num_tokens <= old.shape[1]:
+        if seq_id < len(old) and num_tokens <= old.shape[1]:
             return
-        self.token_ids = np.zeros((len(old), max(num_tokens, 2 * old.shape[1])), dtype=np.int32)
+        rows = grown(len(old), seq_id + 1, self.max_num_seqs)
+        width = grown(old.shape[1], num_tokens, self.max_model_len)
+        token_ids: TokenIds = np.zeros((rows, width), dtype=np.int32)
+        chains = self.chains.copy()
         for seq_id in self.living.tolist():
             length = self.num_tokens[seq_id]
-            self.token_ids[seq_id, :length] = old[seq_id, :length]
-            self.chains[seq_id] = self.chain(seq_id).with_tokens(self.token_ids[seq_id])
+            token_ids[seq_id, :length] = old[seq_id, :length]
+            chains[seq_id] = self.chain(seq_id).with_tokens(token_ids[seq_id])
+        self.token_ids, self.chains = token_ids, chains  # at once, or not at all
+
+    def _make_room_behind(self, new_lengths: IntArray, counts: IntArray | None) -> None:
+        """Widen the rows of token ids where sequences of these lengths need it.
+
+        Most steps add one token to each, so that a bound on all lengths says that there is room.
+        """
+        width = self.token_ids.shape[1]
+        if width >= self.max_model_len and not self.num_windowed:
+            return
+        bound = self._length_bound + 1
+        if counts is not None or bound > width:
+            bound = max(int(self.num_tokens.max()), int(new_lengths.max(initial=0)))
+            self._make_room(0, bound)
+        self._length_bound = bound
 
     def write_tokens(
         self,
@@ -184,14 +218,15 @@ class Sequences:
         counts: IntArray | None,
     ) -> None:
         """Tokens behind the first `lengths` [M]: one for each sequence, or so many (`counts`)."""
-        self.num_tokens[seq_ids] = new_lengths
+        self._make_room_behind(new_lengths, counts)
         if counts is None:
             self.token_ids[seq_ids, lengths] = token_ids
             self.last_token_ids[seq_ids] = token_ids
-            return
-        rows, offsets = ragged_arange(counts)
-        self.token_ids[seq_ids[rows], lengths[rows] + offsets] = token_ids
-        self.last_token_ids[seq_ids] = self.token_ids[seq_ids, np.maximum(new_lengths - 1, 0)]
+        else:
+            rows, offsets = ragged_arange(counts)
+            self.token_ids[seq_ids[rows], lengths[rows] + offsets] = token_ids
+            self.last_token_ids[seq_ids] = self.token_ids[seq_ids, np.maximum(new_lengths - 1, 0)]
+        self.num_tokens[seq_ids] = new_lengths
 
     # -- windows --------------------------------------------------------------------------------
 
@@ -235,7 +270,13 @@ class Sequences:
         return checked
 
     def is_living(self, seq_id: int) -> bool:
-        return 0 <= seq_id < self.max_num_seqs and self.chains[seq_id] is not None
+        is_id = is_integer(seq_id) and 0 <= seq_id < self.max_num_seqs
+        return is_id and self.chains[seq_id] is not None
+
+    def require(self, seq_id: int) -> None:
+        """Raise `InvalidStepError` where no sequence is."""
+        if not self.is_living(seq_id):
+            raise InvalidStepError(f"seq_id {seq_id} holds no sequence")
 
     def require_living(self, seq_ids: IntArray) -> None:
         if not self.state["is_living"][seq_ids].all():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ..errors import ConfigError
-from ..validation import is_integer, require
+from ..validation import require_count
 from .geometry import BlockGeometry
 
 MIN_CHUNK_ROOM: Final = 256  # tokens beyond the window that a step may store before it lets go
@@ -30,9 +30,8 @@ class SinkWindow:
     window_size: int = 1020
 
     def __post_init__(self) -> None:
-        sinks, window = self.num_sink_tokens, self.window_size
-        require("num_sink_tokens", sinks, is_integer(sinks) and sinks >= 0, "at least 0")
-        require("window_size", window, is_integer(window) and window >= 1, "at least 1")
+        for name, least in (("num_sink_tokens", 0), ("window_size", 1)):
+            object.__setattr__(self, name, require_count(name, getattr(self, name), least))
 
     @property
     def num_visible_tokens(self) -> int:

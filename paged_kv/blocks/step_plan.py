@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidStepError
-from .geometry import BlockIds, IntArray
+from .geometry import BlockGeometry, BlockIds, IntArray
 from .sequences import integer_array
 
 
@@ -39,6 +39,15 @@ NO_UPDATE: Final = TableUpdate(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanSource:
+    """Which manager makes plans, and what its block ids mean."""
+
+    manager_id: bytes  # a random one
+    geometry: BlockGeometry
+    num_blocks: int
+
+
 @dataclass(eq=False, kw_only=True)
 class StepPlan:
     """N sequences, T new tokens in all, R sequences whose blocks change, S blocks to seal.
@@ -47,6 +56,7 @@ class StepPlan:
     each other in full precision, wherever they are stored.
     """
 
+    source: PlanSource
     number: int  # plans that its manager has committed before
     seq_ids: IntArray  # [N]
     num_scheduled_tokens: IntArray  # [N] new tokens
@@ -64,6 +74,7 @@ class StepPlan:
     copy_targets: BlockIds  # [C] ... and where to
     freed_block_ids: BlockIds  # let go by commit, as often as they lose a user
     table_update: TableUpdate
+    is_over: bool = False  # committed or rolled back; a copy elsewhere does not know
 
     @cached_property
     def num_tokens(self) -> int:

@@ -11,11 +11,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256
+from reprlib import repr as short_repr
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidRequestError
+from ..validation import MAX_COUNT, is_list_of
 from .geometry import BlockGeometry
 from .sink_window import SinkWindow
 
@@ -24,23 +26,35 @@ ExtraKey = bytes | str | int
 
 
 def as_token_ids(values: ArrayLike) -> TokenIds:
-    """A flat sequence of 32-bit integers as an array; raises `InvalidRequestError` otherwise."""
+    """A flat sequence of 31-bit numbers as an array; raises `InvalidRequestError` otherwise."""
     try:
         if isinstance(values, list):  # twice as fast as numpy's own conversion, and as strict
-            return np.frombuffer(array("i", values), dtype=np.int32)
-        token_ids = np.asarray(values)
-        is_integer = not token_ids.size or token_ids.dtype.kind in "iu"
-        if token_ids.ndim == 1 and is_integer:
-            converted = token_ids.astype(np.int32)
-            if not np.count_nonzero(converted != token_ids):
+            token_ids: TokenIds = np.frombuffer(array("i", values), dtype=np.int32)
+            if token_ids.min(initial=0) >= 0:
+                return token_ids
+        else:
+            converted = _converted(np.asarray(values))
+            if converted is not None:
                 return converted
     except (TypeError, ValueError, OverflowError):
         pass
-    raise InvalidRequestError(f"token ids must be a flat list of 32-bit integers, got {values!r}")
+    raise InvalidRequestError(
+        f"token ids must be a flat list of integers from 0 to {MAX_COUNT}, got {short_repr(values)}"
+    )
+
+
+def _converted(values: NDArray[np.int64]) -> TokenIds | None:
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        return None
+    token_ids = values.astype(np.int32)
+    token_ids &= MAX_COUNT  # negative ones and those that are too large become others
+    return None if np.count_nonzero(token_ids != values) else token_ids
 
 
 def root_hash(fingerprint: bytes, extra_keys: Sequence[ExtraKey] = ()) -> bytes:
     """What a chain starts from. Types and lengths are hashed too: keys cannot run together."""
+    if not is_list_of(extra_keys, lambda key: True):
+        raise InvalidRequestError(f"extra_keys must be a list, got {short_repr(extra_keys)}")
     digest = sha256(b"paged_kv prefix 1")
     for key in (fingerprint, *extra_keys):
         if type(key) not in (bytes, str, int):  # whatever else may look the same and not be it

@@ -5,13 +5,17 @@ Many arguments because those of `paged_attention`, most of them optional, are wh
 
 from __future__ import annotations
 
+from reprlib import repr as short_repr
+
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..kernels.new_tokens import NewTokens
 from ..kernels.rules import ScoreRules
+from ..validation import is_finite, require, require_count
 from .kv_cache import PagedKVCache, Step
-from .layer_spec import LayerSpec
+from .layer_spec import FULL_PRECISION_DTYPES, LayerSpec
 
 
 def paged_attention(
@@ -35,22 +39,46 @@ def paged_attention(
     [T, num_kv_heads, value_dim] are the flattened new tokens of every sequence of the step, in
     the order of the plan. Returns [T, num_q_heads, value_dim]. `scale` defaults to
     key_dim ** -0.5; for the masks see `kernels.rules.ScoreRules`. Call it once for each layer.
+    There is no backward pass. Raises, before anything is written, `InvalidStepError` for a step
+    that is over or a layer that was called before, `ConfigError` for all else that cannot be.
 
     In a step with windowed sequences that have evicted (`Step.head_shifts` is not None),
     `sink_query` is the query with positions that many tokens smaller (RoPE: rotated back by as
     many): it scores sinks.
     """
+    cache.require_step(step, layer)
+    optional = (tensor for tensor in (sink_query, sink_logits) if tensor is not None)
+    check_tensors(query, key, value, *optional, device=cache.arenas[layer].device)
     check_shapes(query, key, value, cache.layers[layer], len(step.inputs.cache_positions))
     check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
     check_sink_query(query, sink_query, step, attention_chunk)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return cache.backend.attend_and_store(
+    require("scale", scale, is_finite(scale) and scale >= 0, "at least 0, and finite")
+    output = cache.backend.attend_and_store(
         NewTokens(query, key, value, sink_query),
         cache.records[layer],
         step.plan,
         ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits),
     )
+    step.stored_layers.add(layer)
+    return output
+
+
+def check_tensors(*tensors: Tensor, device: torch.device) -> None:
+    """Raise `ConfigError` for what kernels cannot read, or would read without its gradient."""
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"a tensor was expected, got {short_repr(tensor)}")
+        if tensor.device != device:
+            raise ConfigError(
+                f"the cache is on {device}, a tensor that was given on {tensor.device}"
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(
+                "paged attention has no backward pass, but a tensor that was given requires a "
+                "gradient: call it under torch.inference_mode() or torch.no_grad()"
+            )
 
 
 def check_shapes(
@@ -67,6 +95,10 @@ def check_shapes(
         raise ConfigError(
             "query, key and value must have the same dtype, got "
             f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if query.dtype not in FULL_PRECISION_DTYPES:
+        raise ConfigError(
+            f"query, key and value must be float32, bfloat16 or float16, got {query.dtype}"
         )
     fits = (
         query.ndim == 3
@@ -91,10 +123,10 @@ def check_rules(
 ) -> None:
     """Raise `ConfigError` for masks that leave a token without itself, sinks without a head ..."""
     for name, size in (("sliding_window", sliding_window), ("attention_chunk", attention_chunk)):
-        if size is not None and size < 1:
-            raise ConfigError(f"{name} must be at least 1, got {size}")
-    if softcap is not None and not softcap > 0:
-        raise ConfigError(f"softcap must be positive, got {softcap}")
+        if size is not None:
+            require_count(name, size)
+    if softcap is not None:
+        require("softcap", softcap, is_finite(softcap) and softcap > 0, "positive")
     if sink_logits is not None and sink_logits.shape != (num_query_heads,):
         raise ConfigError(
             f"sink_logits must have shape ({num_query_heads},), got {tuple(sink_logits.shape)}"

@@ -63,8 +63,9 @@ TORCH_BACKEND: Final = EagerBackend()
 
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     """The backend of that name, or the one that PAGED_KV_BACKEND or else the device asks for."""
-    wanted = name or os.environ.get(BACKEND_VARIABLE) or None
-    if wanted not in (None, "torch", *NEEDED_PACKAGE):
+    wanted = os.environ.get(BACKEND_VARIABLE) or None if name is None else name
+    is_name = wanted is None or isinstance(wanted, str)
+    if not is_name or wanted not in (None, "torch", *NEEDED_PACKAGE):
         raise ConfigError(f"unknown backend {wanted!r}; expected torch, cpu, triton or xformers")
     chosen = wanted or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
     if chosen == "torch":

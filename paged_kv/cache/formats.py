@@ -15,11 +15,19 @@ from typing import Final
 
 from ..blocks.geometry import BlockGeometry
 from ..errors import ConfigError
+from ..validation import is_finite, is_integer, require, require_count
 
 RECORD_ALIGNMENT: Final = 16
 METADATA_BYTES: Final = 2  # scales and zero points are fp16
 NATIVE_BLOCK_SIZE: Final = 16
 QUANTIZED_BITS: Final = (2, 4, 8)
+MAX_BLOCK_SIZE: Final = 1 << 20  # tokens, of what has no smaller limit
+LEAST_SIZES: Final = {
+    "block_size": -MAX_BLOCK_SIZE,  # what it may be is checked below, as of the next
+    "key_group_size": -MAX_BLOCK_SIZE,
+    "num_sink_tokens": 0,
+    "min_tail_tokens": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +51,21 @@ class KVFormat:
     min_tail_tokens: int = 32
 
     def __post_init__(self) -> None:
+        require("name", self.name, isinstance(self.name, str), "a string")
         for setting in ("key_clip", "value_clip"):  # equal formats look equal
-            object.__setattr__(self, setting, float(getattr(self, setting)))
-        for setting in ("num_sink_tokens", "min_tail_tokens"):
-            if getattr(self, setting) < 0:
-                raise ConfigError(f"{setting} must not be negative, got {getattr(self, setting)}")
+            clip = getattr(self, setting)
+            require(setting, clip, is_finite(clip) and 0 < clip <= 1, "in (0, 1]")
+            object.__setattr__(self, setting, float(clip))
+        for setting, least in LEAST_SIZES.items():
+            size = require_count(setting, getattr(self, setting), least, MAX_BLOCK_SIZE)
+            object.__setattr__(self, setting, size)
+        is_known = self.bits is None or (is_integer(self.bits) and self.bits in QUANTIZED_BITS)
+        require("bits", self.bits, is_known, "2, 4, 8 or None")
         if self.bits is None:
-            if self.block_size < 1 or self.block_size & (self.block_size - 1):
-                raise ConfigError(f"block_size must be a power of two, got {self.block_size}")
+            is_power = self.block_size >= 1 and not self.block_size & (self.block_size - 1)
+            require("block_size", self.block_size, is_power, "a power of two")
             return
-        if self.bits not in QUANTIZED_BITS:
-            raise ConfigError(f"bits must be 2, 4, 8 or None, got {self.bits}")
+        object.__setattr__(self, "bits", int(self.bits))
         if self.block_size not in (64, 128):
             raise ConfigError(f"block_size must be 64 or 128, got {self.block_size}")
         if self.key_group_size not in (32, 64, 128) or self.key_group_size > self.block_size:
@@ -61,9 +73,6 @@ class KVFormat:
                 "key_group_size must be 32, 64 or 128 and at most block_size "
                 f"({self.block_size}), got {self.key_group_size}"
             )
-        for setting in ("key_clip", "value_clip"):
-            if not 0.0 < getattr(self, setting) <= 1.0:
-                raise ConfigError(f"{setting} must be in (0, 1], got {getattr(self, setting)}")
 
     @property
     def is_native(self) -> bool:
@@ -106,7 +115,7 @@ def resolve_format(kv_format: str | KVFormat) -> KVFormat:
     """The format of that name, or the given format itself."""
     if isinstance(kv_format, KVFormat):
         return kv_format
-    if kv_format not in FORMATS:
+    if not isinstance(kv_format, str) or kv_format not in FORMATS:
         raise ConfigError(f"unknown KV format {kv_format!r}; expected one of {', '.join(FORMATS)}")
     return FORMATS[kv_format]
 
@@ -126,8 +135,8 @@ class RecordLayout:
 
     def __post_init__(self) -> None:
         for name, size in (("key_dim", self.key_dim), ("value_dim", self.value_dim)):
-            if size % 8 or not 8 <= size <= 256:
-                raise ConfigError(f"{name} must be a multiple of 8 from 8 to 256, got {size}")
+            fits = is_integer(size) and size % 8 == 0 and 8 <= size <= 256
+            require(name, size, fits, "a multiple of 8 from 8 to 256")
 
     @property
     def token_bytes(self) -> int:

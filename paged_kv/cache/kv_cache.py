@@ -8,9 +8,10 @@ and sealed blocks are two readings of the same bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import pairwise
+from reprlib import repr as short_repr
 from types import MappingProxyType
 from typing import Final
 
@@ -21,13 +22,16 @@ from torch import Tensor
 from ..blocks.block_manager import BlockManager
 from ..blocks.geometry import BlockIds, IntArray
 from ..blocks.step_arrays import StepArrays
-from ..blocks.step_plan import StepPlan
+from ..blocks.step_plan import PlanSource, StepPlan
 from ..blocks.table_replica import TableReplica
-from ..errors import ConfigError
+from ..errors import ConfigError, InvalidStepError
+from ..free_memory import require_memory
 from ..kernels.block_views import LayerBlocks
 from ..kernels.step_inputs import KernelPlan, StepInputs
+from ..validation import require, require_count, require_instance
 from .backend import choose_backend
 from .block_views import layer_blocks
+from .device_memory import free_memory, require_device
 from .layer_spec import LayerSpec, block_bytes, cache_geometry
 from .memory_stats import MemoryStats, measure_memory
 from .step_staging import StagedArray, stage
@@ -40,6 +44,7 @@ NO_ARRAYS: Final[Mapping[str, StagedArray]] = MappingProxyType({})
 class Step:
     """A plan on the cache's device, with what the layers share. Made by `PagedKVCache.begin`."""
 
+    source: StepPlan
     inputs: StepInputs
     plan: KernelPlan  # what the backend made of it
     token_ids: Tensor  # [T] those that `begin` was given
@@ -49,6 +54,7 @@ class Step:
     # Of a step with windowed sequences:
     is_windowed: Tensor | None  # [T]
     head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`; None where all are 0
+    stored_layers: set[int] = field(default_factory=set)  # whose tokens are stored
 
 
 class PagedKVCache:
@@ -71,30 +77,58 @@ class PagedKVCache:
         backend: str | None = None,
     ) -> None:
         self.geometry = cache_geometry(layers, dtype)
-        if num_blocks < 1:
-            raise ConfigError(f"num_blocks must be at least 1, got {num_blocks}")
         self.layers = tuple(layers)
-        self.num_blocks = num_blocks
+        self.num_blocks = require_count("num_blocks", num_blocks)
+        self.num_host_blocks = require_count("num_host_blocks", num_host_blocks, least=0)
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = require_device(device)
         self.backend = choose_backend(self.device, backend)
-        self.num_host_blocks = num_host_blocks
-        self.arenas: list[Tensor] = []
-        self.host_arenas: list[Tensor] = []
-        self.records: list[LayerBlocks] = []
-        for layer in layers:
-            layout = layer.record_layout(dtype)
-            shape = (num_blocks, layer.num_kv_heads, layout.record_bytes)
-            arena = zeroed_bytes(shape, self.device)
-            self.arenas.append(arena)
-            if num_host_blocks:
-                host_shape = (num_host_blocks, *shape[1:])
-                is_pinned = self.device.type == "cuda"  # so that copies can be asynchronous
-                host = torch.empty(host_shape, dtype=torch.uint8, pin_memory=is_pinned)
-                self.host_arenas.append(host)
-            self.records.append(layer_blocks(arena, layout, dtype, self.geometry.open_block_size))
+        self._require_memory()
+        try:
+            self.arenas = [
+                zeroed_bytes((self.num_blocks, *shape), self.device) for shape in self.record_shapes
+            ]
+            self.host_arenas = self._host_arenas()
+        except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
+            raise ConfigError(
+                f"a pool of {num_blocks} blocks of {self.block_bytes} bytes, and {num_host_blocks} "
+                f"in host memory, cannot be allocated: {error}"
+            ) from error
+        self.records: list[LayerBlocks] = [
+            layer_blocks(arena, layer.record_layout(dtype), dtype, self.geometry.open_block_size)
+            for arena, layer in zip(self.arenas, self.layers, strict=True)
+        ]
         self._tables = TableReplica(self.geometry)
+        self._source: PlanSource | None = None  # the manager whose plans are begun here
+        self._step: Step | None = None  # begun last
         self.backend.warm_up(self.records)
+
+    @property
+    def record_shapes(self) -> list[tuple[int, int]]:
+        """Of each layer, `(num_kv_heads, record_bytes)` of a block."""
+        return [
+            (layer.num_kv_heads, layer.record_layout(self.dtype).record_bytes)
+            for layer in self.layers
+        ]
+
+    def _require_memory(self) -> None:
+        """Raise `ConfigError` for more blocks than there is memory for."""
+        pool, host = (count * self.block_bytes for count in (self.num_blocks, self.num_host_blocks))
+        what = f"a pool of {self.num_blocks} blocks"
+        if self.device.type == "cpu" and host:
+            pool, what = pool + host, f"{what} and {self.num_host_blocks} host blocks (swap space)"
+        elif host:
+            require_memory(f"swap space of {self.num_host_blocks} host blocks", host)
+        require_memory(what, pool, free_memory(self.device), str(self.device))
+
+    def _host_arenas(self) -> list[Tensor]:
+        if not self.num_host_blocks:
+            return []
+        is_pinned = self.device.type == "cuda"  # so that copies can be asynchronous
+        return [
+            torch.empty((self.num_host_blocks, *shape), dtype=torch.uint8, pin_memory=is_pinned)
+            for shape in self.record_shapes
+        ]
 
     def new_manager(
         self,
@@ -120,6 +154,7 @@ class PagedKVCache:
     def fingerprint(self, model_fingerprint: bytes = b"") -> bytes:
         """32 bytes that differ when a token's stored K/V would: by model, format or precision."""
         description = repr((self.layers, self.dtype, self.geometry)).encode()
+        require_instance("model_fingerprint", model_fingerprint, bytes)
         return sha256(sha256(model_fingerprint).digest() + description).digest()
 
     def _copy(self, source_ids: Tensor, target_ids: Tensor) -> None:
@@ -130,6 +165,7 @@ class PagedKVCache:
 
     def swap_out(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
         """Copy blocks of the pool to host memory; on a GPU in the order of its stream."""
+        self._require_block_ids(device_block_ids, host_block_ids)
         device_ids = self._ids(device_block_ids)
         for arena, host in zip(self.arenas, self.host_arenas, strict=True):
             blocks = arena.view(torch.int64)[device_ids].view(torch.uint8)
@@ -139,6 +175,7 @@ class PagedKVCache:
 
     def swap_in(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
         """Copy blocks from host memory into the pool; on a GPU in the order of its stream."""
+        self._require_block_ids(device_block_ids, host_block_ids)
         device_ids = self._ids(device_block_ids)
         for arena, host in zip(self.arenas, self.host_arenas, strict=True):
             blocks = arena.new_empty(len(device_block_ids), *arena.shape[1:])
@@ -146,6 +183,17 @@ class PagedKVCache:
                 first = int(host_block_ids[start])
                 blocks[start:end].copy_(host[first : first + end - start], non_blocking=True)
             arena.view(torch.int64)[device_ids] = blocks.view(torch.int64)
+
+    def _require_block_ids(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
+        """Raise `ConfigError` for blocks that are not there, or not as many on both sides."""
+        for name, ids, limit in (
+            ("device_block_ids", device_block_ids, self.num_blocks),
+            ("host_block_ids", host_block_ids, self.num_host_blocks),
+        ):
+            fits = isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu"
+            fits = fits and len(ids) == len(device_block_ids)
+            fits = fits and ids.min(initial=0) >= 0 and ids.max(initial=-1) < limit
+            require(name, short_repr(ids), bool(fits), f"equally many ids of {limit} blocks")
 
     def _ids(self, block_ids: BlockIds) -> Tensor:
         return torch.from_numpy(block_ids.astype(np.int64)).to(self.device)
@@ -161,17 +209,22 @@ class PagedKVCache:
         """Copy shared blocks that are about to be written, and bring a plan's arrays to the device.
 
         Once for each step and in the order of the plans, because the cache learns block tables from
-        them alone, and before the next step is reserved. Whoever runs a model on it lets the step's
+        them alone, and before it is committed. Whoever runs a model on it lets the step's
         `token_ids` [T], the places among them whose logits are wanted, `logit_tokens` [M], and any
-        `extra` arrays travel along.
+        `extra` arrays travel along. Raises `InvalidStepError`, changing nothing, for a plan that is
+        over, out of turn, or of another manager than the plans before.
         """
+        self._require_own(plan)
+        self._require_whole_step(plan)
         self._tables.apply(plan)
+        self._source, self._step = plan.source, None
         arrays = StepArrays.from_plan(self.geometry, plan, self._tables)
         sent = {"token_ids": token_ids, "logit_tokens": logit_tokens, **extra}
         staged = stage(self.geometry, plan, arrays, sent, self.device)
         if len(plan.copy_sources):
             self._copy(staged.copy_sources, staged.copy_targets)
-        return Step(
+        self._step = Step(
+            source=plan,
             inputs=staged.inputs,
             plan=self.backend.plan(staged.inputs),
             token_ids=staged.extra["token_ids"],
@@ -181,6 +234,63 @@ class PagedKVCache:
             is_windowed=staged.is_windowed,
             head_shifts=staged.head_shifts,
         )
+        return self._step
+
+    def _require_own(self, plan: StepPlan) -> None:
+        """Raise `InvalidStepError` for what is no plan, is over, or of another manager."""
+        if not isinstance(plan, StepPlan):
+            raise InvalidStepError(f"a StepPlan was expected, got {short_repr(plan)}")
+        if plan.is_over:
+            raise InvalidStepError(f"step {plan.number} was committed or rolled back before")
+        self.require_blocks_of(plan.source)
+
+    def require_manager(self, manager: BlockManager) -> None:
+        """Raise unless this is the manager that hands out the blocks."""
+        require_instance("manager", manager, BlockManager)
+        self.require_blocks_of(manager.source)
+
+    def require_blocks_of(self, source: PlanSource) -> None:
+        """Raise `InvalidStepError` unless it is this manager that hands out the blocks."""
+        if source is self._source:
+            return
+        if self._source is not None and source.manager_id != self._source.manager_id:
+            raise InvalidStepError(
+                "another block manager's steps were begun on this cache: it has one"
+            )
+        if source.geometry != self.geometry or source.num_blocks > self.num_blocks:
+            raise InvalidStepError(
+                f"a manager of {source.num_blocks} blocks of {source.geometry} cannot hand out "
+                f"this cache's {self.num_blocks} of {self.geometry}"
+            )
+
+    def _require_whole_step(self, plan: StepPlan) -> None:
+        """Raise `InvalidStepError` where the step before is over and lacks some of its layers."""
+        step = self._step
+        if step is None or plan.number == step.source.number or not step.stored_layers:
+            return
+        missing = [n for n in range(len(self.layers)) if n not in step.stored_layers]
+        if missing:
+            self._step = None  # said once; who goes on knows
+            raise InvalidStepError(
+                f"step {step.source.number} was committed, but nothing was stored in layers "
+                f"{missing}: paged_attention has to be called for each layer"
+            )
+
+    def require_step(self, step: Step, layer: int) -> None:
+        """Raise unless a layer's tokens of this step are to be computed and stored now."""
+        if step is not self._step or step.source.is_over:
+            if not isinstance(step, Step):
+                raise InvalidStepError(
+                    f"a Step of `PagedKVCache.begin` was expected, got {short_repr(step)}"
+                )
+            raise InvalidStepError(
+                f"step {step.source.number} is over, or was not the last to begin on this cache"
+            )
+        require_count("layer", layer, least=0, most=len(self.layers) - 1)
+        if layer in step.stored_layers:
+            raise InvalidStepError(
+                f"layer {layer} has stored the tokens of step {step.source.number} before"
+            )
 
     @property
     def block_bytes(self) -> int:
@@ -193,6 +303,7 @@ class PagedKVCache:
 
     def memory_stats(self, manager: BlockManager) -> MemoryStats:
         """What the pool of `manager`, which hands out this cache's blocks, holds now."""
+        self.require_manager(manager)
         return measure_memory(self, manager)
 
 

@@ -10,14 +10,16 @@ import torch
 
 from ..blocks.geometry import BlockGeometry
 from ..errors import ConfigError, OutOfBlocksError
-from .formats import KVFormat, RecordLayout, block_geometry
+from ..validation import is_finite, is_list_of, require, require_count
+from .formats import KVFormat, RecordLayout, block_geometry, resolve_format
 
 FULL_PRECISION_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE: Final = 1 << 16  # for what dimensions can be see `RecordLayout`
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What one attention layer stores for each token."""
+    """What one attention layer stores for each token; `kv_format` may be given by its name."""
 
     kv_format: KVFormat
     num_kv_heads: int
@@ -25,8 +27,10 @@ class LayerSpec:
     value_dim: int
 
     def __post_init__(self) -> None:
-        if self.num_kv_heads < 1:
-            raise ConfigError(f"num_kv_heads must be at least 1, got {self.num_kv_heads}")
+        object.__setattr__(self, "kv_format", resolve_format(self.kv_format))
+        for name, least in (("num_kv_heads", 1), ("key_dim", 0), ("value_dim", 0)):
+            size = require_count(name, getattr(self, name), least, MAX_HEAD_SIZE)
+            object.__setattr__(self, name, size)
 
     def record_layout(self, dtype: torch.dtype) -> RecordLayout:
         return RecordLayout(
@@ -39,11 +43,17 @@ class LayerSpec:
 
 def cache_geometry(layers: Sequence[LayerSpec], dtype: torch.dtype) -> BlockGeometry:
     """The block geometry that these layers share; what a `BlockManager` is made with."""
+    require_layers(layers)
+    is_dtype = isinstance(dtype, torch.dtype) and dtype in FULL_PRECISION_DTYPES
+    require("dtype", dtype, is_dtype, "float32, bfloat16 or float16")
+    return block_geometry([layer.record_layout(dtype) for layer in layers])
+
+
+def require_layers(layers: Sequence[LayerSpec]) -> None:
+    is_layers = is_list_of(layers, lambda layer: isinstance(layer, LayerSpec))
+    require("layers", layers, is_layers, "a list of LayerSpec")
     if not layers:
         raise ConfigError("a cache needs at least one layer, got none")
-    if dtype not in FULL_PRECISION_DTYPES:
-        raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    return block_geometry([layer.record_layout(dtype) for layer in layers])
 
 
 def block_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
@@ -59,7 +69,9 @@ def sequence_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype, num_tokens: 
 
 def num_blocks_for(memory_bytes: int, layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
     """Blocks that fit in `memory_bytes`; raises `OutOfBlocksError` when not even one does."""
+    cache_geometry(layers, dtype)  # or it raises
+    require("memory_bytes", memory_bytes, is_finite(memory_bytes), "a number of bytes")
     size = block_bytes(layers, dtype)
     if memory_bytes < size:
         raise OutOfBlocksError(f"{memory_bytes} bytes hold no block; one takes {size} bytes")
-    return memory_bytes // size
+    return int(memory_bytes // size)

@@ -13,8 +13,8 @@ side that imports them brings them into its own.
 
 The checksum is integrity, not authenticity: whoever can write the data can write the checksum, and
 no check tells K/V that a model computed from K/V that somebody made up. Take data only from where
-you would take the answers from. Records travel whole: what a sequence has not filled of its open
-blocks is whatever lay there before, possibly another sequence's tokens.
+you would take the answers from. Records travel whole, but nothing of others travels with them: what
+a sequence has not filled of its blocks is zeros, in the data and where they are imported.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ from torch import Tensor
 
 from ..blocks.block_manager import BlockManager
 from ..blocks.geometry import BlockGeometry, BlockIds
-from ..blocks.token_chain import ExtraKey, TokenChain
+from ..blocks.token_chain import ExtraKey, TokenChain, TokenIds
 from ..errors import TransferError
+from ..validation import MAX_COUNT, require_count, require_instance
 from .formats import RecordLayout
 from .kv_cache import PagedKVCache
 from .layer_spec import LayerSpec
+from .travelling_records import TravellingRecords
 
 MAGIC: Final = b"paged_kv"
 VERSION: Final = 2
@@ -70,6 +72,8 @@ def export_sequence(
     `manager` hands out the blocks of `cache`; `model_fingerprint` is what it was made with. Raises
     `InvalidStepError` while a step is outstanding, or where no sequence is.
     """
+    require_instance("cache", cache, PagedKVCache)
+    cache.require_manager(manager)
     manager.require_at_rest(seq_id)
     tokens = manager.chain_of(seq_id)
     if tokens.sink_window is not None:
@@ -84,7 +88,10 @@ def export_sequence(
     header = json.dumps(fields, separators=(",", ":")).encode()
     ids = on_device(cache, manager.block_ids(seq_id))
     parts = [memoryview(header), tokens.token_ids.astype(TOKEN_DTYPE).data]
-    parts += [as_words(arena).index_select(0, ids).cpu().numpy().data for arena in cache.arenas]
+    for layer, arena in zip(cache.layers, cache.arenas, strict=True):
+        records = as_words(arena).index_select(0, ids).cpu().view(torch.uint8)
+        travelling(cache, layer, records, sequence).clear_the_rest()
+        parts.append(records.numpy().data)
     num_bytes = FRAME.size + sum(part.nbytes for part in parts) + DIGEST_BYTES
     parts.insert(0, memoryview(FRAME.pack(MAGIC, VERSION, len(header), num_bytes)))
     checksum = sha256()
@@ -100,23 +107,29 @@ def import_sequence(
     *,
     model_fingerprint: bytes = b"",
     extra_keys: Sequence[ExtraKey] = (),
+    vocab_size: int | None = None,
 ) -> int:
     """Bring in an exported sequence, whose seq_id this returns, in blocks of its own.
 
     With prefix caching its complete links can be hit at once. Their hashes are computed here, from
     the tokens and the `extra_keys` that the caller names as for `BlockManager.chain_tokens`; data
-    that say otherwise are refused, so that nobody plants blocks under another prefix's hash.
+    data that say otherwise are refused, so that nobody plants blocks under another prefix's hash.
+    Token ids from `vocab_size` on, where it is given, and K/V that are not finite are refused too.
 
     Raises `TransferError` for data that are corrupt or do not fit, `OutOfBlocksError` if too few
     sequences or blocks are free, `InvalidStepError` while a step is outstanding; nothing has
     changed then.
     """
-    sequence, records = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
+    require_instance("cache", cache, PagedKVCache)
+    cache.require_manager(manager)
+    sequence, layer_data = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
+    require_token_ids(sequence.tokens.token_ids, vocab_size)
+    records = read_records(cache, sequence, layer_data)
     seq_id, block_ids = manager.place_sequence(
         sequence.tokens, sequence.num_computed_tokens, sequence.num_sealed
     )
     try:
-        write_records(cache, sequence, records, block_ids)
+        write_records(cache, records, block_ids)
     except BaseException:
         manager.remove_sequence(seq_id)
         raise
@@ -182,13 +195,14 @@ def read_sequence(
     extra_keys: Sequence[ExtraKey],
 ) -> tuple[SequenceData, list[memoryview]]:
     """The sequence and each layer's records; raises `TransferError` unless they fit here."""
-    header, body = open_frame(memoryview(data).cast("B"))
+    header, body = open_frame(as_bytes(data))
     shared = shared_fields(cache, model_fingerprint)
     require_equal("header", {name: header.get(name) for name in shared}, shared)
     num_computed, num_known, num_sealed = read_counts(header, manager)
     num_blocks = cache.geometry.count_blocks(num_computed, num_sealed)
     sections = split(body, section_sizes(cache, num_known, num_blocks))
     token_ids = np.array(sections[0]).view(TOKEN_DTYPE).astype(np.int32)
+    require_token_ids(token_ids, None)
     tokens = manager.chain_tokens(token_ids, extra_keys)
     if header.get("root") != tokens.root.hex():
         raise TransferError(
@@ -203,6 +217,25 @@ def read_sequence(
     )
     require_equal("header", header, shared | sequence_fields(cache, sequence))
     return sequence, sections[1:]
+
+
+def as_bytes(data: object) -> memoryview:
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TransferError(f"an exported sequence is bytes, got {short_repr(data)}")
+    try:
+        return memoryview(data).cast("B")
+    except (TypeError, ValueError) as error:  # a view with gaps, or one that was released
+        raise TransferError(f"an exported sequence is contiguous bytes: {error}") from error
+
+
+def require_token_ids(token_ids: TokenIds, vocab_size: int | None) -> None:
+    """Raise `TransferError` for a token id that no model knows, or not one of so many tokens."""
+    limit = MAX_COUNT if vocab_size is None else require_count("vocab_size", vocab_size)
+    wrong = (token_ids < 0) | (token_ids >= limit)
+    if wrong.any():
+        raise TransferError(
+            f"token id {token_ids[wrong.argmax()]} is outside a vocabulary of {limit}"
+        )
 
 
 def open_frame(data: memoryview) -> tuple[JsonObject, memoryview]:
@@ -319,21 +352,46 @@ def split(body: memoryview, sizes: list[int]) -> list[memoryview]:
 # -- records ------------------------------------------------------------------------------------
 
 
-def write_records(
-    cache: PagedKVCache,
-    sequence: SequenceData,
-    layer_data: Sequence[memoryview],
-    block_ids: BlockIds,
-) -> None:
-    """Copy each layer's records into these blocks, in the order of the device."""
-    ids = on_device(cache, block_ids)
+def travelling(
+    cache: PagedKVCache, layer: LayerSpec, records: Tensor, sequence: SequenceData
+) -> TravellingRecords:
+    return TravellingRecords(
+        records=records,
+        layout=layer.record_layout(cache.dtype),
+        dtype=cache.dtype,
+        open_block_size=cache.geometry.open_block_size,
+        num_head_blocks=cache.geometry.num_head_blocks,
+        num_sealed=sequence.num_sealed,
+        num_tokens=sequence.num_computed_tokens,
+        keys_are_channel_major=sequence.record_order == CHANNEL_MAJOR_KEYS,
+    )
+
+
+def read_records(
+    cache: PagedKVCache, sequence: SequenceData, layer_data: Sequence[memoryview]
+) -> list[Tensor]:
+    """Each layer's records in host memory, in the order of the device, with nothing but the
+    sequence's own; raises `TransferError` unless all of it is finite."""
     is_reordered = sequence.record_order != record_order_of(cache)
-    for layer, arena, data in zip(cache.layers, cache.arenas, layer_data, strict=True):
-        array = np.array(data).reshape(len(block_ids), *arena.shape[1:])
-        records = torch.from_numpy(array).to(cache.device)
+    all_records: list[Tensor] = []
+    for index, (layer, data) in enumerate(zip(cache.layers, layer_data, strict=True)):
+        array = np.array(data).reshape(-1, *cache.record_shapes[index])
+        records = torch.from_numpy(array)
+        own = travelling(cache, layer, records, sequence)
+        own.clear_the_rest()
+        if not own.are_finite():
+            raise TransferError(f"the K/V of layer {index} are not all finite")
         if is_reordered:
             reorder_records(cache, layer, records, sequence)
-        as_words(arena)[ids] = as_words(records)
+        all_records.append(records)
+    return all_records
+
+
+def write_records(cache: PagedKVCache, all_records: Sequence[Tensor], block_ids: BlockIds) -> None:
+    """Copy each layer's records into these blocks."""
+    ids = on_device(cache, block_ids)
+    for arena, records in zip(cache.arenas, all_records, strict=True):
+        as_words(arena)[ids] = as_words(records.to(cache.device))
 
 
 def reorder_records(

@@ -6,6 +6,7 @@ from typing import Final
 
 import torch
 
+from ..cache.device_memory import free_memory
 from ..cache.formats import KVFormat, resolve_format
 from ..cache.kv_cache import PagedKVCache
 from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for
@@ -13,11 +14,13 @@ from ..models.huggingface import PagedModel
 from ..models.loading import end_token_ids, model_length, move_model
 from ..scheduler.scheduler import Scheduler
 from ..units import parse_memory
+from ..validation import require
 from .config import EngineConfig
 from .engine import Engine
 from .model_runner import ModelRunner
 
 DEFAULT_KV_MEMORY: Final = 1 << 30
+DEFAULT_PART: Final = 0.5  # of the memory that is free
 HOST_BYTES_PER_SECOND: Final = 1e10
 FLOPS_PER_SECOND: Final = {"cpu": 1e11, "cuda": 1e14}
 
@@ -28,21 +31,36 @@ def build_engine(
     """An engine for a model, which moves to `device` if one is given.
 
     Without `kv_memory` or `num_blocks` the pool is what `max_num_seqs` full-length sequences need,
-    at most `DEFAULT_KV_MEMORY`.
+    at most `DEFAULT_KV_MEMORY` and at most `DEFAULT_PART` of the memory that is free. Raises
+    `ConfigError`, with the model where it was, for what cannot be.
     """
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    before = model.device
+    require("the model's device", str(before), before.type != "meta", "one that holds numbers")
     max_model_len = model_length(model.model, config.max_model_len)
     layers = model.layers(fitted_format(model, config))
-    num_blocks = pool_size(config, layers, model.dtype, max_model_len)
-    num_host_blocks = 0
-    if config.swap_space:
-        num_host_blocks = num_blocks_for(parse_memory(config.swap_space), layers, model.dtype)
     if device is not None:
         move_model(model.model, device)
+    try:
+        engine = engine_where_it_is(model, config, layers, max_model_len)
+    except BaseException:
+        if model.device != before:
+            move_model(model.model, before)
+        raise
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    return engine
+
+
+def engine_where_it_is(
+    model: PagedModel, config: EngineConfig, layers: list[LayerSpec], max_model_len: int
+) -> Engine:
+    """An engine on the device of its model."""
+    swap_space, num_host_blocks = parse_memory(config.swap_space, "swap_space", least=0), 0
+    if swap_space:
+        num_host_blocks = num_blocks_for(swap_space, layers, model.dtype)
     cache = PagedKVCache(
         layers,
-        num_blocks=num_blocks,
+        num_blocks=pool_size(config, layers, model, max_model_len),
         dtype=model.dtype,
         device=model.device,
         num_host_blocks=num_host_blocks,
@@ -78,19 +96,23 @@ def fitted_format(model: PagedModel, config: EngineConfig) -> KVFormat:
 
 
 def pool_size(
-    config: EngineConfig, layers: list[LayerSpec], dtype: torch.dtype, max_model_len: int
+    config: EngineConfig, layers: list[LayerSpec], model: PagedModel, max_model_len: int
 ) -> int:
     """Blocks of the pool."""
+    dtype = model.dtype
     if config.num_blocks is not None:
         return config.num_blocks
     if config.kv_memory is not None:
-        return num_blocks_for(parse_memory(config.kv_memory), layers, dtype)
+        return num_blocks_for(parse_memory(config.kv_memory, "kv_memory"), layers, dtype)
     geometry = cache_geometry(layers, dtype)
     longest = geometry.max_blocks(max_model_len)
     if config.sink_window is not None:
         longest = max(longest, config.sink_window.fitted(geometry).max_blocks(geometry))
     wanted = config.max_num_seqs * (longest + 1)
-    return min(wanted, num_blocks_for(DEFAULT_KV_MEMORY, layers, dtype))
+    most, free = DEFAULT_KV_MEMORY, free_memory(model.device)
+    if free is not None:
+        most = min(most, int(DEFAULT_PART * free))
+    return min(wanted, num_blocks_for(most, layers, dtype))
 
 
 def swap_cost(model: PagedModel, cache: PagedKVCache) -> float:

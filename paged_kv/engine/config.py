@@ -6,12 +6,24 @@ Knows values and their ranges, never the model that they are for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+from ..blocks.holdings import MAX_NUM_SEQS
 from ..blocks.sink_window import SinkWindow
 from ..cache.formats import KVFormat, resolve_format
 from ..errors import ConfigError
 from ..units import parse_memory
-from ..validation import is_integer, require
+from ..validation import MAX_COUNT, is_flag, is_integer, require
+
+MOST: Final = {
+    "num_blocks": MAX_COUNT,
+    "max_num_seqs": MAX_NUM_SEQS,
+    "token_budget": MAX_COUNT,
+    "max_prefill_tokens": MAX_COUNT,
+    "max_model_len": MAX_COUNT,
+    "num_threads": 4096,
+}
+OPTIONAL: Final = ("num_blocks", "max_prefill_tokens", "max_model_len", "num_threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,22 +48,18 @@ class EngineConfig:
         is_window = window is None or isinstance(window, SinkWindow)
         require("sink_window", window, is_window, "a SinkWindow")
         if self.kv_memory is not None:
-            parse_memory(self.kv_memory)
+            parse_memory(self.kv_memory, "kv_memory")
         if self.kv_memory is not None and self.num_blocks is not None:
             raise ConfigError(
                 "give kv_memory or num_blocks, not both: "
                 f"got {self.kv_memory!r} and {self.num_blocks}"
             )
-        if self.swap_space != 0:
-            parse_memory(self.swap_space)
-        for name in (
-            "num_blocks",
-            "max_num_seqs",
-            "token_budget",
-            "max_prefill_tokens",
-            "max_model_len",
-            "num_threads",
-        ):
+        parse_memory(self.swap_space, "swap_space", least=0)
+        require(
+            "prefix_caching", self.prefix_caching, is_flag(self.prefix_caching), "True or False"
+        )
+        for name, most in MOST.items():
             value = getattr(self, name)
-            is_valid = value is None or (is_integer(value) and value >= 1)
-            require(name, value, is_valid, "an integer of at least 1")
+            is_valid = value is None and name in OPTIONAL
+            is_valid = is_valid or (is_integer(value) and 1 <= value <= most)
+            require(name, value, is_valid, f"an integer of at least 1 and at most {most}")

@@ -39,6 +39,12 @@ class Intake:
         ends = frozenset() if params.ignore_eos else self._ends
         return frozenset(params.stop_token_ids) | ends
 
+    def max_prompt_tokens(self, params: SamplingParams | BeamSearchParams) -> int | None:
+        """The longest prompt that leaves room for output; None where there is no limit."""
+        if isinstance(params, SamplingParams) and (params.sink_window or self._sink_window):
+            return None
+        return self._manager.max_model_len - 1
+
     def request(
         self,
         request_id: str,

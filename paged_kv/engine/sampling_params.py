@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..blocks.sink_window import SinkWindow
-from ..validation import is_integer, is_list_of, require
+from ..validation import is_flag, is_integer, is_list_of, require
+
+MAX_SAMPLES: Final = 1 << 16  # of one request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,9 +90,13 @@ class SamplingParams:
             "None or at least 1",
         )
         require("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
-        require("n", self.n, self.n >= 1, "at least 1")
-        is_enough = self.best_of is None or self.best_of >= self.n
-        require("best_of", self.best_of, is_enough, f"None or at least n ({self.n})")
+        require("n", self.n, 1 <= self.n <= MAX_SAMPLES, f"from 1 to {MAX_SAMPLES}")
+        is_enough = self.best_of is None or self.n <= self.best_of <= MAX_SAMPLES
+        expected = f"None or at least n ({self.n}) and at most {MAX_SAMPLES}"
+        require("best_of", self.best_of, is_enough, expected)
+        require("ignore_eos", self.ignore_eos, is_flag(self.ignore_eos), "True or False")
+        is_functions = is_list_of(self.logits_processors, callable)
+        require("logits_processors", self.logits_processors, is_functions, "a list of functions")
         is_text = self.cache_salt is None or isinstance(self.cache_salt, str)
         require("cache_salt", self.cache_salt, is_text, "None or a string")
         require("stop", self.stop, all(self.stop_strings), "strings that are not empty")

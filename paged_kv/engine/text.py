@@ -7,25 +7,36 @@ from typing import Any, Final, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import InvalidRequestError
+from ..errors import InvalidRequestError, PromptTooLongError
 from ..validation import is_integer
+from .text_length import least_tokens
 
 ChatMessages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Sequence[int] | ChatMessages
 # What the decoder needs to see of the prompt to know whether the first word needs a space.
 PROMPT_CONTEXT_TOKENS: Final = 8
+MAX_SHOWN: Final = 200  # characters of a wrong prompt
+LIKELY_LENGTH: Final = 16  # characters of a token that most texts stay below by far
 # More tokens than a character has bytes: what is still broken then stays broken.
 MAX_INCOMPLETE_TOKENS: Final = 8
 MAX_KEPT_CHARACTERS: Final = 1 << 16  # of text that was taken
 REPLACEMENT: Final = "\ufffd"
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Token ids of a prompt: text, token ids as they are, or chat messages by their template."""
+def encode_prompt(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, max_tokens: int | None = None
+) -> list[int]:
+    """Token ids of a prompt: text, token ids as they are, or chat messages by their template.
+
+    Raises `InvalidRequestError` for what is none of these. What is certain to be more than
+    `max_tokens` is refused by its length, before it is looked at.
+    """
     if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
         raise wrong_type(prompt)
     if not prompt:
         raise InvalidRequestError("the prompt is empty")
+    if not isinstance(prompt, str) and is_integer(prompt[0]):
+        require_fit(len(prompt), max_tokens)
     if not isinstance(prompt, str) and all(map(is_integer, prompt)):
         return [int(cast(int, token_id)) for token_id in prompt]
     if not isinstance(prompt, str) and not all(isinstance(item, Mapping) for item in prompt):
@@ -33,7 +44,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> 
     if tokenizer is None:
         raise InvalidRequestError("without a tokenizer a prompt must be token ids")
     if isinstance(prompt, str):
-        return list(tokenizer.encode(prompt))
+        return encode_text(prompt, tokenizer, max_tokens)
     if tokenizer.chat_template is None:
         raise InvalidRequestError("chat messages need a tokenizer with a chat template")
     try:
@@ -42,11 +53,38 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> 
         )
     except Exception as error:  # a template is a program of the model's: it may raise anything
         raise InvalidRequestError(f"the chat template refuses the messages: {error}") from error
-    return list(tokenizer.encode(rendered, add_special_tokens=False))
+    return encode_text(str(rendered), tokenizer, max_tokens, add_special_tokens=False)
+
+
+def encode_text(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None,
+    *,
+    add_special_tokens: bool = True,
+) -> list[int]:
+    """Raises `InvalidRequestError` for text that is certain to be too long, or cannot be read."""
+    if max_tokens is not None and len(text) > LIKELY_LENGTH * max_tokens:
+        require_fit(least_tokens(len(text), tokenizer), max_tokens)
+    try:
+        text.encode()  # a lone surrogate is no text
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    except Exception as error:  # what tokenizers raise has no common base
+        raise InvalidRequestError(f"the tokenizer refuses the prompt: {error}") from error
+
+
+def require_fit(least: int, max_tokens: int | None) -> None:
+    if max_tokens is not None and least > max_tokens:
+        raise PromptTooLongError(
+            f"a prompt of {least} or more tokens leaves no room for output within the model "
+            f"length of {max_tokens + 1}"
+        )
 
 
 def wrong_type(prompt: object) -> InvalidRequestError:
-    return InvalidRequestError(f"a prompt must be text, token ids or chat messages, got {prompt!r}")
+    return InvalidRequestError(
+        f"a prompt must be text, token ids or chat messages, got {repr(prompt)[:MAX_SHOWN]}"
+    )
 
 
 class Detokenizer:

@@ -37,7 +37,7 @@ from ..errors import (
 from ..models.huggingface import PagedModel
 from ..models.loading import load_model, load_tokenizer
 from ..scheduler.statistics import SchedulerStatistics
-from ..validation import is_integer
+from ..validation import is_integer, is_list_of
 from .outputs import Completion, OutputAssembler, RequestOutput, StreamEvent
 from .progress import Progress
 
@@ -71,7 +71,8 @@ class LLM:
     `model` is a local folder, a hub name or a loaded model, which this object takes over until
     `close()`. `kv_format` is "native", "int8", "int4", "int2" or a `KVFormat`. The pool is sized by
     `num_blocks` or by `kv_memory` (bytes, or text such as "2GiB"); without either by what
-    `max_num_seqs` full-length sequences need, at most 1 GiB. A step runs at most `max_num_seqs`
+    `max_num_seqs` full-length sequences need, at most 1 GiB and at most
+    half of the memory that is free. A step runs at most `max_num_seqs`
     sequences and `token_budget` tokens. With `prefix_caching` prompts that begin alike share their
     blocks, also with earlier ones. Sequences that must make room go to `swap_space` bytes of host
     memory where that is cheaper than computing them again. On a CPU model and kernels share torch's
@@ -231,10 +232,11 @@ class LLM:
         if not isinstance(params, BeamSearchParams):
             raise ConfigError(f"params must be BeamSearchParams, got {params!r}")
         batch = as_batch(prompts)
+        most = self.engine.intake.max_prompt_tokens(params)
         token_ids = []
         for index, prompt in enumerate(batch):
             with naming_prompt(index, len(batch)):
-                token_ids.append(encode_prompt(prompt, self.tokenizer))
+                token_ids.append(encode_prompt(prompt, self.tokenizer, most))
                 self.engine.intake.search("", token_ids[-1], params)
         found = [search.output for search in self._search(token_ids, params)]
         outputs = [
@@ -277,7 +279,8 @@ class LLM:
 
     def check(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[int]:
         """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot."""
-        token_ids = encode_prompt(prompt, self.tokenizer)
+        most = self.engine.intake.max_prompt_tokens(params)
+        token_ids = encode_prompt(prompt, self.tokenizer, most)
         self.engine.intake.request("", token_ids, params, priority)
         self._processor.check(params)
         return token_ids
@@ -288,6 +291,8 @@ class LLM:
         params: Sequence[SamplingParams],
         priorities: Sequence[int] | None,
     ) -> list[list[int]]:
+        if priorities is not None and not is_list_of(priorities, lambda p: True):
+            raise ConfigError(f"priorities must be a list of integers, got {priorities!r}")
         if priorities is not None and len(priorities) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts, but {len(priorities)} priorities")
         ranks = priorities if priorities is not None else [0] * len(prompts)
@@ -433,7 +438,7 @@ def as_params(
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
-    if isinstance(params, Mapping) or not all(isinstance(p, SamplingParams) for p in params):
+    if not is_list_of(params, lambda p: isinstance(p, SamplingParams)):
         raise ConfigError(f"params must be SamplingParams, got {params!r}")
     if len(params) != count:
         raise ConfigError(f"{count} prompts, but {len(params)} sampling parameters")

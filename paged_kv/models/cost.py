@@ -22,7 +22,7 @@ from ..cache.layer_spec import (
 )
 from ..errors import ModelNotFoundError
 from .huggingface import PagedModel
-from .loading import check_model_path
+from .loading import find_model, first_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +41,15 @@ class FormatCost:
 
 def probe_layers(name: str | Path) -> tuple[list[LayerSpec], torch.dtype]:
     """The attention layers of a model and its dtype, without loading its weights."""
-    check_model_path(name)
+    found = find_model(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(found, trust_remote_code=False)
         with torch.device("meta"):
-            model = cast(Any, AutoModelForCausalLM).from_config(config)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"no causal language model at {str(name)!r}: {error}") from error
+            model = cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=False)
+    except Exception as error:  # what a broken configuration raises has no end
+        raise ModelNotFoundError(
+            f"no causal language model at {str(name)!r}: {first_lines(error)}"
+        ) from error
     dtype = config.get_text_config().dtype or torch.float32
     paged = PagedModel(model.to(dtype))
     return paged.layers(FORMATS["native"]), dtype

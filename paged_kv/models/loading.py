@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from reprlib import repr as short_repr
+from textwrap import shorten
+from typing import Any, Final, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,41 +18,145 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import ConfigError, ModelNotFoundError
+from ..cache.device_memory import require_device
+from ..cache.layer_spec import FULL_PRECISION_DTYPES
+from ..errors import ConfigError, MissingDependencyError, ModelNotFoundError
+from ..validation import require
+
+# As the hub has them: "name" or "owner/name".
+HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+FILE_ENDINGS: Final = (".bin", ".ggml", ".gguf", ".json", ".pt", ".pth", ".safetensors")
+EXPECTED_DTYPES: Final = "float32, bfloat16 or float16"
+MAX_NAMES: Final = 5  # of tensors in a message
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load a causal language model; `ModelNotFoundError` where there is none."""
-    check_model_path(name)
+    """Load a causal language model whose checkpoint has all of its tensors.
+
+    `dtype` None is the checkpoint's own. Raises `ModelNotFoundError` where there is no such model,
+    naming tensors that lack, differ in size or have no place; `MissingDependencyError` where a
+    package that it needs does.
+    """
+    found = find_model(name)
+    require("dtype", dtype, dtype is None or dtype in FULL_PRECISION_DTYPES, EXPECTED_DTYPES)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelNotFoundError(f"no causal language model at {str(name)!r}: {error}") from error
+        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
+            found,
+            dtype=dtype or "auto",
+            trust_remote_code=False,  # None would ask at a terminal
+            ignore_mismatched_sizes=True,  # `require_complete` names them
+            output_loading_info=True,
+        )
+    except ImportError as error:
+        raise MissingDependencyError(f"the model at {name!s}: {error}") from error
+    except Exception as error:  # what reading a broken checkpoint raises has no end
+        raise ModelNotFoundError(
+            f"no causal language model at {str(name)!r}: {first_lines(error)}"
+        ) from error
+    require_complete(str(name), cast(PreTrainedModel, model), report)
     return cast(PreTrainedModel, model)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    check_model_path(name)
+    """Load a tokenizer; `ModelNotFoundError` where there is none that can be read."""
+    found = find_model(name)
     try:
-        return cast(PreTrainedTokenizerBase, cast(Any, AutoTokenizer).from_pretrained(name))
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"no tokenizer at {str(name)!r}: {error}") from error
+        loaded = cast(Any, AutoTokenizer).from_pretrained(found, trust_remote_code=False)
+    except ImportError as error:
+        raise MissingDependencyError(f"the tokenizer at {name!s}: {error}") from error
+    except Exception as error:  # tokenizers raises Exception itself for a broken file
+        raise ModelNotFoundError(f"no tokenizer at {str(name)!r}: {first_lines(error)}") from error
+    return cast(PreTrainedTokenizerBase, loaded)
 
 
-def check_model_path(name: str | Path) -> None:
-    """A folder that does not exist is never looked up on a hub."""
-    path = Path(name)
-    looks_local = isinstance(name, Path) or path.is_absolute() or str(name)[0:1] in (".", "~")
-    if (looks_local or len(path.parts) > 2) and not path.is_dir():
+def first_lines(error: Exception) -> str:
+    """What an error says, without the lists of all models that may follow."""
+    return shorten(str(error) or type(error).__name__, 400)
+
+
+def require_complete(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Raise `ModelNotFoundError` unless every tensor of a model came from its checkpoint.
+
+    A tensor of the checkpoint that the model has no place for is refused where the model would
+    then compute something else: beside a layer's own, as a bias or a scale, or in a further layer.
+    """
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    parts = {
+        "lacks": report["missing_keys"],
+        "has in other sizes than its configuration says": mismatched,
+        "has, and the model has no place for": misplaced(model, report["unexpected_keys"]),
+    }
+    for what, keys in parts.items():
+        if keys:
+            names = ", ".join(sorted(keys)[:MAX_NAMES])
+            rest = f" and {len(keys) - MAX_NAMES} more" if len(keys) > MAX_NAMES else ""
+            raise ModelNotFoundError(
+                f"the checkpoint at {name!r} is not one of {type(model).__name__}: it {what} "
+                f"{names}{rest}"
+            )
+
+
+def misplaced(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Tensors of a module that has others of its own, or that look like another layer's."""
+    module = cast(torch.nn.Module, model)
+    owners = {name.rpartition(".")[0] for name, _ in module.named_parameters()}
+    forms = {re.sub(r"\d+", "#", name) for name, _ in module.named_parameters()}
+    return [
+        name
+        for name in unexpected
+        if re.sub(r"\d+", "#", name) in forms
+        or any(name.startswith(owner + ".") for owner in owners if owner)
+    ]
+
+
+def find_model(name: object) -> str:
+    """The folder or hub name that a user means; what looks like a path is never looked up on a hub.
+
+    A folder that is there is meant. Else it is a hub name only if hub names look like that, and no
+    folder of this machine begins like it. Raises `ConfigError` for what is no name at all.
+    """
+    if not isinstance(name, (str, Path)):
+        raise ConfigError(
+            f"model must be a folder, a hub name or a loaded model, {described(name)}"
+        )
+    text = os.path.expanduser(str(name))
+    require("model", str(name), bool(text.strip()) and "\0" not in text, "a folder or a hub name")
+    if os.path.isdir(text):
+        return text
+    is_hub_name = HUB_NAME.fullmatch(text) and not text.lower().endswith(FILE_ENDINGS)
+    if isinstance(name, Path) or not is_hub_name or os.path.lexists(text):
         raise ModelNotFoundError(f"no model folder at {str(name)!r}")
+    parent = os.path.dirname(text)
+    if parent and os.path.isdir(parent):
+        raise ModelNotFoundError(
+            f"no model folder at {str(name)!r}; it is not looked up on the hub, because there is a "
+            f"folder {parent!r} here"
+        )
+    return text
+
+
+def described(model: object) -> str:
+    """What was given instead of a model."""
+    kind = type(model).__name__
+    if hasattr(model, "merge_and_unload"):
+        return f"got the adapter {kind}: call its merge_and_unload() first and give what it returns"
+    if isinstance(model, torch.nn.Module):
+        return f"got {kind}, which is no transformers.PreTrainedModel"
+    return f"got {short_repr(model)}"
 
 
 def move_model(model: PreTrainedModel, device: torch.device | str) -> None:
-    """Move a model; `ConfigError` where there is no such device."""
+    """Move a model, or leave it where it is and raise `ConfigError`."""
+    found, before = require_device(device), model.device
+    module = cast(torch.nn.Module, model)
+    require("device", str(found), found.type != "meta", "one that holds numbers")
     try:
-        cast(torch.nn.Module, model).to(device)
+        module.to(found)
     except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"cannot move the model to device {device!r}: {error}") from error
+        module.to(before)
+        raise ConfigError(
+            f"cannot move the model to device {str(device)!r}: {first_lines(error)}"
+        ) from error
 
 
 def model_length(model: PreTrainedModel, max_model_len: int | None) -> int:
@@ -61,7 +169,7 @@ def model_length(model: PreTrainedModel, max_model_len: int | None) -> int:
         return int(limit)
     if max_model_len < 1 or (limit is not None and max_model_len > limit):
         raise ConfigError(f"max_model_len must be from 1 to {limit}, got {max_model_len}")
-    return max_model_len
+    return int(max_model_len)
 
 
 def end_token_ids(model: PreTrainedModel) -> list[int]:

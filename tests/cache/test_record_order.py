@@ -251,14 +251,13 @@ def test_between_a_cpu_and_a_gpu(kv_format):
         target.cache, target.manager, export_sequence(cache, manager, on_gpu)
     )
     assert_equal(records_of(target, returned), records_of(source, seq_id))
-    own_ids = torch.as_tensor(source.manager.block_ids(seq_id), dtype=torch.int64)
+    own_ids = torch.as_tensor(target.manager.block_ids(returned), dtype=torch.int64)
     gpu_ids = torch.as_tensor(manager.block_ids(on_gpu), dtype=torch.int64).cuda()
     start = source.manager.geometry.num_head_blocks
     body = slice(start, start + int(manager.num_sealed[on_gpu]))
     is_open = torch.ones(len(own_ids), dtype=torch.bool)
     is_open[body] = False
-    for own, views in zip(source.cache.records, cache.records, strict=True):
-        # Behind its tokens the last block holds what its pool left there: bits, not numbers.
+    for own, views in zip(target.cache.records, cache.records, strict=True):
         pair = views.open_keys[gpu_ids].cpu()[is_open], own.open_keys[own_ids][is_open]
         assert torch.equal(*(keys.contiguous().view(torch.uint8) for keys in pair))
         if views.sealed is not None:

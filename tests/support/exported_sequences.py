@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,10 +108,43 @@ def state_of(fleet: Fleet) -> object:
     return frozen([fleet.manager, fleet.cache.arenas])
 
 
+def moved_view(view: torch.Tensor | None, records: torch.Tensor) -> torch.Tensor | None:
+    """The same view of other records."""
+    if view is None:
+        return None
+    shape = len(records), *view.shape[1:]
+    return records.view(view.dtype).as_strided(shape, view.stride(), view.storage_offset())
+
+
 def records_of(fleet: Fleet, seq_id: int) -> list[torch.Tensor]:
-    """The bytes of every record of a sequence, by layer."""
-    block_ids = torch.as_tensor(fleet.manager.block_ids(seq_id), dtype=torch.int64)
-    return [arena[block_ids] for arena in fleet.cache.arenas]
+    """What a sequence has written of its records, by layer; zeros elsewhere."""
+    cache, manager = fleet.cache, fleet.manager
+    block_ids = torch.as_tensor(manager.block_ids(seq_id), dtype=torch.int64)
+    geometry, num_tokens = cache.geometry, int(manager.num_computed_tokens[seq_id])
+    is_open = torch.ones(len(block_ids), dtype=torch.bool)
+    is_open[geometry.num_head_blocks :][: int(manager.num_sealed[seq_id])] = False
+    copies = []
+    for layer, arena in enumerate(cache.arenas):
+        written = torch.zeros(len(block_ids), *arena.shape[1:], dtype=torch.uint8)
+        sources = cache.records[layer]
+        targets = SimpleNamespace(
+            open_keys=moved_view(sources.open_keys, written),
+            open_values=moved_view(sources.open_values, written),
+            sealed=[moved_view(view, written) for view in sources.sealed or ()],
+        )
+        for row, block_id in enumerate(block_ids.tolist()):
+            if not is_open[row]:
+                for target, source in zip(targets.sealed, sources.sealed, strict=True):
+                    if target is not None:
+                        target[row] = source[block_id]
+                continue
+            num_filled = num_tokens - int(is_open[:row].sum()) * geometry.open_block_size
+            num_filled -= int((~is_open[:row]).sum()) * geometry.block_size
+            for name in ("open_keys", "open_values"):
+                target, source = getattr(targets, name), getattr(sources, name)
+                target[row, :, :num_filled] = source[block_id, :, :num_filled]
+        copies.append(written)
+    return copies
 
 
 def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
