@@ -5,6 +5,8 @@ Many arguments because those of `paged_attention`, most of them optional, are wh
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from reprlib import repr as short_repr
 
 import torch
@@ -47,14 +49,17 @@ def paged_attention(
     many): it scores sinks.
     """
     cache.require_step(step, layer)
-    optional = (tensor for tensor in (sink_query, sink_logits) if tensor is not None)
-    check_tensors(query, key, value, *optional, device=cache.arenas[layer].device)
+    check_tensors((query, key, value), cache.arenas[layer].device)
+    if sink_query is not None or sink_logits is not None:
+        optional = [tensor for tensor in (sink_query, sink_logits) if tensor is not None]
+        check_tensors(optional, cache.arenas[layer].device)
     check_shapes(query, key, value, cache.layers[layer], len(step.inputs.cache_positions))
     check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
     check_sink_query(query, sink_query, step, attention_chunk)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    require("scale", scale, is_finite(scale) and scale >= 0, "at least 0, and finite")
+    elif not (type(scale) is float and 0 <= scale < math.inf):  # the quick way first
+        require("scale", scale, is_finite(scale) and scale >= 0, "at least 0, and finite")
     output = cache.backend.attend_and_store(
         NewTokens(query, key, value, sink_query),
         cache.records[layer],
@@ -65,8 +70,9 @@ def paged_attention(
     return output
 
 
-def check_tensors(*tensors: Tensor, device: torch.device) -> None:
+def check_tensors(tensors: Sequence[Tensor], device: torch.device) -> None:
     """Raise `ConfigError` for what kernels cannot read, or would read without its gradient."""
+    needs_gradients = torch.is_grad_enabled()
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"a tensor was expected, got {short_repr(tensor)}")
@@ -74,7 +80,7 @@ def check_tensors(*tensors: Tensor, device: torch.device) -> None:
             raise ConfigError(
                 f"the cache is on {device}, a tensor that was given on {tensor.device}"
             )
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if needs_gradients and tensor.requires_grad:
             raise ConfigError(
                 "paged attention has no backward pass, but a tensor that was given requires a "
                 "gradient: call it under torch.inference_mode() or torch.no_grad()"

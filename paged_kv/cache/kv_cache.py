@@ -286,7 +286,8 @@ class PagedKVCache:
             raise InvalidStepError(
                 f"step {step.source.number} is over, or was not the last to begin on this cache"
             )
-        require_count("layer", layer, least=0, most=len(self.layers) - 1)
+        if not (type(layer) is int and 0 <= layer < len(self.layers)):  # the quick way first
+            require_count("layer", layer, least=0, most=len(self.layers) - 1)
         if layer in step.stored_layers:
             raise InvalidStepError(
                 f"layer {layer} has stored the tokens of step {step.source.number} before"

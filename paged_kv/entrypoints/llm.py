@@ -71,15 +71,15 @@ class LLM:
     `model` is a local folder, a hub name or a loaded model, which this object takes over until
     `close()`. `kv_format` is "native", "int8", "int4", "int2" or a `KVFormat`. The pool is sized by
     `num_blocks` or by `kv_memory` (bytes, or text such as "2GiB"); without either by what
-    `max_num_seqs` full-length sequences need, at most 1 GiB and at most
-    half of the memory that is free. A step runs at most `max_num_seqs`
-    sequences and `token_budget` tokens. With `prefix_caching` prompts that begin alike share their
-    blocks, also with earlier ones. Sequences that must make room go to `swap_space` bytes of host
-    memory where that is cheaper than computing them again. On a CPU model and kernels share torch's
-    threads; `num_threads` sets how many there are, for the whole process. With a `sink_window`
-    every request is windowed: it keeps attention sinks and a window of newest tokens, and may go on
-    beyond the model's length, for ever, in constant memory. Several threads may use one LLM: their
-    requests are decoded together, and each waits while another one steps the engine.
+    `max_num_seqs` full-length sequences need, at most 1 GiB and at most half of the memory that is
+    free. A step runs at most `max_num_seqs` sequences and `token_budget` tokens. With
+    `prefix_caching` prompts that begin alike share their blocks, also with earlier ones. Sequences
+    that must make room go to `swap_space` bytes of host memory where that is cheaper than computing
+    them again. On a CPU model and kernels share torch's threads; `num_threads` sets how many there
+    are, for the whole process. With a `sink_window` every request is windowed: it keeps attention
+    sinks and a window of newest tokens, and may go on beyond the model's length, for ever, in
+    constant memory. Several threads may use one LLM: their requests are decoded together, and each
+    waits while another one steps the engine.
     """
 
     def __init__(
