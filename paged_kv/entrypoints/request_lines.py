@@ -151,7 +151,11 @@ def line_params(line: Line, defaults: SamplingParams) -> SamplingParams:
     changes = {k: v for k, v in line.record.items() if k in SAMPLING_FIELDS}
     unknown = set(line.record) - SAMPLING_FIELDS - set(ECHOED_FIELDS)
     if unknown:
-        raise InvalidRequestError(f"unknown fields: {', '.join(sorted(unknown))}")
+        raise InvalidRequestError(f"unknown fields: {', '.join(map(repr, sorted(unknown)))}")
+    for name, value in changes.items():
+        if isinstance(value, bool) != (name == "ignore_eos"):
+            expected = "true or false" if name == "ignore_eos" else "neither true nor false"
+            raise InvalidRequestError(f"{name} must be {expected}, got {value!r}")
     params = replace(defaults, **changes)
     if params.num_samples > MAX_SAMPLES:
         raise InvalidRequestError(
