@@ -19,13 +19,13 @@ SECONDS_TO_WAIT = 120.0
 WORDS = "The captain said to her sister that a doctor of the town had seen no letter"
 
 
-def random_requests(count: int, seed: int) -> list[dict[str, Any]]:
+def random_requests(count: int, seed: int, most_tokens: int = 48) -> list[dict[str, Any]]:
     """Requests of many lengths, some with several continuations, each named by its place."""
     rng = random.Random(seed)
     requests = []
     for number in range(count):
         prompt = " ".join(rng.choices(WORDS.split(), k=rng.randint(1, 12)))
-        request = {"id": f"r{number}", "prompt": prompt, "max_tokens": rng.randint(8, 48)}
+        request = {"id": f"r{number}", "prompt": prompt, "max_tokens": rng.randint(4, most_tokens)}
         if number % 7 == 3:
             request["n"] = rng.randint(2, 3)
         if number % 11 == 5:
