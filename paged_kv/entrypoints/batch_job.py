@@ -53,8 +53,8 @@ class BatchJob:
     """One run over the lines of a job; `run` gives the exit code.
 
     A line that is wrong, and a request that fails while it runs, has an error for its result and
-    disturbs no other. Asked to stop, the job drops the requests that are not finished: --resume
-    computes them from their beginning, and gives the tokens that it would have given.
+    disturbs no other. Asked to stop, the job drops the requests that are not finished: resumed, it
+    computes them from their beginning, and under a seed they have the tokens they would have had.
     """
 
     def __init__(self, lines: Sequence[Line], defaults: SamplingParams, sink: ResultSink) -> None:
@@ -72,8 +72,9 @@ class BatchJob:
                 if self._num_done == len(self._lines):
                     self._sink.finish()
                     return 1 if self._num_failed else 0
-        except PagedKVError as error:
-            raise PagedKVError(f"{error}; {self._progress}") from error
+        except (PagedKVError, RuntimeError, MemoryError) as error:
+            kind = "" if isinstance(error, PagedKVError) else f"{type(error).__name__}: "
+            raise PagedKVError(f"{kind}{error}; {self._progress}") from error
         assert stop.signal is not None
         warn(f"stopped by {stop.signal.name}: {self._progress}")
         return 128 + stop.signal

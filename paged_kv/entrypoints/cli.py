@@ -227,6 +227,8 @@ def read_request_lines(arguments: argparse.Namespace) -> list[Line]:
         raise InvalidRequestError("give prompts as arguments or --input, not both")
     if arguments.chat and arguments.input:
         raise InvalidRequestError('with --input a chat is a line with "messages", not --chat')
+    if arguments.resume and not arguments.output:
+        raise InvalidRequestError("--resume goes on with an --output, and none is given")
     if arguments.input:
         with open_input(arguments.input) as source:
             lines = list(json_lines(source))
@@ -258,7 +260,7 @@ def standard_input() -> Iterable[bytes]:
 def plain_prompts(arguments: argparse.Namespace) -> Iterable[bytes]:
     """Prompts from arguments or, without any, from lines of standard input."""
     if arguments.prompts:
-        return [os.fsencode(prompt) for prompt in arguments.prompts]
+        return [prompt.encode("utf-8", "surrogatepass") for prompt in arguments.prompts]
     if sys.stdin is None or sys.stdin.isatty():
         return []
     return [line.rstrip(b"\r\n") for line in standard_input() if line.strip()]
@@ -268,8 +270,6 @@ def open_sink(arguments: argparse.Namespace, lines: list[Line]) -> ResultSink:
     """Where results go. What cannot be written is refused here, before the model is loaded."""
     output: Path | None = arguments.output
     if output is None:
-        if arguments.resume:
-            raise InvalidRequestError("--resume goes on with an --output, and none is given")
         return OrderedSink(print_json if arguments.input else print_text)
     if not arguments.prompts:
         refuse_input_as_output(arguments.input or "-", output)
@@ -418,7 +418,8 @@ def run_info(arguments: argparse.Namespace) -> int:
             *(f"{native.effective[n] / cost.effective[n]:.2f}x" for n in CONTEXT_LENGTHS),
             f"{cost.tokens_in(memory_bytes):,}",
         )
-    Console().print(table)
+    with explained("write", "standard output"):
+        Console().print(table)
     return 0
 
 

@@ -273,8 +273,9 @@ def test_what_cannot_be_written_is_refused_before_a_model_is_loaded(
         assert said.startswith("paged-kv: ")
         assert str(output) in said
         assert said.count("\n") == 1
-    assert cli.main(["generate", "--input", str(source), "--resume"]) == 2
-    assert "--output" in capsys.readouterr().err
+    for prompts in (["--input", str(source)], ["a"]):
+        assert cli.main(["generate", *prompts, "--resume"]) == 2
+        assert "--output" in capsys.readouterr().err
     assert somebody.read_text() == "notes"
 
 
@@ -330,6 +331,42 @@ def test_a_printing_job_that_is_stopped_says_how_it_would_be_kept(
     assert captured.out.count("\n") >= 3
     assert "stopped by SIGINT: " in captured.err
     assert "of 12 done; --output FILE would keep" in captured.err
+
+
+def test_an_engine_that_cannot_go_on_is_one_line_and_keeps_what_is_done(
+    llm, run, output, monkeypatch
+) -> None:
+    stream = llm.stream
+
+    def cut_off(*args: Any, **options: Any) -> Iterator[Any]:
+        for number, event in enumerate(stream(*args, **options)):
+            if number == 150:
+                raise MemoryError("no room at all")
+            yield event
+
+    monkeypatch.setattr(llm, "stream", cut_off)
+    code, said = run()
+    assert code == 2
+    assert said.startswith("paged-kv: MemoryError: no room at all; ")
+    assert "of 12 done; what is done is kept in" in said
+    monkeypatch.undo()
+    assert part_of(output).exists()
+
+
+def test_standard_output_that_was_closed_before_ends_it_quietly(
+    llm, source, capsys, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", None)
+        assert cli.main(["generate", "--input", str(source), *OPTIONS]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_arguments_that_are_not_text_are_errors_of_their_own(llm, capsys) -> None:
+    assert cli.main(["generate", "caf\udce9", "tea", "--max-tokens", "2"]) == 1
+    captured = capsys.readouterr()
+    assert "prompt 1 is not UTF-8" in captured.err
+    assert captured.out.startswith("tea")
 
 
 def test_nobody_listening_to_errors_ends_no_job(llm, source, output, monkeypatch) -> None:
