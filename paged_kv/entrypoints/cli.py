@@ -1,67 +1,114 @@
-"""The command line: `paged-kv generate | demo | info`. Knows arguments and files, never blocks."""
+"""The command line: `paged-kv generate | demo | info`.
+
+Knows arguments, standard input and output; never blocks, nor what is in a line or a result.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..blocks.sink_window import SinkWindow
 from ..cache.formats import FORMATS
 from ..engine.sampling_params import SamplingParams
 from ..errors import InvalidRequestError, PagedKVError
 from ..units import format_memory, parse_memory
+from .batch_job import BatchJob, warn
+from .request_lines import Line, encode_json, fingerprint, json_lines, prepare, text_lines
+from .result_file import (
+    Job,
+    OrderedSink,
+    Result,
+    ResultFile,
+    ResultSink,
+    StreamSink,
+    explained,
+    part_of,
+)
 
 if TYPE_CHECKING:
     from .llm import LLM
-    from .outputs import RequestOutput
 
-SAMPLING_OPTIONS: Final = {
+
+def count_or_none(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+SAMPLING_OPTIONS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
     "temperature": (float, "0 is greedy"),
     "top_k": (int, "keep the k most likely tokens"),
     "top_p": (float, "keep the smallest set of at least this probability"),
     "min_p": (float, "keep tokens at least this fraction as likely as the likeliest"),
     "seed": (int, "make sampling reproducible"),
-    "max_tokens": (int, "most tokens to generate"),
+    "max_tokens": (count_or_none, "most tokens to generate; none: as many as fit"),
     "min_tokens": (int, "fewest tokens to generate"),
     "n": (int, "continuations of each prompt"),
     "best_of": (int, "sample so many and keep the n likeliest"),
 }
-REQUEST_FIELDS: Final = frozenset(
-    {field.name for field in fields(SamplingParams)} - {"logits_processors", "sink_window"}
+# What a result depends on, beside its request, ...
+DECISIVE_OPTIONS: Final = (
+    *("model", "kv_format", "dtype", "max_model_len", "window", "sinks"),
+    *(*SAMPLING_OPTIONS, "stop", "ignore_eos"),
 )
+# ... and where nothing else ends it.
+POOL_OPTIONS: Final = ("kv_memory", "num_blocks", "max_num_seqs")
+EXIT_BROKEN_PIPE: Final = 128 + 13  # what a shell says of a process that SIGPIPE ended
 CONTEXT_LENGTHS: Final = (1024, 4096, 32768)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of JSONL input: a request, or what is wrong with it."""
-
-    number: int
-    record: dict[str, Any]
-    error: str | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    try:
+        try:
+            return run_command(arguments)
+        finally:
+            if sys.stdout is not None:
+                emit("")  # and what help or a table left in the buffer
+    except BrokenPipeError:  # whoever read the output has enough
+        return EXIT_BROKEN_PIPE
+    except PagedKVError as error:
+        warn(str(error))
+        return 2
+
+
+def run_command(arguments: Sequence[str] | None) -> int:
     parsed = build_parser().parse_args(arguments)
     try:
         exit_code: int = parsed.run(parsed)
-    except PagedKVError as error:
-        print(f"paged-kv: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("paged_kv"):
             raise
-        print(f"paged-kv needs {error.name}: pip install 'paged-kv[models]'", file=sys.stderr)
+        warn(f"it needs {error.name}: pip install 'paged-kv[models]'")
         return 2
     return exit_code
+
+
+def emit(text: str, encoding: str | None = None) -> None:
+    """Write to standard output at once; JSON in its own encoding, whatever the terminal's is."""
+    stream = sys.stdout
+    if stream is None:  # it was closed before we began
+        raise BrokenPipeError
+    try:
+        with explained("write", "standard output"):
+            if hasattr(stream, "buffer"):
+                stream.buffer.write(text.encode(encoding or stream.encoding, "replace"))
+            else:
+                stream.write(text)
+            stream.flush()
+    except (BrokenPipeError, PagedKVError):
+        # What is still in the buffer must not fail a second time when Python ends.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="paged-kv",
         description="Decode language models on quantized, paged KV blocks.",
     )
+    parser.add_argument("--version", action="version", version=f"paged-kv {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="continue prompts", description=GENERATE))
     add_demo(commands.add_parser("demo", help="see every KV format at work", description=DEMO))
@@ -76,10 +124,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def version() -> str:
+    try:
+        return metadata.version("paged-kv")
+    except metadata.PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
 GENERATE: Final = """Continue prompts: those given as arguments, else one for each line of standard
 input, else of a JSONL file. Each JSONL line is an object with "prompt" (text or token ids) or
 "messages" (a chat), and optionally "id" and any sampling option; the output has one JSON line for
-each, in the same order, with "text" or with "error"."""
+each, in the same order, with "text" or with "error"; it has "completions" where n is above 1.
+
+With --output each result is kept in FILE.part as soon as it is finished; all together replace FILE
+at the end. However a job was interrupted, the same command with --resume goes on with it. SIGINT
+and SIGTERM drop the requests that are being computed; a second one ends at once."""
 DEMO: Final = """Decode 32 requests at once on a small trained model that comes with the package, in
 every KV format, and print tokens/s, KV memory and how far each format strays from native."""
 INFO: Final = """What each token of a model costs in every KV format, and how many tokens fit in a
@@ -92,6 +151,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model folder or hub name (default: the demo model)")
     parser.add_argument("--input", metavar="FILE", help="JSONL requests; - is standard input")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines to this file")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the job that FILE.part keeps, if any"
+    )
     parser.add_argument("--chat", action="store_true", help="each prompt is a user's chat message")
     memory = parser.add_argument_group("memory")
     memory.add_argument("--kv-format", default="int8", help=f"{', '.join(FORMATS)} (default: int8)")
@@ -146,25 +208,13 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     params = sampling_params(arguments)
-    if arguments.prompts and arguments.input:
-        raise InvalidRequestError("give prompts as arguments or --input, not both")
-    if arguments.chat and arguments.input:
-        raise InvalidRequestError('with --input a chat is a line with "messages", not --chat')
-    check_writable(arguments.output)
-    if arguments.input:
-        with open_input(arguments.input) as source:
-            lines = list(read_lines(source))
-    else:
-        lines = [Line(n, record) for n, record in enumerate(plain_records(arguments), start=1)]
-    if not lines:
-        raise InvalidRequestError("no prompts: give arguments, standard input or --input")
-    with load_llm(arguments) as llm:
-        is_conversation = len(lines) == 1 and not arguments.input and not arguments.output
-        if is_conversation and params.num_samples == 1:
+    lines = read_request_lines(arguments)
+    is_conversation = len(lines) == 1 and not arguments.input and not arguments.output
+    if is_conversation and params.num_samples == 1:
+        with load_llm(arguments) as llm:
             return print_stream(llm, lines[0], params)
-        results = serve(llm, lines, params)
-    write_results(results, arguments, as_json=bool(arguments.input or arguments.output))
-    return 1 if any("error" in result for result in results) else 0
+    with open_sink(arguments, lines) as sink, load_llm(arguments) as llm:
+        return BatchJob(lines, params, sink).run(llm)
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
@@ -172,54 +222,91 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     return SamplingParams(stop=tuple(arguments.stop), ignore_eos=arguments.ignore_eos, **chosen)
 
 
-def open_input(name: str) -> TextIO:
+def read_request_lines(arguments: argparse.Namespace) -> list[Line]:
+    if arguments.prompts and arguments.input:
+        raise InvalidRequestError("give prompts as arguments or --input, not both")
+    if arguments.chat and arguments.input:
+        raise InvalidRequestError('with --input a chat is a line with "messages", not --chat')
+    if arguments.resume and not arguments.output:
+        raise InvalidRequestError("--resume goes on with an --output, and none is given")
+    if arguments.input:
+        with open_input(arguments.input) as source:
+            lines = list(json_lines(source))
+    else:
+        lines = list(text_lines(plain_prompts(arguments), arguments.chat))
+    if not lines:
+        raise InvalidRequestError("no prompts: give arguments, standard input or --input")
+    return lines
+
+
+@contextmanager
+def open_input(name: str) -> Iterator[Iterable[bytes]]:
+    """Lines of a file or of standard input, as bytes: what a bad line spoils is that line."""
     if name == "-":
-        return sys.stdin
-    try:
-        return Path(name).open(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InvalidRequestError(f"cannot read {name!r}: {error.strerror}") from error
-
-
-def check_writable(output: Path | None) -> None:
-    """Find out before the work, not after it."""
-    if output is None:
+        yield standard_input()
         return
-    try:
-        with output.open("a"):
-            pass
-    except OSError as error:
-        raise InvalidRequestError(f"cannot write {str(output)!r}: {error.strerror}") from error
+    with explained("read", name), Path(name).open("rb") as source:
+        yield source
 
 
-def plain_records(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Records of prompts from arguments or, without any, from lines of standard input."""
-    prompts: Iterable[str] = arguments.prompts
-    if not arguments.prompts and not sys.stdin.isatty():
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    for prompt in prompts:
-        if arguments.chat:
-            yield {"messages": [{"role": "user", "content": prompt}]}
-        else:
-            yield {"prompt": prompt}
+def standard_input() -> Iterable[bytes]:
+    if sys.stdin is None:
+        return []
+    if hasattr(sys.stdin, "buffer"):
+        return cast("Iterable[bytes]", sys.stdin.buffer)
+    return (line.encode("utf-8", "surrogatepass") for line in sys.stdin)
 
 
-def read_lines(source: Iterable[str]) -> Iterator[Line]:
-    """Lines of a JSONL file; blank ones are skipped, bad ones carry what is wrong with them."""
-    for number, text in enumerate(source, start=1):
-        if not text.strip():
-            continue
+def plain_prompts(arguments: argparse.Namespace) -> Iterable[bytes]:
+    """Prompts from arguments or, without any, from lines of standard input."""
+    if arguments.prompts:
+        return [prompt.encode("utf-8", "surrogatepass") for prompt in arguments.prompts]
+    if sys.stdin is None or sys.stdin.isatty():
+        return []
+    return [line.rstrip(b"\r\n") for line in standard_input() if line.strip()]
+
+
+def open_sink(arguments: argparse.Namespace, lines: list[Line]) -> ResultSink:
+    """Where results go. What cannot be written is refused here, before the model is loaded."""
+    output: Path | None = arguments.output
+    if output is None:
+        return OrderedSink(print_json if arguments.input else print_text)
+    if not arguments.prompts:
+        refuse_input_as_output(arguments.input or "-", output)
+    with explained("write", output):
+        if output.exists() and not output.is_file():
+            return StreamSink(output)
+    file = ResultFile(output, job_of(arguments, lines), resume=arguments.resume)
+    if arguments.resume:
+        tried = f", {file.num_failed} that failed are tried again" if file.num_failed else ""
+        warn(f"{file.num_done} of {len(lines)} are done in {str(file.part)!r}{tried}")
+    return file
+
+
+def refuse_input_as_output(source: str, output: Path) -> None:
+    for path in (output, part_of(output)):
         try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield Line(number, {}, f"line {number} is not JSON: {error}")
+            of_input = os.fstat(sys.stdin.fileno()) if source == "-" else os.stat(source)
+            is_same = path.is_file() and os.path.samestat(of_input, path.stat())
+        except (OSError, ValueError, AttributeError):  # no such file, or no standard input
             continue
-        if not isinstance(record, dict):
-            yield Line(number, {}, f"line {number} is not a JSON object: {text.strip()[:60]}")
-        elif ("prompt" in record) == ("messages" in record):
-            yield Line(number, record, f'line {number} needs either "prompt" or "messages"')
-        else:
-            yield Line(number, record)
+        if is_same:
+            raise InvalidRequestError(f"--output {str(path)!r} is the input: it would be lost")
+
+
+def job_of(arguments: argparse.Namespace, lines: list[Line]) -> Job:
+    """What a job's results depend on; memory and speed may be others when it is resumed."""
+    names = list(DECISIVE_OPTIONS)
+    if any(line.record.get("max_tokens", arguments.max_tokens) is None for line in lines):
+        names += POOL_OPTIONS  # then as many as fit
+    options = {name: getattr(arguments, name) for name in names}
+    if options["model"] and Path(options["model"]).exists():
+        options["model"] = os.path.realpath(options["model"])
+    return {
+        "requests": len(lines),
+        "input": fingerprint(lines),
+        "options": {name: ascii(value) for name, value in options.items()},
+    }
 
 
 def load_llm(arguments: argparse.Namespace) -> LLM:
@@ -262,106 +349,26 @@ def quiet_loading() -> None:
     cast(Any, logging).disable_progress_bar()
 
 
-def line_params(line: Line, defaults: SamplingParams) -> SamplingParams:
-    """The command line's sampling options, changed by those of the line."""
-    changes = {k: v for k, v in line.record.items() if k in REQUEST_FIELDS}
-    unknown = set(line.record) - REQUEST_FIELDS - {"prompt", "messages", "id"}
-    if unknown:
-        raise InvalidRequestError(f"unknown fields: {', '.join(sorted(unknown))}")
-    try:
-        return replace(defaults, **changes)
-    except TypeError as error:
-        raise InvalidRequestError(f"a field has the wrong type: {error}") from error
-
-
-def line_prompt(line: Line) -> Any:
-    return line.record["prompt"] if "prompt" in line.record else line.record["messages"]
-
-
 def print_stream(llm: LLM, line: Line, params: SamplingParams) -> int:
     """One prompt: print its text as it comes."""
-    for event in llm.stream([line_prompt(line)], params):
+    token_ids, params = prepare(llm, line, params)
+    for event in llm.stream([token_ids], params):
         if event.error is not None:
             raise event.error
-        print(event.text, end="", flush=True)
-    print()
+        emit(event.text)
+    emit("\n")
     return 0
 
 
-def serve(llm: LLM, lines: list[Line], defaults: SamplingParams) -> list[dict[str, Any]]:
-    """Serve every good line in one batch; each line gets a result, in order."""
-    results: list[dict[str, Any]] = [result_head(line) for line in lines]
-    served: list[int] = []
-    prompts: list[list[int]] = []
-    params: list[SamplingParams] = []
-    for index, line in enumerate(lines):
-        try:
-            if line.error is not None:
-                raise InvalidRequestError(line.error)
-            one = line_params(line, defaults)
-            token_ids = llm.check(line_prompt(line), one)
-        except PagedKVError as error:
-            results[index]["error"] = str(error)
-            continue
-        served.append(index)
-        prompts.append(token_ids)
-        params.append(one)
-    if served:
-        for index, output in zip(served, generate_all(llm, prompts, params), strict=True):
-            results[index].update(result_body(output))
-    for line, result in zip(lines, results, strict=True):
-        if "error" in result:
-            print(f"paged-kv: request {line.number}: {result['error']}", file=sys.stderr)
-    return results
+def print_json(result: Result) -> None:
+    emit(encode_json(result).decode() + "\n", "utf-8")
 
 
-def generate_all(
-    llm: LLM, prompts: list[list[int]], params: list[SamplingParams]
-) -> Sequence[RequestOutput]:
-    """Every output, those of failed requests included."""
-    from ..errors import GenerationError
-
-    try:
-        return llm.generate(prompts, params)
-    except GenerationError as error:
-        return error.outputs  # type: ignore[return-value]
-
-
-def result_head(line: Line) -> dict[str, Any]:
-    return {key: line.record[key] for key in ("id", "prompt", "messages") if key in line.record}
-
-
-def result_body(output: RequestOutput) -> dict[str, Any]:
-    errors = [str(c.error) for c in output.completions if c.error is not None]
-    if errors:
-        return {"error": errors[0]}
-    completions = [
-        {"text": c.text, "finish_reason": c.finish_reason, "num_tokens": len(c.token_ids)}
-        for c in output.completions
-    ]
-    return completions[0] if len(completions) == 1 else {"completions": completions}
-
-
-def write_results(
-    results: list[dict[str, Any]], arguments: argparse.Namespace, as_json: bool
-) -> None:
-    if as_json:
-        lines = [json.dumps(result, ensure_ascii=False) for result in results]
-    else:
-        lines = [text for result in results for text in result_texts(result)]
-    text = "".join(line + "\n" for line in lines)
-    if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
-
-
-def result_texts(result: dict[str, Any]) -> list[str]:
+def print_text(result: Result) -> None:
     """What a person reads: prompt and continuation, a blank line between results."""
-    if "error" in result:
-        return []
-    prompt = result.get("prompt", "")
-    return [f"{prompt}{c['text']}\n" for c in result.get("completions", [result])]
+    if "error" not in result:
+        for completion in result.get("completions", [result]):
+            emit(f"{result.get('prompt', '')}{completion['text']}\n\n")
 
 
 # -- demo and info ------------------------------------------------------------------------------
@@ -411,7 +418,8 @@ def run_info(arguments: argparse.Namespace) -> int:
             *(f"{native.effective[n] / cost.effective[n]:.2f}x" for n in CONTEXT_LENGTHS),
             f"{cost.tokens_in(memory_bytes):,}",
         )
-    Console().print(table)
+    with explained("write", "standard output"):
+        Console().print(table)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,38 @@ def test_help_names_every_option_and_ends(
         main([*command, "--help"])
     assert ended.value.code == 0
     assert "usage: paged-kv" in capsys.readouterr().out
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"paged-kv {metadata.version('paged-kv')}\n"
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_nothing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", find_nothing)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert "not installed" in capsys.readouterr().out
+
+
+def test_max_tokens_none_is_as_many_as_fit(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    target = tmp_path / "out.jsonl"
+    options = ["--max-tokens", "none", "--max-model-len", "300", "--ignore-eos"]
+    code, _, err = run(capsys, "generate", "It was", *options, "--output", str(target))
+    assert (code, err) == (0, "")
+    assert json.loads(target.read_text())["num_tokens"] > 280
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "x", "--max-tokens", "some"])
+    assert ended.value.code == 2
 
 
 def test_one_prompt_is_streamed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
