@@ -40,8 +40,8 @@ class Scheduler(Roster):
     waiting: of two that arrive together the one of the lower priority waits for the other, but only
     for those better ones that arrive in the next 500 steps. So nobody waits for ever.
 
-    A request is admitted when its whole prompt fits and leaves room for what the others generate in
-    the next `steps_ahead` steps, and a fraction `watermark` of the pool: with less they preempt each
+    A request is admitted when its whole prompt fits and leaves room for what others generate in the
+    next `steps_ahead` steps, and a fraction `watermark` of the pool: with less they preempt each
     other and compute again, with more the pool stands empty. One that does not fit may be passed by
     later ones that do, a limited number of times. A request whose next blocks a running one is
     about to share waits for them. A branching request keeps room for all its sequences; of these
@@ -61,7 +61,7 @@ class Scheduler(Roster):
         token_budget: int,
         max_prefill_tokens: int | None = None,
         watermark: float = 0.01,
-        steps_ahead: int = 64,
+        steps_ahead: int = 48,
         swap_cost: float = 1.0,
     ) -> None:
         if token_budget < 1:

@@ -38,7 +38,7 @@ def drain(
         prefix_caching=False,
         token_budget=512,
         watermark=0.01,
-        steps_ahead=64,
+        steps_ahead=48,
     )
     for index, (prompt, output) in enumerate(lengths):
         token_ids = np.full(prompt, index, dtype=np.int64)
@@ -74,5 +74,5 @@ def test_a_tight_pool_costs_few_tokens_twice_and_is_not_left_empty(
     geometry, prompts, outputs, size
 ):
     drained = drain(geometry, prompts, outputs, size)
-    assert drained.tokens < 1.3
+    assert drained.tokens < 1.4
     assert drained.num_steps < 1.4 * drained.least_steps
