@@ -80,7 +80,8 @@ class Need(NamedTuple):
     num_seqs: int
     num_tokens: int  # to compute in this step
     blocks_now: int  # free ones for these, shared ones that nobody uses at present included
-    blocks_later: int  # free ones until all its tokens are computed, or all its branches are
+    # Free ones until it has computed its tokens and those of `steps_ahead` steps, or all branches.
+    blocks_later: int
     next_link: bytes | None  # the hash of the first that it could share if it were there
     is_pending: bool  # a running sequence is about to store it
 
@@ -142,6 +143,7 @@ class Room:
 
     num_tokens: int
     most_tokens: int  # of one request
+    steps_ahead: int  # for which whoever starts has to have room
     num_seqs: int
     blocks_now: int
     blocks_later: int  # when those who run have computed all their tokens, and branched
@@ -159,7 +161,7 @@ class Room:
                 and need.blocks_now <= self.blocks_now
                 and need.blocks_later <= self.blocks_later
             )
-        least = find_need(request, 1, manager)
+        least = find_need(request, 1, manager, self.steps_ahead)
         return least.num_seqs <= self.num_seqs and least.blocks_now <= self.blocks_now
 
     def take(self, need: Need) -> None:
@@ -191,7 +193,8 @@ def find_admissible(
         if request.is_paused:
             continue
         last = request
-        need = find_need(request, min(room.num_tokens, room.most_tokens), manager)
+        budget = min(room.num_tokens, room.most_tokens)
+        need = find_need(request, budget, manager, room.steps_ahead)
         if need.is_pending and not room.is_empty:
             lack.note(need, room)
             num_skipped += 1
@@ -215,7 +218,7 @@ def find_admissible(
         lack.end(last)
 
 
-def find_need(request: Request, budget: int, manager: BlockManager) -> Need:
+def find_need(request: Request, budget: int, manager: BlockManager, steps_ahead: int) -> Need:
     """What admitting a request takes, where it computes no more than `budget` tokens at once."""
     geometry = manager.geometry
     length, swapped = len(request.tokens.token_ids), request.swapped
@@ -228,9 +231,13 @@ def find_need(request: Request, budget: int, manager: BlockManager) -> Need:
         match = manager.find_prefix(request.tokens)
         next_link, is_pending = match.next_link, match.is_pending
         start, num_sealed, taken = match.num_tokens, match.num_sealed, match.num_idle_blocks
-    if request.tokens.sink_window is not None:
-        length = min(length, request.tokens.sink_window.max_storable(geometry, start))
+    window = request.tokens.sink_window
+    if window is not None:
+        length = min(length, window.max_storable(geometry, start))
     num_tokens = min(length - start, budget)
+    if request.max_tokens is not None and window is None:  # the last token is never stored
+        num_left = request.num_prompt_tokens + request.max_tokens - 1 - length
+        length += min(max(num_left, 0), steps_ahead)
     branching = request.branching
     return Need(
         num_seqs=1 if branching is None else branching.max_seqs,

@@ -40,11 +40,12 @@ class Scheduler(Roster):
     waiting: of two that arrive together the one of the lower priority waits for the other, but only
     for those better ones that arrive in the next 500 steps. So nobody waits for ever.
 
-    A request is admitted when its whole prompt fits and leaves a fraction `watermark` of the pool
-    free for the growth of others. One that does not fit may be passed by later ones that do, a
-    limited number of times. A request whose next blocks a running one is about to share waits for
-    them. A branching request keeps room for all its sequences; of these the ones that have nothing
-    to compute, while others catch up, are left out of a step.
+    A request is admitted when its whole prompt fits and leaves room for what others generate in the
+    next `steps_ahead` steps, and a fraction `watermark` of the pool: with less they preempt each
+    other and compute again, with more the pool stands empty. One that does not fit may be passed by
+    later ones that do, a limited number of times. A request whose next blocks a running one is
+    about to share waits for them. A branching request keeps room for all its sequences; of these
+    the ones that have nothing to compute, while others catch up, are left out of a step.
 
     When blocks run out, the running request of the worst rank is preempted, the newest of the
     lowest priority, and nobody is admitted in that step. It is swapped to host blocks if these have
@@ -60,6 +61,7 @@ class Scheduler(Roster):
         token_budget: int,
         max_prefill_tokens: int | None = None,
         watermark: float = 0.01,
+        steps_ahead: int = 48,
         swap_cost: float = 1.0,
     ) -> None:
         require_instance("manager", manager, BlockManager)
@@ -72,6 +74,7 @@ class Scheduler(Roster):
             max_prefill_tokens = require_count("max_prefill_tokens", max_prefill_tokens)
         self.max_prefill_tokens = max_prefill_tokens
         super().__init__(manager, swap_cost=swap_cost)
+        self.steps_ahead = require_count("steps_ahead", steps_ahead, least=0)
         self._watermark_blocks = int(watermark * manager.num_blocks)
 
     # -- steps ----------------------------------------------------------------------------------
@@ -226,11 +229,35 @@ class Scheduler(Roster):
         return Room(
             num_tokens=self.token_budget - int(num_new.sum()),
             most_tokens=self.max_prefill_tokens or self.token_budget,
+            steps_ahead=self.steps_ahead,
             num_seqs=self._num_free_seqs,
             blocks_now=manager.num_free_blocks - int(to_compute.sum()),
-            blocks_later=blocks_later - int(to_catch_up.sum()) - self._watermark_blocks,
+            blocks_later=blocks_later
+            - int(to_catch_up.sum())
+            - self._growth_ahead(running)
+            - self._watermark_blocks,
             is_empty=not len(self._running),
         )
+
+    def _growth_ahead(self, seq_ids: IntArray) -> int:
+        """Blocks that the decodes of these take at most at once in the next `steps_ahead` steps.
+
+        What those who reach their limit until then give back is deducted.
+        """
+        manager, geometry = self.manager, self.manager.geometry
+        seq_ids = np.delete(seq_ids, manager.sequences.windowed_rows(seq_ids))  # these evict
+        steps_left = self._running.max_tokens[seq_ids] - manager.num_tokens[seq_ids]
+        in_order = np.argsort(steps_left)
+        seq_ids, steps_left = seq_ids[in_order], steps_left[in_order]
+        ends = steps_left < self.steps_ahead
+        held = -(-manager.num_computed_tokens[seq_ids] // geometry.open_block_size)
+        held -= manager.num_sealed[seq_ids] * (geometry.open_blocks_per_block - 1)
+        given_back = np.cumsum(held * ends) - held * ends  # by those that end before
+        num_growing = len(seq_ids) - np.arange(len(seq_ids))
+        grown = num_growing * np.minimum(steps_left, self.steps_ahead) / geometry.block_size
+        if geometry.seals and self.steps_ahead:  # tails are longer at one time than at another
+            grown += num_growing * geometry.open_blocks_per_block / 8
+        return int((grown - given_back).max(initial=0))
 
     def _start(self, request: Request) -> None:
         """Start a request's sequence, with the blocks that it can share or had in host memory."""

@@ -91,6 +91,33 @@ def test_a_negative_swap_cost_is_refused():
         make_scheduler(swap_cost=-0.5)
 
 
+@pytest.mark.parametrize(("steps_ahead", "num_kept_free"), [(0, 0), (4, 1), (30, 7), (60, 9)])
+def test_an_admission_leaves_room_for_the_steps_ahead(steps_ahead, num_kept_free):
+    """One request holds 10 of 100 blocks, and generates 39 more tokens."""
+    fits = 100 - 10 - num_kept_free
+    for num_blocks, admitted in ((fits, True), (fits + 1, False)):
+        scheduler = make_scheduler(steps_ahead=steps_ahead)
+        add(scheduler, "a", 38, max_tokens=40)
+        run_step(scheduler)
+        add(scheduler, "b", 4 * num_blocks, max_tokens=1)
+        assert ("b" in run_step(scheduler)) == admitted
+
+
+def test_whoever_starts_has_room_for_its_own_steps_ahead():
+    """75 of 90 free blocks for its prompt, 15 for what it generates: the last is not stored."""
+    for max_tokens, admitted in ((61, True), (62, False), (100, False)):
+        scheduler = make_scheduler(steps_ahead=80)
+        add(scheduler, "a", 38, max_tokens=2)
+        run_step(scheduler)
+        add(scheduler, "b", 4 * 75, max_tokens=max_tokens)
+        assert ("b" in run_step(scheduler)) == admitted
+
+
+def test_negative_steps_ahead_are_refused():
+    with pytest.raises(ConfigError, match=r"steps_ahead.*-1"):
+        make_scheduler(steps_ahead=-1)
+
+
 # -- who is passed --------------------------------------------------------------------------------
 
 

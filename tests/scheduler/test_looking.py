@@ -140,6 +140,7 @@ def test_whoever_would_start_if_all_were_looked_at_starts(geometry, seed):
         "token_budget": rng.choice([7, 30, 100]),
         "watermark": rng.choice([0.0, 0.1]),
         "swap_cost": 0.3,
+        "steps_ahead": rng.choice([0, 8]),
     }
     ours, other = make_scheduler(geometry, **options), make_scheduler(geometry, **options)
     other.__class__ = EveryStep

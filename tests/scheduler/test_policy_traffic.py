@@ -41,6 +41,7 @@ class Traffic:
             token_budget=rng.choice([5, 16, 60]),
             watermark=rng.choice([0.0, 0.1]),
             swap_cost=rng.choice([0.0, 0.5]),
+            steps_ahead=rng.choice([0, 8]),
         )
         self.contents = BlockContents(self.scheduler.manager)
         self.expected: dict[Request, list[int]] = {}

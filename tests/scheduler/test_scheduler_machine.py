@@ -39,13 +39,17 @@ class Traffic(RuleBasedStateMachine):
         num_blocks=st.integers(1, 14),
         max_num_seqs=st.integers(1, 4),
         token_budget=st.sampled_from([1, 3, 16, 40, 300]),
+        steps_ahead=st.sampled_from([0, 9]),
     )
-    def start(self, num_blocks: int, max_num_seqs: int, token_budget: int) -> None:
+    def start(
+        self, num_blocks: int, max_num_seqs: int, token_budget: int, steps_ahead: int
+    ) -> None:
         self.scheduler = make_scheduler(
             self.geometry,
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
             token_budget=token_budget,
+            steps_ahead=steps_ahead,
         )
         self.requests: dict[str, Request] = {}
         self.stored: dict[str, int] = {}

@@ -40,7 +40,7 @@ def make_scheduler(
     prefix_caching: bool = True,
     **options: float | None,
 ) -> Scheduler:
-    """With a `token_budget` of 64 and no watermark, where `options` say nothing else."""
+    """With a `token_budget` of 64 and nothing kept for growth, where `options` say nothing else."""
     manager = BlockManager(
         geometry,
         num_blocks=num_blocks,
@@ -49,7 +49,7 @@ def make_scheduler(
         prefix_caching=prefix_caching,
         num_host_blocks=num_host_blocks,
     )
-    return Scheduler(manager, **{"token_budget": 64, "watermark": 0.0, **options})
+    return Scheduler(manager, **{"token_budget": 64, "watermark": 0.0, "steps_ahead": 0, **options})
 
 
 def add(

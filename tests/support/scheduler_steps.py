@@ -46,11 +46,12 @@ def make_scheduler(
     max_num_seqs: int = 8,
     max_model_len: int = 1024,
     token_budget: int = 64,
+    steps_ahead: int = 0,
 ) -> Scheduler:
     manager = BlockManager(
         geometry, num_blocks=num_blocks, max_num_seqs=max_num_seqs, max_model_len=max_model_len
     )
-    return Scheduler(manager, token_budget=token_budget)
+    return Scheduler(manager, token_budget=token_budget, steps_ahead=steps_ahead)
 
 
 def make_request(
