@@ -32,7 +32,7 @@ class Intake:
         self._scheduler = scheduler
         self._manager = scheduler.manager
         self._ends = ends
-        self._sink_window = sink_window
+        self.sink_window = sink_window
 
     def end_token_ids(self, params: SamplingParams | BeamSearchParams) -> frozenset[int]:
         """Tokens that end a request."""
@@ -41,7 +41,7 @@ class Intake:
 
     def max_prompt_tokens(self, params: SamplingParams | BeamSearchParams) -> int | None:
         """The longest prompt that leaves room for output; None where there is no limit."""
-        if isinstance(params, SamplingParams) and (params.sink_window or self._sink_window):
+        if isinstance(params, SamplingParams) and (params.sink_window or self.sink_window):
             return None
         return self._manager.max_model_len - 1
 
@@ -53,7 +53,7 @@ class Intake:
         priority: int = 0,
     ) -> Request:
         """The request as it would be queued; raises `InvalidRequestError` if it cannot be."""
-        sink_window = params.sink_window or self._sink_window
+        sink_window = params.sink_window or self.sink_window
         if sink_window is not None:
             _ = self._model.rotations  # or it raises
         return self._checked_request(request_id, prompt_token_ids, params, priority, sink_window)

@@ -317,7 +317,7 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
 
     quiet_loading()
     return LLM(
-        arguments.model or MODEL_FOLDER,
+        MODEL_FOLDER if arguments.model is None else arguments.model,
         kv_format=arguments.kv_format,
         kv_memory=arguments.kv_memory,
         num_blocks=arguments.num_blocks,
@@ -392,7 +392,7 @@ def run_info(arguments: argparse.Namespace) -> int:
     from .demo import MODEL_FOLDER
 
     memory_bytes = parse_memory(arguments.memory)
-    layers, dtype = probe_layers(arguments.model or MODEL_FOLDER)
+    layers, dtype = probe_layers(MODEL_FOLDER if arguments.model is None else arguments.model)
     costs = format_costs(layers, dtype, CONTEXT_LENGTHS)
     heads = sorted({layer.num_kv_heads for layer in layers})
     table = Table(

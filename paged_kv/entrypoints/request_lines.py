@@ -139,6 +139,8 @@ def prepare(llm: LLM, line: Line, defaults: SamplingParams) -> tuple[list[int], 
         raise InvalidRequestError(line.error)
     try:
         params = line_params(line, defaults)
+        if params.max_tokens is None and llm.engine.intake.sink_window is not None:
+            raise InvalidRequestError("with --window a request needs max_tokens: it would not end")
         return llm.check(line_prompt(line), params), params
     except PagedKVError:
         raise

@@ -199,3 +199,9 @@ def test_a_window_makes_streams(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--sinks 4 needs --window" in capsys.readouterr().err
     assert main(["generate", "It was", "--window", "3"]) == 2
     assert "window_size must be at least a block of 128 tokens, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "--model", "", "a"], ["info", ""]])
+def test_an_empty_model_name_does_not_mean_the_demo_model(capsys, command) -> None:
+    assert main(command) == 2
+    assert "''" in capsys.readouterr().err

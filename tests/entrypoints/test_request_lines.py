@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_kv import SamplingParams
+from paged_kv import SamplingParams, SinkWindow
 from paged_kv.entrypoints.batch_job import BatchJob
 from paged_kv.entrypoints.request_lines import (
     MAX_SAMPLES,
@@ -226,3 +226,10 @@ def test_what_a_tokenizer_raises_costs_its_line(make_llm, monkeypatch) -> None:
     results = results_of(llm, GOOD, {"prompt": "b"}, GOOD)
     assert results[1]["error"] == "RuntimeError: no such letter"
     assert results[0] == results[2]
+
+
+def test_a_windowed_request_without_a_limit_would_never_end(make_llm) -> None:
+    llm = make_llm(sink_window=SinkWindow(0, 32))
+    bad, good = results_of(llm, {"prompt": "a", "max_tokens": None}, {"prompt": "a"})
+    assert "needs max_tokens" in bad["error"]
+    assert good["num_tokens"] == 4
