@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak structure lint clean
+.PHONY: demo test soak soak-short structure lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -14,11 +14,20 @@ test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
 
-# Random operations on the block manager beside a reference; a mismatch says how to repeat it.
+# Random requests through engines that faults strike, then random operations on the block manager
+# beside a reference; what goes wrong says how to repeat it. `soak-short` takes three minutes.
+REQUESTS ?= 100000
+REAL_REQUESTS ?= 2000
 STEPS ?= 1000000
 SEED ?= 0
+SOAK := PYTHONPATH=bench $(BIN)/python -m tests.soak
 soak: $(VENV)/.installed
-	PYTHONPATH=bench $(BIN)/python -m tests.soak.soak_block_manager --steps $(STEPS) --seed $(SEED)
+	$(SOAK).soak_engine --requests $(REQUESTS) --real-requests $(REAL_REQUESTS) --seed $(SEED) --json bench/results/soak.json
+	$(SOAK).soak_block_manager --steps $(STEPS) --seed $(SEED)
+
+soak-short: $(VENV)/.installed
+	$(SOAK).soak_engine --seconds 150 --seed $(SEED)
+	$(SOAK).soak_block_manager --steps 20000 --seed $(SEED)
 
 # Every file in one line, from what it says of itself.
 structure:

@@ -121,9 +121,12 @@ class Engine:
                 self.scheduler.add(live.request)
             else:
                 del self._live[live.request_id]
-        for search in self._searches.values():
-            search.restart()
-            self.scheduler.add(search.request)
+        for request_id, search in list(self._searches.items()):
+            if search.is_done:
+                del self._searches[request_id]
+            else:
+                search.restart()
+                self.scheduler.add(search.request)
         self._change.is_unfinished = False
 
     # -- requests -------------------------------------------------------------------------------
@@ -271,7 +274,7 @@ class Engine:
             if scheduled is None:
                 return 0
             found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
-            names = {request.request_id for request in found if request is not None}
+            names = dict.fromkeys(request.request_id for request in found if request is not None)
             leaders = [self._live[name] for name in names if name in self._live]
             lives = [live for leader in leaders for live in (leader, *leader.siblings)]
             searches = [self._searches[name] for name in names if name in self._searches]
@@ -398,9 +401,9 @@ class Engine:
 
     def _end_search(self, search: BeamSearch) -> SearchUpdate:
         name = search.request.request_id
+        search.is_done = True
         self.scheduler.finish(search.request)
         del self._searches[name]
-        search.is_done = True
         return SearchUpdate(request_id=name, output=search.output)
 
     def _advance(self, draw: TokenDraw) -> SequenceUpdate:

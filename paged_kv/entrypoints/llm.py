@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
@@ -264,7 +264,11 @@ class LLM:
                 self._step()
             return searches
         finally:
-            self.engine.abort_all(names)
+            try:
+                self._let_go(names)
+            except BaseException:  # as a second interrupt: nobody else would do it
+                self._let_go(names)
+                raise
 
     def _complete(self, prompt_token_ids: list[int], hypothesis: Hypothesis) -> Completion:
         """A hypothesis with its text, to which a token that ends it adds nothing."""
@@ -335,13 +339,21 @@ class LLM:
                     ready.popleft()
                     continue
                 if update.finish_reason is not None:
-                    left.discard(output.text.live.request_id)
                     self._outputs.pop(output.text.live.request_id, None)
+                    left.discard(output.text.live.request_id)
                 yield output.event(update)
         finally:
-            for request_id in left:
-                self._outputs.pop(request_id, None)
-            self.engine.abort_all(left)
+            try:
+                self._let_go(left)
+            except BaseException:  # as a second interrupt: nobody else would do it
+                self._let_go(left)
+                raise
+
+    def _let_go(self, request_ids: Collection[str]) -> None:
+        """Nobody waits for these any more; those that are not over end."""
+        for request_id in request_ids:
+            self._outputs.pop(request_id, None)
+        self.engine.abort_all(request_ids)
 
     def _step(self, ready: deque[Output] | None = None, *, keep_going: bool = False) -> None:
         """Step the engine, unless another thread's step has made something ready meanwhile.

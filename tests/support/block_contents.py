@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.geometry import NO_BLOCKS, BlockIds
+from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.blocks.step_plan import StepPlan
-from tests.support.plan_reader import PlanReader
+from tests.support.plan_reader import PlanReader, open_ids, sealed_ids
 
 UNWRITTEN = -1
 OVERWRITTEN = -2
@@ -44,11 +46,31 @@ class BlockContents:
 
     def apply(self, plan: StepPlan, values: NDArray[np.int64]) -> None:
         """Do what a plan orders, `values` [T] being its new tokens. Before the step ends."""
-        opened, sealed = self.pool
+        self.store(plan, self.begin(plan), values)
+
+    def begin(self, plan: StepPlan) -> StepArrays:
+        """Copy what a plan orders to copy; its arrays, by which contexts can be read then."""
+        opened, _ = self.pool
         assert (self.manager.pool.ref_counts[plan.copy_targets] == 1).all()
         opened[plan.copy_targets] = opened[plan.copy_sources]
+        return self.reader.read(plan)
+
+    def context(self, arrays: StepArrays, row: int) -> NDArray[np.int64]:
+        """What a sequence of a step finds in its blocks before the step writes."""
+        opened, sealed = self.pool
+        geometry, length = self.manager.geometry, int(arrays.context_lens[row])
+        open_row = opened[open_ids(geometry, arrays, row)]
+        if not arrays.num_sealed[row]:
+            return open_row.reshape(-1)[:length]
+        num_head = geometry.num_head_blocks
+        body = sealed[sealed_ids(geometry, arrays, row)]
+        parts = [open_row[:num_head].reshape(-1), body.reshape(-1), open_row[num_head:].reshape(-1)]
+        return np.concatenate(parts)[:length]
+
+    def store(self, plan: StepPlan, arrays: StepArrays, values: NDArray[np.int64]) -> None:
+        """Write the new tokens [T] of a plan that has begun."""
+        opened, sealed = self.pool
         cells = opened.reshape(-1)
-        arrays = self.reader.read(plan)
         sources = arrays.seal_sources
         blocks = np.where(sources >= 0, cells[sources.clip(min=0)], values[(~sources).clip(min=0)])
         opened[plan.seal_block_ids] = OVERWRITTEN
@@ -73,13 +95,17 @@ class BlockContents:
         for pool, host in zip(self.pool, self.host, strict=True):
             pool[device_ids] = host[host_ids]
 
-    def poison_free(self) -> None:
-        """Lose what free blocks hold, unless they are cached."""
+    def poison_free(self, kept: BlockIds = NO_BLOCKS) -> None:
+        """Lose what free blocks hold, host blocks too, unless they are cached or `kept`."""
         is_free = self.manager.pool.ref_counts == 0
         if self.manager.prefix_cache is not None:
             is_free = is_free & ~self.manager.prefix_cache.is_cached
+        is_free[kept] = False
         for pool in self.pool:
             pool[is_free] = FREE
+        if self.manager.host_pool is not None:
+            for host in self.host:
+                host[self.manager.host_pool.ref_counts == 0] = FREE
 
     def stored(self, seq_id: int) -> NDArray[np.int64]:
         """What the blocks of a sequence hold, in the order of its tokens."""
