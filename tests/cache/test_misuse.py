@@ -100,7 +100,9 @@ def test_the_step_of_an_earlier_plan_is_refused(serving):
     serving.attend(second)
 
 
-@pytest.mark.parametrize("wrong", [None, 7, "step", object()], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [None, 7, "step", object()], ids=["none", "number", "text", "object"]
+)
 def test_what_is_no_step_or_plan_is_refused(serving, wrong):
     plan = serving.plan()
     assert_refused(serving, "expected, got", InvalidStepError, lambda: serving.cache.begin(wrong))

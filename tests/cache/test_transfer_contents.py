@@ -182,7 +182,11 @@ def test_token_ids_that_no_vocabulary_has_are_refused():
     import_sequence(target.cache, target.manager, data, vocab_size=largest + 1)
 
 
-@pytest.mark.parametrize("data", [None, "text", 7, [1], memoryview(b"abcdefgh")[::2]], ids=repr)
+@pytest.mark.parametrize(
+    "data",
+    [None, "text", 7, [1], memoryview(b"abcdefgh")[::2]],
+    ids=["none", "text", "number", "list", "gaps"],
+)
 def test_what_is_no_bytes_is_refused(data):
     target = SharingFleet([replace(small_layer())])
     with pytest.raises(TransferError):

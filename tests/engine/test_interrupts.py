@@ -42,6 +42,7 @@ def llm() -> Iterator[LLM]:
         token_budget=24,
         swap_space="16KiB",
     )
+    llm.engine.scheduler.steps_ahead = 0  # so that they preempt each other
     yield llm
     llm.close()
 

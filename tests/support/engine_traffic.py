@@ -294,11 +294,18 @@ class EngineTraffic:
             self.fail("lost", f"no step gives a token to any of {sorted(self.sent)}")
 
     def _names_of_last_step(self) -> list[str]:
+        """Of its requests, and of the samples that wait for these to compute their prompt."""
         scheduled = self.engine._last_step
         if scheduled is None:
             return []
         found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
         names = [request.request_id for request in found if request is not None]
+        names += [
+            sibling.request_id
+            for name in names
+            if name in self.sent
+            for sibling in getattr(self.sent[name].found, "siblings", ())
+        ]
         return [name for name in names if name in self.sent]
 
     def _check_integrity(self) -> None:
