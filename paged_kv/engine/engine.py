@@ -276,6 +276,7 @@ class Engine:
             found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
             names = dict.fromkeys(request.request_id for request in found if request is not None)
             lives = [self._live[name] for name in names if name in self._live]
+            lives += [sibling for live in lives for sibling in live.siblings]
             searches = [self._searches[name] for name in names if name in self._searches]
             with self._change:
                 for live in lives:
