@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Final, NamedTuple, cast
 
 import torch
@@ -133,7 +133,7 @@ class LLM:
         self._processor = OutputProcessor(tokenizer)
         self._outputs: dict[str, Output] = {}  # of requests that some iterator waits for
         self._lock = RLock()  # held by the thread that steps the engine
-        self._num_waiting = 0  # threads that want to
+        self._waiting: set[int] = set()  # threads that want to
         self._is_behind = False  # an exception kept outputs from what the engine has for them
 
     def __enter__(self) -> LLM:
@@ -360,12 +360,12 @@ class LLM:
 
         What it did is ready then for those who wait for it, in whatever thread.
         """
-        self._num_waiting += 1
+        self._waiting.add(get_ident())
         with self._lock:
-            self._num_waiting -= 1
+            self._waiting.discard(get_ident())
             if not ready:
                 self._step_engine(keep_going)
-        if self._num_waiting:
+        if self._waiting:
             time.sleep(WAITING_SECONDS)  # or this thread would take the lock again before they can
 
     def _step_engine(self, keep_going: bool) -> None:

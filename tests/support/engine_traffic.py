@@ -300,12 +300,8 @@ class EngineTraffic:
             return []
         found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
         names = [request.request_id for request in found if request is not None]
-        names += [
-            sibling.request_id
-            for name in names
-            if name in self.sent
-            for sibling in getattr(self.sent[name].found, "siblings", ())
-        ]
+        lives = [self.engine._live[name] for name in names if name in self.engine._live]
+        names += [sibling.request_id for live in lives for sibling in live.siblings]
         return [name for name in names if name in self.sent]
 
     def _check_integrity(self) -> None:
@@ -314,6 +310,9 @@ class EngineTraffic:
             if not engine._change.is_unfinished and engine.scheduler.is_whole:
                 try:
                     engine.scheduler.check_integrity()
+                    for live in engine._live.values():  # or nobody would ever start it
+                        request = live.request if live.leader is None else live.leader.request
+                        assert request.request_id in engine.scheduler._requests
                 except AssertionError as error:
                     raise Violation("leaked", f"integrity: {error!r}; {self}") from error
 
