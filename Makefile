@@ -14,8 +14,9 @@ test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
 
-# Random requests through engines that faults strike, then random operations on the block manager
-# beside a reference; what goes wrong says how to repeat it. `soak-short` takes three minutes.
+# Random requests through engines that faults strike, a batch job that is killed again and again, and
+# random operations on the block manager beside a reference; what goes wrong says how to repeat it.
+# `soak-short` takes three minutes.
 REQUESTS ?= 100000
 REAL_REQUESTS ?= 2000
 STEPS ?= 1000000
@@ -23,6 +24,7 @@ SEED ?= 0
 SOAK := PYTHONPATH=bench $(BIN)/python -m tests.soak
 soak: $(VENV)/.installed
 	$(SOAK).soak_engine --requests $(REQUESTS) --real-requests $(REAL_REQUESTS) --seed $(SEED) --json bench/results/soak.json
+	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_job --requests 500 --kills 10 --json bench/results/soak_job.json
 	$(SOAK).soak_block_manager --steps $(STEPS) --seed $(SEED)
 
 soak-short: $(VENV)/.installed
