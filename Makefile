@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak soak-short structure lint clean
+.PHONY: demo test soak soak-short mutants structure lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -30,6 +30,11 @@ soak: $(VENV)/.installed
 soak-short: $(VENV)/.installed
 	$(SOAK).soak_engine --seconds 150 --seed $(SEED)
 	$(SOAK).soak_block_manager --steps 20000 --seed $(SEED)
+
+# Faults of one line, each in a copy of the checkout: whether the tests see it. A few seconds to two
+# minutes each, together about half an hour on two cores.
+mutants: $(VENV)/.installed
+	PYTHONPATH=bench $(BIN)/python bench/tools/mutants.py --json bench/results/mutants.json
 
 # Every file in one line, from what it says of itself.
 structure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from paged_kv.blocks.geometry import BlockGeometry, ragged_arange
@@ -50,6 +51,22 @@ def test_counts_of_every_length_agree_with_the_model(geometry):
         num_open = sum(kind == "open" for kind, _ in blocks)
         num_sealed_places = num_sealed(geometry, length) * geometry.open_blocks_per_block
         assert geometry.table_width(length) == num_open + num_sealed_places
+
+
+@SMALL
+def test_blocks_to_grow_is_what_a_step_takes(geometry):
+    for before in range(3 * geometry.block_size):
+        for after in range(before + 1, before + 2 * geometry.block_size + 2):
+            manager = manager_of(geometry, num_blocks=100, max_model_len=200)
+            seq_id = ids(manager.add_sequence())
+            manager.append_tokens(seq_id, np.arange(after), [after])
+            if before:
+                plan = manager.reserve(seq_id, ids(before))
+                assert plan is not None
+                manager.commit(plan)
+            needed = int(manager.blocks_needed(seq_id, ids(after - before))[0])
+            num_sealed = int(manager.num_sealed[seq_id[0]])
+            assert geometry.blocks_to_grow(before, num_sealed, after) == needed
 
 
 def most_blocks_at_once(geometry: BlockGeometry, num_tokens: int) -> list[int]:

@@ -76,6 +76,15 @@ def test_hashing_in_parts_gives_what_hashing_at_once_gives():
         assert len(set(whole.hashes)) == num_links
 
 
+def test_a_copy_that_goes_on_leaves_the_hashes_of_the_first_alone():
+    geometry = next(iter(GEOMETRIES.values()))
+    first = TokenChain(np.arange(70, dtype=np.int32), b"root")
+    first.hash_links(geometry, 1)
+    copy = first.with_tokens(np.arange(70, dtype=np.int32))
+    copy.hash_links(geometry, 2)
+    assert first.hashes == copy.hashes[:1]
+
+
 KEYS: list[tuple[ExtraKey, ...]] = [
     (),
     ("",),

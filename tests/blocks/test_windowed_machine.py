@@ -310,11 +310,73 @@ def test_a_window_off_by_one_is_seen(geometry, monkeypatch):
     """Windowed sequences that let go of blocks a token too early."""
     evict = growth.evict_blocks
 
-    def eager(seq_ids: Any, sinks: Any, windows: Any, *rest: Any) -> int:
-        return evict(seq_ids, sinks, np.where(windows > 0, windows - 1, 0), *rest)
+    def eager(*arguments: Any) -> int:
+        before, state, after = arguments[:4], arguments[4], arguments[5:]
+        earlier = state.copy()
+        earlier["window_size"] -= state["window_size"] > 0
+        num_ids = evict(*before, earlier, *after)
+        state["num_evicted_tokens"] = earlier["num_evicted_tokens"]
+        return num_ids
 
     monkeypatch.setattr(block_manager, "evict_blocks", eager)
     if geometry.min_tail_tokens > 11:
         pytest.skip("the tail is longer than the window: sealing decides when blocks go")
     with pytest.raises(AssertionError):
         check_token_by_token(geometry)
+
+
+def test_what_a_step_let_go_is_not_changed_by_later_steps():
+    manager = BlockManager(GEOMETRIES["native"], num_blocks=60, max_num_seqs=1, max_model_len=8)
+    tokens = manager.chain_tokens((), sink_window=SinkWindow(0, 8))
+    seq_id = ids(manager.add_sequence(tokens))
+    told = []
+    for _ in range(40):
+        plan = manager.reserve(seq_id, ids(1))
+        assert plan is not None
+        let_go = manager.commit(plan)
+        told += [(let_go, let_go.tolist())] if len(let_go) else []
+    assert len({block_ids[0] for _, block_ids in told}) > 1
+    assert all(let_go.tolist() == block_ids for let_go, block_ids in told)
+
+
+def test_once_its_sinks_are_stored_a_sequence_may_take_a_whole_chunk():
+    geometry = GEOMETRIES["native"]
+    manager = BlockManager(geometry, num_blocks=100, max_num_seqs=1, max_model_len=8)
+    window = SinkWindow(4, 8)
+    tokens = manager.chain_tokens(np.arange(100), sink_window=window)
+    seq_id = ids(manager.add_sequence(tokens))
+    assert manager.num_computable(seq_id).tolist() == [12]
+    plan = manager.reserve(seq_id, ids(4))
+    assert plan is not None
+    manager.commit(plan)
+    assert manager.num_computable(seq_id).tolist() == [96]
+    assert window.max_storable(geometry, 4) >= 100
+
+
+def test_what_was_swapped_out_behind_a_gap_is_not_published_when_it_is_back():
+    manager = BlockManager(
+        GEOMETRIES["native"],
+        num_blocks=40,
+        max_num_seqs=2,
+        max_model_len=40,
+        prefix_caching=True,
+        num_host_blocks=40,
+    )
+    tokens = np.arange(60)
+    window = SinkWindow(4, 8)
+    seq_id = manager.add_sequence(manager.chain_tokens(tokens, sink_window=window))
+    for count in (12, 30):
+        plan = manager.reserve(ids(seq_id), ids(count))
+        assert plan is not None
+        manager.commit(plan)
+    assert manager.num_evicted_tokens[seq_id]
+    swapped = manager.swap_out(seq_id)
+    assert swapped is not None
+    manager.reset_prefix_cache()  # what was published before its gap is gone too
+    back = manager.swap_in(swapped)
+    assert back is not None
+    plan = manager.reserve(ids(back[0]), ids(6))
+    assert plan is not None
+    manager.commit(plan)
+    assert manager.num_cached_blocks == 0
+    manager.check_integrity()

@@ -116,6 +116,7 @@ def test_requests_of_a_better_rank_preempt_a_search(model):
         outputs = llm.generate(prompts, greedy)
     with engine_of(model, num_blocks=30, prefix_caching=False) as llm:
         engine = llm.engine
+        engine.scheduler.steps_ahead = 0  # or the search would wait for all of them
         found: dict[str, list[int | None]] = {name: [] for name in "abcde"}
         for name, prompt in zip(found, prompts, strict=True):
             engine.add_request(name, prompt, greedy)

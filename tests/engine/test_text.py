@@ -17,8 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from paged_kv.engine import text
+from paged_kv.engine.live_request import LiveRequest
+from paged_kv.engine.output_processor import OutputProcessor, TextOutput
+from paged_kv.engine.sampling_params import SamplingParams
 from paged_kv.engine.text import Detokenizer, encode_prompt
 from paged_kv.errors import InvalidRequestError, PagedKVError
+from paged_kv.scheduler.request import Request
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -464,3 +468,54 @@ def test_messages_that_a_template_refuses_are_an_invalid_request(template, messa
     tokenizer.chat_template = template
     with pytest.raises(InvalidRequestError, match="the chat template refuses the messages"):
         encode_prompt(messages, tokenizer)
+
+
+# -- tokens that are read later than they came ----------------------------------------------------
+
+
+def output_of(text: bytes, finish_reason: str | None, params: SamplingParams) -> TextOutput:
+    """An output that has not been read; token i is byte i."""
+    live = LiveRequest(
+        request=Request("r", [1], max_tokens=64),
+        params=params,
+        seed=0,
+        sample_index=0,
+        end_token_ids=frozenset(),
+    )
+    for byte in text:
+        live.take(byte, None)
+    live.finish_reason = finish_reason
+    return OutputProcessor(byte_tokenizer()).follow(live, [1])
+
+
+def test_of_several_tokens_that_wait_the_last_alone_ends_the_request():
+    output = output_of(b"abc", "length", SamplingParams(max_tokens=64))
+    output.catch_up()
+    updates = [output.take() for _ in range(output.num_waiting)]
+    assert [update.finish_reason for update in updates] == [None, None, "length"]
+    assert "".join(update.text for update in updates) == "abc"
+
+
+def test_a_stop_string_counts_from_the_token_that_makes_min_tokens_full():
+    for min_tokens, num_read in ((2, 2), (3, 5)):
+        params = SamplingParams(max_tokens=64, min_tokens=min_tokens, stop=["b"])
+        output = output_of(b"abcab", None, params)
+        output.catch_up()
+        assert output.is_stopped
+        assert output.num_waiting == num_read
+
+
+def test_a_token_that_was_cut_off_leaves_no_likelihood_behind():
+    live = LiveRequest(
+        request=Request("r", [1, 2], max_tokens=8),
+        params=SamplingParams(max_tokens=8, temperature=1.0, best_of=2),
+        seed=0,
+        sample_index=0,
+        end_token_ids=frozenset(),
+    )
+    live.take(5, -0.5)
+    live.log_probabilities.append(-9.0)  # and before its token an exception
+    live.restart()
+    assert live.request.token_ids == [1, 2, 5]
+    live.take(6, -0.25)
+    assert live.log_probabilities.tolist() == [-0.5, -0.25]

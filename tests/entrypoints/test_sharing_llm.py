@@ -531,6 +531,7 @@ def test_a_pool_too_small_for_all_gives_the_same_tokens_with_swap(
     expected = tokens_of(large.generate(batch, params))
     assert large.statistics().num_preemptions == 0
     llm = make_llm(num_blocks=num_blocks, swap_space="4MiB", **options)
+    llm.engine.scheduler.steps_ahead = 0  # they outgrow the pool
     counts = count_swaps(llm)
     assert tokens_of(llm.generate(batch, params)) == expected
     assert llm.statistics().num_preemptions > 0
@@ -552,6 +553,7 @@ def test_swap_and_prefix_caching_and_samples_together(make_llm, prompts, samples
 def test_a_request_may_be_aborted_while_it_is_swapped_out(make_llm, prompts):
     batch = swap_prompts(prompts, 40)
     llm = make_llm(num_blocks=14, swap_space="1MiB")
+    llm.engine.scheduler.steps_ahead = 0  # they outgrow the pool
     names = [str(index) for index in range(5)]
     for name, prompt in zip(names, batch, strict=True):
         llm.engine.add_request(name, prompt, params_of(max_tokens=60))
@@ -567,6 +569,7 @@ def test_a_copy_that_fails_ends_the_call_and_the_llm_goes_on(make_llm, monkeypat
     batch = swap_prompts(prompts, 40)
     params = sampling(max_tokens=60)
     llm = make_llm(num_blocks=14, swap_space="1MiB")
+    llm.engine.scheduler.steps_ahead = 0  # they outgrow the pool
     expected = tokens_of(llm.generate(batch, params))
     broken = small.raise_once(llm.engine.cache.swap_in, 1, RuntimeError("no pinned memory"))
     monkeypatch.setattr(llm.engine.cache, "swap_in", broken)
@@ -584,6 +587,7 @@ def test_a_copy_that_fails_loses_no_request(make_llm, monkeypatch, prompts, dire
     names = [str(index) for index in range(5)]
     params = sampling(max_tokens=60)
     llm = make_llm(num_blocks=14, swap_space="1MiB")
+    llm.engine.scheduler.steps_ahead = 0  # they outgrow the pool
     expected = dict(zip(names, tokens_of(llm.generate(batch, params)), strict=True))
     copy = getattr(llm.engine.cache, direction)
     broken = small.raise_once(copy, 1, RuntimeError("no pinned memory"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from paged_kv.errors import OutOfBlocksError
-from paged_kv.scheduler.request import Request
+from paged_kv.scheduler.request import Request, RequestStatus
 from paged_kv.scheduler.scheduler import Scheduler
 from tests.support.scheduler_policies import (
     PROMPT,
@@ -168,3 +169,19 @@ def test_when_the_one_that_computes_a_prefix_stops_the_next_one_goes_on(stop, nu
     complete(scheduler, step)
     assert set(names(drain(scheduler))) == {"r1", "r2"}
     assert_nothing_is_held(scheduler)
+
+
+def test_who_shares_some_blocks_with_a_spoilt_request_and_has_not_sampled_starts_again():
+    scheduler = make_scheduler(token_budget=40)
+    spoilt = add(scheduler, "a", PROMPT)
+    run_step(scheduler)
+    other = add(scheduler, "b", [*PROMPT[:32], *range(900, 1000)])
+    assert run_step(scheduler) == {"a": 1, "b": 39}
+    step = scheduler.schedule()
+    assert step is not None
+    assert step.sampled_requests == [spoilt]
+    assert len(scheduler.manager.block_ids(other.seq_id)) > 8  # with some of its own
+    scheduler.update(step, [1], is_spoilt=np.array([True]))
+    assert other.status is RequestStatus.PREEMPTED
+    assert scheduler.manager.num_cached_blocks == 0
+    scheduler.check_integrity()
