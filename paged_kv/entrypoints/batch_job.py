@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .llm import LLM
     from .outputs import RequestOutput, StreamEvent
 
+MAX_ERROR_CHARACTERS: Final = 500  # errors quote what they refuse, which may be a book
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -125,6 +126,8 @@ class BatchJob:
 
     def _add(self, index: int, body: Result) -> None:
         line = self._lines[index]
+        if "error" in body:
+            body = {"error": body["error"][:MAX_ERROR_CHARACTERS]}
         self._sink.add(index, {**line.echo, **body})
         self._num_done += 1
         if "error" in body:

@@ -24,8 +24,6 @@ SAMPLING_FIELDS: Final = frozenset(
 )
 ECHOED_FIELDS: Final = ("id", "prompt", "messages")
 MAX_DEPTH: Final = 100
-# More than this of one line would cost the others their memory.
-MAX_SAMPLES: Final = 10_000
 BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
@@ -41,7 +39,9 @@ class Line:
     def name(self) -> str:
         """What its user calls it."""
         has_id = "id" in self.record
-        return f"request {self.number}" + (f" (id {self.record['id']!r})" if has_id else "")
+        return f"request {self.number}" + (
+            f" (id {reprlib.repr(self.record['id'])})" if has_id else ""
+        )
 
     @property
     def echo(self) -> dict[str, Any]:
@@ -158,12 +158,7 @@ def line_params(line: Line, defaults: SamplingParams) -> SamplingParams:
         if isinstance(value, bool) != (name == "ignore_eos"):
             expected = "true or false" if name == "ignore_eos" else "neither true nor false"
             raise InvalidRequestError(f"{name} must be {expected}, got {value!r}")
-    params = replace(defaults, **changes)
-    if params.num_samples > MAX_SAMPLES:
-        raise InvalidRequestError(
-            f"{params.num_samples} continuations of one request, at most {MAX_SAMPLES} are served"
-        )
-    return params
+    return replace(defaults, **changes)
 
 
 def line_prompt(line: Line) -> Any:

@@ -161,8 +161,6 @@ class ResultFile:
         with explained("write", self.output):
             try:
                 self._write_ordered(new)
-                if self.output.exists():
-                    shutil.copymode(self.output, new)
                 os.replace(new, self.output)
             except BaseException:
                 with suppress(OSError):
@@ -225,6 +223,7 @@ class ResultFile:
             if self._places:
                 self._file.truncate(self._end)
             else:
+                self._copy_mode(self.part)
                 self._file.truncate(0)
                 self._end = 0
                 header = encode_json(self._job) + b"\n"
@@ -245,8 +244,14 @@ class ResultFile:
                 self._file.truncate(self._end)
             raise
 
+    def _copy_mode(self, path: Path) -> None:
+        """Who may not read the output that is replaced may not read what replaces it."""
+        if self.output.exists():
+            shutil.copymode(self.output, path)
+
     def _write_ordered(self, new: Path) -> None:
         with self.part.open("rb") as part, new.open("wb") as target:
+            self._copy_mode(new)
             for index in range(self._job["requests"]):
                 offset, length = self._places[index]
                 part.seek(offset)

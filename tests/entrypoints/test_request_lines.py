@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from paged_kv import SamplingParams, SinkWindow
 from paged_kv.entrypoints.batch_job import BatchJob
 from paged_kv.entrypoints.request_lines import (
-    MAX_SAMPLES,
     SAMPLING_FIELDS,
     Line,
     encode_json,
@@ -195,10 +194,17 @@ def test_a_field_of_a_wrong_type_is_one_error_and_alters_nothing(make_llm, name:
 
 def test_more_continuations_than_memory_holds_are_refused(make_llm) -> None:
     llm = make_llm()
-    for count in ({"n": MAX_SAMPLES + 1}, {"best_of": 10**12}):
+    for count in ({"n": 10**9}, {"best_of": 10**12}):
         bad, good = results_of(llm, {"prompt": "a", **count}, GOOD)
-        assert f"at most {MAX_SAMPLES}" in bad["error"]
+        assert str(max(count.values())) in bad["error"]
         assert "text" in good
+
+
+def test_an_error_does_not_quote_a_book(make_llm) -> None:
+    book = "a" * 100_000
+    for bad in ({"prompt": book, "stop": {book: 1}}, {"prompt": [book]}, {"prompt": "a", book: 1}):
+        assert len(results_of(make_llm(), bad)[0]["error"]) <= 500
+    assert len(lines_of({"id": book, "prompt": "a"})[0].name) < 100
 
 
 def test_equal_ids_are_two_requests(make_llm) -> None:

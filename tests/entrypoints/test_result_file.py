@@ -48,6 +48,7 @@ def test_results_replace_the_output_in_order_when_all_are_there(output, order) -
     with ResultFile(output, JOB, resume=False) as file:
         for index in order:
             assert output.read_text() == "older results"
+            assert stat.S_IMODE(part_of(output).stat().st_mode) == 0o640
             file.add(index, RESULTS[index])
             assert read(part_of(output))[-1] == {"index": index, **RESULTS[index]}
         file.finish()
