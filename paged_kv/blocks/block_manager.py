@@ -430,9 +430,10 @@ class BlockManager(Holdings):
     def _store(self, plan: StepPlan, after: IntArray, spoilt_seq_ids: IntArray) -> BlockIds:
         changed = plan.seq_ids[plan.changed_rows]
         sequences = self.sequences
-        sequences.capacity[changed], unused_ids = take_effect(
+        lengths = after[plan.changed_rows]
+        capacity, unused_ids = take_effect(
             changed,
-            after[plan.changed_rows],
+            lengths,
             plan.block_counts,
             plan.new_block_ids,
             sequences.num_computed_tokens,
@@ -440,6 +441,7 @@ class BlockManager(Holdings):
             self.tables.ids,
             self.geometry.sizes,
         )
+        sequences.capacity[changed] = self._sharing.capacity(changed, lengths, capacity)
         sequences.num_computed_tokens[plan.seq_ids] = after
         for block_ids in (unused_ids, plan.freed_block_ids):
             if len(block_ids):

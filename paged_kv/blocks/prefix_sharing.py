@@ -81,6 +81,13 @@ class NoPrefixSharing:
     def ended(self, seq_id: int) -> None:
         """A sequence is about to be forgotten."""
 
+    def capacity(self, seq_ids: IntArray, lengths: IntArray, capacity: IntArray) -> IntArray:
+        """Tokens that sequences of these lengths can store before they are looked at again.
+
+        `capacity` is what their blocks hold; less where a step before that completes a link.
+        """
+        return capacity
+
     def publish(self, seq_ids: IntArray) -> None:
         """Make the blocks of links that are complete by now findable."""
 
@@ -222,6 +229,15 @@ class PrefixSharing(NoPrefixSharing):
         return self._sequences.chain(seq_id).hashes[published:expected]
 
     # -- blocks that are complete ---------------------------------------------------------------
+
+    def capacity(self, seq_ids: IntArray, lengths: IntArray, capacity: IntArray) -> IntArray:
+        geometry = self.geometry
+        completes_link = (capacity % geometry.open_block_size == 0) & (lengths < capacity)
+        if geometry.seals:  # the links of the head: those of the body are complete with a seal
+            completes_link &= capacity <= geometry.num_head_tokens
+        # Drafts that were kept are stored before they are known: their links come a step later.
+        is_unknown = self._sequences.num_tokens[seq_ids] < lengths
+        return np.where(is_unknown, np.minimum(lengths, capacity), capacity - completes_link)
 
     def publish(self, seq_ids: IntArray) -> None:
         sequences, cache, found = self._sequences, self.cache, self._complete_links

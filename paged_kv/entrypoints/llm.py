@@ -72,8 +72,9 @@ class LLM:
     `close()`. `kv_format` is "native", "int8", "int4", "int2" or a `KVFormat`. The pool is sized by
     `num_blocks` or by `kv_memory` (bytes, or text such as "2GiB"); without either by what
     `max_num_seqs` full-length sequences need, at most 1 GiB and at most half of the memory that is
-    free. A step runs at most `max_num_seqs` sequences and `token_budget` tokens. With
-    `prefix_caching` prompts that begin alike share their blocks, also with earlier ones. Sequences
+    free. A step runs at most `max_num_seqs` sequences and `token_budget` tokens, of one prompt at
+    most `max_prefill_tokens`. With `prefix_caching` prompts that begin alike share their blocks,
+    also with earlier ones. Sequences
     that must make room go to `swap_space` bytes of host memory where that is cheaper than computing
     them again. On a CPU model and kernels share torch's threads; `num_threads` sets how many there
     are, for the whole process. With a `sink_window` every request is windowed: it keeps attention
@@ -92,6 +93,7 @@ class LLM:
         num_blocks: int | None = None,
         max_num_seqs: int = 64,
         token_budget: int = 1024,
+        max_prefill_tokens: int | None = None,
         max_model_len: int | None = None,
         prefix_caching: bool = True,
         swap_space: int | str = 0,
@@ -106,6 +108,7 @@ class LLM:
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
             token_budget=token_budget,
+            max_prefill_tokens=max_prefill_tokens,
             max_model_len=max_model_len,
             prefix_caching=prefix_caching,
             swap_space=swap_space,

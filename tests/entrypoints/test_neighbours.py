@@ -240,3 +240,9 @@ def test_errors_say_which_prompt_they_are_about(make_llm, prompts):
     params = [params_of(), params_of(n=2, logits_processors=[fail])]
     with pytest.raises(GenerationError, match=r"2 of 3 requests failed: prompt 1, sample 0: after"):
         llm.generate(prompts[:2], params)
+
+
+def test_a_prompts_share_of_a_step_can_be_capped(make_llm, prompts, greedy):
+    llm = make_llm(max_prefill_tokens=16)
+    assert tokens_of(llm.generate([prompts[4]], params_of(max_tokens=1))) == [greedy[4][:1]]
+    assert llm.engine.num_steps == -(-len(prompts[4]) // 16)

@@ -25,7 +25,7 @@ def test_statistics_say_what_is_and_what_was():
         num_waiting=0,
         num_swapped=0,
         num_free_blocks=0,
-        num_cached_blocks=4,  # a block that its last token fills is found one step later
+        num_cached_blocks=6,
         num_steps=9,
         num_scheduled_tokens=2 * 12,
         num_preemptions=0,

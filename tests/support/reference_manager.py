@@ -122,7 +122,6 @@ class Sequence:
     blocks: dict[Stretch, int] = field(default_factory=dict)  # in the order of its tokens
     num_expected: int = 0  # links of its first tokens, for which others may wait
     num_published: int = 0
-    is_fresh: bool = True  # no step since it got its seq_id
 
     def extend(self, tokens: list[int]) -> None:
         for token in tokens:
@@ -134,7 +133,6 @@ class Sequence:
         twin = Sequence(**vars(self))
         twin.tokens, twin.histories = self.tokens.copy(), self.histories.copy()
         twin.blocks = self.blocks.copy()
-        twin.is_fresh = True
         return twin
 
     def content(self, link: Link) -> Content:
@@ -167,7 +165,6 @@ class Row:
     opened: list[Stretch]
     left: list[Stretch]
     copied: Stretch | None
-    is_changed: bool  # whether anything about its blocks is looked at
     given: dict[Stretch, int] = field(default_factory=dict)
 
     @property
@@ -348,7 +345,6 @@ class ReferenceManager:
         parent = self.sequences[seq_id]
         self._share(parent.block_ids)
         self.sequences[child] = parent.copy()
-        parent.is_fresh = True
         return child
 
     def remove(self, seq_id: int) -> Sequence:
@@ -378,8 +374,6 @@ class ReferenceManager:
                 opened=[stretch for stretch in new if stretch.kind == "open"],
                 left=[stretch for stretch in sequence.blocks if stretch not in needed],
                 copied=None,
-                is_changed=sequence.is_fresh
-                or num_sealable(self.shape, after) > sequence.num_sealed,
             )
             last = self._block_with_room(sequence)
             if last in needed:
@@ -387,7 +381,6 @@ class ReferenceManager:
                 if self.ref_counts[block_id] - num_copied.get(block_id, 0) > 1:
                     num_copied[block_id] = num_copied.get(block_id, 0) + 1
                     row.copied = last
-            row.is_changed |= row.num_new_blocks > 0
             rows.append(row)
         return rows
 
@@ -436,9 +429,7 @@ class ReferenceManager:
         self._release(unused)
         self._release(left)
         for row in step.rows:
-            if row.is_changed:
-                self.publish(row.sequence)
-            row.sequence.is_fresh = False
+            self.publish(row.sequence)
 
     def publish(self, sequence: Sequence) -> None:
         """Offer the complete links to the cache."""
@@ -479,7 +470,7 @@ class ReferenceManager:
         stretches = list(sequence.blocks)
         ids = self._allocate(len(stretches))
         sequence.blocks = dict(zip(stretches, ids, strict=True))
-        sequence.is_fresh, sequence.num_published = True, 0
+        sequence.num_published = 0
         if self.prefix_caching:
             sequence.num_expected = len(shareable_links(self.shape, sequence.num_known))
         self.sequences[seq_id] = sequence
