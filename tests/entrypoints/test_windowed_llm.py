@@ -270,10 +270,10 @@ def test_who_waits_for_a_windowed_ones_blocks_does_not_wait_for_ever():
 
 @pytest.mark.parametrize(
     ("sinks", "window", "message"),
-    [(-1, 100, "num_sink_tokens must be at least 0, got -1"),
+    [(-1, 100, "num_sink_tokens must not be negative, got -1"),
      (4, 0, "window_size must be at least 1, got 0"),
      (4, -5, "window_size must be at least 1, got -5"),
-     (4.5, 10, "num_sink_tokens must be at least 0, got 4.5"),
+     (4.5, 10, "num_sink_tokens must be an integer, got 4.5"),
      (True, 10, "num_sink_tokens must be"), (4, "x", "window_size must be")],
 )  # fmt: skip
 def test_windows_that_cannot_be_are_refused(sinks, window, message):

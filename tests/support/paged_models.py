@@ -35,4 +35,5 @@ def open_llm(model: PreTrainedModel, **settings: Any) -> LLM:
     llm = LLM(model, **{"kv_format": "native", "max_num_seqs": 8, "num_blocks": POOL, **settings})
     for arena in llm.engine.cache.arenas:
         arena.fill_(NAN_BYTE)
+    llm.engine.scheduler.steps_ahead = 0  # so that a small pool preempts
     return llm
