@@ -249,8 +249,13 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "growth-seals-one-token-late",
-                "min(capacity[row], next_seal - 1)",
-                "min(capacity[row], next_seal)",
+                "* block_size + min_unsealed - 1)",
+                "* block_size + min_unsealed)",
+            ),
+            Fault(
+                "growth-finds-a-complete-block-a-step-late",
+                "room -= 1",
+                "room -= 0",
             ),
             Fault(
                 "growth-places-an-open-block-where-the-body-begins",

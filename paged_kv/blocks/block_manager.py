@@ -19,11 +19,12 @@ from .events import CacheEvent
 from .geometry import NO_BLOCKS, BlockIds, IntArray
 from .growth import (
     COPIED,
+    NO_NEEDS,
     Needs,
     count_needs,
     evict_blocks,
+    grow,
     place_blocks,
-    take_effect,
 )
 from .holdings import Holdings
 from .host_blocks import SwappedSequence
@@ -334,6 +335,8 @@ class BlockManager(Holdings):
         return needed
 
     def _needs(self, seq_ids: IntArray, after: IntArray, certain: IntArray) -> Needs:
+        if not len(seq_ids):
+            return NO_NEEDS
         ref_counts = self.pool.ref_counts
         return count_needs(seq_ids, after, certain, self.sequences, self.tables, ref_counts)
 
@@ -363,7 +366,7 @@ class BlockManager(Holdings):
         needs = self._needs(changed, request.after[rows], request.certain[rows])
         if needs.num_new_blocks > self.pool.num_free:
             return None
-        if len(rows):
+        if needs.num_opened:
             self.tables.make_room(int(request.after[rows].max()))
         with self._change:
             self._outstanding = self._take_blocks(request, rows, changed, needs)
@@ -379,7 +382,9 @@ class BlockManager(Holdings):
         num_sealed = self.num_sealed[changed]
         table, sizes = self.tables.ids, self.geometry.sizes
         before, counts = request.before[rows], needs.counts
-        freed_ids = place_blocks(changed, before, num_sealed, counts, open_ids, table, sizes)
+        freed_ids = NO_BLOCKS
+        if len(rows):
+            freed_ids = place_blocks(changed, before, num_sealed, counts, open_ids, table, sizes)
         copy_sources = NO_BLOCKS
         if needs.num_copied:
             copy_sources = self.tables.last_ids(changed[counts[:, COPIED] > 0])
@@ -430,25 +435,16 @@ class BlockManager(Holdings):
     def _store(self, plan: StepPlan, after: IntArray, spoilt_seq_ids: IntArray) -> BlockIds:
         changed = plan.seq_ids[plan.changed_rows]
         sequences = self.sequences
-        lengths = after[plan.changed_rows]
-        capacity, unused_ids = take_effect(
-            changed,
-            lengths,
-            plan.block_counts,
-            plan.new_block_ids,
-            sequences.num_computed_tokens,
-            sequences.num_sealed,
-            self.tables.ids,
-            self.geometry.sizes,
-        )
-        sequences.capacity[changed] = self._sharing.capacity(changed, lengths, capacity)
+        lengths, last_open_link = after[plan.changed_rows], self._sharing.last_open_link
+        unused_ids = grow(changed, lengths, plan, sequences, self.tables, last_open_link)
         sequences.num_computed_tokens[plan.seq_ids] = after
         for block_ids in (unused_ids, plan.freed_block_ids):
             if len(block_ids):
                 self.pool.release(block_ids)
         if len(spoilt_seq_ids):
             self._sharing.withdraw(spoilt_seq_ids)
-        self._sharing.publish(changed)
+        if len(changed):
+            self._sharing.publish(changed)
         return NO_BLOCKS if plan.window_sizes is None else self._evict(plan.seq_ids)
 
     def _evict(self, seq_ids: IntArray) -> BlockIds:

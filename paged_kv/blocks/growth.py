@@ -4,6 +4,8 @@ The sequences given are only those about whose blocks something changes, a small
 For each the same happens in three passes: count what it needs, place new open blocks behind those
 that it has, and once the step is done let all of it take effect. Between the last two passes a
 table reads as before, because nobody reads behind the last stored token.
+
+Many arguments because compiled loops take arrays and numbers faster than records.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from .block_tables import BlockTables
 from .geometry import (
     BLOCK_SIZE,
     MIN_UNSEALED,
+    NO_BLOCKS,
     NUM_HEAD_BLOCKS,
     OPEN_BLOCK_SIZE,
     PER_BLOCK,
@@ -24,6 +27,7 @@ from .geometry import (
     IntArray,
 )
 from .sequences import Sequences, StateArray
+from .step_plan import StepPlan
 
 # Columns of `counts` [R, 4].
 SEALED: Final = 0  # sealed blocks to write
@@ -43,6 +47,9 @@ class Needs(NamedTuple):
     @property
     def num_new_blocks(self) -> int:
         return self.num_sealed + self.num_opened + self.num_copied
+
+
+NO_NEEDS: Final = Needs(np.empty((0, 4), dtype=np.int64), 0, 0, 0)
 
 
 def count_needs(
@@ -152,6 +159,32 @@ def place_blocks(
     return freed_ids
 
 
+def grow(
+    seq_ids: IntArray,
+    after: IntArray,
+    plan: StepPlan,
+    sequences: Sequences,
+    tables: BlockTables,
+    last_open_link: int,
+) -> BlockIds:
+    """`take_effect` for the R changing sequences of a plan, of which each now stores `after`."""
+    if not len(seq_ids):
+        return NO_BLOCKS
+    return take_effect(
+        seq_ids,
+        after,
+        plan.block_counts,
+        plan.new_block_ids,
+        sequences.num_computed_tokens,
+        sequences.num_tokens,
+        sequences.num_sealed,
+        sequences.capacity,
+        tables.ids,
+        tables.geometry.sizes,
+        last_open_link,
+    )
+
+
 @compiled
 def take_effect(
     seq_ids: IntArray,  # [R]
@@ -159,19 +192,22 @@ def take_effect(
     counts: IntArray,
     new_ids: BlockIds,  # sealed, then open, then copies
     lengths: IntArray,  # by seq_id, still without the new tokens
-    num_sealed: IntArray,  # written, as the table
+    num_tokens: IntArray,  # by seq_id
+    num_sealed: IntArray,  # by seq_id; written, as the next two
+    capacity: IntArray,
     table: BlockIds,
     sizes: IntArray,
-) -> tuple[IntArray, BlockIds]:
+    last_open_link: int,  # open blocks that end after so many tokens or before are links
+) -> BlockIds:
     """Put sealed blocks and copies in their places.
 
-    Returns what each sequence can store before its blocks change again, and the open blocks that
-    are not used, because the tokens that would have needed them were dropped.
+    A sequence's new `capacity` is what it can store before its blocks change again, less where a
+    step before that completes a link. Returns the open blocks that are not used, because the tokens
+    that would have needed them were dropped.
     """
     block_size, open_block_size = sizes[BLOCK_SIZE], sizes[OPEN_BLOCK_SIZE]
     per_block, num_head = sizes[PER_BLOCK], sizes[NUM_HEAD_BLOCKS]
     min_unsealed = sizes[MIN_UNSEALED]
-    capacity = np.empty(len(seq_ids), dtype=np.int64)
     unused_ids = np.empty(counts[:, 1].sum(), dtype=np.int32)
     next_sealed = num_unused = 0
     next_copy = len(new_ids) - counts[:, 3].sum()
@@ -192,11 +228,16 @@ def take_effect(
             unused_ids[num_unused] = table[seq_id, place]
             num_unused += 1
         num_sealed[seq_id] += counts[row, 0]
-        capacity[row] = new_end * open_block_size
+        room = new_end * open_block_size
+        if after[row] < room <= last_open_link:
+            room -= 1
         if per_block > 1:
-            next_seal = (num_sealed[seq_id] + 1) * block_size + min_unsealed
-            capacity[row] = min(capacity[row], next_seal - 1)
-    return capacity, unused_ids[:num_unused]
+            room = min(room, (num_sealed[seq_id] + 1) * block_size + min_unsealed - 1)
+        # Drafts that were kept are stored before they are known: their links come a step later.
+        if last_open_link >= 0 and num_tokens[seq_id] < after[row]:
+            room = min(room, after[row])
+        capacity[seq_id] = room
+    return unused_ids[:num_unused]
 
 
 @compiled

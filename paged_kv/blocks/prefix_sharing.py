@@ -50,6 +50,8 @@ class NoPrefixSharing:
 
     cache: PrefixCache | None = None
     num_cached: int = 0  # blocks that can be found
+    # Open blocks that end after so many tokens or before are links; those of the body are sealed.
+    last_open_link: int = -1
 
     def __init__(self, sequences: Sequences) -> None:
         self.statistics = PrefixStatistics()
@@ -81,13 +83,6 @@ class NoPrefixSharing:
     def ended(self, seq_id: int) -> None:
         """A sequence is about to be forgotten."""
 
-    def capacity(self, seq_ids: IntArray, lengths: IntArray, capacity: IntArray) -> IntArray:
-        """Tokens that sequences of these lengths can store before they are looked at again.
-
-        `capacity` is what their blocks hold; less where a step before that completes a link.
-        """
-        return capacity
-
     def publish(self, seq_ids: IntArray) -> None:
         """Make the blocks of links that are complete by now findable."""
 
@@ -118,7 +113,8 @@ class PrefixSharing(NoPrefixSharing):
     ) -> None:
         super().__init__(sequences)
         self.computable_tokens = sequences.num_tokens
-        self.geometry = sequences.geometry
+        self.geometry = geometry = sequences.geometry
+        self.last_open_link = geometry.num_head_tokens if geometry.seals else UNLIMITED
         self.cache = cache
         self._sequences = sequences
         self._tables = tables
@@ -229,15 +225,6 @@ class PrefixSharing(NoPrefixSharing):
         return self._sequences.chain(seq_id).hashes[published:expected]
 
     # -- blocks that are complete ---------------------------------------------------------------
-
-    def capacity(self, seq_ids: IntArray, lengths: IntArray, capacity: IntArray) -> IntArray:
-        geometry = self.geometry
-        completes_link = (capacity % geometry.open_block_size == 0) & (lengths < capacity)
-        if geometry.seals:  # the links of the head: those of the body are complete with a seal
-            completes_link &= capacity <= geometry.num_head_tokens
-        # Drafts that were kept are stored before they are known: their links come a step later.
-        is_unknown = self._sequences.num_tokens[seq_ids] < lengths
-        return np.where(is_unknown, np.minimum(lengths, capacity), capacity - completes_link)
 
     def publish(self, seq_ids: IntArray) -> None:
         sequences, cache, found = self._sequences, self.cache, self._complete_links
