@@ -424,6 +424,11 @@ class Scheduler(Roster):
     def _require_step(self, step: ScheduledStep) -> None:
         if step is None or step is not self._step:
             raise InvalidStepError("this step is not the one that was scheduled last")
+        if step.plan.is_over:
+            raise InvalidStepError(
+                "the manager committed or rolled back this step behind the scheduler's back: "
+                "recover() comes first"
+            )
 
     def _end_step(self) -> None:
         self._step = None

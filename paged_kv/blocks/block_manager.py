@@ -391,7 +391,7 @@ class BlockManager(Holdings):
             self.pool.leave(copy_sources)
         return StepPlan(
             source=self.source,
-            number=self._num_committed,
+            number=self.num_committed,
             seq_ids=request.seq_ids,
             num_scheduled_tokens=request.num_new_tokens,
             num_draft_tokens=request.num_draft_tokens,
@@ -428,7 +428,7 @@ class BlockManager(Holdings):
         with self._change:
             evicted_ids = self._store(plan, after, spoilt_seq_ids)
             plan.is_over = True
-            self._num_committed += 1
+            self.num_committed += 1
             self._outstanding = None
         return evicted_ids
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -61,7 +62,7 @@ class Holdings:
         self._fingerprint = fingerprint
         self._root = root_hash(fingerprint)
         self._evicted_ids: BlockIds = np.empty(1024, dtype=np.int32)
-        self._num_committed = 0  # plans
+        self.num_committed = 0  # plans
         self._change = Change("block manager")
         cache = PrefixCache(num_blocks, record_events=record_events) if prefix_caching else None
         self._begin_empty(num_blocks, cache, num_host_blocks)
@@ -99,6 +100,7 @@ class Holdings:
             0 if host_pool is None else host_pool.num_blocks,
         )
         self._sharing.statistics = statistics
+        self.source = replace(self.source, num_recoveries=self.source.num_recoveries + 1)
         self._change.is_unfinished = False
 
     @property

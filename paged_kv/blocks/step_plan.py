@@ -46,6 +46,7 @@ class PlanSource:
     manager_id: bytes  # a random one
     geometry: BlockGeometry
     num_blocks: int
+    num_recoveries: int = 0  # it has been emptied so often: earlier blocks mean nothing
 
 
 @dataclass(eq=False, kw_only=True)

@@ -215,7 +215,7 @@ class PagedKVCache:
         over, out of turn, or of another manager than the plans before.
         """
         self._require_own(plan)
-        self._require_whole_step(plan)
+        self._require_whole_step(plan.source, plan.number)
         self._tables.apply(plan)
         self._source, self._step = plan.source, None
         arrays = StepArrays.from_plan(self.geometry, plan, self._tables)
@@ -249,6 +249,16 @@ class PagedKVCache:
         require_instance("manager", manager, BlockManager)
         self.require_blocks_of(manager.source)
 
+    def bind(self, manager: BlockManager) -> None:
+        """From now on this manager alone hands out the blocks, as if a plan of it had begun."""
+        self.require_manager(manager)
+        self._source = manager.source
+
+    def require_stored(self, manager: BlockManager) -> None:
+        """Raise `InvalidStepError` where this manager committed a step that lacks layers."""
+        self.require_manager(manager)
+        self._require_whole_step(manager.source, manager.num_committed)
+
     def require_blocks_of(self, source: PlanSource) -> None:
         """Raise `InvalidStepError` unless it is this manager that hands out the blocks."""
         if source is self._source:
@@ -263,17 +273,24 @@ class PagedKVCache:
                 f"this cache's {self.num_blocks} of {self.geometry}"
             )
 
-    def _require_whole_step(self, plan: StepPlan) -> None:
-        """Raise `InvalidStepError` where the step before is over and lacks some of its layers."""
+    def _require_whole_step(self, source: PlanSource, num_committed: int) -> None:
+        """Raise `InvalidStepError` where the step before was committed and lacks layers.
+
+        Its blocks hold what was there before them: whoever uses them, now or by the prefix cache,
+        gets it. Only a manager that forgets them all, by `recover`, may go on. A step that stored
+        nothing at all is no mistake: simulated models do not.
+        """
         step = self._step
-        if step is None or plan.number == step.source.number or not step.stored_layers:
+        if step is None or num_committed == step.source.number or not step.stored_layers:
+            return
+        if source.num_recoveries != step.source.source.num_recoveries:
             return
         missing = [n for n in range(len(self.layers)) if n not in step.stored_layers]
         if missing:
-            self._step = None  # said once; who goes on knows
             raise InvalidStepError(
                 f"step {step.source.number} was committed, but nothing was stored in layers "
-                f"{missing}: paged_attention has to be called for each layer"
+                f"{missing}: paged_attention has to be called for each layer, or the step rolled "
+                "back; manager.recover() forgets its blocks"
             )
 
     def require_step(self, step: Step, layer: int) -> None:

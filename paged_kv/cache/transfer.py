@@ -73,7 +73,7 @@ def export_sequence(
     `InvalidStepError` while a step is outstanding, or where no sequence is.
     """
     require_instance("cache", cache, PagedKVCache)
-    cache.require_manager(manager)
+    cache.require_stored(manager)
     manager.require_at_rest(seq_id)
     tokens = manager.chain_of(seq_id)
     if tokens.sink_window is not None:
@@ -129,6 +129,7 @@ def import_sequence(
         sequence.tokens, sequence.num_computed_tokens, sequence.num_sealed
     )
     try:
+        cache.bind(manager)
         write_records(cache, records, block_ids)
     except BaseException:
         manager.remove_sequence(seq_id)

@@ -55,7 +55,8 @@ class BatchJob:
 
     A line that is wrong, and a request that fails while it runs, has an error for its result and
     disturbs no other. Asked to stop, the job drops the requests that are not finished: resumed, it
-    computes them from their beginning, and under a seed they have the tokens they would have had.
+    computes them from their beginning. In float32 and the native format they have, under a seed,
+    the tokens they would have had; in others a request depends a little on its company.
     """
 
     def __init__(self, lines: Sequence[Line], defaults: SamplingParams, sink: ResultSink) -> None:

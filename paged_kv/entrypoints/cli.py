@@ -137,8 +137,10 @@ input, else of a JSONL file. Each JSONL line is an object with "prompt" (text or
 each, in the same order, with "text" or with "error"; it has "completions" where n is above 1.
 
 With --output each result is kept in FILE.part as soon as it is finished; all together replace FILE
-at the end. However a job was interrupted, the same command with --resume goes on with it. SIGINT
-and SIGTERM drop the requests that are being computed; a second one ends at once."""
+at the end. However a job was interrupted, the same command with --resume goes on with it; without a
+FILE.part, so when a job is done too, it starts anew. Its tokens are those of an undisturbed job in
+float32 and the native format; in others they depend a little on what is computed in one step.
+SIGINT and SIGTERM drop the requests that are being computed; a second one ends at once."""
 DEMO: Final = """Decode 32 requests at once on a small trained model that comes with the package, in
 every KV format, and print tokens/s, KV memory and how far each format strays from native."""
 INFO: Final = """What each token of a model costs in every KV format, and how many tokens fit in a
@@ -295,7 +297,7 @@ def refuse_input_as_output(source: str, output: Path) -> None:
 
 
 def job_of(arguments: argparse.Namespace, lines: list[Line]) -> Job:
-    """What a job's results depend on; memory and speed may be others when it is resumed."""
+    """What is asked for; memory, speed and company may be others when it is resumed."""
     names = list(DECISIVE_OPTIONS)
     if any(line.record.get("max_tokens", arguments.max_tokens) is None for line in lines):
         names += POOL_OPTIONS  # then as many as fit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -121,18 +122,22 @@ def test_a_layer_stores_a_step_once(serving):
     serving.attend(step, layer=1)
 
 
-def test_a_step_that_lacks_layers_is_told_before_the_next_begins(serving):
+def test_after_a_step_that_lacks_layers_nothing_goes_on_until_all_is_forgotten(serving):
+    manager = serving.manager
     plan = serving.plan()
     serving.attend(serving.cache.begin(plan))
-    serving.manager.commit(plan)
-    following = serving.plan()
-    assert_refused(
-        serving,
-        r"step 0 .*nothing was stored in layers \[1\]",
-        InvalidStepError,
-        lambda: serving.cache.begin(following),
-    )
-    serving.manager.rollback(following)
+    manager.commit(plan)
+    lacking = r"step 0 .*nothing was stored in layers \[1\]"
+    for _ in range(2):  # who tries again gets no further
+        following = serving.plan()
+        assert_refused(serving, lacking, InvalidStepError, partial(serving.cache.begin, following))
+        manager.rollback(following)
+        export = partial(export_sequence, serving.cache, manager, serving.seq_id)
+        assert_refused(serving, lacking, InvalidStepError, export)
+    manager.recover()
+    serving.seq_id = manager.add_sequence()
+    serving.run()
+    serving.run()
 
 
 def test_a_step_that_failed_halfway_and_was_rolled_back_is_done_again(serving):
@@ -165,6 +170,21 @@ def test_a_cache_has_one_manager(serving):
         lambda: serving.cache.memory_stats(other),
     ):
         assert_refused(serving, "another block manager", InvalidStepError, call)
+
+
+def test_whose_sequence_was_imported_is_the_manager(serving):
+    serving.run()
+    data = export_sequence(serving.cache, serving.manager, serving.seq_id)
+    target = Serving.new()
+    import_sequence(target.cache, target.manager, data)
+    other = target.cache.new_manager(**LIMITS)
+    assert_refused(
+        target,
+        "another block manager",
+        InvalidStepError,
+        lambda: import_sequence(target.cache, other, data),
+    )
+    assert len(other.living_seq_ids) == 0
 
 
 def test_a_manager_of_other_blocks_is_refused(serving):

@@ -116,6 +116,21 @@ def test_steps_out_of_turn_are_refused_and_change_nothing():
     assert len(drain(scheduler)) == 2
 
 
+@pytest.mark.parametrize("how", ["commit", "rollback"])
+def test_a_step_that_ended_behind_the_schedulers_back_is_refused_until_it_recovers(how):
+    scheduler = make_scheduler()
+    add(scheduler, "a", 5)
+    step = scheduler.schedule()
+    getattr(scheduler.manager, how)(step.plan)
+    for end in (scheduler.cancel, lambda step: scheduler.update(step, [1])):
+        with pytest.raises(InvalidStepError, match="behind the scheduler's back"):
+            end(step)
+    scheduler.recover()
+    add(scheduler, "b", 5)
+    assert len(drain(scheduler)) == 1
+    scheduler.check_integrity()
+
+
 def test_requests_with_the_same_prompt_list_do_not_share_their_outputs():
     scheduler, prompt = make_scheduler(), [1, 2, 3]
     requests = [Request(request_id=name, prompt_token_ids=prompt, max_tokens=2) for name in "ab"]
