@@ -10,18 +10,21 @@ from torch import Tensor
 
 
 class SealedViews(NamedTuple):
-    """Quantized views over a layer's arena. NB blocks, H kv heads, R code rows, G key groups.
+    """Quantized views over a layer's arena. NB blocks, H kv heads, G key groups, B tokens a block.
 
-    A code row is one byte row: with 2 bits, row t holds tokens t, t + R, t + 2R and t + 3R of a
-    block at bits 0, 2, 4 and 6. The views are logical; their strides follow the device.
+    A code row is one byte row: with 2 bits, row t of R holds tokens t, t + R, t + 2R and t + 3R of
+    a block at bits 0, 2, 4 and 6. The views are logical; their strides follow the device. Wide
+    channels are coded in 2 bits more than others: in `key_codes` these are the lower bits, and
+    `wide_codes` has the upper ones, as if they were the codes of W more channels.
     """
 
-    key_codes: Tensor  # uint8 [NB, H, R, key_dim]
-    value_codes: Tensor  # uint8 [NB, H, R, value_dim]
-    key_scale: Tensor  # fp16 [NB, H, block_size], or [NB, H, G, key_dim] below 8 bits
-    key_zero: Tensor | None  # fp16 [NB, H, G, key_dim], below 8 bits
-    value_scale: Tensor  # fp16 [NB, H, block_size]
-    value_zero: Tensor | None  # fp16 [NB, H, block_size], below 8 bits
+    key_codes: Tensor  # uint8 [NB, H, B * key_bits / 8, key_dim]
+    wide_codes: Tensor | None  # uint8 [NB, H, B * key_bits / 8, W]
+    value_codes: Tensor  # uint8 [NB, H, B * value_bits / 8, value_dim]
+    key_scale: Tensor  # fp16 [NB, H, G, key_dim]; or [NB, H, B], for each key one
+    key_zero: Tensor | None  # fp16 [NB, H, G, key_dim], where the scale is
+    value_scale: Tensor  # fp16 [NB, H, B]
+    value_zero: Tensor | None  # fp16 [NB, H, B]; None where codes lie around 0
 
     @property
     def block_size(self) -> int:
@@ -32,6 +35,10 @@ class SealedViews(NamedTuple):
         """G; 0 where a key has one scale, for itself."""
         return 0 if self.key_zero is None else self.key_zero.shape[2]
 
+    def at(self, ids: Tensor | int) -> SealedViews:
+        """The sections of these blocks, gathered: dimensions of `ids` instead of the first."""
+        return SealedViews(*(None if section is None else section[ids] for section in self))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True, eq=False)
 class LayerBlocks:
@@ -40,9 +47,15 @@ class LayerBlocks:
     open_keys: Tensor  # [NB, H, open_block_size, key_dim], full precision, strides as above
     open_values: Tensor  # [NB, H, open_block_size, value_dim]
     sealed: SealedViews | None  # None in the native format
-    bits: int = 0
+    key_bits: int = 0
+    value_bits: int = 0
     key_clip: float = 1.0
+    wide_key_clip: float = 1.0
     value_clip: float = 1.0
+    wide_channels: Tensor | None = None  # int64 [H, W], ascending
+    # float32 [H, key_dim, key_dim]: what an error in one channel adds to, row by row, to those
+    # behind it, where sealing makes up for errors.
+    feedback: Tensor | None = None
 
 
 def as_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:

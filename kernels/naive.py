@@ -77,15 +77,11 @@ def read_context(layer: LayerBlocks, step: StepInputs, sequence: int) -> tuple[T
 
 def read_sealed(layer: LayerBlocks, block_id: int) -> tuple[Tensor, Tensor]:
     """Keys [H, block_size, key_dim] and values [H, block_size, value_dim] of a sealed block."""
-    sealed, bits, dtype = layer.sealed, layer.bits, torch.float64
-    assert sealed is not None
-    key_zero = None if sealed.key_zero is None else sealed.key_zero[block_id]
-    value_zero = None if sealed.value_zero is None else sealed.value_zero[block_id]
-    key_codes, key_scale = sealed.key_codes[block_id], sealed.key_scale[block_id]
-    value_codes, value_scale = sealed.value_codes[block_id], sealed.value_scale[block_id]
+    assert layer.sealed is not None
+    sealed, dtype = layer.sealed.at(block_id), torch.float64
     return (
-        dequantize_keys(key_codes, key_scale, key_zero, bits, dtype),
-        dequantize_values(value_codes, value_scale, value_zero, bits, dtype),
+        dequantize_keys(sealed, layer.key_bits, layer.wide_channels, dtype),
+        dequantize_values(sealed, layer.value_bits, dtype),
     )
 
 

@@ -175,21 +175,14 @@ def gather_context(
 
     Padding reads blocks that hold anything, NaN included: it is zeroed, not only masked.
     """
-    ids, bits, sealed = group.sealed_ids, layer.bits, layer.sealed
+    ids = group.sealed_ids
     keys = [layer.open_keys[group.open_ids]]
     values = [layer.open_values[group.open_ids]]
     if ids.shape[1]:
-        assert sealed is not None
-        key_zero = None if sealed.key_zero is None else sealed.key_zero[ids]
-        value_zero = None if sealed.value_zero is None else sealed.value_zero[ids]
-        keys.append(
-            dequantize_keys(sealed.key_codes[ids], sealed.key_scale[ids], key_zero, bits, dtype)
-        )
-        values.append(
-            dequantize_values(
-                sealed.value_codes[ids], sealed.value_scale[ids], value_zero, bits, dtype
-            )
-        )
+        assert layer.sealed is not None
+        sealed = layer.sealed.at(ids)
+        keys.append(dequantize_keys(sealed, layer.key_bits, layer.wide_channels, dtype))
+        values.append(dequantize_values(sealed, layer.value_bits, dtype))
     return join_tokens(keys, new.key, group, dtype), join_tokens(values, new.value, group, dtype)
 
 

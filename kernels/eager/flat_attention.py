@@ -23,7 +23,7 @@ from ..block_views import LayerBlocks, SealedViews
 from ..new_tokens import NewTokens
 from ..rules import NOWHERE, ScoreRules
 from ..step_inputs import StepInputs
-from .quantize import INT8_OFFSET
+from .quantize import INT8_OFFSET, centre, code_offset
 
 CPU_SCRATCH_BYTES: Final = 1 << 22  # floats of the blocks that are read at once
 GPU_SCRATCH_BYTES: Final = 1 << 28
@@ -236,23 +236,52 @@ def add_open_values(output: Tensor, weights: Tensor, open_values: Tensor, runs: 
 def score_sealed(
     queries: Tensor, layer: LayerBlocks, sealed: SealedViews, runs: BlockRuns
 ) -> Tensor:
-    """Scores [P, H, M, R] of queries [N, H, M, D] with keys `code * scale + zero`."""
-    reader = BlockReader(sealed.key_codes, runs, queries.dtype, layer.bits)
+    """Scores [P, H, M, R] of queries [N, H, M, D] with keys `(code - offset) * scale + zero`."""
+    reader = BlockReader(sealed.key_codes, runs, queries.dtype, layer.key_bits)
     scores = reader.new_scores(queries)
     scale = gather_metadata(sealed.key_scale, runs, queries.dtype)
-    if sealed.key_zero is None:  # 8 bits: one scale a token, [P, H, R]
+    if sealed.key_zero is None:  # one scale a key, [P, H, R]
         for portion, codes in reader:
             score_(scores[portion], queries.index_select(0, runs.rows[portion]).unsqueeze(2), codes)
         offset = queries.sum(-1, keepdim=True).mul_(INT8_OFFSET)
         return scores.sub_(offset.index_select(0, runs.rows)).mul_(scale.unsqueeze(2))
     zero = gather_metadata(sealed.key_zero, runs, queries.dtype)  # [P, H, G, D], as the scales
+    zero.sub_(scale, alpha=code_offset(layer.key_bits))
     for portion, codes in reader:
         portion_queries = queries.index_select(0, runs.rows[portion])
         scaled_queries = portion_queries.unsqueeze(2) * scale[portion].unsqueeze(3)
-        score_(scores[portion], scaled_queries, codes, layer.bits)
+        score_(scores[portion], scaled_queries, codes, layer.key_bits)
         by_group = torch.unflatten(scores[portion], 3, (zero.shape[2], -1))  # [n, H, M, G, R / G]
         by_group.add_(batched(portion_queries, zero[portion].transpose(-1, -2)).unsqueeze(-1))
+    if sealed.wide_codes is not None:
+        assert layer.wide_channels is not None
+        add_upper_codes(scores, queries, scale, layer, sealed.wide_codes, runs)
     return scores
+
+
+def add_upper_codes(
+    scores: Tensor,
+    queries: Tensor,
+    scale: Tensor,
+    layer: LayerBlocks,
+    wide_codes: Tensor,
+    runs: BlockRuns,
+) -> None:
+    """Add to scores what the upper bits of wide channels are worth: 2**bits times their codes."""
+    wide_channels = layer.wide_channels
+    assert wide_channels is not None
+
+    def of_wide(rows: Tensor) -> Tensor:  # [..., H, n, D] to [..., H, n, W]
+        index = wide_channels.unsqueeze(-2).expand(*rows.shape[:-1], -1)
+        return rows.gather(-1, index)
+
+    queries, scale = of_wide(queries), of_wide(scale) * (1 << layer.key_bits)
+    for portion, codes in BlockReader(wide_codes, runs, queries.dtype, layer.key_bits):
+        scaled = queries.index_select(0, runs.rows[portion]).unsqueeze(2)
+        scaled = scaled * scale[portion].unsqueeze(3)
+        part = torch.empty_like(scores[portion])
+        score_(part, scaled, codes, layer.key_bits)
+        scores[portion].add_(part)
 
 
 def add_sealed_values(
@@ -261,15 +290,15 @@ def add_sealed_values(
     """Add the weighted values `code * scale + zero` of runs to the output [N, H, M, D]."""
     scale = gather_metadata(sealed.value_scale, runs, output.dtype)  # [P, H, R]
     if sealed.value_zero is None:
-        zero = scale * -INT8_OFFSET
+        zero = scale * -centre(layer.value_bits)
     else:
         zero = gather_metadata(sealed.value_zero, runs, output.dtype)
     zero_part = batched(weights, zero.unsqueeze(-1))  # [P, H, M, 1]
-    planes = 8 // layer.bits
+    planes = 8 // layer.value_bits
     for plane, plane_scale in enumerate(scale.chunk(planes, 2)):
-        plane_scale.mul_(0.5 ** (plane * layer.bits))
+        plane_scale.mul_(0.5 ** (plane * layer.value_bits))
     weights.mul_(scale.unsqueeze(2))
-    for portion, codes in BlockReader(sealed.value_codes, runs, output.dtype, layer.bits):
+    for portion, codes in BlockReader(sealed.value_codes, runs, output.dtype, layer.value_bits):
         part = batched(weights[portion], codes.flatten(2, 3)).add_(zero_part[portion])
         output.index_add_(0, runs.rows[portion], part)
 

@@ -5,6 +5,7 @@ Knows a layer's blocks and a step's slots, nothing of sequences.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews
@@ -13,8 +14,9 @@ from ..step_inputs import StepInputs
 from .quantize import (
     pack_planes,
     quantize_asymmetric,
+    quantize_centred,
+    quantize_keys,
     quantize_symmetric,
-    split_dim,
 )
 
 
@@ -61,19 +63,32 @@ def seal_keys(layer: LayerBlocks, sealed: SealedViews, keys: Tensor, block_ids: 
     if sealed.key_zero is None:
         sealed.key_codes[block_ids], sealed.key_scale[block_ids] = quantize_symmetric(keys)
         return
-    groups = split_dim(keys, sealed.key_zero.shape[2])
-    codes, scale, zero = quantize_asymmetric(groups, 3, layer.bits, layer.key_clip)
-    sealed.key_codes[block_ids] = pack_planes(codes.flatten(2, 3), layer.bits)
+    bits, wide_channels, is_wide = layer.key_bits, layer.wide_channels, None
+    if wide_channels is not None:
+        is_wide = torch.zeros(keys.shape[1::2], dtype=torch.bool, device=keys.device)
+        is_wide.scatter_(1, wide_channels, value=True)
+    clips = layer.key_clip, layer.wide_key_clip
+    codes, scale, zero = quantize_keys(
+        keys, sealed.num_key_groups, bits, clips, is_wide, layer.feedback
+    )
+    if sealed.wide_codes is not None:
+        assert wide_channels is not None
+        wide = codes.gather(-1, wide_channels[:, None].expand(*codes.shape[:3], -1))
+        sealed.wide_codes[block_ids] = pack_planes(wide >> bits, bits)
+    lower = codes & (1 << bits) - 1
+    sealed.key_codes[block_ids] = pack_planes(lower, bits)
     sealed.key_scale[block_ids] = scale
     sealed.key_zero[block_ids] = zero
 
 
 def seal_values(layer: LayerBlocks, sealed: SealedViews, values: Tensor, block_ids: Tensor) -> None:
     """Quantize values [S, H, block_size, D] into the blocks `block_ids` [S]."""
-    if sealed.value_zero is None:
-        sealed.value_codes[block_ids], sealed.value_scale[block_ids] = quantize_symmetric(values)
-        return
-    codes, scale, zero = quantize_asymmetric(values, -1, layer.bits, layer.value_clip)
-    sealed.value_codes[block_ids] = pack_planes(codes, layer.bits)
+    bits, clip = layer.value_bits, layer.value_clip
+    if sealed.value_zero is not None:
+        codes, scale, sealed.value_zero[block_ids] = quantize_asymmetric(values, -1, bits, clip)
+    elif bits == 8:
+        codes, scale = quantize_symmetric(values)
+    else:
+        codes, scale = quantize_centred(values, bits, clip)
+    sealed.value_codes[block_ids] = pack_planes(codes, bits)
     sealed.value_scale[block_ids] = scale
-    sealed.value_zero[block_ids] = zero

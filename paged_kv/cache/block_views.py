@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.block_views import LayerBlocks, SealedViews
-from .formats import RecordLayout
+from .layer_spec import LayerSpec
+
+KEY_CODES: Final = ("key_codes", "wide_codes")
 
 
 def layer_blocks(
-    arena: Tensor, layout: RecordLayout, dtype: torch.dtype, open_block_size: int
+    arena: Tensor, layer: LayerSpec, dtype: torch.dtype, open_block_size: int
 ) -> LayerBlocks:
     """Typed views over an arena [num_blocks, num_kv_heads, record_bytes].
 
@@ -18,41 +23,36 @@ def layer_blocks(
     contract along memory (key codes [rows, D], value codes [D, rows]), on a CPU both accumulate
     vertically (keys, open ones too, [D, rows], values [rows, D]).
     """
-    kv_format = layout.kv_format
-    key_dim, value_dim, block_size = layout.key_dim, layout.value_dim, kv_format.block_size
+    layout, kv_format = layer.record_layout(dtype), layer.kv_format
     on_cpu = arena.device.type == "cpu"
-    value_offset = open_block_size * key_dim * dtype.itemsize
-    open_keys = matrix_view(arena, dtype, 0, (open_block_size, key_dim), on_cpu)
-    open_values = record_view(arena, dtype, value_offset, (open_block_size, value_dim))
-    if kv_format.is_native:
+    value_offset = open_block_size * layout.key_dim * dtype.itemsize
+    open_keys = matrix_view(arena, dtype, 0, (open_block_size, layout.key_dim), on_cpu)
+    open_values = record_view(arena, dtype, value_offset, (open_block_size, layout.value_dim))
+    if kv_format.key_bits is None or kv_format.value_bits is None:
         return LayerBlocks(open_keys=open_keys, open_values=open_values, sealed=None)
-
-    def codes(section: str, dim: int, channel_major: bool) -> Tensor:
-        shape = (layout.num_code_rows, dim)
-        return matrix_view(arena, torch.uint8, layout.offset(section), shape, channel_major)
-
-    def metadata(section: str, *shape: int) -> Tensor:
-        return record_view(arena, torch.float16, layout.offset(section), shape)
-
-    asymmetric = kv_format.is_asymmetric
-    key_shape = (kv_format.num_key_groups, key_dim) if asymmetric else (block_size,)
-    sealed = SealedViews(
-        key_codes=codes("key_codes", key_dim, on_cpu),
-        value_codes=codes("value_codes", value_dim, not on_cpu),
-        key_scale=metadata("key_scale", *key_shape),
-        key_zero=metadata("key_zero", *key_shape) if asymmetric else None,
-        value_scale=metadata("value_scale", block_size),
-        value_zero=metadata("value_zero", block_size) if asymmetric else None,
-    )
-    assert kv_format.bits is not None
+    views: dict[str, Tensor | None] = dict.fromkeys(SealedViews._fields)
+    for section, shape in layout.code_shapes.items():
+        is_channel_major = on_cpu if section in KEY_CODES else not on_cpu
+        offset = layout.offset(section)
+        views[section] = matrix_view(arena, torch.uint8, offset, shape, is_channel_major)
+    for section, sizes in layout.metadata_shapes.items():
+        views[section] = record_view(arena, torch.float16, layout.offset(section), sizes)
     return LayerBlocks(
         open_keys=open_keys,
         open_values=open_values,
-        sealed=sealed,
-        bits=kv_format.bits,
+        sealed=SealedViews(**views),  # type: ignore[arg-type]
+        key_bits=kv_format.key_bits,
+        value_bits=kv_format.value_bits,
         key_clip=kv_format.key_clip,
+        wide_key_clip=kv_format.wide_key_clip,
         value_clip=kv_format.value_clip,
+        wide_channels=on_device(layer.wide_channels, arena.device),
+        feedback=on_device(layer.feedback, arena.device),
     )
+
+
+def on_device(array: NDArray[Any] | None, device: torch.device) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array).to(device)
 
 
 def matrix_view(

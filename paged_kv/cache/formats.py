@@ -9,18 +9,21 @@ Sources: KIVI (Liu et al. 2024, arXiv:2402.02750) for keys per channel and value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from ..blocks.geometry import BlockGeometry
 from ..errors import ConfigError
-from ..validation import is_finite, is_integer, require, require_count
+from ..validation import is_finite, is_integer, require, require_count, require_instance
 
 RECORD_ALIGNMENT: Final = 16
 METADATA_BYTES: Final = 2  # scales and zero points are fp16
 NATIVE_BLOCK_SIZE: Final = 16
 QUANTIZED_BITS: Final = (2, 4, 8)
+WIDE_SHARES: Final = (0.0, 0.125, 0.25, 0.5)
+WIDE_ALIGNMENT: Final = 8  # wide channels, as dimensions, come in multiples of it
 MAX_BLOCK_SIZE: Final = 1 << 20  # tokens, of what has no smaller limit
 LEAST_SIZES: Final = {
     "block_size": -MAX_BLOCK_SIZE,  # what it may be is checked below, as of the next
@@ -34,66 +37,115 @@ LEAST_SIZES: Final = {
 class KVFormat:
     """How the tokens of a sequence are stored.
 
-    `bits` is 8, 4 or 2 bits a code, or None for the native format that never quantizes.
-    `key_group_size` tokens share one key scale and zero point per channel (2 and 4 bits only).
-    `key_clip` and `value_clip` shrink each min-max range about its middle before quantizing; 1.0
-    is the faithful min-max of KIVI. The first `num_sink_tokens`, rounded up to whole open blocks,
-    stay in full precision for life, and so do at least the newest `min_tail_tokens`.
+    `key_bits` and `value_bits` are 8, 4 or 2 bits a code, or None, both, for the native format that
+    never quantizes.
+
+    Keys are quantized per channel: `key_group_size` tokens (None: the block) share a scale and a
+    zero point. With `has_token_keys`, 8 bits only, each key has one scale instead, for itself. A
+    share `wide_key_share` of the channels, those that matter most, has 4 bits where the others
+    have 2. With `has_error_feedback` the error of each channel is made up for by those that come
+    after it, as far as queries are expected to tell. Which channels are wide, and what queries
+    are like, says a `KeyCalibration`; without one, wide channels follow a fixed rule, and there is
+    no feedback.
+
+    Values are quantized per token, with a scale and, below 8 bits, a zero point. With
+    `rotates_values` they are stored multiplied by a Hadamard matrix, which spreads what stands out
+    over all channels: they need no zero point then.
+
+    `key_clip`, `wide_key_clip` and `value_clip` shrink each min-max range about its middle before
+    quantizing; 1.0 is the faithful min-max of KIVI. The first `num_sink_tokens`, rounded up to
+    whole open blocks, stay in full precision for life, and so do at least the newest
+    `min_tail_tokens`.
     """
 
     name: str
-    bits: int | None
+    key_bits: int | None
+    value_bits: int | None
+    has_token_keys: bool = False
+    wide_key_share: float = 0.0
+    has_error_feedback: bool = False
+    rotates_values: bool = False
     block_size: int = 128
-    key_group_size: int = 128
+    key_group_size: int | None = None
     key_clip: float = 1.0
+    wide_key_clip: float = 1.0
     value_clip: float = 1.0
     num_sink_tokens: int = 4
     min_tail_tokens: int = 32
 
     def __post_init__(self) -> None:
         require("name", self.name, isinstance(self.name, str), "a string")
-        for setting in ("key_clip", "value_clip"):  # equal formats look equal
+        for setting in ("has_token_keys", "has_error_feedback", "rotates_values"):
+            require_instance(setting, getattr(self, setting), bool)
+        for setting in ("key_clip", "wide_key_clip", "value_clip"):  # equal formats look equal
             clip = getattr(self, setting)
             require(setting, clip, is_finite(clip) and 0 < clip <= 1, "in (0, 1]")
             object.__setattr__(self, setting, float(clip))
         for setting, least in LEAST_SIZES.items():
-            size = require_count(setting, getattr(self, setting), least, MAX_BLOCK_SIZE)
-            object.__setattr__(self, setting, size)
-        is_known = self.bits is None or (is_integer(self.bits) and self.bits in QUANTIZED_BITS)
-        require("bits", self.bits, is_known, "2, 4, 8 or None")
-        if self.bits is None:
+            if getattr(self, setting) is not None or setting != "key_group_size":
+                size = require_count(setting, getattr(self, setting), least, MAX_BLOCK_SIZE)
+                object.__setattr__(self, setting, size)
+        for setting in ("key_bits", "value_bits"):
+            bits = getattr(self, setting)
+            is_known = bits is None or (is_integer(bits) and bits in QUANTIZED_BITS)
+            require(setting, bits, is_known, "2, 4, 8 or None")
+            object.__setattr__(self, setting, bits if bits is None else int(bits))
+        if (self.key_bits is None) != (self.value_bits is None):
+            raise ConfigError(
+                f"key_bits {self.key_bits} and value_bits {self.value_bits}: native is both None"
+            )
+        if self.is_native:
             is_power = self.block_size >= 1 and not self.block_size & (self.block_size - 1)
             require("block_size", self.block_size, is_power, "a power of two")
-            return
-        object.__setattr__(self, "bits", int(self.bits))
-        if self.block_size not in (64, 128):
+        elif self.block_size not in (64, 128):
             raise ConfigError(f"block_size must be 64 or 128, got {self.block_size}")
-        if self.key_group_size not in (32, 64, 128) or self.key_group_size > self.block_size:
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        size, share = self.key_group_size, self.wide_key_share
+        if size is not None and not self.is_native:
+            if size not in (32, 64, 128) or size > self.block_size:
+                raise ConfigError(
+                    "key_group_size must be 32, 64 or 128 and at most block_size "
+                    f"({self.block_size}), got {size}"
+                )
+            if size == self.block_size:  # equal formats look equal
+                object.__setattr__(self, "key_group_size", None)
+        is_share = is_finite(share) and share in WIDE_SHARES
+        require("wide_key_share", share, is_share, f"one of {WIDE_SHARES}")
+        object.__setattr__(self, "wide_key_share", float(share))
+        if share and self.key_bits != 2:
             raise ConfigError(
-                "key_group_size must be 32, 64 or 128 and at most block_size "
-                f"({self.block_size}), got {self.key_group_size}"
+                f"wide_key_share {share} gives channels 4 bits instead of 2, but key_bits is "
+                f"{self.key_bits}"
             )
+        if self.has_token_keys and (self.key_bits != 8 or size is not None):
+            raise ConfigError(
+                f"has_token_keys needs key_bits 8 and no key_group_size, got {self.key_bits} and "
+                f"{size}"
+            )
+        if self.has_error_feedback and (self.is_native or self.has_token_keys):
+            raise ConfigError("has_error_feedback is for keys that are quantized per channel")
+        if self.rotates_values and self.is_native:
+            raise ConfigError("rotates_values is for values that are quantized")
 
     @property
     def is_native(self) -> bool:
-        return self.bits is None
-
-    @property
-    def is_asymmetric(self) -> bool:
-        """True where keys are quantized per channel with zero points (2 and 4 bits)."""
-        return self.bits in (2, 4)
-
-    @property
-    def codes_per_byte(self) -> int:
-        assert self.bits is not None
-        return 8 // self.bits
+        return self.key_bits is None
 
     @property
     def num_key_groups(self) -> int:
-        """Key scales per channel and block."""
-        return self.block_size // self.key_group_size
+        """Key scales per channel and block; 0 where keys have one scale for themselves."""
+        if self.has_token_keys:
+            return 0
+        return self.block_size // (self.key_group_size or self.block_size)
 
-    def with_options(self, **changes: int | float) -> KVFormat:
+    def num_wide_channels(self, key_dim: int) -> int:
+        """Of the channels of a key, those with 4 bits instead of 2."""
+        steps = math.ceil(self.wide_key_share * key_dim / WIDE_ALIGNMENT)
+        return min(steps * WIDE_ALIGNMENT, key_dim)
+
+    def with_options(self, **changes: int | float | bool | None) -> KVFormat:
         """The same format with some fields changed: `INT2.with_options(key_clip=1.0)`."""
         unknown = set(changes) - {field.name for field in fields(self)}
         if unknown:
@@ -102,13 +154,42 @@ class KVFormat:
 
 
 NATIVE: Final = KVFormat(
-    name="native", bits=None, block_size=NATIVE_BLOCK_SIZE, num_sink_tokens=0, min_tail_tokens=0
+    name="native",
+    key_bits=None,
+    value_bits=None,
+    block_size=NATIVE_BLOCK_SIZE,
+    num_sink_tokens=0,
+    min_tail_tokens=0,
 )
-INT8: Final = KVFormat(name="int8", bits=8, min_tail_tokens=0)
-INT4: Final = KVFormat(name="int4", bits=4)
-# The clip ratios with the least divergence on the demo model; see bench/NOTES.md.
-INT2: Final = KVFormat(name="int2", bits=2, key_clip=0.75, value_clip=0.8)
-FORMATS: Final = {f.name: f for f in (NATIVE, INT8, INT4, INT2)}
+INT8: Final = KVFormat(name="int8", key_bits=8, value_bits=8, block_size=64, min_tail_tokens=0)
+INT8_TOKEN: Final = KVFormat(
+    name="int8-token", key_bits=8, value_bits=8, has_token_keys=True, min_tail_tokens=0
+)
+INT4: Final = KVFormat(
+    name="int4", key_bits=4, value_bits=4, has_error_feedback=True, rotates_values=True
+)
+# The clip ratios with the least divergence on a real model; see bench/NOTES.md.
+K4V2: Final = replace(INT4, name="k4v2", value_bits=2, value_clip=0.8)
+INT2: Final = KVFormat(
+    name="int2",
+    key_bits=2,
+    value_bits=2,
+    wide_key_share=0.25,
+    has_error_feedback=True,
+    rotates_values=True,
+    key_clip=0.75,
+    value_clip=0.8,
+)
+# KIVI as published: groups of 32 tokens, no clipping, the newest 128 tokens in full precision.
+KIVI2: Final = KVFormat(
+    name="kivi2",
+    key_bits=2,
+    value_bits=2,
+    key_group_size=32,
+    num_sink_tokens=0,
+    min_tail_tokens=128,
+)
+FORMATS: Final = {f.name: f for f in (NATIVE, INT8, INT8_TOKEN, INT4, K4V2, INT2, KIVI2)}
 
 
 def resolve_format(kv_format: str | KVFormat) -> KVFormat:
@@ -124,8 +205,8 @@ def resolve_format(kv_format: str | KVFormat) -> KVFormat:
 class RecordLayout:
     """Byte offsets inside one record, for one kv head of one layer.
 
-    Sealed: key codes, value codes, key scales, key zero points, value scales, value zero points.
-    Open: `open_capacity` keys, then as many values, in full precision.
+    Sealed: key codes, codes of wide channels, value codes, key scales, key zero points, value
+    scales, value zero points. Open: `open_capacity` keys, then as many values, in full precision.
     """
 
     kv_format: KVFormat
@@ -144,29 +225,44 @@ class RecordLayout:
         return (self.key_dim + self.value_dim) * self.itemsize
 
     @property
-    def num_code_rows(self) -> int:
-        """Rows of the code matrices: each byte row holds one token of every plane."""
-        return self.kv_format.block_size // self.kv_format.codes_per_byte
+    def code_shapes(self) -> dict[str, tuple[int, int]]:
+        """Rows and channels of the code matrices: a row is a byte row, a token of every plane."""
+        kv_format = self.kv_format
+        if kv_format.key_bits is None or kv_format.value_bits is None:
+            return {}
+        key_rows = kv_format.block_size * kv_format.key_bits // 8
+        value_rows = kv_format.block_size * kv_format.value_bits // 8
+        num_wide = kv_format.num_wide_channels(self.key_dim)
+        shapes = {"key_codes": (key_rows, self.key_dim), "wide_codes": (key_rows, num_wide)}
+        if not num_wide:
+            del shapes["wide_codes"]
+        return shapes | {"value_codes": (value_rows, self.value_dim)}
+
+    @property
+    def metadata_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of scales and zero points."""
+        kv_format = self.kv_format
+        if kv_format.is_native:
+            return {}
+        shapes: dict[str, tuple[int, ...]] = {"key_scale": (kv_format.block_size,)}
+        if not kv_format.has_token_keys:
+            by_channel = kv_format.num_key_groups, self.key_dim
+            shapes = {"key_scale": by_channel, "key_zero": by_channel}
+        shapes["value_scale"] = (kv_format.block_size,)
+        if kv_format.value_bits != 8 and not kv_format.rotates_values:
+            shapes["value_zero"] = (kv_format.block_size,)
+        return shapes
 
     @property
     def section_bytes(self) -> dict[str, int]:
         """Size of each section of a sealed record, in order."""
         if self.kv_format.is_native:
             return {"keys_and_values": self.token_bytes * self.kv_format.block_size}
-        per_token = self.kv_format.block_size * METADATA_BYTES
-        sections = {
-            "key_codes": self.num_code_rows * self.key_dim,
-            "value_codes": self.num_code_rows * self.value_dim,
+        codes = {name: math.prod(shape) for name, shape in self.code_shapes.items()}
+        metadata = {
+            name: math.prod(shape) * METADATA_BYTES for name, shape in self.metadata_shapes.items()
         }
-        if not self.kv_format.is_asymmetric:
-            return sections | {"key_scale": per_token, "value_scale": per_token}
-        per_channel = self.kv_format.num_key_groups * self.key_dim * METADATA_BYTES
-        return sections | {
-            "key_scale": per_channel,
-            "key_zero": per_channel,
-            "value_scale": per_token,
-            "value_zero": per_token,
-        }
+        return codes | metadata
 
     def offset(self, section: str) -> int:
         """Byte offset of a section of a sealed record."""

@@ -95,7 +95,7 @@ class PagedKVCache:
                 f"in host memory, cannot be allocated: {error}"
             ) from error
         self.records: list[LayerBlocks] = [
-            layer_blocks(arena, layer.record_layout(dtype), dtype, self.geometry.open_block_size)
+            layer_blocks(arena, layer, dtype, self.geometry.open_block_size)
             for arena, layer in zip(self.arenas, self.layers, strict=True)
         ]
         self._tables = TableReplica(self.geometry)

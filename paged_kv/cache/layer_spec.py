@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..blocks.geometry import BlockGeometry
 from ..errors import ConfigError, OutOfBlocksError
-from ..validation import is_finite, is_list_of, require, require_count
+from ..validation import is_finite, is_list_of, require, require_count, require_instance
 from .formats import KVFormat, RecordLayout, block_geometry, resolve_format
+from .key_calibration import KeyCalibration, usual_channel_order
 
 FULL_PRECISION_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE: Final = 1 << 16  # for what dimensions can be see `RecordLayout`
@@ -19,18 +22,52 @@ MAX_HEAD_SIZE: Final = 1 << 16  # for what dimensions can be see `RecordLayout`
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What one attention layer stores for each token; `kv_format` may be given by its name."""
+    """What one attention layer stores for each token; `kv_format` may be given by its name.
+
+    `calibration` is what was learned of its queries and keys, for formats that ask for it.
+    """
 
     kv_format: KVFormat
     num_kv_heads: int
     key_dim: int
     value_dim: int
+    calibration: KeyCalibration | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_format", resolve_format(self.kv_format))
         for name, least in (("num_kv_heads", 1), ("key_dim", 0), ("value_dim", 0)):
             size = require_count(name, getattr(self, name), least, MAX_HEAD_SIZE)
             object.__setattr__(self, name, size)
+        known = self.calibration
+        if known is None:
+            return
+        require_instance("calibration", known, KeyCalibration)
+        if (known.num_kv_heads, known.key_dim) != (self.num_kv_heads, self.key_dim):
+            raise ConfigError(
+                f"the calibration is of {known.num_kv_heads} kv heads of {known.key_dim} channels, "
+                f"the layer has {self.num_kv_heads} of {self.key_dim}"
+            )
+        if not (self.kv_format.wide_key_share or self.kv_format.has_error_feedback):
+            object.__setattr__(self, "calibration", None)  # equal layers look equal
+
+    @property
+    def wide_channels(self) -> NDArray[np.int64] | None:
+        """[num_kv_heads, W] channels of a key that have more bits, ascending, if any have."""
+        num_wide = self.kv_format.num_wide_channels(self.key_dim)
+        if not num_wide:
+            return None
+        if self.calibration is not None:
+            order = self.calibration.channel_order
+        else:
+            order = np.tile(usual_channel_order(self.key_dim), (self.num_kv_heads, 1))
+        return np.sort(order[:, :num_wide].astype(np.int64), axis=1)
+
+    @property
+    def feedback(self) -> NDArray[np.float32] | None:
+        """[num_kv_heads, key_dim, key_dim], as of `KeyCalibration`, where errors are fed back."""
+        if self.calibration is None or not self.kv_format.has_error_feedback:
+            return None
+        return self.calibration.feedback.astype(np.float32)
 
     def record_layout(self, dtype: torch.dtype) -> RecordLayout:
         return RecordLayout(

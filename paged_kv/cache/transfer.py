@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from reprlib import repr as short_repr
 from struct import Struct
@@ -37,13 +37,14 @@ from ..blocks.geometry import BlockGeometry, BlockIds
 from ..blocks.token_chain import ExtraKey, TokenChain, TokenIds
 from ..errors import TransferError
 from ..validation import MAX_COUNT, require_count, require_instance
+from .block_views import KEY_CODES
 from .formats import RecordLayout
 from .kv_cache import PagedKVCache
 from .layer_spec import LayerSpec
 from .travelling_records import TravellingRecords
 
 MAGIC: Final = b"paged_kv"
-VERSION: Final = 2
+VERSION: Final = 3
 FRAME: Final = Struct("<8sIIQ")
 DIGEST_BYTES: Final = 32
 TOKEN_DTYPE: Final = np.dtype("<i4")
@@ -153,12 +154,17 @@ def as_words(records: Tensor) -> Tensor:
 def shared_fields(cache: PagedKVCache, model_fingerprint: bytes) -> JsonObject:
     """What both sides must agree on."""
     return {
-        "layers": [asdict(layer) for layer in cache.layers],
+        "layers": [layer_fields(layer) for layer in cache.layers],
         "dtype": str(cache.dtype).removeprefix("torch."),
         "geometry": asdict(cache.geometry),
         "byte_order": sys.byteorder,
         "fingerprint": cache.fingerprint(model_fingerprint).hex(),
     }
+
+
+def layer_fields(layer: LayerSpec) -> JsonObject:
+    calibration = None if layer.calibration is None else layer.calibration.digest
+    return asdict(replace(layer, calibration=None)) | {"calibration": calibration}
 
 
 def sequence_fields(cache: PagedKVCache, sequence: SequenceData) -> JsonObject:
@@ -411,11 +417,8 @@ def reorder_records(
 
 def reorder_codes(records: Tensor, layout: RecordLayout, keys_are_channel_major: bool) -> None:
     """Sealed records [..., record_bytes], in place: their codes into the other order."""
-    for section, dim, is_channel_major in (
-        ("key_codes", layout.key_dim, keys_are_channel_major),
-        ("value_codes", layout.value_dim, not keys_are_channel_major),
-    ):
-        shape = (layout.num_code_rows, dim)
+    for section, shape in layout.code_shapes.items():
+        is_channel_major = keys_are_channel_major == (section in KEY_CODES)
         transpose(records, torch.uint8, layout.offset(section), shape, is_channel_major)
 
 
