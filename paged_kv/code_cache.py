@@ -151,24 +151,32 @@ def write_code(name: str, code: bytes) -> None:
 @cache
 def code_folder() -> Path | None:
     """The folder for these sources and versions, private to its owner; None where none can be."""
-    root, sources = _root_folder(), source_hash()
-    if root is None or sources is None:
+    sources = source_hash()
+    folder = None if sources is None else private_folder(sources, "compiled code")
+    if folder is None:
         return None
-    # Where its parents really are; the folder itself must be no link.
-    root = Path(os.path.realpath(root.parent)) / root.name
-    folder = root / sources
-    is_new = not folder.exists()
-    reason = _make_private(folder, root)
-    if reason is not None:
-        logger.warning(
-            "compiled code is not kept: %s; %s can name another folder", reason, FOLDER_VARIABLE
-        )
-        return None
+    is_new = not any(folder.iterdir())
     with suppress(OSError):
         os.utime(folder)  # so that it is not taken for unused
     if is_new:
-        _remove_unused(root)
+        _remove_unused(folder.parent)
     return folder
+
+
+def private_folder(name: str, what: str) -> Path | None:
+    """A folder of that name where nobody else can write; None, saying what is not kept then."""
+    root = _root_folder()
+    if root is None:
+        return None
+    # Where its parents really are; the folder itself must be no link.
+    root = Path(os.path.realpath(root.parent)) / root.name
+    reason = _make_private(root / name, root)
+    if reason is not None:
+        logger.warning(
+            "%s is not kept: %s; %s can name another folder", what, reason, FOLDER_VARIABLE
+        )
+        return None
+    return root / name
 
 
 def _make_private(folder: Path, root: Path) -> str | None:

@@ -145,6 +145,11 @@ class KVFormat:
         steps = math.ceil(self.wide_key_share * key_dim / WIDE_ALIGNMENT)
         return min(steps * WIDE_ALIGNMENT, key_dim)
 
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether a `KeyCalibration` changes what is stored."""
+        return self.has_error_feedback or self.wide_key_share > 0
+
     def with_options(self, **changes: int | float | bool | None) -> KVFormat:
         """The same format with some fields changed: `INT2.with_options(key_clip=1.0)`."""
         unknown = set(changes) - {field.name for field in fields(self)}

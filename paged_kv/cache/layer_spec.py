@@ -47,7 +47,7 @@ class LayerSpec:
                 f"the calibration is of {known.num_kv_heads} kv heads of {known.key_dim} channels, "
                 f"the layer has {self.num_kv_heads} of {self.key_dim}"
             )
-        if not (self.kv_format.wide_key_share or self.kv_format.has_error_feedback):
+        if not self.kv_format.wants_calibration:
             object.__setattr__(self, "calibration", None)  # equal layers look equal
 
     @property
@@ -76,6 +76,14 @@ class LayerSpec:
             value_dim=self.value_dim,
             itemsize=dtype.itemsize,
         )
+
+
+def usual_kv_dtype(kv_format: KVFormat, dtype: torch.dtype) -> torch.dtype:
+    """The precision of open blocks where a model computes in `dtype`.
+
+    Beside quantized tokens float32 would be a waste; the native format keeps every bit.
+    """
+    return torch.bfloat16 if dtype is torch.float32 and not kv_format.is_native else dtype
 
 
 def cache_geometry(layers: Sequence[LayerSpec], dtype: torch.dtype) -> BlockGeometry:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..cache.device_memory import free_memory
 from ..cache.formats import KVFormat, resolve_format
+from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
-from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for
+from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for, usual_kv_dtype
+from ..models.calibration import Calibration, usual_calibration
 from ..models.huggingface import PagedModel
 from ..models.loading import end_token_ids, model_length, move_model
 from ..scheduler.scheduler import Scheduler
 from ..units import parse_memory
 from ..validation import require
-from .config import EngineConfig
+from .config import USUAL, EngineConfig
 from .engine import Engine
 from .model_runner import ModelRunner
 
@@ -26,9 +31,14 @@ FLOPS_PER_SECOND: Final = {"cpu": 1e11, "cuda": 1e14}
 
 
 def build_engine(
-    model: PagedModel, config: EngineConfig, device: torch.device | str | None
+    model: PagedModel,
+    config: EngineConfig,
+    device: torch.device | str | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Engine:
     """An engine for a model, which moves to `device` if one is given.
+
+    The usual calibration needs a tokenizer, for its text; without one nothing is calibrated.
 
     Without `kv_memory` or `num_blocks` the pool is what `max_num_seqs` full-length sequences need,
     at most `DEFAULT_KV_MEMORY` and at most `DEFAULT_PART` of the memory that is free. Raises
@@ -37,10 +47,13 @@ def build_engine(
     before = model.device
     require("the model's device", str(before), before.type != "meta", "one that holds numbers")
     max_model_len = model_length(model.model, config.max_model_len)
-    layers = model.layers(fitted_format(model, config))
+    kv_format = fitted_format(model, config)
+    model.layers(kv_format)  # or it raises
     if device is not None:
         move_model(model.model, device)
     try:
+        calibration = find_calibration(model, config, kv_format, tokenizer)
+        layers = model.layers(kv_format, calibration)
         engine = engine_where_it_is(model, config, layers, max_model_len)
     except BaseException:
         if model.device != before:
@@ -55,13 +68,14 @@ def engine_where_it_is(
     model: PagedModel, config: EngineConfig, layers: list[LayerSpec], max_model_len: int
 ) -> Engine:
     """An engine on the device of its model."""
+    dtype = config.kv_dtype or usual_kv_dtype(layers[0].kv_format, model.dtype)
     swap_space, num_host_blocks = parse_memory(config.swap_space, "swap_space", least=0), 0
     if swap_space:
-        num_host_blocks = num_blocks_for(swap_space, layers, model.dtype)
+        num_host_blocks = num_blocks_for(swap_space, layers, dtype)
     cache = PagedKVCache(
         layers,
-        num_blocks=pool_size(config, layers, model, max_model_len),
-        dtype=model.dtype,
+        num_blocks=pool_size(config, layers, dtype, model.device, max_model_len),
+        dtype=dtype,
         device=model.device,
         num_host_blocks=num_host_blocks,
     )
@@ -95,11 +109,32 @@ def fitted_format(model: PagedModel, config: EngineConfig) -> KVFormat:
     return kv_format.with_options(num_sink_tokens=num_sinks)
 
 
+def find_calibration(
+    model: PagedModel,
+    config: EngineConfig,
+    kv_format: KVFormat,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Sequence[KeyCalibration] | None:
+    """What the format wants to know of each layer; None where it does not, or nobody says."""
+    wanted = config.calibration
+    if isinstance(wanted, (str, Path)) and wanted != USUAL:
+        wanted = Calibration.load(wanted)
+    if isinstance(wanted, Calibration):
+        wanted.require_model(model)
+        return wanted.layers
+    if wanted is None or tokenizer is None or not kv_format.wants_calibration:
+        return None
+    return usual_calibration(model, tokenizer).layers
+
+
 def pool_size(
-    config: EngineConfig, layers: list[LayerSpec], model: PagedModel, max_model_len: int
+    config: EngineConfig,
+    layers: list[LayerSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
 ) -> int:
     """Blocks of the pool."""
-    dtype = model.dtype
     if config.num_blocks is not None:
         return config.num_blocks
     if config.kv_memory is not None:
@@ -109,7 +144,7 @@ def pool_size(
     if config.sink_window is not None:
         longest = max(longest, config.sink_window.fitted(geometry).max_blocks(geometry))
     wanted = config.max_num_seqs * (longest + 1)
-    most, free = DEFAULT_KV_MEMORY, free_memory(model.device)
+    most, free = DEFAULT_KV_MEMORY, free_memory(device)
     if free is not None:
         most = min(most, int(DEFAULT_PART * free))
     return min(wanted, num_blocks_for(most, layers, dtype))

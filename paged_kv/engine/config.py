@@ -6,12 +6,17 @@ Knows values and their ranges, never the model that they are for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
+
+import torch
 
 from ..blocks.holdings import MAX_NUM_SEQS
 from ..blocks.sink_window import SinkWindow
 from ..cache.formats import KVFormat, resolve_format
+from ..cache.layer_spec import FULL_PRECISION_DTYPES
 from ..errors import ConfigError
+from ..models.calibration import Calibration
 from ..units import parse_memory
 from ..validation import MAX_COUNT, is_flag, is_integer, require
 
@@ -23,6 +28,7 @@ MOST: Final = {
     "max_model_len": MAX_COUNT,
     "num_threads": 4096,
 }
+USUAL: Final = "usual"  # calibration: that on the library's own text
 OPTIONAL: Final = ("num_blocks", "max_prefill_tokens", "max_model_len", "num_threads")
 
 
@@ -31,6 +37,8 @@ class EngineConfig:
     """Validated when it is made; `LLM` documents what each field means."""
 
     kv_format: str | KVFormat = "int8"
+    kv_dtype: torch.dtype | None = None
+    calibration: Calibration | str | Path | None = USUAL
     kv_memory: int | str | None = None
     num_blocks: int | None = None
     max_num_seqs: int = 64
@@ -44,6 +52,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         resolve_format(self.kv_format)
+        dtype, calibration = self.kv_dtype, self.calibration
+        is_dtype = dtype is None or dtype in FULL_PRECISION_DTYPES
+        require("kv_dtype", dtype, is_dtype, "float32, bfloat16 or float16")
+        is_known = calibration is None or isinstance(calibration, (Calibration, str, Path))
+        require("calibration", calibration, is_known, 'a Calibration, its file, "usual" or None')
         window = self.sink_window
         is_window = window is None or isinstance(window, SinkWindow)
         require("sink_window", window, is_window, "a SinkWindow")

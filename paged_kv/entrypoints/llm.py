@@ -24,7 +24,7 @@ from ..cache.formats import KVFormat
 from ..cache.memory_stats import MemoryStats
 from ..engine.beam_search import BeamSearch, BeamSearchParams, Hypothesis
 from ..engine.build import build_engine
-from ..engine.config import EngineConfig
+from ..engine.config import USUAL, EngineConfig
 from ..engine.output_processor import OutputProcessor, TextOutput, TextUpdate
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import ChatMessages, Prompt, encode_prompt
@@ -34,6 +34,7 @@ from ..errors import (
     InvalidRequestError,
     PagedKVError,
 )
+from ..models.calibration import Calibration
 from ..models.huggingface import PagedModel
 from ..models.loading import load_model, load_tokenizer
 from ..scheduler.statistics import SchedulerStatistics
@@ -69,7 +70,11 @@ class LLM:
     """A Hugging Face causal language model that decodes many requests on quantized KV blocks.
 
     `model` is a local folder, a hub name or a loaded model, which this object takes over until
-    `close()`. `kv_format` is "native", "int8", "int4", "int2" or a `KVFormat`. The pool is sized by
+    `close()`. `kv_format` is the name of one of `FORMATS` or a `KVFormat`. What is not quantized of
+    a sequence has `kv_dtype`: without it the model's precision, but bfloat16 beside quantized
+    tokens of a float32 model. Formats below 8 bits want to know what the model's queries and keys
+    are like: the `calibration` is one of `paged-kv calibrate` or its file, "usual" makes one from a
+    text that comes with the library, once, and keeps it; None does without. The pool is sized by
     `num_blocks` or by `kv_memory` (bytes, or text such as "2GiB"); without either by what
     `max_num_seqs` full-length sequences need, at most 1 GiB and at most half of the memory that is
     free. A step runs at most `max_num_seqs` sequences and `token_budget` tokens, of one prompt at
@@ -89,6 +94,8 @@ class LLM:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         kv_format: str | KVFormat = "int8",
+        kv_dtype: torch.dtype | None = None,
+        calibration: Calibration | str | Path | None = USUAL,
         kv_memory: int | str | None = None,
         num_blocks: int | None = None,
         max_num_seqs: int = 64,
@@ -104,6 +111,8 @@ class LLM:
     ) -> None:
         config = EngineConfig(
             kv_format=kv_format,
+            kv_dtype=kv_dtype,
+            calibration=calibration,
             kv_memory=kv_memory,
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
@@ -127,7 +136,7 @@ class LLM:
             )
         self._model = PagedModel(model)
         try:
-            self.engine = build_engine(self._model, config, device)
+            self.engine = build_engine(self._model, config, device, tokenizer)
         except BaseException:
             self._model.close()
             raise

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,9 +26,10 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ..cache.attention import paged_attention
 from ..cache.formats import KVFormat
+from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache, Step
 from ..cache.layer_spec import LayerSpec
-from ..errors import PagedKVError, UnsupportedModelError
+from ..errors import ConfigError, PagedKVError, UnsupportedModelError
 from .rotary import Rotation, StepTurns, find_rotation
 
 # Not containing "flash", "sdpa", "flex_attention" or "/": transformers treats those specially.
@@ -55,6 +56,10 @@ PROBE_LENGTH: Final = 3
 ROTATION_PROBE: Final = (0, 1, 2, 5, 17, 100)  # positions of one token
 
 
+# Told of each layer's place in the cache, its queries and its keys [T, H, D].
+Observer = Callable[[int, Tensor, Tensor], None]
+
+
 @dataclass
 class Probe:
     """What each layer stores, written down during one forward pass without a cache."""
@@ -73,6 +78,7 @@ class ActiveStep:
     step: Step
     cache_layer: dict[int, int]  # a module's layer_idx -> its place in the cache
     turns: StepTurns | None = None  # of windowed sequences
+    observe: Observer | None = None
 
 
 _active: ContextVar[ActiveStep | Probe | None] = ContextVar("paged_kv_active_step", default=None)
@@ -108,6 +114,8 @@ def paged_attention_forward(
     queries, keys, sink_queries = query[0].transpose(0, 1), key[0].transpose(0, 1), None
     if active.turns is not None:
         queries, keys, sink_queries = active.turns.apply(layer_idx, queries, keys)
+    if active.observe is not None:
+        active.observe(active.cache_layer[layer_idx], queries, keys)
     output = paged_attention(
         queries,
         keys,
@@ -213,11 +221,25 @@ class PagedModel:
             digest.update(samples.view(torch.uint8).numpy().tobytes())
         return digest.digest()
 
-    def layers(self, kv_format: KVFormat) -> list[LayerSpec]:
+    def layers(
+        self, kv_format: KVFormat, calibration: Sequence[KeyCalibration] | None = None
+    ) -> list[LayerSpec]:
         """What the cache of this model must hold, in the order of its layers."""
+        known = [None] * len(self.layer_shapes) if calibration is None else calibration
+        if len(known) != len(self.layer_shapes):
+            raise ConfigError(
+                f"a calibration of {len(known)} layers is not one of this model's "
+                f"{len(self.layer_shapes)}"
+            )
         return [
-            LayerSpec(kv_format=kv_format, num_kv_heads=heads, key_dim=key, value_dim=value)
-            for heads, key, value in self.layer_shapes.values()
+            LayerSpec(
+                kv_format=kv_format,
+                num_kv_heads=heads,
+                key_dim=key,
+                value_dim=value,
+                calibration=each,
+            )
+            for (heads, key, value), each in zip(self.layer_shapes.values(), known, strict=True)
         ]
 
     @torch.inference_mode()
@@ -228,6 +250,7 @@ class PagedModel:
         logit_rows: Tensor,
         cache: PagedKVCache,
         step: Step,
+        observe: Observer | None = None,
     ) -> Tensor:
         """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`."""
         if not self._detach.alive:
@@ -236,7 +259,7 @@ class PagedModel:
         if step.is_windowed is not None:
             turns = StepTurns(positions, step.is_windowed, step.head_shifts, self.rotations, {})
             positions = turns.model_positions
-        with running(ActiveStep(cache, step, self._cache_layer, turns)):
+        with running(ActiveStep(cache, step, self._cache_layer, turns, observe)):
             return self._call(token_ids, positions, logit_rows)
 
     @cached_property
