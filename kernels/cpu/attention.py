@@ -14,7 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..block_views import LayerBlocks, SealedViews, as_rows
+from ..block_views import LayerBlocks, as_rows
+from ..eager.quantize import centre
 from ..new_tokens import NewTokens
 from ..rules import ScoreRules
 from .microkernels import (
@@ -27,6 +28,7 @@ from .microkernels import (
     softmax_kernel,
     start_kernel,
     value_kernel,
+    widen_kernel,
 )
 from .native_attention import attention_worker
 from .native_code import row_addresses
@@ -47,7 +49,8 @@ LOG2_E: Final = 1.4426950408889634
 ROW_VARIANTS: Final = (1, 2, 4, MAX_ROWS)
 METADATA_NAMES: Final = ("key_scale", "key_zero", "value_scale", "value_zero")
 SEALED_NAMES: Final = (
-    *("key_codes", "value_codes", "num_code_rows", *METADATA_NAMES),
+    *("key_codes", "value_codes", "num_key_rows", "num_value_rows", *METADATA_NAMES),
+    *("num_wide", "wide_channels"),
     *("metadata", "metadata_bytes", "num_key_groups", "key_group_shift"),
 )
 
@@ -125,13 +128,14 @@ def layer_bytes(layer: LayerBlocks, *, has_softcap: bool) -> bytes:
         open_key_stride=keys.stride(3) * itemsize,
         open_value_stride=values.stride(2) * itemsize,
         open_piece=open_piece(layer),
-        **sealed_places(layer.sealed),
+        **sealed_places(layer),
         fold=fold_kernel().address,
+        widen=0 if layer.wide_channels is None else widen_kernel(layer.key_bits).address,
         affine=affine_kernel().address,
         prefetch=prefetch_kernel().address,
         start=start_kernel(has_softcap).address,
-        softmax=softmax_kernel("none", has_softcap, host_width()).address,
-        softmax_sealed=softmax_kernel(scaling_of(layer), has_softcap, host_width()).address,
+        softmax=softmax_kernel("none", "none", 0.0, has_softcap, host_width()).address,
+        softmax_sealed=softmax_kernel(*scaling_of(layer), has_softcap, host_width()).address,
         item_bytes=itemsize,
         round_to_open=copy_kernel("float32", str(keys.dtype).removeprefix("torch.")).address,
     )
@@ -142,18 +146,25 @@ plain_layer: Final = PerLayer(partial(layer_bytes, has_softcap=False))
 capped_layer: Final = PerLayer(partial(layer_bytes, has_softcap=True))
 
 
-def sealed_places(sealed: SealedViews | None) -> dict[str, int]:
+def sealed_places(layer: LayerBlocks) -> dict[str, int]:
     """Those of `LayerFields` that say where the sections of sealed blocks are."""
+    sealed, wide_channels = layer.sealed, layer.wide_channels
     if sealed is None:
         return dict.fromkeys(SEALED_NAMES, 0)
     assert sealed.key_codes.stride(2) == 1, "key codes are channel-major on a CPU"
+    if sealed.wide_codes is not None:
+        behind = sealed.key_codes.data_ptr() + sealed.key_codes[0, 0].numel()
+        assert sealed.wide_codes.data_ptr() == behind, "upper codes are read as further channels"
     sections = {name: getattr(sealed, name) for name in METADATA_NAMES}
     present = [section for section in sections.values() if section is not None]
     group_tokens = sealed.block_size // max(sealed.num_key_groups, 1)
     return {
         "key_codes": sealed.key_codes.data_ptr(),
         "value_codes": sealed.value_codes.data_ptr(),
-        "num_code_rows": sealed.key_codes.shape[2],
+        "num_key_rows": sealed.key_codes.shape[2],
+        "num_value_rows": sealed.value_codes.shape[2],
+        "num_wide": 0 if wide_channels is None else wide_channels.shape[1],
+        "wide_channels": 0 if wide_channels is None else wide_channels.data_ptr(),
         **{name: 0 if part is None else part.data_ptr() for name, part in sections.items()},
         "metadata": min(section.data_ptr() for section in present),
         "metadata_bytes": sum(section[0, 0].nbytes for section in present),
@@ -162,11 +173,15 @@ def sealed_places(sealed: SealedViews | None) -> dict[str, int]:
     }
 
 
-def scaling_of(layer: LayerBlocks) -> str:
-    """What the softmax over sealed blocks has to scale."""
+def scaling_of(layer: LayerBlocks) -> tuple[str, str, float]:
+    """What the softmax over sealed blocks has to scale: see `softmax_kernel`."""
     if layer.sealed is None:
-        return "none"
-    return "symmetric" if layer.sealed.key_zero is None else "asymmetric"
+        return "none", "none", 0.0
+    key_scaling = "token" if layer.sealed.key_zero is None else "channel"
+    if layer.sealed.value_zero is not None:
+        return key_scaling, "zero", 0.0
+    # Codes of 8 bits are read as numbers around 0.
+    return key_scaling, "scale", 0.0 if layer.value_bits == 8 else centre(layer.value_bits)
 
 
 def open_piece(layer: LayerBlocks) -> int:
@@ -177,13 +192,14 @@ def open_piece(layer: LayerBlocks) -> int:
 def row_kernels(layer: LayerBlocks) -> list[list[int]]:
     """Addresses of the microkernels [Kernel.COUNT][NUM_VARIANTS]; 0 where there is no such."""
     sealed, value_dim = layer.sealed, layer.open_values.shape[3]
-    dtype, code = str(layer.open_keys.dtype).removeprefix("torch."), f"int{layer.bits}"
+    dtype = str(layer.open_keys.dtype).removeprefix("torch.")
     none = [0] * NUM_VARIANTS
     score_sealed, value_sealed = none, none
     if sealed is not None:
         is_grouped = sealed.num_key_groups > 1
-        score_sealed = score_kernels(code, sealed.key_codes.shape[2], is_grouped=is_grouped)
-        value_sealed = value_kernels(code, value_dim)
+        rows = sealed.key_codes.shape[2]
+        score_sealed = score_kernels(f"int{layer.key_bits}", rows, is_grouped=is_grouped)
+        value_sealed = value_kernels(f"int{layer.value_bits}", value_dim)
     return [
         score_kernels(dtype, open_piece(layer), is_grouped=False),
         score_sealed,

@@ -30,11 +30,12 @@ from .vectors import (
 )
 
 MAX_DIM: Final = 256
+MAX_CHANNELS: Final = MAX_DIM * 3 // 2  # of keys, with the upper codes of wide ones behind them
 MAX_ROWS: Final = 8  # query rows that a kernel works on at once
 TILE_TOKENS: Final = 128  # tokens whose scores are kept at once
 # Floats from one row of queries or of scores to the next: a cache line more than they hold, so
 # that rows do not fall on the same lines of the cache.
-ROW_STRIDE: Final = MAX_DIM + 16
+ROW_STRIDE: Final = MAX_CHANNELS + 16
 SCORE_STRIDE: Final = TILE_TOKENS + 16
 MAX_KEY_GROUPS: Final = 4
 STATE_LANES: Final = 16  # partial sums of the softmax are kept by lane
@@ -264,7 +265,13 @@ def add_values(
 
 
 @cache
-def softmax_kernel(scaling: str, has_softcap: bool, max_lanes: int) -> MachineCode:
+def softmax_kernel(
+    key_scaling: str,
+    value_scaling: str,
+    centre: float,
+    has_softcap: bool,
+    max_lanes: int,
+) -> MachineCode:
     """Turn a tile's scores into weights, row by row, and carry the running softmax on.
 
     Arguments: scores [rows][SCORE_STRIDE], number of rows, tokens (a multiple of the lanes), first
@@ -273,9 +280,9 @@ def softmax_kernel(scaling: str, has_softcap: bool, max_lanes: int) -> MachineCo
     softmax), key scale, value scale, value zero point (half [tokens]), key zero dots
     [groups][MAX_ROWS], log2 of the tokens of a group.
 
-    `scaling` is "none", "symmetric" (scores times key scale, weights times value scale) or
-    "asymmetric" (scores plus the zero points' dot; weights times value scale, and their sum with
-    the zero points apart).
+    `key_scaling` is "none", "token" (scores times key scale) or "channel" (scores plus the zero
+    points' dot), `value_scaling` "none", "scale" (weights times value scale; what a value is where
+    its code is 0 is `-centre` scales, summed apart) or "zero" (so are zero points).
     """
     lanes = max_lanes
     emitter = Emitter("softmax", 15)
@@ -296,10 +303,10 @@ def softmax_kernel(scaling: str, has_softcap: bool, max_lanes: int) -> MachineCo
         with emitter.loop(emitter.long(0), num_tokens, lanes) as token:
             place = builder.add(line, emitter.times(token, 4))
             score = emitter.load(place, FLOAT, lanes)
-            if scaling == "symmetric":
+            if key_scaling == "token":
                 scale = emitter.load(builder.add(key_scale, emitter.times(token, 2)), HALF, lanes)
                 score = builder.fmul(score, emitter.half_to_float(scale))
-            elif scaling == "asymmetric":
+            elif key_scaling == "channel":
                 group = emitter.times(builder.lshr(token, group_shift), MAX_ROWS * 4)
                 dot = emitter.load(emitter.offset(zero_dots, group, row_float), FLOAT)
                 score = builder.fadd(score, emitter.splat(dot, lanes))
@@ -341,13 +348,16 @@ def softmax_kernel(scaling: str, has_softcap: bool, max_lanes: int) -> MachineCo
             is_visible = builder.fcmp_unordered(">", score, masked)  # or not a number
             weight = builder.select(is_visible, weight, emitter.constant(0.0, lanes))
             builder.store(builder.fadd(builder.load(total), weight), total)
-            if scaling == "asymmetric":
+            if value_scaling == "zero":
                 zero = emitter.load(builder.add(value_zero, emitter.times(token, 2)), HALF, lanes)
                 zero = emitter.half_to_float(zero)
                 builder.store(emitter.fma(weight, zero, builder.load(zero_total)), zero_total)
-            if scaling != "none":
+            if value_scaling != "none":
                 scale = emitter.load(builder.add(value_scale, emitter.times(token, 2)), HALF, lanes)
                 weight = builder.fmul(weight, emitter.half_to_float(scale))
+            if value_scaling == "scale" and centre:
+                shift = emitter.constant(-centre, lanes)
+                builder.store(emitter.fma(weight, shift, builder.load(zero_total)), zero_total)
             emitter.store(weight, place)
         emitter.store(builder.load(total), row_sums)
         emitter.store(builder.load(zero_total), zero_sums)
@@ -397,6 +407,30 @@ def fold_kernel() -> MachineCode:
             total = emitter.reduce(builder.load(dot), builder.fadd)
             emitter.store(total, builder.add(dots, emitter.times(target_row, 4)))
     return MachineCode("fold", emitter.finish())
+
+
+@cache
+def widen_kernel(bits: int) -> MachineCode:
+    """Behind folded queries, once more those of wide channels, for the upper part of their codes.
+
+    Arguments: folded queries [groups][MAX_ROWS][ROW_STRIDE], rows, key_dim, number of groups, wide
+    channels (64-bit), how many.
+    """
+    emitter = Emitter("widen", 6)
+    folded, num_rows, key_dim, num_groups, wide_channels, num_wide = emitter.arguments
+    builder = emitter.builder
+    worth = ir.Constant(FLOAT, float(1 << bits))
+    with emitter.loop(emitter.long(0), num_groups, 1) as group:
+        first = emitter.offset(folded, emitter.times(group, MAX_ROWS * ROW_STRIDE * 4))
+        with emitter.loop(emitter.long(0), num_wide, 1) as place:
+            channel = emitter.load(emitter.offset(wide_channels, emitter.times(place, 8)), LONG)
+            source = builder.add(first, emitter.times(channel, 4))
+            target = builder.add(first, emitter.times(builder.add(key_dim, place), 4))
+            with emitter.loop(emitter.long(0), num_rows, 1) as row:
+                at_row = emitter.times(row, ROW_STRIDE * 4)
+                query = emitter.load(builder.add(source, at_row), FLOAT)
+                emitter.store(builder.fmul(query, worth), builder.add(target, at_row))
+    return MachineCode("widen", emitter.finish())
 
 
 @cache

@@ -134,13 +134,19 @@ def attend_open(p: int, item: int, scratch: int, position: int, num_tokens: int)
 @native
 def attend_sealed(p: int, item: int, scratch: int, position: int) -> None:
     """Attend to one sealed block, that of the tokens from `position` on."""
-    num_tokens, num_rows = load_long(p, STEP.block_size), load_long(p, LAYER.num_code_rows)
+    num_tokens, kv_head = load_long(p, STEP.block_size), load_long(item, Item.KV_HEAD)
+    num_key_rows, num_value_rows = (
+        load_long(p, LAYER.num_key_rows),
+        load_long(p, LAYER.num_value_rows),
+    )
     block = load_long(table_of(p, item), position // load_long(p, STEP.open_block_size))
     record = block * load_long(p, LAYER.block_stride)
-    record += load_long(item, Item.KV_HEAD) * load_long(p, LAYER.kv_head_stride)
+    record += kv_head * load_long(p, LAYER.kv_head_stride)
     keys = load_long(p, LAYER.key_codes) + record
     values = load_long(p, LAYER.value_codes) + record
     key_dim, value_dim = load_long(p, LAYER.key_dim), load_long(p, LAYER.value_dim)
+    num_wide = load_long(p, LAYER.num_wide)
+    wide_channels = load_long(p, LAYER.wide_channels) + 8 * kv_head * num_wide
     num_groups, group_shift = (
         load_long(p, LAYER.num_key_groups),
         load_long(p, LAYER.key_group_shift),
@@ -166,17 +172,26 @@ def attend_sealed(p: int, item: int, scratch: int, position: int) -> None:
                 (queries, rows, key_dim, num_groups, scale + record, zero + record, folded, dots),
             )
             queries = folded
+            if num_wide:
+                call(
+                    load_long(p, LAYER.widen),
+                    (folded, rows, key_dim, num_groups, wide_channels, num_wide),
+                )
         scores = scratch + 4 * SCORES
         if is_last and tile == 0:
             fetch_tail(p, item, scratch, end, False)
         score = kernel_for(p, Kernel.SCORE_SEALED, rows)
-        call(score, (keys, queries, scores, key_dim, num_rows, group_shift, keys_ahead))
+        num_channels = key_dim + num_wide
+        call(score, (keys, queries, scores, num_channels, num_key_rows, group_shift, keys_ahead))
         softmax = load_long(p, LAYER.softmax_sealed)
         soften(p, softmax, item, scratch, tile, num_tokens, record)
         if is_last and tile == 0:
             fetch_tail(p, item, scratch, end, True)
         add = kernel_for(p, Kernel.VALUE_SEALED, rows)
-        call(add, (values, scores, outputs, num_rows, num_rows, value_dim, values_ahead))
+        call(
+            add,
+            (values, scores, outputs, num_value_rows, num_value_rows, value_dim, values_ahead),
+        )
 
 
 @native

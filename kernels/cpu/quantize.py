@@ -18,6 +18,7 @@ from .vectors import (
     FLOAT,
     HALF,
     INT,
+    LONG,
     SHORT,
     Emitter,
     MachineCode,
@@ -28,6 +29,7 @@ MAX_BLOCK_SIZE: Final = 128
 KEY_ROW_BYTES: Final = (MAX_BLOCK_SIZE + 16) * 4  # of a channel's tokens in scratch
 VALUE_ROW_BYTES: Final = (MAX_DIM + 16) * 4  # of a token's channels in scratch
 COPY_UNROLL: Final = 8  # dims are multiples of 8
+FEEDBACK_TOKENS: Final = 64  # of a channel, kept in registers: blocks are multiples of it
 NAN_BITS: Final = 0x7FC00000  # of a float32
 
 
@@ -72,10 +74,11 @@ def encode(emitter: Emitter, floats: Any, kind: str) -> Any:
     return builder.trunc(high, ir.VectorType(SHORT, lanes))
 
 
-def clamp(emitter: Emitter, vector: Any, low: float, high: float) -> Any:
+def clamp(emitter: Emitter, vector: Any, low: float, high: float | Any) -> Any:
     lanes = vector.type.count
     vector = emitter.strict_maximum(vector, emitter.constant(low, lanes))
-    return emitter.strict_minimum(vector, emitter.constant(high, lanes))
+    most = emitter.constant(high, lanes) if isinstance(high, float) else high
+    return emitter.strict_minimum(vector, most)
 
 
 def to_half(emitter: Emitter, vector: Any) -> tuple[Any, Any]:
@@ -86,8 +89,16 @@ def to_half(emitter: Emitter, vector: Any) -> tuple[Any, Any]:
     return halves, emitter.half_to_float(halves)
 
 
-def to_codes(emitter: Emitter, vector: Any, scale: Any, low: int, high: int) -> Any:
-    """Rounded quotients as integers within [low, high]; 0 where the scale is 0 or no number."""
+def to_codes(
+    emitter: Emitter,
+    vector: Any,
+    scale: Any,
+    low: float,
+    high: float | Any,
+    centre: float = 0.0,
+) -> Any:
+    """Quotients plus `centre`, rounded, as integers within [low, high]; the quotient is 0 where the
+    scale is 0 or no number."""
     builder, lanes = emitter.builder, vector.type.count
     zero = emitter.constant(0.0, lanes)
     quotient = builder.fdiv(vector, scale)
@@ -95,7 +106,9 @@ def to_codes(emitter: Emitter, vector: Any, scale: Any, low: int, high: int) -> 
     quotient = builder.select(is_number, quotient, zero)
     is_number = builder.fcmp_ordered("ord", quotient, quotient)
     quotient = builder.select(is_number, quotient, zero)
-    rounded = clamp(emitter, emitter.round_to_even(quotient), float(low), float(high))
+    if centre:
+        quotient = builder.fadd(quotient, emitter.constant(centre, lanes))
+    rounded = clamp(emitter, emitter.round_to_even(quotient), low, high)
     return builder.fptosi(rounded, ir.VectorType(INT, lanes))
 
 
@@ -104,21 +117,17 @@ def store_bytes(emitter: Emitter, codes: Any, address: Any) -> None:
 
 
 def range_to_metadata(
-    emitter: Emitter, low: Any, high: Any, clip: Any, bits: int
+    emitter: Emitter, low: Any, high: Any, clip: Any, top: Any, *, has_middle_zero: bool = False
 ) -> tuple[Any, Any, Any, Any]:
     """Scale and zero point of an asymmetric range: halves, and the same as float32."""
     builder, lanes = emitter.builder, low.type.count
-    two, top = emitter.constant(2.0, lanes), emitter.constant(float((1 << bits) - 1), lanes)
+    two = emitter.constant(2.0, lanes)
     middle = builder.fdiv(builder.fadd(low, high), two)
     half_range = builder.fmul(builder.fdiv(builder.fsub(high, low), two), clip)
     scale_half, scale = to_half(emitter, builder.fdiv(builder.fmul(two, half_range), top))
-    zero_half, zero = to_half(emitter, builder.fsub(middle, half_range))
+    zero = middle if has_middle_zero else builder.fsub(middle, half_range)
+    zero_half, zero = to_half(emitter, zero)
     return scale_half, zero_half, scale, zero
-
-
-def asymmetric_codes(emitter: Emitter, vector: Any, scale: Any, zero: Any, bits: int) -> Any:
-    shifted = emitter.builder.fsub(vector, zero)
-    return to_codes(emitter, shifted, scale, 0, (1 << bits) - 1)
 
 
 @cache
@@ -145,7 +154,11 @@ def symmetric_key_kernel() -> MachineCode:
         with emitter.loop(emitter.long(0), key_dim, 1) as channel:
             place = emitter.offset(column, emitter.times(channel, KEY_ROW_BYTES))
             code = to_codes(
-                emitter, emitter.load(place, FLOAT, lanes), scale, -INT8_LIMIT, INT8_LIMIT
+                emitter,
+                emitter.load(place, FLOAT, lanes),
+                scale,
+                -float(INT8_LIMIT),
+                float(INT8_LIMIT),
             )
             code = builder.add(code, emitter.integers(INT8_OFFSET, INT, lanes))
             line = emitter.offset(codes, builder.mul(channel, num_tokens), token)
@@ -158,11 +171,11 @@ def symmetric_value_kernel() -> MachineCode:
     """8-bit values, one scale for each token; channels in the lanes.
 
     Arguments: values [tokens][VALUE_ROW_BYTES], value_dim, tokens, codes [tokens][value_dim],
-    scale (half [tokens]).
+    scale (half [tokens]), and two that other kernels of values have.
     """
     lanes = min(host_width(), 8)
-    emitter = Emitter("symmetric_values", 5)
-    values, value_dim, num_tokens, codes, scale_address = emitter.arguments
+    emitter = Emitter("symmetric_values", 7)
+    values, value_dim, num_tokens, codes, scale_address = emitter.arguments[:5]
     builder = emitter.builder
     with emitter.loop(emitter.long(0), num_tokens, 1) as token:
         row = emitter.offset(values, emitter.times(token, VALUE_ROW_BYTES))
@@ -179,7 +192,11 @@ def symmetric_value_kernel() -> MachineCode:
         with emitter.loop(emitter.long(0), value_dim, lanes) as channel:
             place = emitter.offset(row, emitter.times(channel, 4))
             code = to_codes(
-                emitter, emitter.load(place, FLOAT, lanes), scale, -INT8_LIMIT, INT8_LIMIT
+                emitter,
+                emitter.load(place, FLOAT, lanes),
+                scale,
+                -float(INT8_LIMIT),
+                float(INT8_LIMIT),
             )
             code = builder.add(code, emitter.integers(INT8_OFFSET, INT, lanes))
             store_bytes(
@@ -205,47 +222,125 @@ def lowest_and_highest(emitter: Emitter, start: Any, count: Any, lanes: int) -> 
 
 
 @cache
-def asymmetric_key_kernel(bits: int) -> MachineCode:
+def channel_key_kernel(bits: int, *, has_wide: bool, has_feedback: bool) -> MachineCode:
     """Keys per channel in groups of tokens; tokens in the lanes, planes of tokens packed.
 
     Arguments: keys [key_dim][KEY_ROW_BYTES], key_dim, tokens, tokens of a group, codes
-    [key_dim][code rows], scale and zero point (half [groups][key_dim]), address of the clip ratio,
-    scratch for codes (int32 [tokens]).
+    [key_dim][code rows], scale and zero point (half [groups][key_dim]), address of the clip ratios
+    of usual and of wide channels, scratch for codes (int32 [tokens]), wide channels (64-bit,
+    ascending), how many, their upper codes [wide channels][code rows], feedback (float
+    [key_dim][key_dim]).
+
+    With feedback the keys of a channel become its errors, which those behind it read.
     """
     lanes, num_planes = host_width(), NUM_PLANES[f"int{bits}"]
-    emitter = Emitter("asymmetric_keys", 9)
-    keys, key_dim, num_tokens, key_group_size, codes, scale_at, zero_at, clip_at, scratch = (
-        emitter.arguments
-    )
+    emitter = Emitter("channel_keys", 13)
+    keys, key_dim, num_tokens, key_group_size, codes, scale_at, zero_at = emitter.arguments[:7]
+    clip_at, scratch, wide_channels, num_wide, upper_codes, feedback = emitter.arguments[7:]
     builder = emitter.builder
-    clip = emitter.splat(emitter.load(clip_at, FLOAT), lanes)
+    usual_clip, wide_clip = (emitter.load(emitter.offset(clip_at, at), FLOAT) for at in (0, 4))
+    usual_top, wide_top = (
+        ir.Constant(FLOAT, float((1 << count) - 1)) for count in (bits, 2 * bits)
+    )
+    offset = INT8_OFFSET if bits == 8 else 0
     num_rows = builder.udiv(num_tokens, emitter.long(num_planes))
+    next_wide = emitter.variable(emitter.long(0))
     with emitter.loop(emitter.long(0), key_dim, 1) as channel:
         row = emitter.offset(keys, emitter.times(channel, KEY_ROW_BYTES))
+        if has_feedback:
+            take_errors(emitter, keys, row, channel, key_dim, num_tokens, feedback)
+        clip, top, place = usual_clip, usual_top, builder.load(next_wide)
+        if has_wide:
+            last = builder.sub(num_wide, emitter.long(1))
+            following = builder.select(builder.icmp_signed("<", place, last), place, last)
+            following = emitter.offset(wide_channels, emitter.times(following, 8))
+            is_wide = builder.icmp_signed("==", emitter.load(following, LONG), channel)
+            clip = builder.select(is_wide, wide_clip, usual_clip)
+            top = builder.select(is_wide, wide_top, usual_top)
+        clip, top = emitter.splat(clip, lanes), emitter.splat(top, lanes)
         metadata = emitter.variable(emitter.times(channel, 2))
         with emitter.loop_by(emitter.long(0), num_tokens, key_group_size) as first:
             start = emitter.offset(row, emitter.times(first, 4))
             low, high = lowest_and_highest(emitter, start, key_group_size, lanes)
-            scale_half, zero_half, scale, zero = range_to_metadata(emitter, low, high, clip, bits)
-            place = builder.load(metadata)
+            scale_half, zero_half, scale, zero = range_to_metadata(
+                emitter, low, high, clip, top, has_middle_zero=bool(offset)
+            )
+            at_group = builder.load(metadata)
             for halves, address in ((scale_half, scale_at), (zero_half, zero_at)):
                 half = builder.extract_element(halves, ir.Constant(INT, 0))
-                emitter.store(half, builder.add(address, place))
-            builder.store(builder.add(place, emitter.times(key_dim, 2)), metadata)
+                emitter.store(half, builder.add(address, at_group))
+            builder.store(builder.add(at_group, emitter.times(key_dim, 2)), metadata)
+            most = builder.fsub(top, emitter.constant(float(offset), lanes))
             with emitter.loop(emitter.long(0), key_group_size, lanes) as token:
                 at = emitter.times(token, 4)
                 vector = emitter.load(builder.add(start, at), FLOAT, lanes)
-                code = asymmetric_codes(emitter, vector, scale, zero, bits)
+                shifted = builder.fsub(vector, zero)
+                code = to_codes(emitter, shifted, scale, -float(offset), most)
+                if has_feedback:
+                    floats = builder.sitofp(code, ir.VectorType(FLOAT, lanes))
+                    read = builder.fadd(builder.fmul(floats, scale), zero)
+                    emitter.store(builder.fsub(vector, read), builder.add(start, at))
+                code = builder.add(code, emitter.integers(offset, INT, lanes))
                 emitter.store(code, emitter.offset(scratch, emitter.times(first, 4), at))
-        with emitter.loop(emitter.long(0), num_rows, lanes) as token_row:
-            packed = None
-            for plane in range(num_planes):
-                token = builder.add(token_row, emitter.times(num_rows, plane))
-                code = emitter.load(emitter.offset(scratch, emitter.times(token, 4)), INT, lanes)
-                packed = pack_plane(emitter, packed, code, plane * bits)
-            line = emitter.offset(codes, builder.mul(channel, num_rows), token_row)
-            store_bytes(emitter, packed, line)
-    return MachineCode("asymmetric_keys", emitter.finish())
+        line = emitter.offset(codes, builder.mul(channel, num_rows))
+        pack_codes(emitter, scratch, line, num_rows, bits, 0)
+        if has_wide:
+            with builder.if_then(is_wide):
+                upper = emitter.offset(upper_codes, builder.mul(place, num_rows))
+                pack_codes(emitter, scratch, upper, num_rows, bits, bits)
+                builder.store(builder.add(place, emitter.long(1)), next_wide)
+    return MachineCode("channel_keys", emitter.finish())
+
+
+def take_errors(
+    emitter: Emitter,
+    keys: Any,
+    row: Any,
+    channel: Any,
+    key_dim: Any,
+    num_tokens: Any,
+    feedback: Any,
+) -> None:
+    """Take from a channel what the errors of all channels before it ask, one after the other.
+
+    Products and differences are rounded one by one, as torch does.
+    """
+    builder, lanes = emitter.builder, host_width()
+    vectors_at_once = FEEDBACK_TOKENS // lanes
+    column = emitter.offset(feedback, emitter.times(channel, 4))
+    with emitter.loop(emitter.long(0), num_tokens, FEEDBACK_TOKENS) as first:
+        at_token = emitter.times(first, 4)
+        places = [
+            emitter.offset(row, at_token, vector * lanes * 4) for vector in range(vectors_at_once)
+        ]
+        sums = [emitter.variable(emitter.load(place, FLOAT, lanes)) for place in places]
+        with emitter.loop(emitter.long(0), channel, 1) as earlier:
+            weight = emitter.load(
+                builder.add(column, emitter.times(builder.mul(earlier, key_dim), 4)), FLOAT
+            )
+            weight = emitter.splat(weight, lanes)
+            errors = emitter.offset(keys, emitter.times(earlier, KEY_ROW_BYTES), at_token)
+            for vector, total in enumerate(sums):
+                error = emitter.load(emitter.offset(errors, vector * lanes * 4), FLOAT, lanes)
+                builder.store(builder.fsub(builder.load(total), builder.fmul(error, weight)), total)
+        for place, total in zip(places, sums, strict=True):
+            emitter.store(builder.load(total), place)
+
+
+def pack_codes(
+    emitter: Emitter, scratch: Any, line: Any, num_rows: Any, bits: int, shift: int
+) -> None:
+    """The bits of a channel's codes from `shift` on, in bytes of all planes."""
+    builder, lanes, num_planes = emitter.builder, host_width(), NUM_PLANES[f"int{bits}"]
+    with emitter.loop(emitter.long(0), num_rows, lanes) as token_row:
+        packed = None
+        for plane in range(num_planes):
+            token = builder.add(token_row, emitter.times(num_rows, plane))
+            code = emitter.load(emitter.offset(scratch, emitter.times(token, 4)), INT, lanes)
+            code = builder.lshr(code, emitter.integers(shift, INT, lanes))
+            code = builder.and_(code, emitter.integers((1 << bits) - 1, INT, lanes))
+            packed = pack_plane(emitter, packed, code, plane * bits)
+        store_bytes(emitter, packed, builder.add(line, token_row))
 
 
 def pack_plane(emitter: Emitter, packed: Any, codes: Any, shift: int) -> Any:
@@ -258,16 +353,16 @@ def pack_plane(emitter: Emitter, packed: Any, codes: Any, shift: int) -> Any:
 
 
 @cache
-def asymmetric_value_kernel(bits: int) -> MachineCode:
-    """Values per token; channels in the lanes, tokens of all planes packed together.
+def value_kernel(bits: int, *, has_zero: bool) -> MachineCode:
+    """Values of fewer than 8 bits per token; channels in the lanes, tokens of all planes packed.
 
     Arguments: values [tokens][VALUE_ROW_BYTES], value_dim, tokens, codes [code rows][value_dim],
-    scale and zero point (half [tokens]), address of the clip ratio.
+    scale and, where there is one, zero point (half [tokens]), address of the clip ratio.
     """
     lanes, num_planes = min(host_width(), 8), NUM_PLANES[f"int{bits}"]
-    emitter = Emitter("asymmetric_values", 7)
+    emitter = Emitter("values", 7)
     values, value_dim, num_tokens, codes, scale_at, zero_at, clip_at = emitter.arguments
-    builder = emitter.builder
+    builder, top = emitter.builder, float((1 << bits) - 1)
     clip = emitter.splat(emitter.load(clip_at, FLOAT), lanes)
     num_rows = builder.udiv(num_tokens, emitter.long(num_planes))
     with emitter.loop(emitter.long(0), num_rows, 1) as token_row:
@@ -276,18 +371,29 @@ def asymmetric_value_kernel(bits: int) -> MachineCode:
             token = builder.add(token_row, emitter.times(num_rows, plane))
             row = emitter.offset(values, emitter.times(token, VALUE_ROW_BYTES))
             low, high = lowest_and_highest(emitter, row, value_dim, lanes)
-            scale_half, zero_half, scale, zero = range_to_metadata(emitter, low, high, clip, bits)
-            for halves, address in ((scale_half, scale_at), (zero_half, zero_at)):
-                half = builder.extract_element(halves, ir.Constant(INT, 0))
-                emitter.store(half, emitter.offset(address, emitter.times(token, 2)))
+            zero = emitter.constant(0.0, lanes)
+            if has_zero:
+                halves, zeros, scale, zero = range_to_metadata(
+                    emitter, low, high, clip, emitter.constant(top, lanes)
+                )
+                zero_half = builder.extract_element(zeros, ir.Constant(INT, 0))
+                emitter.store(zero_half, emitter.offset(zero_at, emitter.times(token, 2)))
+            else:
+                greatest = emitter.strict_maximum(emitter.absolute(low), emitter.absolute(high))
+                doubled = builder.fmul(emitter.constant(2.0, lanes), builder.fmul(greatest, clip))
+                halves, scale = to_half(
+                    emitter, builder.fdiv(doubled, emitter.constant(top, lanes))
+                )
+            half = builder.extract_element(halves, ir.Constant(INT, 0))
+            emitter.store(half, emitter.offset(scale_at, emitter.times(token, 2)))
             planes.append((row, scale, zero))
         with emitter.loop(emitter.long(0), value_dim, lanes) as channel:
             packed = None
             for plane, (row, scale, zero) in enumerate(planes):
                 place = emitter.offset(row, emitter.times(channel, 4))
-                vector = emitter.load(place, FLOAT, lanes)
-                code = asymmetric_codes(emitter, vector, scale, zero, bits)
+                vector = builder.fsub(emitter.load(place, FLOAT, lanes), zero)
+                code = to_codes(emitter, vector, scale, 0.0, top, 0.0 if has_zero else top / 2)
                 packed = pack_plane(emitter, packed, code, plane * bits)
             line = emitter.offset(codes, builder.mul(token_row, value_dim), channel)
             store_bytes(emitter, packed, line)
-    return MachineCode("asymmetric_values", emitter.finish())
+    return MachineCode("values", emitter.finish())

@@ -63,7 +63,10 @@ class LayerFields(NamedTuple):
     open_piece: int  # tokens of an open block whose scores are computed at once
     key_codes: int
     value_codes: int
-    num_code_rows: int
+    num_key_rows: int  # of codes: byte rows
+    num_value_rows: int
+    num_wide: int  # channels with upper codes, which lie behind the codes of all channels
+    wide_channels: int  # [kv heads, num_wide]
     key_scale: int
     key_zero: int
     value_scale: int
@@ -73,6 +76,7 @@ class LayerFields(NamedTuple):
     num_key_groups: int  # 0 where keys have one scale for each token
     key_group_shift: int  # log2 of a key group's tokens
     fold: int
+    widen: int
     affine: int
     prefetch: int
     start: int

@@ -13,6 +13,7 @@ from struct import Struct
 from typing import Any, Final, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews, as_rows
 from ..new_tokens import NewTokens
@@ -33,11 +34,11 @@ from .quantize import (
     KEY_ROW_BYTES,
     MAX_BLOCK_SIZE,
     VALUE_ROW_BYTES,
-    asymmetric_key_kernel,
-    asymmetric_value_kernel,
+    channel_key_kernel,
     copy_kernel,
     symmetric_key_kernel,
     symmetric_value_kernel,
+    value_kernel,
 )
 from .threads import run_worker
 
@@ -82,14 +83,17 @@ class LayerFields(NamedTuple):
     convert: int  # to float32
     # 0 in the native format:
     block_size: int = 0
-    is_asymmetric: int = 0
-    key_group_size: int = 0
+    key_group_size: int = 0  # 0 where keys have a scale each
     key_codes: int = 0
+    wide_codes: int = 0
     value_codes: int = 0
     key_scale: int = 0
     key_zero: int = 0
     value_scale: int = 0
     value_zero: int = 0
+    num_wide: int = 0
+    wide_channels: int = 0  # [kv heads, num_wide]
+    feedback: int = 0  # [kv heads, key_dim, key_dim]
     seal_keys: int = 0
     seal_values: int = 0
 
@@ -98,6 +102,7 @@ class Clips(NamedTuple):
     """float32, behind the fields of a layer."""
 
     key: float
+    wide_key: float
     value: float
 
 
@@ -107,7 +112,7 @@ CALL: Final = CallFields(*range(NUM_CALL))
 LAYER: Final = LayerFields(*range(NUM_CALL, NUM_CALL + NUM_LAYER))
 CLIPS: Final = NUM_CALL + NUM_LAYER
 CALL_STRUCT: Final = Struct(f"={NUM_CALL}q")
-LAYER_STRUCT: Final = Struct(f"={NUM_LAYER}q2f")
+LAYER_STRUCT: Final = Struct(f"={NUM_LAYER}q3f")
 
 # A thread's scratch, in bytes from its start.
 KEYS: Final = 0
@@ -182,19 +187,21 @@ def seal_block(p: int, seal: int, kv_head: int, scratch: int) -> None:
     key_scale = load_long(p, LAYER.key_scale) + record
     value_scale = load_long(p, LAYER.value_scale) + record
     seal_keys, seal_values = load_long(p, LAYER.seal_keys), load_long(p, LAYER.seal_values)
-    if not load_long(p, LAYER.is_asymmetric):
-        call(seal_keys, (keys, key_dim, size, key_codes, key_scale))
-        call(seal_values, (values, value_dim, size, value_codes, value_scale))
-        return
-    key_zero = load_long(p, LAYER.key_zero) + record
     value_zero = load_long(p, LAYER.value_zero) + record
     clip = p + 8 * CLIPS
+    call(seal_values, (values, value_dim, size, value_codes, value_scale, value_zero, clip + 8))
+    if not group_size:
+        call(seal_keys, (keys, key_dim, size, key_codes, key_scale))
+        return
+    key_zero, num_wide = load_long(p, LAYER.key_zero) + record, load_long(p, LAYER.num_wide)
+    wide_codes = load_long(p, LAYER.wide_codes) + record
+    wide_channels = load_long(p, LAYER.wide_channels) + 8 * kv_head * num_wide
+    feedback = load_long(p, LAYER.feedback) + 4 * kv_head * key_dim * key_dim
     call(
         seal_keys,
-        (keys, key_dim, size, group_size, key_codes, key_scale, key_zero, clip, codes),
-    )
-    clip = p + 8 * CLIPS + 4
-    call(seal_values, (values, value_dim, size, value_codes, value_scale, value_zero, clip))
+        (keys, key_dim, size, group_size, key_codes, key_scale, key_zero, clip, codes,
+         wide_channels, num_wide, wide_codes, feedback),
+    )  # fmt: skip
 
 
 @native
@@ -290,30 +297,38 @@ def layer_bytes(layer: LayerBlocks) -> bytes:
         convert=copy_kernel(dtype, "float32").address,
     )
     if layer.sealed is not None:
-        fields = with_sealed(fields, layer.sealed, layer.bits)
-    return LAYER_STRUCT.pack(*fields, *Clips(layer.key_clip, layer.value_clip))
+        fields = with_sealed(fields, layer, layer.sealed)
+    clips = Clips(layer.key_clip, layer.wide_key_clip, layer.value_clip)
+    return LAYER_STRUCT.pack(*fields, *clips)
 
 
 stored_layer: Final = PerLayer(layer_bytes)
 
 
-def with_sealed(fields: LayerFields, sealed: SealedViews, bits: int) -> LayerFields:
+def with_sealed(fields: LayerFields, layer: LayerBlocks, sealed: SealedViews) -> LayerFields:
     """The fields with how and where to seal."""
-    is_asymmetric = sealed.num_key_groups > 0
-    if is_asymmetric:
-        seal_keys, seal_values = asymmetric_key_kernel(bits), asymmetric_value_kernel(bits)
-    else:
-        seal_keys, seal_values = symmetric_key_kernel(), symmetric_value_kernel()
+    wide_channels, feedback = layer.wide_channels, layer.feedback
+    num_groups = sealed.num_key_groups
+    seal_keys, seal_values = symmetric_key_kernel(), symmetric_value_kernel()
+    if num_groups:
+        seal_keys = channel_key_kernel(
+            layer.key_bits,
+            has_wide=wide_channels is not None,
+            has_feedback=feedback is not None,
+        )
+    if layer.value_bits < 8:
+        seal_values = value_kernel(layer.value_bits, has_zero=sealed.value_zero is not None)
     return fields._replace(
         block_size=sealed.block_size,
-        is_asymmetric=int(is_asymmetric),
-        key_group_size=sealed.block_size // sealed.num_key_groups if is_asymmetric else 0,
-        key_codes=sealed.key_codes.data_ptr(),
-        value_codes=sealed.value_codes.data_ptr(),
-        key_scale=sealed.key_scale.data_ptr(),
-        key_zero=0 if sealed.key_zero is None else sealed.key_zero.data_ptr(),
-        value_scale=sealed.value_scale.data_ptr(),
-        value_zero=0 if sealed.value_zero is None else sealed.value_zero.data_ptr(),
+        key_group_size=sealed.block_size // num_groups if num_groups else 0,
+        **{name: address_or_0(section) for name, section in sealed._asdict().items()},
+        num_wide=0 if wide_channels is None else wide_channels.shape[1],
+        wide_channels=address_or_0(wide_channels),
+        feedback=address_or_0(feedback),
         seal_keys=seal_keys.address,
         seal_values=seal_values.address,
     )
+
+
+def address_or_0(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
