@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from .microkernels import MAX_ROWS, TILE_TOKENS
+from .microkernels import MAX_ROWS, ROW_STRIDE, TILE_TOKENS
 from .native_code import (
     address_of,
     call,
@@ -39,9 +39,11 @@ from .records import (
     LAYER,
     NEW_TOKEN_ROWS,
     NEXT_ITEM,
+    NUM_TOKEN_SECTIONS,
     SCORES,
     SCRATCH_FLOATS,
     STEP,
+    TOKEN_SCALES,
     ZERO_DOTS,
     Item,
     Kernel,
@@ -120,7 +122,7 @@ def attend_open(p: int, item: int, scratch: int, position: int, num_tokens: int)
             scores = scratch + 4 * (SCORES + index * piece)
             ahead = ahead_of(p, item, scratch, position + num_tokens + index * piece, False)
             call(score, (at_key, queries, scores, key_dim, key_stride, 0, ahead))
-        soften(p, load_long(p, LAYER.softmax), item, scratch, tile, num_tokens, 0)
+        soften(p, load_long(p, LAYER.softmax), item, scratch, tile, num_tokens, 0, 0)
         add = kernel_for(p, Kernel.VALUE_OPEN, rows)
         for index in range(num_pieces):
             block, offset = divmod(position + index * piece, size)
@@ -132,66 +134,111 @@ def attend_open(p: int, item: int, scratch: int, position: int, num_tokens: int)
 
 
 @native
-def attend_sealed(p: int, item: int, scratch: int, position: int) -> None:
-    """Attend to one sealed block, that of the tokens from `position` on."""
-    num_tokens, kv_head = load_long(p, STEP.block_size), load_long(item, Item.KV_HEAD)
-    num_key_rows, num_value_rows = (
-        load_long(p, LAYER.num_key_rows),
-        load_long(p, LAYER.num_value_rows),
-    )
+def sealed_record(p: int, item: int, position: int) -> int:
+    """Where in every section the record of the sealed block of a context token lies."""
     block = load_long(table_of(p, item), position // load_long(p, STEP.open_block_size))
-    record = block * load_long(p, LAYER.block_stride)
-    record += kv_head * load_long(p, LAYER.kv_head_stride)
-    keys = load_long(p, LAYER.key_codes) + record
-    values = load_long(p, LAYER.value_codes) + record
-    key_dim, value_dim = load_long(p, LAYER.key_dim), load_long(p, LAYER.value_dim)
-    num_wide = load_long(p, LAYER.num_wide)
-    wide_channels = load_long(p, LAYER.wide_channels) + 8 * kv_head * num_wide
-    num_groups, group_shift = (
-        load_long(p, LAYER.num_key_groups),
-        load_long(p, LAYER.key_group_shift),
+    in_record = load_long(item, Item.KV_HEAD) * load_long(p, LAYER.kv_head_stride)
+    return block * load_long(p, LAYER.block_stride) + in_record
+
+
+@native
+def score_sealed(
+    p: int, item: int, scratch: int, tile: int, record: int, index: int, keys_ahead: int
+) -> None:
+    """Score the block of a record, the `index`th of those that are softened together."""
+    queries, _, _, _ = state_of_tile(scratch, tile)
+    rows, key_dim = rows_of_tile(item, tile), load_long(p, LAYER.key_dim)
+    num_groups, num_wide = load_long(p, LAYER.num_key_groups), load_long(p, LAYER.num_wide)
+    if num_groups:
+        first = index * num_groups * MAX_ROWS
+        folded, dots = scratch + 4 * (FOLDED + first * ROW_STRIDE), scratch + 4 * ZERO_DOTS
+        scale, zero = load_long(p, LAYER.key_scale), load_long(p, LAYER.key_zero)
+        call(
+            load_long(p, LAYER.fold),
+            (queries, rows, key_dim, num_groups, scale + record, zero + record, folded,
+             dots + 4 * first),
+        )  # fmt: skip
+        queries = folded
+        if num_wide:
+            wide_channels = load_long(p, LAYER.wide_channels)
+            wide_channels += 8 * load_long(item, Item.KV_HEAD) * num_wide
+            call(
+                load_long(p, LAYER.widen),
+                (folded, rows, key_dim, num_groups, wide_channels, num_wide),
+            )
+    call(
+        kernel_for(p, Kernel.SCORE_SEALED, rows),
+        (
+            load_long(p, LAYER.key_codes) + record,
+            queries,
+            scratch + 4 * (SCORES + index * load_long(p, STEP.block_size)),
+            key_dim + num_wide,
+            load_long(p, LAYER.num_key_rows),
+            load_long(p, LAYER.key_group_shift),
+            keys_ahead,
+        ),
     )
-    end = position + num_tokens
+
+
+@native
+def gather_scales(p: int, scratch: int, record: int, index: int) -> None:
+    """Lay what a block has for each token behind that of the blocks softened with it."""
+    num_tokens = load_long(p, STEP.block_size)
+    for section in range(NUM_TOKEN_SECTIONS):
+        source = load_long(p, LAYER.key_scale + section)
+        if source and section != 1 and not (section == 0 and load_long(p, LAYER.num_key_groups)):
+            target = scratch + 4 * TOKEN_SCALES + 2 * (section * TILE_TOKENS + index * num_tokens)
+            for word in range(num_tokens // 4):
+                store_long(target, word, load_long(source + record, word))
+
+
+@native
+def attend_sealed(p: int, item: int, scratch: int, position: int, num_blocks: int) -> None:
+    """Attend to sealed blocks, those of the tokens from `position` on; a tile of tokens at most."""
+    num_tokens = load_long(p, STEP.block_size)
+    end = position + num_blocks * num_tokens
     num_sealed = load_long(load_long(p, STEP.num_sealed), load_long(item, Item.SEQUENCE))
     is_last = end == load_long(p, STEP.num_head_tokens) + num_sealed * num_tokens
-    keys_ahead = ahead_of(p, item, scratch, end, False)
-    values_ahead = ahead_of(p, item, scratch, end, True)
-    # The codes ahead are fetched by the microkernels as they go, scales and zero points here.
-    metadata_ahead = keys_ahead + load_long(p, LAYER.metadata) - load_long(p, LAYER.key_codes)
-    call(load_long(p, LAYER.prefetch), (metadata_ahead, load_long(p, LAYER.metadata_bytes)))
+    metadata = load_long(p, LAYER.metadata) - load_long(p, LAYER.key_codes)
+    num_value_rows, value_dim = (
+        load_long(p, LAYER.num_value_rows),
+        load_long(p, LAYER.value_dim),
+    )
     for tile in range(-(-load_long(item, Item.NUM_ROWS) // MAX_ROWS)):
-        if not set_ranges(p, item, scratch, tile, position, num_tokens):
+        if not set_ranges(p, item, scratch, tile, position, end - position):
             continue
-        queries, outputs, _, _ = state_of_tile(scratch, tile)
-        rows = rows_of_tile(item, tile)
-        if num_groups:
-            folded, dots = scratch + 4 * FOLDED, scratch + 4 * ZERO_DOTS
-            scale, zero = load_long(p, LAYER.key_scale), load_long(p, LAYER.key_zero)
-            call(
-                load_long(p, LAYER.fold),
-                (queries, rows, key_dim, num_groups, scale + record, zero + record, folded, dots),
-            )
-            queries = folded
-            if num_wide:
-                call(
-                    load_long(p, LAYER.widen),
-                    (folded, rows, key_dim, num_groups, wide_channels, num_wide),
-                )
-        scores = scratch + 4 * SCORES
         if is_last and tile == 0:
             fetch_tail(p, item, scratch, end, False)
-        score = kernel_for(p, Kernel.SCORE_SEALED, rows)
-        num_channels = key_dim + num_wide
-        call(score, (keys, queries, scores, num_channels, num_key_rows, group_shift, keys_ahead))
+        record = 0
+        for index in range(num_blocks):
+            start = position + index * num_tokens
+            record = sealed_record(p, item, start)
+            ahead = ahead_of(p, item, scratch, start + end - position, False)
+            # Codes ahead are fetched by microkernels as they go, scales and zero points here.
+            fetched = (ahead + metadata, load_long(p, LAYER.metadata_bytes))
+            call(load_long(p, LAYER.prefetch), fetched)
+            score_sealed(p, item, scratch, tile, record, index, ahead)
+            if num_blocks > 1:
+                gather_scales(p, scratch, record, index)
         softmax = load_long(p, LAYER.softmax_sealed)
-        soften(p, softmax, item, scratch, tile, num_tokens, record)
+        if num_blocks > 1:
+            scales = scratch + 4 * TOKEN_SCALES
+            soften(p, softmax, item, scratch, tile, end - position, scales, 2 * TILE_TOKENS)
+        else:
+            soften(p, softmax, item, scratch, tile, end - position, record, 0)
         if is_last and tile == 0:
             fetch_tail(p, item, scratch, end, True)
-        add = kernel_for(p, Kernel.VALUE_SEALED, rows)
-        call(
-            add,
-            (values, scores, outputs, num_value_rows, num_value_rows, value_dim, values_ahead),
-        )
+        _, outputs, _, _ = state_of_tile(scratch, tile)
+        add = kernel_for(p, Kernel.VALUE_SEALED, rows_of_tile(item, tile))
+        for index in range(num_blocks):
+            start = position + index * num_tokens
+            ahead = ahead_of(p, item, scratch, start + end - position, True)
+            values = load_long(p, LAYER.value_codes) + sealed_record(p, item, start)
+            weights = scratch + 4 * (SCORES + index * num_tokens)
+            call(
+                add,
+                (values, weights, outputs, num_value_rows, num_value_rows, value_dim, ahead),
+            )
 
 
 @native
@@ -220,7 +267,7 @@ def attend_new(p: int, item: int, scratch: int, start: int, num_tokens: int) -> 
                 score,
                 (keys + 4 * offset, queries, target, key_dim, 4 * padded, 0, keys + 4 * offset),
             )
-        soften(p, load_long(p, LAYER.softmax), item, scratch, tile, num_tokens, 0)
+        soften(p, load_long(p, LAYER.softmax), item, scratch, tile, num_tokens, 0, 0)
         call(
             kernel_for(p, Kernel.VALUE_NEW, rows),
             (values, scratch + 4 * SCORES, outputs, num_tokens, 0, value_stride, values),
@@ -259,8 +306,10 @@ def attend_context(p: int, item: int, scratch: int) -> None:
         attend_open(p, item, scratch, position, min(head_end - position, TILE_TOKENS))
     if num_sealed:
         # Parts of a context begin and end between blocks.
-        for position in range(max(start, head_end), min(end, body_end), block_size):
-            attend_sealed(p, item, scratch, position)
+        sealed_end, tile = min(end, body_end), max(TILE_TOKENS, block_size)
+        for position in range(max(start, head_end), sealed_end, tile):
+            num_blocks = min(sealed_end - position, tile) // block_size
+            attend_sealed(p, item, scratch, position, num_blocks)
     for position in range(max(start, body_end), end, TILE_TOKENS):
         attend_open(p, item, scratch, position, min(end - position, TILE_TOKENS))
 

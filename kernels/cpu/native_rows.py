@@ -145,6 +145,11 @@ def set_ranges(p: int, item: int, scratch: int, tile: int, position: int, num_to
     windows = load_long(p, STEP.window_sizes)
     num_sinks = num_sinks_of(p, item)
     own_window = load_long(windows, sequence) if windows else 0
+    if position + num_tokens <= context_len and not (windows or window or chunk):
+        for row in range(rows_of_tile(item, tile)):  # the usual case, without a division
+            store_long(ranges, row, 0)
+            store_long(ranges, MAX_ROWS + row, num_tokens)
+        return num_tokens > 0
     is_any_visible = False
     for row in range(rows_of_tile(item, tile)):
         query_position = context_len + (first_row + row) // query_group_size
@@ -168,9 +173,28 @@ def set_ranges(p: int, item: int, scratch: int, tile: int, position: int, num_to
 
 @native
 def soften(
-    p: int, kernel: int, item: int, scratch: int, tile: int, num_tokens: int, record: int
+    p: int,
+    kernel: int,
+    item: int,
+    scratch: int,
+    tile: int,
+    num_tokens: int,
+    scales: int,
+    section_bytes: int,
 ) -> None:
-    """Scores of a tile of tokens to weights."""
+    """Scores of a tile of tokens to weights.
+
+    What there is for each token lies in a record, of which `scales` is the place, or gathered from
+    `scales` on, a section `section_bytes` behind the one before.
+    """
+    key_scale, value_scale, value_zero = scales, scales, scales
+    if section_bytes:
+        value_scale += 2 * section_bytes
+        value_zero += 3 * section_bytes
+    else:
+        key_scale += load_long(p, LAYER.key_scale)
+        value_scale += load_long(p, LAYER.value_scale)
+        value_zero += load_long(p, LAYER.value_zero)
     _, outputs, maxima, sums = state_of_tile(scratch, tile)
     call(
         kernel,
@@ -185,9 +209,9 @@ def soften(
             outputs,
             load_long(p, LAYER.value_dim),
             p + 8 * CALL_NUMBERS + 8,
-            load_long(p, LAYER.key_scale) + record,
-            load_long(p, LAYER.value_scale) + record,
-            load_long(p, LAYER.value_zero) + record,
+            key_scale,
+            value_scale,
+            value_zero,
             scratch + 4 * ZERO_DOTS,
             load_long(p, LAYER.key_group_shift),
         ),

@@ -19,6 +19,7 @@ from .microkernels import (
     ROW_STRIDE,
     SCORE_STRIDE,
     STATE_LANES,
+    TILE_TOKENS,
 )
 
 MAX_ITEM_ROWS: Final = 32  # query rows of one work item
@@ -184,7 +185,10 @@ MAXIMA: Final = SUMS + NUM_TILES * 2 * MAX_ROWS * STATE_LANES
 NUMBERS: Final = MAXIMA + MAX_ITEM_ROWS
 RANGES: Final = NUMBERS + 4  # [2][MAX_ROWS] 64-bit: first visible token and one past the last
 NEXT_ITEM: Final = RANGES + 4 * MAX_ROWS  # 64-bit address
-SCRATCH_FLOATS: Final = -(-(NEXT_ITEM + 2) // 1024) * 1024
+# Key scale, key zero point, value scale, value zero point, as in `LayerFields`: halves [4][tile].
+NUM_TOKEN_SECTIONS: Final = 4
+TOKEN_SCALES: Final = NEXT_ITEM + 4
+SCRATCH_FLOATS: Final = -(-(TOKEN_SCALES + 2 * TILE_TOKENS) // 1024) * 1024
 PARTIAL_FLOATS: Final = ROW_STRIDE  # output, then maximum and sum behind it
 PARTIAL_MAXIMUM: Final = ROW_STRIDE - 2
 PARTIAL_SUM: Final = ROW_STRIDE - 1
