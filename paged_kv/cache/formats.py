@@ -22,7 +22,7 @@ RECORD_ALIGNMENT: Final = 16
 METADATA_BYTES: Final = 2  # scales and zero points are fp16
 NATIVE_BLOCK_SIZE: Final = 16
 QUANTIZED_BITS: Final = (2, 4, 8)
-WIDE_SHARES: Final = (0.0, 0.125, 0.25, 0.5)
+WIDE_SHARES: Final = (0.0, 0.125, 0.25, 0.375, 0.5)
 WIDE_ALIGNMENT: Final = 8  # wide channels, as dimensions, come in multiples of it
 MAX_BLOCK_SIZE: Final = 1 << 20  # tokens, of what has no smaller limit
 LEAST_SIZES: Final = {
@@ -170,11 +170,18 @@ INT8: Final = KVFormat(name="int8", key_bits=8, value_bits=8, block_size=64, min
 INT8_TOKEN: Final = KVFormat(
     name="int8-token", key_bits=8, value_bits=8, has_token_keys=True, min_tail_tokens=0
 )
+# Clip ratios, sizes of blocks and of tails with the least divergence a byte on a real model, that of
+# short sequences included; see bench/NOTES.md.
 INT4: Final = KVFormat(
-    name="int4", key_bits=4, value_bits=4, has_error_feedback=True, rotates_values=True
+    name="int4",
+    key_bits=4,
+    value_bits=4,
+    has_error_feedback=True,
+    rotates_values=True,
+    block_size=64,
+    value_clip=0.95,
 )
-# The clip ratios with the least divergence on a real model; see bench/NOTES.md.
-K4V2: Final = replace(INT4, name="k4v2", value_bits=2, value_clip=0.8)
+K4V2: Final = replace(INT4, name="k4v2", value_bits=2, value_clip=0.8, block_size=128)
 INT2: Final = KVFormat(
     name="int2",
     key_bits=2,
@@ -182,8 +189,15 @@ INT2: Final = KVFormat(
     wide_key_share=0.25,
     has_error_feedback=True,
     rotates_values=True,
-    key_clip=0.75,
-    value_clip=0.8,
+    block_size=64,
+    key_clip=0.8,
+    value_clip=0.85,
+    min_tail_tokens=24,
+)
+# For long sequences: twice the block leaves room for half as many wide channels again, but a tail of
+# up to 159 tokens.
+INT2_LONG: Final = replace(
+    INT2, name="int2-long", wide_key_share=0.375, block_size=128, min_tail_tokens=32
 )
 # KIVI as published: groups of 32 tokens, no clipping, the newest 128 tokens in full precision.
 KIVI2: Final = KVFormat(
@@ -194,7 +208,7 @@ KIVI2: Final = KVFormat(
     num_sink_tokens=0,
     min_tail_tokens=128,
 )
-FORMATS: Final = {f.name: f for f in (NATIVE, INT8, INT8_TOKEN, INT4, K4V2, INT2, KIVI2)}
+FORMATS: Final = {f.name: f for f in (NATIVE, INT8, INT8_TOKEN, INT4, K4V2, INT2, INT2_LONG, KIVI2)}
 
 
 def resolve_format(kv_format: str | KVFormat) -> KVFormat:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 from ..validation import require_instance
 
-DAMPING: Final = 0.02  # of the mean variance, so that what was never seen is not certain
+DAMPING: Final = 0.1  # of the mean variance, so that what was never seen is not certain
 
 
 def usual_channel_order(key_dim: int) -> NDArray[np.int16]:
