@@ -61,7 +61,6 @@ def attend_prefill(
     ROWS_OF_VALUES: tl.constexpr = LAYOUT.BLOCK_SIZE * LAYOUT.VALUE_BITS // 8
     HAS_VALUE_ZEROS: tl.constexpr = sections.value_zero is not None
     IS_KEY_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
-    IS_WIDE_PADDED: tl.constexpr = LAYOUT.NUM_WIDE != LAYOUT.WIDE_COLUMNS
     IS_VALUE_PADDED: tl.constexpr = SHAPE.VALUE_DIM != VALUE_COLUMNS
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     value_channel = tl.arange(0, VALUE_COLUMNS)
@@ -126,12 +125,10 @@ def attend_prefill(
             zeros = tl.broadcast_to(zeros, codes.shape)
             scores = none
             if LAYOUT.NUM_WIDE > 0:
-                upper = load_padded(
-                    sections.wide_codes + record + key_row * LAYOUT.WIDE_STRIDES[0] + wide_offsets,
-                    wide_exists[:, None], IS_WIDE_PADDED,
-                )  # fmt: skip
+                upper = sections.wide_codes + record + key_row * LAYOUT.WIDE_STRIDES[0]
+                upper = tl.load(upper + wide_offsets)
                 upper = codes_of_plane(upper, shift, LAYOUT.KEY_BITS) * (1 << LAYOUT.KEY_BITS)
-                wide_scales = load_padded(group_scales + wide_channel, wide_exists, IS_WIDE_PADDED)
+                wide_scales = tl.load(group_scales + wide_channel)
                 scores = dot(wide_queries, upper * wide_scales[:, None], scores)
             if LAYOUT.KEY_BITS == 8:  # fp16 has no room for 8 bits beside a large zero point
                 scores = dot(queries, zeros, scores)

@@ -70,7 +70,6 @@ def attend_sealed(
     VALUE_TILES: tl.constexpr = PLANES * LAYOUT.VALUE_BITS // 8
     IS_KEY_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
     IS_VALUE_PADDED: tl.constexpr = SHAPE.VALUE_DIM != VALUE_COLUMNS
-    IS_WIDE_PADDED: tl.constexpr = LAYOUT.NUM_WIDE != LAYOUT.WIDE_COLUMNS
     HAS_VALUE_ZEROS: tl.constexpr = sections.value_zero is not None
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     value_channel = tl.arange(0, VALUE_COLUMNS)
@@ -88,7 +87,6 @@ def attend_sealed(
         wide_column = tl.arange(0, LAYOUT.WIDE_COLUMNS)
         wide_offsets = row[:, None] * LAYOUT.WIDE_STRIDES[0]
         wide_offsets += wide_column[None, :] * LAYOUT.WIDE_STRIDES[1]
-        wide_exists = wide_column[None, :] < LAYOUT.NUM_WIDE
 
     reference = tl.full([ROWS], NO_REFERENCE, tl.float32)
     totals = tl.zeros([TILE, ROWS], tl.float32)
@@ -110,7 +108,7 @@ def attend_sealed(
         if LAYOUT.NUM_WIDE > 0:
             wide_keys = load_tiles(
                 sections.wide_codes + record + first_row * LAYOUT.WIDE_STRIDES[0] + wide_offsets,
-                ROWS_OF_PLANE * LAYOUT.WIDE_STRIDES[0], KEY_TILES, wide_exists, IS_WIDE_PADDED,
+                ROWS_OF_PLANE * LAYOUT.WIDE_STRIDES[0], KEY_TILES, None, IS_PADDED=False,
             )  # fmt: skip
         values = load_tiles(
             sections.value_codes + record + first_row * LAYOUT.VALUE_STRIDES[0] + value_offsets,
@@ -192,10 +190,13 @@ def load_wide_channels(sections, kv_head, LAYOUT: tl.constexpr):
 
 @triton.jit
 def load_wide_queries(query, sections, where, SHAPE: tl.constexpr, LAYOUT: tl.constexpr):
-    """What goes with wide codes: queries of their channels times what a code counts; channels."""
+    """What goes with wide codes: queries of their channels times what a code counts; channels.
+
+    Behind the last of them, queries are 0 and codes are other bytes of the record.
+    """
     channel, exists = load_wide_channels(sections, where[1], LAYOUT)
     queries = load_channels(query, where, channel, exists, SHAPE, tl.float16, TRANSPOSED=0)
-    return queries * (1 << LAYOUT.KEY_BITS), channel, exists
+    return queries * (1 << LAYOUT.KEY_BITS), channel
 
 
 @triton.jit
@@ -239,7 +240,7 @@ def score_planes(
     none = tl.zeros([TILE, queries.shape[1]], tl.float32)
     planes = planes_of_tiles(keys, LAYOUT.KEY_BITS)
     if LAYOUT.NUM_WIDE > 0:
-        wide_queries, wide_channel, wide_exists = wide
+        wide_queries, wide_channel = wide
         wide_planes = planes_of_tiles(wide_keys, LAYOUT.KEY_BITS)
     scores = ()
     for plane in tl.static_range(PLANES):
@@ -253,8 +254,7 @@ def score_planes(
             zeros = tl.broadcast_to(zeros[None, :], keys[0].shape)
             zero_scores = dot(zeros, queries, none) * factor
             if LAYOUT.NUM_WIDE > 0:
-                at = scales_and_zeros[0] + group * SHAPE.KEY_DIM + wide_channel
-                scales = load_padded(at, wide_exists, LAYOUT.NUM_WIDE != LAYOUT.WIDE_COLUMNS)
+                scales = tl.load(scales_and_zeros[0] + group * SHAPE.KEY_DIM + wide_channel)
                 wide_scaled = wide_queries * scales[:, None]
         unit = factor * (UNIT / (1 << (plane // KEY_TILES * LAYOUT.KEY_BITS)))
         products = none

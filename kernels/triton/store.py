@@ -19,7 +19,7 @@ from .launch import seal_launch
 from .seal import seal_blocks as seal_blocks_kernel
 
 
-LEAST_COLUMNS: Final = 16  # of a product
+LEAST_WIDE_COLUMNS: Final = 32  # fewer codes would be shuffled on their way to the product
 
 
 def power_of_2(number: int) -> int:
@@ -93,7 +93,7 @@ def sealed_layout(step: StepInputs, sealed: SealedViews, layer: LayerBlocks) -> 
     num_wide = sealed.wide_codes.shape[3]
     return layout._replace(
         NUM_WIDE=num_wide,
-        WIDE_COLUMNS=max(power_of_2(num_wide), LEAST_COLUMNS),
+        WIDE_COLUMNS=max(power_of_2(num_wide), LEAST_WIDE_COLUMNS),
         WIDE_STRIDES=sealed.wide_codes.stride()[2:],
     )
 
