@@ -169,9 +169,7 @@ def attend_sealed(
 
 
 @triton.jit
-def load_tiles(
-    pointers, step, NUM_TILES: tl.constexpr, exists, IS_PADDED: tl.constexpr
-):
+def load_tiles(pointers, step, NUM_TILES: tl.constexpr, exists, IS_PADDED: tl.constexpr):
     """A tuple of tiles of codes, `step` bytes from one to the next."""
     tiles = ()
     for tile in tl.static_range(NUM_TILES):
