@@ -135,7 +135,7 @@ def record_launches(
     geometry = cache_geometry([layer], dtype)
     layout = layer.record_layout(dtype)
     arena = torch.empty(16, num_kv_heads, layout.record_bytes, dtype=torch.uint8, device=META)
-    blocks = layer_blocks(arena, layout, dtype, geometry.open_block_size)
+    blocks = layer_blocks(arena, layer, dtype, geometry.open_block_size)
 
     def longs(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=META)
@@ -183,7 +183,9 @@ def bytes_of_tile(launch: Launch) -> int:
         itemsize = launch.arguments["open_blocks"].element_size()
         return int(tile * (shape.KEY_DIM + shape.VALUE_DIM) * itemsize)
     is_prefill = launch.name == "attend_prefill"  # whose tiles are of tokens, not of rows of codes
-    tiled = layout.BLOCK_SIZE if is_prefill else layout.BLOCK_SIZE * layout.BITS // 8
+    tiled = layout.BLOCK_SIZE
+    if not is_prefill:
+        tiled = layout.BLOCK_SIZE * min(layout.KEY_BITS, layout.VALUE_BITS) // 8
     return int(layout.RECORD_SIZE * tile // tiled)
 
 

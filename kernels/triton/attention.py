@@ -44,6 +44,7 @@ from .store import (
     open_tokens,
     power_of_2,
     rows_of,
+    rows_of_plane,
     sealed_layout,
     shape_of,
 )
@@ -205,17 +206,17 @@ def run_sealed(call: Call, sealed: SealedViews, group: RowGroup, parts: Parts) -
     step, num_key_groups = call.plan.step, sealed.num_key_groups
     _, num_splits = call.num_splits(group)
     group_tokens = step.block_size // max(num_key_groups, 1)
-    launch = launch_for(call, group, call.layer.bits)
-    tile = min(launch.tile, sealed.key_codes.shape[2], group_tokens)
+    launch = launch_for(call, group, min(call.layer.key_bits, call.layer.value_bits))
+    tile = min(launch.tile, rows_of_plane(call.layer, sealed), group_tokens)
     kernel = attend_prefill if group.is_prefill else attend_sealed
     kernel[len(group.tiles), call.new.key.shape[1], num_splits](
         call.new_rows.query,
-        Sections(*sealed),
+        Sections(*sealed, call.layer.wide_channels),
         step_tensors(step, group),
         parts,
         call.rule_numbers,
         SHAPE=call.shape,
-        LAYOUT=sealed_layout(step, sealed, call.layer.bits),
+        LAYOUT=sealed_layout(step, sealed, call.layer),
         SPLIT=call.split(group, tile, num_splits, -(-MIN_SPLIT_TOKENS // step.block_size)),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

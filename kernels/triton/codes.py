@@ -100,8 +100,13 @@ def signed_codes(codes):
 
 @triton.jit
 def codes_of_plane(codes, shift, BITS: tl.constexpr):
-    """The bits of one plane, `shift` of which are below it, as whole fp16 numbers."""
-    if INTERPRETED:
+    """The bits of one plane, `shift` of which are below it, as whole fp16 numbers.
+
+    8 bits: code - 128.
+    """
+    if BITS == 8:
+        return signed_codes(codes)
+    elif INTERPRETED:
         return ((codes >> shift) & ((1 << BITS) - 1)).to(tl.float16)
     else:
         MASK: tl.constexpr = "0x0f0f0f0f" if BITS == 4 else "0x03030303"
@@ -124,6 +129,23 @@ def codes_of_plane(codes, shift, BITS: tl.constexpr):
             is_pure=True,
             pack=4,
         )
+
+
+@triton.jit
+def planes_of_tiles(tiles, BITS: tl.constexpr):
+    """A tuple of the planes of all tiles, in the order of their tokens in a block.
+
+    Tile i of n holds every n-th plane from the i-th on: where keys have more bits than values, or
+    the other way round, several tiles of the one go with a tile of the other.
+    """
+    planes_of_tile = ()
+    for tile in tl.static_range(len(tiles)):
+        planes_of_tile = planes_of_tile + (planes_of_codes(tiles[tile], BITS),)
+    planes = ()
+    for plane in tl.static_range(8 // BITS):
+        for tile in tl.static_range(len(tiles)):
+            planes = planes + (planes_of_tile[tile][plane],)
+    return planes
 
 
 @triton.jit

@@ -33,14 +33,16 @@ class NewKeysAndValues(NamedTuple):
 
 
 class Sections(NamedTuple):
-    """Those of sealed blocks; see `SealedViews`."""
+    """Those of sealed blocks, see `SealedViews`, and the channels that `wide_codes` are of."""
 
     key_codes: Tensor
+    wide_codes: Tensor | None
     value_codes: Tensor
     key_scale: Tensor
     key_zero: Tensor | None
     value_scale: Tensor
     value_zero: Tensor | None
+    wide_channels: Tensor | None  # [H, NUM_WIDE]
 
 
 class OpenTokens(NamedTuple):
@@ -66,11 +68,13 @@ class Seals(NamedTuple):
     sources: Tensor
 
 
-class Clips(NamedTuple):
-    """What ranges are shrunk by."""
+class Coding(NamedTuple):
+    """What ranges are shrunk by, and what errors add to channels; see `LayerBlocks`."""
 
-    key: float
-    value: float
+    key_clip: float
+    wide_key_clip: float
+    value_clip: float
+    feedback: Tensor | None
 
 
 class StepTensors(NamedTuple):
@@ -125,15 +129,20 @@ class Shape(NamedTuple):
 class Layout(NamedTuple):
     """How blocks lie in a layer's arena."""
 
-    BITS: int  # of a code
     BLOCK_SIZE: int
     OPEN_BLOCK_SIZE: int
     NUM_HEAD_TOKENS: int
-    NUM_KEY_GROUPS: int
     HAS_BODY: bool  # whether blocks are ever sealed
     RECORD_SIZE: int  # of one kv head's block, in bytes; open blocks: in their elements
     KEY_STRIDES: tuple[int, ...]  # of a row and of a channel; of codes, or of open keys
     VALUE_STRIDES: tuple[int, ...]
+    # Of sealed blocks only:
+    KEY_BITS: int = 0  # of a code
+    VALUE_BITS: int = 0
+    NUM_KEY_GROUPS: int = 0
+    NUM_WIDE: int = 0  # channels of a key
+    WIDE_COLUMNS: int = 0  # the same, padded
+    WIDE_STRIDES: tuple[int, ...] = ()
     TILE: int = 0  # rows of codes that sealing makes at once
 
 

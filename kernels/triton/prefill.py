@@ -29,10 +29,9 @@ from .codes import (
     fast_log2,
     load_padded,
     rounded_to,
-    signed_codes,
 )
-from .rows import load_queries, store_part
-from .sealed import LEAST_SCALE
+from .rows import load_channels, load_queries, store_part
+from .sealed import LEAST_SCALE, load_wide_channels
 
 
 @triton.jit
@@ -58,7 +57,9 @@ def attend_prefill(
     )
 
     TILES: tl.constexpr = LAYOUT.BLOCK_SIZE // TILE  # of a block
-    ROWS_OF_CODES: tl.constexpr = LAYOUT.BLOCK_SIZE * LAYOUT.BITS // 8
+    ROWS_OF_KEYS: tl.constexpr = LAYOUT.BLOCK_SIZE * LAYOUT.KEY_BITS // 8
+    ROWS_OF_VALUES: tl.constexpr = LAYOUT.BLOCK_SIZE * LAYOUT.VALUE_BITS // 8
+    HAS_VALUE_ZEROS: tl.constexpr = sections.value_zero is not None
     IS_KEY_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
     IS_VALUE_PADDED: tl.constexpr = SHAPE.VALUE_DIM != VALUE_COLUMNS
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
@@ -69,6 +70,16 @@ def attend_prefill(
     value_offsets = (
         row[:, None] * LAYOUT.VALUE_STRIDES[0] + value_channel[None, :] * LAYOUT.VALUE_STRIDES[1]
     )
+
+    if LAYOUT.NUM_WIDE > 0:
+        wide_channel, wide_exists = load_wide_channels(sections, kv_head, LAYOUT)
+        where = token, kv_head, rows, num_rows
+        wide_queries = load_channels(
+            query, where, wide_channel, wide_exists, SHAPE, tl.float16, TRANSPOSED=1
+        )
+        wide_column = tl.arange(0, LAYOUT.WIDE_COLUMNS)
+        wide_offsets = row[None, :] * LAYOUT.WIDE_STRIDES[0]
+        wide_offsets += wide_column[:, None] * LAYOUT.WIDE_STRIDES[1]
 
     reference = tl.full([ROWS], NO_REFERENCE, tl.float32)
     none = tl.zeros([ROWS, TILE], tl.float32)
@@ -83,14 +94,14 @@ def attend_prefill(
         record = (following * SHAPE.NUM_KV_HEADS + kv_head) * LAYOUT.RECORD_SIZE
         following = load_block_id(table, tl.minimum(index + 1, end - 1) // TILES, None, LAYOUT)
         first_of_tile = index % TILES * TILE  # token of the block
-        first_code_row = first_of_tile % ROWS_OF_CODES
+        key_row = first_of_tile % ROWS_OF_KEYS
+        value_row = first_of_tile % ROWS_OF_VALUES
         keys = load_padded(
-            sections.key_codes + record + first_code_row * LAYOUT.KEY_STRIDES[0] + key_offsets,
+            sections.key_codes + record + key_row * LAYOUT.KEY_STRIDES[0] + key_offsets,
             channel[:, None] < SHAPE.KEY_DIM, IS_KEY_PADDED,
         )  # fmt: skip
         values = load_padded(
-            sections.value_codes + record + first_code_row * LAYOUT.VALUE_STRIDES[0]
-            + value_offsets,
+            sections.value_codes + record + value_row * LAYOUT.VALUE_STRIDES[0] + value_offsets,
             value_channel[None, :] < SHAPE.VALUE_DIM, IS_VALUE_PADDED,
         )  # fmt: skip
         metadata = record // 2
@@ -98,30 +109,36 @@ def attend_prefill(
         value_scales = tl.load(sections.value_scale + metadata + in_block).to(tl.float32)
         value_scales = tl.maximum(value_scales, LEAST_SCALE)
         inverse_scales = fast_inverse(value_scales)
-        if LAYOUT.BITS == 8:
+        shift = first_of_tile // ROWS_OF_KEYS * LAYOUT.KEY_BITS
+        codes = codes_of_plane(keys, shift, LAYOUT.KEY_BITS)
+        if LAYOUT.NUM_KEY_GROUPS == 0:
             key_scales = tl.load(sections.key_scale + metadata + in_block).to(tl.float32)
-            scores = dot(queries, signed_codes(keys), none) * (key_scales * factor)[None, :]
-            values = signed_codes(values)
+            scores = dot(queries, codes, none) * (key_scales * factor)[None, :]
         else:
-            shift = first_of_tile // ROWS_OF_CODES * LAYOUT.BITS
-            at = (
-                metadata
-                + first_of_tile * LAYOUT.NUM_KEY_GROUPS // LAYOUT.BLOCK_SIZE * SHAPE.KEY_DIM
-                + channel
-            )
-            scales = load_padded(sections.key_scale + at, channel < SHAPE.KEY_DIM, IS_KEY_PADDED)[
-                :, None
-            ]
-            zeros = load_padded(sections.key_zero + at, channel < SHAPE.KEY_DIM, IS_KEY_PADDED)[
-                :, None
-            ]
-            codes = codes_of_plane(keys, shift, LAYOUT.BITS)
-            scales, zeros = (
-                tl.broadcast_to(scales, codes.shape),
-                tl.broadcast_to(zeros, codes.shape),
-            )
-            scores = dot(queries, tl.fma(codes, scales, zeros), none) * factor  # rounded once
-            values = codes_of_plane(values, shift, LAYOUT.BITS)
+            group = first_of_tile * LAYOUT.NUM_KEY_GROUPS // LAYOUT.BLOCK_SIZE
+            group_scales = sections.key_scale + metadata + group * SHAPE.KEY_DIM
+            at = metadata + group * SHAPE.KEY_DIM + channel
+            key_exists = channel < SHAPE.KEY_DIM
+            scales = load_padded(group_scales + channel, key_exists, IS_KEY_PADDED)[:, None]
+            zeros = load_padded(sections.key_zero + at, key_exists, IS_KEY_PADDED)[:, None]
+            scales = tl.broadcast_to(scales, codes.shape)
+            zeros = tl.broadcast_to(zeros, codes.shape)
+            scores = none
+            if LAYOUT.NUM_WIDE > 0:
+                upper = sections.wide_codes + record + key_row * LAYOUT.WIDE_STRIDES[0]
+                upper = tl.load(upper + wide_offsets)
+                upper = codes_of_plane(upper, shift, LAYOUT.KEY_BITS) * (1 << LAYOUT.KEY_BITS)
+                wide_scales = tl.load(group_scales + wide_channel)
+                scores = dot(wide_queries, upper * wide_scales[:, None], scores)
+            if LAYOUT.KEY_BITS == 8:  # fp16 has no room for 8 bits beside a large zero point
+                scores = dot(queries, zeros, scores)
+                scores = dot(queries, codes * scales, scores) * factor
+            else:
+                scores = dot(queries, tl.fma(codes, scales, zeros), scores) * factor  # rounded once
+        shift = first_of_tile // ROWS_OF_VALUES * LAYOUT.VALUE_BITS
+        values = codes_of_plane(values, shift, LAYOUT.VALUE_BITS)
+        if LAYOUT.VALUE_BITS < 8 and not HAS_VALUE_ZEROS:
+            values = values - 0.5 * ((1 << LAYOUT.VALUE_BITS) - 1)  # codes lie around 0
 
         exponents = (
             cap_scores(scores, rules.softcap, SPLIT.HAS_SOFTCAP) + fast_log2(value_scales)[None, :]
@@ -135,12 +152,12 @@ def attend_prefill(
         reference = new_reference
         weights = fast_exp2(exponents - reference[:, None])
         totals = totals * shrink + tl.sum(weights * inverse_scales[None, :], 1)
-        if LAYOUT.BITS < 8:
+        if HAS_VALUE_ZEROS:
             zeros = (
                 tl.load(sections.value_zero + metadata + in_block).to(tl.float32) * inverse_scales
             )
             zero_part = zero_part * shrink + tl.sum(weights * zeros[None, :], 1)
         output = dot(rounded_to(weights, tl.float16), values, output * shrink[:, None])
-    if LAYOUT.BITS < 8:
+    if HAS_VALUE_ZEROS:
         output += zero_part[:, None]
     store_part(parts, part, output, reference, totals, SHAPE, TRANSPOSED=1)

@@ -56,12 +56,28 @@ def load_queries(
     TRANSPOSED: tl.constexpr,
 ):
     """Rows of one kv head as columns [channels, rows]; 0 beyond the last row and channel."""
+    channel = tl.arange(0, SHAPE.KEY_COLUMNS)
+    where = token, kv_head, rows, num_rows
+    return load_channels(query, where, channel, channel < SHAPE.KEY_DIM, SHAPE, DTYPE, TRANSPOSED)
+
+
+@triton.jit
+def load_channels(
+    query,
+    where,
+    channel,
+    exists,
+    SHAPE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """As `load_queries`, these channels; `where` are its arguments from `token` to `num_rows`."""
+    token, kv_head, rows, num_rows = where
     tokens = token + rows // SHAPE.QUERY_GROUP_SIZE
     heads = kv_head * SHAPE.QUERY_GROUP_SIZE + rows % SHAPE.QUERY_GROUP_SIZE
-    channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     at = as_row(tokens * query.token_stride + heads * query.head_stride, TRANSPOSED)
     at += as_column(channel, TRANSPOSED)
-    exists = as_row(rows < num_rows, TRANSPOSED) & as_column(channel < SHAPE.KEY_DIM, TRANSPOSED)
+    exists = as_row(rows < num_rows, TRANSPOSED) & as_column(exists, TRANSPOSED)
     return tl.load(query.rows + at, mask=exists, other=0).to(tl.float32).to(DTYPE)
 
 

@@ -43,21 +43,38 @@ def to_metadata(numbers):
 
 
 @triton.jit
-def to_codes(numbers, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Quotients rounded to even and clamped; 0 where the scale is 0 or there is no number."""
+def to_codes(numbers, scale, low, high, OFFSET: tl.constexpr):
+    """Quotients plus OFFSET, rounded to even and clamped.
+
+    A quotient is 0 where the scale is 0 or there is no number.
+    """
     quotient = tl.div_rn(numbers, tl.where(scale == 0, float("inf"), scale))
-    quotient = tl.where(quotient == quotient, quotient, 0.0)
-    quotient = tl.minimum(tl.maximum(quotient, LOW), HIGH)
+    quotient = tl.where(quotient == quotient, quotient, 0.0) + OFFSET
+    quotient = tl.minimum(tl.maximum(quotient, low), high)
     return (quotient + ROUNDER) - ROUNDER
 
 
 @triton.jit
-def scale_and_zero(low, high, clip, TOP_CODE: tl.constexpr):
-    """fp16 scale and zero point of a range that is shrunk about its middle."""
+def scale_and_zero(low, high, clip, top_code, BITS: tl.constexpr):
+    """fp16 scale and zero point of a range that is shrunk about its middle.
+
+    The zero point of 8 bits is the middle, that of fewer the lower end.
+    """
     middle, half_range = (low + high) / 2, (high - low) / 2 * clip
-    return to_metadata(tl.div_rn(2 * half_range, TOP_CODE + tl.zeros_like(low))), to_metadata(
-        middle - half_range
-    )
+    scale = to_metadata(tl.div_rn(2 * half_range, top_code + tl.zeros_like(low)))
+    if BITS == 8:
+        return scale, to_metadata(middle)
+    else:
+        return scale, to_metadata(middle - half_range)
+
+
+@triton.jit
+def asymmetric_codes(numbers, scale, zero, top_code, BITS: tl.constexpr):
+    """Codes of `scale_and_zero`, as they count: those of 8 bits around 0."""
+    if BITS == 8:
+        return to_codes(numbers - zero, scale, -INT8_OFFSET, INT8_LIMIT, 0.0)
+    else:
+        return to_codes(numbers - zero, scale, 0.0, top_code, 0.0)
 
 
 @triton.jit
@@ -100,7 +117,7 @@ def seal_blocks(
     open_keys,
     open_values,
     sections,
-    clips,
+    coding,
     SHAPE: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
@@ -108,92 +125,248 @@ def seal_blocks(
 
     `sources` [blocks, BLOCK_SIZE]: open slot, or ~index of a new token.
     """
-    KEY_COLUMNS: tl.constexpr = SHAPE.KEY_COLUMNS
-    TILE: tl.constexpr = LAYOUT.TILE
-    VALUE_COLUMNS: tl.constexpr = SHAPE.VALUE_COLUMNS
     seal, kv_head = tl.program_id(0), tl.program_id(1)
     record = (tl.load(seals.block_ids + seal) * SHAPE.NUM_KV_HEADS + kv_head) * LAYOUT.RECORD_SIZE
-    metadata = record // 2
-    sources = seals.sources + seal * LAYOUT.BLOCK_SIZE
-    row = tl.arange(0, TILE)
-    channel = tl.arange(0, KEY_COLUMNS)
-    value_channel = tl.arange(0, VALUE_COLUMNS)
+    place = record, kv_head, seals.sources + seal * LAYOUT.BLOCK_SIZE
+    if LAYOUT.NUM_KEY_GROUPS == 0:
+        seal_token_keys(place, new.key, open_keys, sections, SHAPE, LAYOUT)
+    elif coding.feedback is not None:
+        seal_keys_in_turn(place, new.key, open_keys, sections, coding, SHAPE, LAYOUT)
+    else:
+        seal_keys(place, new.key, open_keys, sections, coding, SHAPE, LAYOUT)
+    seal_values(place, new.value, open_values, sections, coding, SHAPE, LAYOUT)
+
+
+@triton.jit
+def seal_token_keys(
+    place, new_keys, open_keys, sections, SHAPE: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Keys with a scale for each, of 8 bits: a row of codes is a token."""
+    record, kv_head, sources = place
+    row = tl.arange(0, LAYOUT.TILE)
+    channel = tl.arange(0, SHAPE.KEY_COLUMNS)
+    for tile in range(LAYOUT.BLOCK_SIZE // LAYOUT.TILE):
+        token = tile * LAYOUT.TILE + row
+        keys = load_tokens(
+            tl.load(sources + token), kv_head, new_keys, open_keys, SHAPE.KEY_DIM,
+            SHAPE.KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+        )  # fmt: skip
+        codes, scale = symmetric_codes(keys)
+        tl.store(sections.key_scale + record // 2 + token, scale)
+        store_codes(
+            sections.key_codes + record, codes, token, channel, channel < SHAPE.KEY_DIM,
+            LAYOUT.KEY_STRIDES,
+        )  # fmt: skip
+
+
+@triton.jit
+def seal_keys(
+    place, new_keys, open_keys, sections, coding, SHAPE: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Keys with scales and zero points of channels: a range over a group's tokens, then codes."""
+    record, kv_head, sources = place
+    KEY_COLUMNS: tl.constexpr = SHAPE.KEY_COLUMNS
+    TILE: tl.constexpr = LAYOUT.TILE
+    BITS: tl.constexpr = LAYOUT.KEY_BITS
     NUM_KEY_GROUPS: tl.constexpr = LAYOUT.NUM_KEY_GROUPS
-    PLANES: tl.constexpr = 8 // LAYOUT.BITS
+    PLANES: tl.constexpr = 8 // BITS
     ROWS_OF_CODES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
     TILES_OF_BLOCK: tl.constexpr = ROWS_OF_CODES // TILE
-    TOP_CODE: tl.constexpr = (1 << LAYOUT.BITS) - 1
+    TILES_OF_GROUP: tl.constexpr = LAYOUT.BLOCK_SIZE // NUM_KEY_GROUPS // TILE
+    row = tl.arange(0, TILE)
+    channel = tl.arange(0, KEY_COLUMNS)
+    clip, top_code = limits_of_channels(channel, kv_head, sections, coding, SHAPE, LAYOUT)
 
     scales = ()
     zeros = ()
-    if LAYOUT.BITS < 8:
-        TILES_OF_GROUP: tl.constexpr = LAYOUT.BLOCK_SIZE // NUM_KEY_GROUPS // TILE
-        for group in tl.static_range(NUM_KEY_GROUPS):
-            low = tl.full([KEY_COLUMNS], float("inf"), tl.float32)
-            high = tl.full([KEY_COLUMNS], float("-inf"), tl.float32)
-            for tile in range(TILES_OF_GROUP):
-                token = (group * TILES_OF_GROUP + tile) * TILE + row
-                numbers = load_tokens(
-                    tl.load(sources + token), kv_head, new.key, open_keys, SHAPE.KEY_DIM,
-                    KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
-                )  # fmt: skip
-                low = less(low, tl.reduce(numbers, 0, less))
-                high = greater(high, tl.reduce(numbers, 0, greater))
-            scale, zero = scale_and_zero(low, high, clips.key, TOP_CODE)
-            at = metadata + group * SHAPE.KEY_DIM + channel
-            tl.store(sections.key_scale + at, scale, mask=channel < SHAPE.KEY_DIM)
-            tl.store(sections.key_zero + at, zero, mask=channel < SHAPE.KEY_DIM)
-            scales = scales + (scale.to(tl.float32),)
-            zeros = zeros + (zero.to(tl.float32),)
+    for group in tl.static_range(NUM_KEY_GROUPS):
+        low = tl.full([KEY_COLUMNS], float("inf"), tl.float32)
+        high = tl.full([KEY_COLUMNS], float("-inf"), tl.float32)
+        for tile in range(TILES_OF_GROUP):
+            token = (group * TILES_OF_GROUP + tile) * TILE + row
+            keys = load_tokens(
+                tl.load(sources + token), kv_head, new_keys, open_keys, SHAPE.KEY_DIM,
+                KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+            )  # fmt: skip
+            low = less(low, tl.reduce(keys, 0, less))
+            high = greater(high, tl.reduce(keys, 0, greater))
+        scale, zero = scale_and_zero(low, high, clip, top_code, BITS)
+        at = record // 2 + group * SHAPE.KEY_DIM + channel
+        tl.store(sections.key_scale + at, scale, mask=channel < SHAPE.KEY_DIM)
+        tl.store(sections.key_zero + at, zero, mask=channel < SHAPE.KEY_DIM)
+        scales = scales + (scale.to(tl.float32),)
+        zeros = zeros + (zero.to(tl.float32),)
 
-    for part_of_block in tl.static_range(TILES_OF_BLOCK):
-        code_row = part_of_block * TILE + row
-        packed_keys = tl.zeros([TILE, KEY_COLUMNS], tl.int32)
-        packed_values = tl.zeros([TILE, VALUE_COLUMNS], tl.int32)
+    for tile in tl.static_range(TILES_OF_BLOCK):
+        code_row = tile * TILE + row
+        packed = tl.zeros([TILE, KEY_COLUMNS], tl.int32)
+        upper = tl.zeros([TILE, KEY_COLUMNS], tl.int32)
         for plane in tl.static_range(PLANES):
             token = plane * ROWS_OF_CODES + code_row
             keys = load_tokens(
-                    tl.load(sources + token), kv_head, new.key, open_keys, SHAPE.KEY_DIM,
-                    KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
-                )  # fmt: skip
+                tl.load(sources + token), kv_head, new_keys, open_keys, SHAPE.KEY_DIM,
+                KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+            )  # fmt: skip
+            # An index of a tuple has to be known here: a variable would be a tensor.
+            scale = scales[group_of(plane, tile, PLANES, TILES_OF_BLOCK, NUM_KEY_GROUPS)]
+            zero = zeros[group_of(plane, tile, PLANES, TILES_OF_BLOCK, NUM_KEY_GROUPS)]
+            codes = asymmetric_codes(keys, scale[None, :], zero[None, :], top_code, BITS)
+            codes = stored_codes(codes, BITS)
+            packed |= (codes & ((1 << BITS) - 1)) << (plane * BITS)
+            upper |= codes >> BITS << (plane * BITS)
+        store_key_codes(record, packed, upper, code_row, kv_head, sections, SHAPE, LAYOUT)
+
+
+@triton.jit
+def seal_keys_in_turn(
+    place, new_keys, open_keys, sections, coding, SHAPE: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """As `seal_keys`, channel by channel: those behind take their share of each one's error.
+
+    The block's keys are one tile; channels in it become codes as their turn comes.
+    """
+    record, kv_head, sources = place
+    BITS: tl.constexpr = LAYOUT.KEY_BITS
+    GROUPS: tl.constexpr = LAYOUT.NUM_KEY_GROUPS
+    BLOCK_SIZE: tl.constexpr = LAYOUT.BLOCK_SIZE
+    PLANES: tl.constexpr = 8 // BITS
+    ROWS_OF_CODES: tl.constexpr = BLOCK_SIZE // PLANES
+    token = tl.arange(0, BLOCK_SIZE)
+    channel = tl.arange(0, SHAPE.KEY_COLUMNS)
+    group = tl.arange(0, GROUPS)
+    keys = load_tokens(
+        tl.load(sources + token), kv_head, new_keys, open_keys, SHAPE.KEY_DIM,
+        SHAPE.KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+    )  # fmt: skip
+    for turn in range(SHAPE.KEY_DIM):
+        is_turn = (channel == turn)[None, :]
+        # As integers, of which all but one are 0: the sum is that one, even if it is -0.0 or NaN.
+        numbers = tl.where(is_turn, keys.to(tl.int32, bitcast=True), 0)
+        numbers = tl.sum(numbers, 1).to(tl.float32, bitcast=True)
+        numbers = tl.reshape(numbers, [GROUPS, BLOCK_SIZE // GROUPS])
+        clip, top_code = limits_of_channels(
+            tl.full([1], turn, tl.int32), kv_head, sections, coding, SHAPE, LAYOUT
+        )
+        low, high = tl.reduce(numbers, 1, less), tl.reduce(numbers, 1, greater)
+        scale, zero = scale_and_zero(low, high, clip, top_code, BITS)
+        at = record // 2 + group * SHAPE.KEY_DIM + turn
+        tl.store(sections.key_scale + at, scale)
+        tl.store(sections.key_zero + at, zero)
+        scale, zero = scale.to(tl.float32)[:, None], zero.to(tl.float32)[:, None]
+        codes = asymmetric_codes(numbers, scale, zero, top_code, BITS)
+        error = tl.reshape(numbers - (codes * scale + zero), [BLOCK_SIZE])[:, None]
+        codes = tl.reshape(codes, [BLOCK_SIZE])[:, None]
+        share = tl.load(
+            coding.feedback + (kv_head * SHAPE.KEY_DIM + turn) * SHAPE.KEY_DIM + channel,
+            mask=channel < SHAPE.KEY_DIM, other=0,
+        )  # fmt: skip
+        left = tl.where((channel > turn)[None, :], keys - error * share[None, :], keys)
+        keys = tl.where(is_turn, codes, left)
+    codes = tl.reshape(stored_codes(keys, BITS), [PLANES, ROWS_OF_CODES, SHAPE.KEY_COLUMNS])
+    shift = (tl.arange(0, PLANES) * BITS)[:, None, None]
+    packed = tl.sum((codes & ((1 << BITS) - 1)) << shift, 0)
+    upper = tl.sum(codes >> BITS << shift, 0)
+    code_row = tl.arange(0, ROWS_OF_CODES)
+    store_key_codes(record, packed, upper, code_row, kv_head, sections, SHAPE, LAYOUT)
+
+
+@triton.jit
+def stored_codes(codes, BITS: tl.constexpr):
+    """Codes as they count, as the bytes that are packed."""
+    if BITS == 8:
+        codes += INT8_OFFSET
+    return codes.to(tl.int32)
+
+
+@triton.jit
+def limits_of_channels(
+    channel, kv_head, sections, coding, SHAPE: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """The clips and the highest codes of some channels of keys."""
+    clip = coding.key_clip
+    top_code = tl.zeros(channel.shape, tl.float32) + ((1 << LAYOUT.KEY_BITS) - 1)
+    if LAYOUT.NUM_WIDE > 0:
+        is_wide, _ = places_of_wide(channel, kv_head, sections, SHAPE, LAYOUT)
+        clip = tl.where(is_wide, coding.wide_key_clip, coding.key_clip)
+        top_code = tl.where(is_wide, (1 << (LAYOUT.KEY_BITS + 2)) - 1, top_code)
+    return clip, top_code
+
+
+@triton.jit
+def places_of_wide(channel, kv_head, sections, SHAPE: tl.constexpr, LAYOUT: tl.constexpr):
+    """Whether channels are wide, and how many wide ones are before them."""
+    column = tl.arange(0, LAYOUT.WIDE_COLUMNS)
+    at = sections.wide_channels + kv_head * LAYOUT.NUM_WIDE + column
+    wide_channel = tl.load(at, mask=column < LAYOUT.NUM_WIDE, other=SHAPE.KEY_COLUMNS)[:, None]
+    is_wide = tl.sum((wide_channel == channel[None, :]).to(tl.int32), 0) > 0
+    return is_wide, tl.sum((wide_channel < channel[None, :]).to(tl.int32), 0)
+
+
+@triton.jit
+def store_key_codes(
+    record, packed, upper, code_row, kv_head, sections, SHAPE: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Rows of packed codes; of wide channels, their upper bits in columns of their own."""
+    channel = tl.arange(0, SHAPE.KEY_COLUMNS)
+    store_codes(
+        sections.key_codes + record, packed, code_row, channel, channel < SHAPE.KEY_DIM,
+        LAYOUT.KEY_STRIDES,
+    )  # fmt: skip
+    if LAYOUT.NUM_WIDE > 0:
+        is_wide, column = places_of_wide(channel, kv_head, sections, SHAPE, LAYOUT)
+        store_codes(
+            sections.wide_codes + record, upper, code_row, column, is_wide, LAYOUT.WIDE_STRIDES
+        )
+
+
+@triton.jit
+def store_codes(codes, packed, row, channel, exists, STRIDES: tl.constexpr):
+    at = row[:, None] * STRIDES[0] + channel[None, :] * STRIDES[1]
+    tl.store(codes + at, packed.to(tl.uint8), mask=exists[None, :])
+
+
+@triton.jit
+def seal_values(
+    place, new_values, open_values, sections, coding, SHAPE: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Values with a scale for each: around 0, or with a zero point."""
+    record, kv_head, sources = place
+    metadata = record // 2
+    TILE: tl.constexpr = LAYOUT.TILE
+    BITS: tl.constexpr = LAYOUT.VALUE_BITS
+    TOP_CODE: tl.constexpr = (1 << BITS) - 1
+    PLANES: tl.constexpr = 8 // BITS
+    ROWS_OF_CODES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
+    row = tl.arange(0, TILE)
+    channel = tl.arange(0, SHAPE.VALUE_COLUMNS)
+    exists = channel < SHAPE.VALUE_DIM
+    for tile in range(ROWS_OF_CODES // TILE):
+        code_row = tile * TILE + row
+        packed = tl.zeros([TILE, SHAPE.VALUE_COLUMNS], tl.int32)
+        for plane in tl.static_range(PLANES):
+            token = plane * ROWS_OF_CODES + code_row
             values = load_tokens(
-                    tl.load(sources + token), kv_head, new.value, open_values, SHAPE.VALUE_DIM,
-                    VALUE_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
-                )  # fmt: skip
-            if LAYOUT.BITS == 8:
-                packed_keys, scale = symmetric_codes(keys)
-                tl.store(sections.key_scale + metadata + token, scale)
-                packed_values, scale = symmetric_codes(values)
-                tl.store(sections.value_scale + metadata + token, scale)
+                tl.load(sources + token), kv_head, new_values, open_values, SHAPE.VALUE_DIM,
+                SHAPE.VALUE_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+            )  # fmt: skip
+            if BITS == 8:
+                codes, scale = symmetric_codes(values)
+            elif sections.value_zero is None:
+                codes, scale = centred_codes(values, coding.value_clip, TOP_CODE)
             else:
-                # An index of a tuple has to be known here: a variable would be a tensor.
-                scale = scales[
-                    group_of(plane, part_of_block, PLANES, TILES_OF_BLOCK, NUM_KEY_GROUPS)
-                ]
-                zero = zeros[group_of(plane, part_of_block, PLANES, TILES_OF_BLOCK, NUM_KEY_GROUPS)]
-                codes = to_codes(keys - zero[None, :], scale[None, :], 0.0, TOP_CODE)
-                packed_keys |= codes.to(tl.int32) << (plane * LAYOUT.BITS)
-                exists = value_channel[None, :] < SHAPE.VALUE_DIM
-                low = tl.reduce(tl.where(exists, values, float("inf")), 1, less)
-                high = tl.reduce(tl.where(exists, values, float("-inf")), 1, greater)
-                scale, zero = scale_and_zero(low, high, clips.value, TOP_CODE)
-                tl.store(sections.value_scale + metadata + token, scale)
+                low = tl.reduce(tl.where(exists[None, :], values, float("inf")), 1, less)
+                high = tl.reduce(tl.where(exists[None, :], values, float("-inf")), 1, greater)
+                scale, zero = scale_and_zero(low, high, coding.value_clip, TOP_CODE, BITS)
                 tl.store(sections.value_zero + metadata + token, zero)
-                codes = to_codes(
-                    values - zero.to(tl.float32)[:, None], scale.to(tl.float32)[:, None], 0.0,
-                    TOP_CODE,
-                )  # fmt: skip
-                packed_values |= codes.to(tl.int32) << (plane * LAYOUT.BITS)
-        tl.store(
-            sections.key_codes + record + code_row[:, None] * LAYOUT.KEY_STRIDES[0]
-            + channel[None, :] * LAYOUT.KEY_STRIDES[1],
-            packed_keys.to(tl.uint8), mask=channel[None, :] < SHAPE.KEY_DIM,
-        )  # fmt: skip
-        tl.store(
-            sections.value_codes + record + code_row[:, None] * LAYOUT.VALUE_STRIDES[0]
-            + value_channel[None, :] * LAYOUT.VALUE_STRIDES[1],
-            packed_values.to(tl.uint8), mask=value_channel[None, :] < SHAPE.VALUE_DIM,
-        )  # fmt: skip
+                codes = asymmetric_codes(
+                    values, scale.to(tl.float32)[:, None], zero.to(tl.float32)[:, None], TOP_CODE,
+                    BITS,
+                ).to(tl.int32)  # fmt: skip
+            tl.store(sections.value_scale + metadata + token, scale)
+            packed |= codes << (plane * BITS)
+        store_codes(
+            sections.value_codes + record, packed, code_row, channel, exists, LAYOUT.VALUE_STRIDES
+        )
 
 
 @triton.jit
@@ -201,5 +374,14 @@ def symmetric_codes(numbers):
     """Codes around 128 of tokens [TILE, channels], and one fp16 scale a token."""
     greatest = tl.reduce(tl.abs(numbers), 1, greater)
     scale = to_metadata(tl.div_rn(greatest, INT8_LIMIT + tl.zeros_like(greatest)))
-    codes = to_codes(numbers, scale.to(tl.float32)[:, None], -INT8_LIMIT, INT8_LIMIT)
+    codes = to_codes(numbers, scale.to(tl.float32)[:, None], -INT8_LIMIT, INT8_LIMIT, 0.0)
     return (codes + INT8_OFFSET).to(tl.int32), scale
+
+
+@triton.jit
+def centred_codes(numbers, clip, TOP_CODE: tl.constexpr):
+    """Codes around TOP_CODE / 2 of tokens [TILE, channels], and one fp16 scale a token."""
+    greatest = tl.reduce(tl.abs(numbers), 1, greater)
+    scale = to_metadata(tl.div_rn(2 * (greatest * clip), TOP_CODE + tl.zeros_like(greatest)))
+    codes = to_codes(numbers, scale.to(tl.float32)[:, None], 0.0, TOP_CODE, 0.5 * TOP_CODE)
+    return codes.to(tl.int32), scale

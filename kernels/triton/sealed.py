@@ -31,11 +31,11 @@ from .codes import (
     fast_inverse,
     fast_log2,
     load_padded,
-    planes_of_codes,
+    planes_of_tiles,
     rounded_to,
     signed_codes,
 )
-from .rows import load_queries, store_part
+from .rows import load_channels, load_queries, store_part
 
 LEAST_SCALE = tl.constexpr(2.0**-24)  # the least fp16 number; codes of a scale of 0 are all 0
 
@@ -53,7 +53,8 @@ def attend_sealed(
 ):
     """One tile of query rows, one kv head, one split of the body; see `begin_body`.
 
-    TILE rows of codes are taken at once; BLOCK_SIZE * BITS / 8 of them make a block.
+    TILE rows of each plane are taken at once. Keys and values have as many planes as those of the
+    two with fewer bits; of what has more bits, several tiles of codes make them.
     """
     ROWS: tl.constexpr = SPLIT.ROWS
     TILE: tl.constexpr = SPLIT.TILE
@@ -62,25 +63,35 @@ def attend_sealed(
         step, rules, SHAPE, LAYOUT, SPLIT
     )
 
-    PLANES: tl.constexpr = 8 // LAYOUT.BITS
-    ROWS_OF_CODES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
-    TILES: tl.constexpr = ROWS_OF_CODES // TILE  # of a block
+    PLANES: tl.constexpr = 8 // min(LAYOUT.KEY_BITS, LAYOUT.VALUE_BITS)
+    ROWS_OF_PLANE: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
+    TILES: tl.constexpr = ROWS_OF_PLANE // TILE  # of a block
+    KEY_TILES: tl.constexpr = PLANES * LAYOUT.KEY_BITS // 8  # that make as many planes
+    VALUE_TILES: tl.constexpr = PLANES * LAYOUT.VALUE_BITS // 8
     IS_KEY_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
     IS_VALUE_PADDED: tl.constexpr = SHAPE.VALUE_DIM != VALUE_COLUMNS
+    HAS_VALUE_ZEROS: tl.constexpr = sections.value_zero is not None
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     value_channel = tl.arange(0, VALUE_COLUMNS)
     row = tl.arange(0, TILE)
     queries = load_queries(query, token, kv_head, rows, num_rows, SHAPE, tl.float16, TRANSPOSED=0)
     key_offsets = row[:, None] * LAYOUT.KEY_STRIDES[0] + channel[None, :] * LAYOUT.KEY_STRIDES[1]
+    key_exists = channel[None, :] < SHAPE.KEY_DIM
     value_offsets = (
         row[None, :] * LAYOUT.VALUE_STRIDES[0] + value_channel[:, None] * LAYOUT.VALUE_STRIDES[1]
     )
+    value_exists = value_channel[:, None] < SHAPE.VALUE_DIM
+    wide = ()
+    if LAYOUT.NUM_WIDE > 0:
+        wide = load_wide_queries(query, sections, (token, kv_head, rows, num_rows), SHAPE, LAYOUT)
+        wide_column = tl.arange(0, LAYOUT.WIDE_COLUMNS)
+        wide_offsets = row[:, None] * LAYOUT.WIDE_STRIDES[0]
+        wide_offsets += wide_column[None, :] * LAYOUT.WIDE_STRIDES[1]
 
     reference = tl.full([ROWS], NO_REFERENCE, tl.float32)
     totals = tl.zeros([TILE, ROWS], tl.float32)
     zero_part = tl.zeros([TILE, ROWS], tl.float32)
     output = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
-    none = tl.zeros([TILE, ROWS], tl.float32)
     factor = rules.scale if SPLIT.HAS_SOFTCAP else rules.scale * LOG2_E
     start, end = start_block * TILES, end_block * TILES
     # The next block is looked up one turn ahead: what waits for another load is not pipelined.
@@ -88,26 +99,29 @@ def attend_sealed(
     for index in range(start, end):
         record = (following * SHAPE.NUM_KV_HEADS + kv_head) * LAYOUT.RECORD_SIZE
         following = load_block_id(table, tl.minimum(index + 1, end - 1) // TILES, None, LAYOUT)
-        first_code_row = index % TILES * TILE
-        keys = load_padded(
-            sections.key_codes + record + first_code_row * LAYOUT.KEY_STRIDES[0] + key_offsets,
-            channel[None, :] < SHAPE.KEY_DIM, IS_KEY_PADDED,
+        first_row = index % TILES * TILE  # of every plane
+        keys = load_tiles(
+            sections.key_codes + record + first_row * LAYOUT.KEY_STRIDES[0] + key_offsets,
+            ROWS_OF_PLANE * LAYOUT.KEY_STRIDES[0], KEY_TILES, key_exists, IS_KEY_PADDED,
         )  # fmt: skip
-        values = load_padded(
-            sections.value_codes + record + first_code_row * LAYOUT.VALUE_STRIDES[0]
-            + value_offsets,
-            value_channel[:, None] < SHAPE.VALUE_DIM, IS_VALUE_PADDED,
+        wide_keys = ()
+        if LAYOUT.NUM_WIDE > 0:
+            wide_keys = load_tiles(
+                sections.wide_codes + record + first_row * LAYOUT.WIDE_STRIDES[0] + wide_offsets,
+                ROWS_OF_PLANE * LAYOUT.WIDE_STRIDES[0], KEY_TILES, None, IS_PADDED=False,
+            )  # fmt: skip
+        values = load_tiles(
+            sections.value_codes + record + first_row * LAYOUT.VALUE_STRIDES[0] + value_offsets,
+            ROWS_OF_PLANE * LAYOUT.VALUE_STRIDES[0], VALUE_TILES, value_exists, IS_VALUE_PADDED,
         )  # fmt: skip
         metadata = record // 2
-        if LAYOUT.BITS == 8:
-            key_scales = tl.load(sections.key_scale + metadata + first_code_row + row).to(
-                tl.float32
-            )
-            scores = (dot(signed_codes(keys), queries, none) * (key_scales * factor)[:, None],)
+        if LAYOUT.NUM_KEY_GROUPS == 0:
+            scales = sections.key_scale + metadata + first_row
+            scores = score_token_keys(keys, queries, scales, factor, LAYOUT)
         else:
             scales = sections.key_scale + metadata, sections.key_zero + metadata
             scores = score_planes(
-                keys, queries, scales, factor, index % TILES, SHAPE, LAYOUT, TILES
+                (keys, wide_keys), queries, wide, scales, factor, index % TILES, SHAPE, LAYOUT
             )
 
         # Exponents of the weights, and the factors that make sums of p and p * z of them.
@@ -115,7 +129,7 @@ def attend_sealed(
         exponents = ()
         inverse_scales = ()
         for plane in tl.static_range(PLANES):
-            plane_row = plane * ROWS_OF_CODES + first_code_row + row
+            plane_row = plane * ROWS_OF_PLANE + first_row + row
             value_scales = tl.load(sections.value_scale + metadata + plane_row).to(tl.float32)
             value_scales = tl.maximum(value_scales, LEAST_SCALE)
             plane_scores = cap_scores(scores[plane], rules.softcap, SPLIT.HAS_SOFTCAP)
@@ -132,45 +146,100 @@ def attend_sealed(
         totals = totals * shrink
         zero_part = zero_part * shrink
         output = output * shrink
-        planes = planes_of_codes(values, LAYOUT.BITS)
+        planes = planes_of_tiles(values, LAYOUT.VALUE_BITS)
         for plane in tl.static_range(PLANES):
             weights = fast_exp2(exponents[plane] - reference[None, :])
             totals += weights * inverse_scales[plane][:, None]
-            if LAYOUT.BITS < 8:
-                plane_row = plane * ROWS_OF_CODES + first_code_row + row
+            if HAS_VALUE_ZEROS:
+                plane_row = plane * ROWS_OF_PLANE + first_row + row
                 zeros = tl.load(sections.value_zero + metadata + plane_row).to(tl.float32)
                 zero_part += weights * (inverse_scales[plane] * zeros)[:, None]
-            # The codes of a plane are 2 ** (plane * LAYOUT.BITS) times too large.
-            if plane > 0:
-                weights = weights * (1.0 / (1 << (plane * LAYOUT.BITS)))
+            elif LAYOUT.VALUE_BITS < 8:
+                zero_part += weights
+            # The codes of a plane are 2 ** (bits below it) times too large.
+            if plane >= VALUE_TILES:
+                weights = weights * (1.0 / (1 << (plane // VALUE_TILES * LAYOUT.VALUE_BITS)))
             output = dot(planes[plane], rounded_to(weights, tl.float16), output)
-    if LAYOUT.BITS < 8:
-        output = output * (1.0 / CODE_UNIT) + tl.sum(zero_part, 0)[None, :]
+    if LAYOUT.VALUE_BITS < 8:
+        zeros = tl.sum(zero_part, 0)
+        if not HAS_VALUE_ZEROS:  # codes lie around 0
+            zeros = zeros * (-0.5 * ((1 << LAYOUT.VALUE_BITS) - 1))
+        output = output * (1.0 / CODE_UNIT) + zeros[None, :]
     store_part(parts, part, output, reference, tl.sum(totals, 0), SHAPE, TRANSPOSED=0)
 
 
 @triton.jit
+def load_tiles(pointers, step, NUM_TILES: tl.constexpr, exists, IS_PADDED: tl.constexpr):
+    """A tuple of tiles of codes, `step` bytes from one to the next."""
+    tiles = ()
+    for tile in tl.static_range(NUM_TILES):
+        tiles = tiles + (load_padded(pointers + tile * step, exists, IS_PADDED),)
+    return tiles
+
+
+@triton.jit
+def load_wide_channels(sections, kv_head, LAYOUT: tl.constexpr):
+    """[WIDE_COLUMNS] channels of one kv head, 0 behind the last, and whether there is one."""
+    column = tl.arange(0, LAYOUT.WIDE_COLUMNS)
+    exists = column < LAYOUT.NUM_WIDE
+    at = sections.wide_channels + kv_head * LAYOUT.NUM_WIDE + column
+    return tl.load(at, mask=exists, other=0).to(tl.int32), exists
+
+
+@triton.jit
+def load_wide_queries(query, sections, where, SHAPE: tl.constexpr, LAYOUT: tl.constexpr):
+    """What goes with wide codes: queries of their channels times what a code counts; channels.
+
+    Behind the last of them, queries are 0 and codes are other bytes of the record.
+    """
+    channel, exists = load_wide_channels(sections, where[1], LAYOUT)
+    queries = load_channels(query, where, channel, exists, SHAPE, tl.float16, TRANSPOSED=0)
+    return queries * (1 << LAYOUT.KEY_BITS), channel
+
+
+@triton.jit
+def score_token_keys(keys, queries, scales, factor, LAYOUT: tl.constexpr):
+    """Scores of each plane of tiles of 8-bit codes of keys, which have one scale for each."""
+    row = tl.arange(0, keys[0].shape[0])
+    none = tl.zeros([keys[0].shape[0], queries.shape[1]], tl.float32)
+    scores = ()
+    for plane in tl.static_range(len(keys)):
+        at = scales + plane * (LAYOUT.BLOCK_SIZE // len(keys)) + row
+        key_scales = tl.load(at).to(tl.float32) * factor
+        scores = scores + (dot(signed_codes(keys[plane]), queries, none) * key_scales[:, None],)
+    return scores
+
+
+@triton.jit
 def score_planes(
-    keys,
+    codes,
     queries,
+    wide,
     scales_and_zeros,
     factor,
     tile,
     SHAPE: tl.constexpr,
     LAYOUT: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    """Scores of each plane of a tile of key codes, a tuple; a group has a scale for each channel.
+    """Scores of each plane of tiles of key codes, a tuple; a group has a scale for each channel.
 
     A group is several planes of a tile, or one, or a plane is several groups of a tile each.
     """
-    PLANES: tl.constexpr = 8 // LAYOUT.BITS
+    keys, wide_keys = codes
+    TILE: tl.constexpr = keys[0].shape[0]
+    KEY_TILES: tl.constexpr = len(keys)
+    PLANES: tl.constexpr = 8 // LAYOUT.KEY_BITS * KEY_TILES
+    TILES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES // TILE
     PLANES_OF_GROUP: tl.constexpr = max(PLANES // LAYOUT.NUM_KEY_GROUPS, 1)
     IS_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
+    UNIT: tl.constexpr = 1.0 if LAYOUT.KEY_BITS == 8 else 1.0 / CODE_UNIT
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     exists = channel < SHAPE.KEY_DIM
-    none = tl.zeros([keys.shape[0], queries.shape[1]], tl.float32)
-    planes = planes_of_codes(keys, LAYOUT.BITS)
+    none = tl.zeros([TILE, queries.shape[1]], tl.float32)
+    planes = planes_of_tiles(keys, LAYOUT.KEY_BITS)
+    if LAYOUT.NUM_WIDE > 0:
+        wide_queries, wide_channel = wide
+        wide_planes = planes_of_tiles(wide_keys, LAYOUT.KEY_BITS)
     scores = ()
     for plane in tl.static_range(PLANES):
         if plane % PLANES_OF_GROUP == 0:
@@ -180,8 +249,15 @@ def score_planes(
             zeros = load_padded(scales_and_zeros[1] + at, exists, IS_PADDED)
             scaled = queries * scales[:, None]
             # The same sum for every token: a product is the cheapest way to have it in all rows.
-            zeros = tl.broadcast_to(zeros[None, :], keys.shape)
+            zeros = tl.broadcast_to(zeros[None, :], keys[0].shape)
             zero_scores = dot(zeros, queries, none) * factor
-        unit = factor * (1.0 / CODE_UNIT / (1 << (plane * LAYOUT.BITS)))
-        scores = scores + (dot(planes[plane], scaled, none) * unit + zero_scores,)
+            if LAYOUT.NUM_WIDE > 0:
+                scales = tl.load(scales_and_zeros[0] + group * SHAPE.KEY_DIM + wide_channel)
+                wide_scaled = wide_queries * scales[:, None]
+        unit = factor * (UNIT / (1 << (plane // KEY_TILES * LAYOUT.KEY_BITS)))
+        products = none
+        if LAYOUT.NUM_WIDE > 0:
+            products = dot(wide_planes[plane], wide_scaled, none)
+        products = dot(planes[plane], scaled, products)
+        scores = scores + (products * unit + zero_scores,)
     return scores

@@ -6,15 +6,20 @@ as `eager.store`.
 
 from __future__ import annotations
 
+from typing import Final
+
 from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews, as_rows
 from ..eager.store import append
 from ..new_tokens import NewTokens
 from ..step_inputs import StepInputs
-from .groups import Clips, Layout, NewKeysAndValues, OpenTokens, Rows, Seals, Sections, Shape
+from .groups import Coding, Layout, NewKeysAndValues, OpenTokens, Rows, Seals, Sections, Shape
 from .launch import seal_launch
 from .seal import seal_blocks as seal_blocks_kernel
+
+
+LEAST_WIDE_COLUMNS: Final = 32  # fewer codes would be shuffled on their way to the product
 
 
 def power_of_2(number: int) -> int:
@@ -59,11 +64,9 @@ def open_tokens(layer: LayerBlocks) -> tuple[OpenTokens, OpenTokens]:
 def open_layout(step: StepInputs, layer: LayerBlocks) -> Layout:
     """Of open blocks: an element is a number in full precision."""
     return Layout(
-        BITS=0,
         BLOCK_SIZE=step.block_size,
         OPEN_BLOCK_SIZE=step.open_block_size,
         NUM_HEAD_TOKENS=step.num_head_tokens,
-        NUM_KEY_GROUPS=0,
         HAS_BODY=layer.sealed is not None,
         RECORD_SIZE=layer.open_keys.stride(1),
         KEY_STRIDES=layer.open_keys.stride()[2:],
@@ -71,19 +74,33 @@ def open_layout(step: StepInputs, layer: LayerBlocks) -> Layout:
     )
 
 
-def sealed_layout(step: StepInputs, sealed: SealedViews, bits: int) -> Layout:
+def sealed_layout(step: StepInputs, sealed: SealedViews, layer: LayerBlocks) -> Layout:
     """Of sealed blocks: an element is a byte of codes."""
-    return Layout(
-        BITS=bits,
+    layout = Layout(
         BLOCK_SIZE=step.block_size,
         OPEN_BLOCK_SIZE=step.open_block_size,
         NUM_HEAD_TOKENS=step.num_head_tokens,
-        NUM_KEY_GROUPS=sealed.num_key_groups,
         HAS_BODY=True,
         RECORD_SIZE=sealed.key_codes.stride(1),
         KEY_STRIDES=sealed.key_codes.stride()[2:],
         VALUE_STRIDES=sealed.value_codes.stride()[2:],
+        KEY_BITS=layer.key_bits,
+        VALUE_BITS=layer.value_bits,
+        NUM_KEY_GROUPS=sealed.num_key_groups,
     )
+    if sealed.wide_codes is None:
+        return layout
+    num_wide = sealed.wide_codes.shape[3]
+    return layout._replace(
+        NUM_WIDE=num_wide,
+        WIDE_COLUMNS=max(power_of_2(num_wide), LEAST_WIDE_COLUMNS),
+        WIDE_STRIDES=sealed.wide_codes.stride()[2:],
+    )
+
+
+def rows_of_plane(layer: LayerBlocks, sealed: SealedViews) -> int:
+    """Tokens of a plane, where keys and values have as many planes as the one with more."""
+    return sealed.block_size * min(layer.key_bits, layer.value_bits) // 8
 
 
 def store_tokens(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
@@ -101,15 +118,15 @@ def seal_blocks(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
     keys, values = (as_rows(tensor, tensor.dtype) for tensor in (new.key, new.value))
     num_kv_heads, key_dim, value_dim = *keys.shape[1:], values.shape[2]
     launch = seal_launch(max(key_dim, value_dim))
-    layout = sealed_layout(step, sealed, layer.bits)
+    layout = sealed_layout(step, sealed, layer)
     seal_blocks_kernel[len(step.seal_block_ids), num_kv_heads](
         Seals(step.seal_block_ids, step.seal_sources),
         NewKeysAndValues(rows_of(keys), rows_of(values)),
         *open_tokens(layer),
-        Sections(*sealed),
-        Clips(layer.key_clip, layer.value_clip),
+        Sections(*sealed, layer.wide_channels),
+        Coding(layer.key_clip, layer.wide_key_clip, layer.value_clip, layer.feedback),
         SHAPE=shape_of(keys, values, num_kv_heads),
-        LAYOUT=layout._replace(TILE=min(launch.tile, sealed.key_codes.shape[2])),
+        LAYOUT=layout._replace(TILE=min(launch.tile, rows_of_plane(layer, sealed))),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         enable_fp_fusion=False,  # so that every operation is rounded as in the reference

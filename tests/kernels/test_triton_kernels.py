@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,26 +15,26 @@ from torch import Tensor
 
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.backend import TORCH_BACKEND, choose_backend
-from paged_kv.cache.formats import INT2, INT4, INT8, KVFormat
+from paged_kv.cache.formats import INT2, INT4, INT8, KIVI2
 from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.kernels.new_tokens import NewTokens
 from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.triton import codes as triton_codes
 from paged_kv.kernels.triton.launch import tile_rows
 from paged_kv.kernels.triton.plan import FEW_ROWS, TritonPlan, plan_rows
-from tests.support import triton_fleet
-from tests.support.attention_oracle import layer_of
+from tests.support import attention_oracle, triton_fleet
+from tests.support.calibrations import calibrated
 from tests.support.step_inputs import step_of
 from tests.support.token_streams import in_float32_only, make_stream, tokens_of_every_kind
 from tests.support.triton_fleet import (
     ALL_FORMATS,
     BASE_FORMATS,
     DEVICE,
-    DTYPES,
     SINKS,
     Cache,
     Fleet,
     check_step,
+    layer_of,
     on_triton,
     ragged_fleet,
 )
@@ -46,7 +47,6 @@ many_splits = triton_fleet.many_splits
 # -- what is read ---------------------------------------------------------------------------------
 
 
-@DTYPES
 @ALL_FORMATS
 def test_ragged_decode_and_verify_match_the_oracle(kv_format, dtype):
     fleet, slots = ragged_fleet(
@@ -56,7 +56,6 @@ def test_ragged_decode_and_verify_match_the_oracle(kv_format, dtype):
         check_step(fleet, dict.fromkeys(slots, count))
 
 
-@DTYPES
 @ALL_FORMATS
 def test_chunks_beside_decodes_match_the_oracle(kv_format, dtype):
     layer = layer_of(kv_format, heads=1)
@@ -132,13 +131,27 @@ def test_a_dominant_token_with_a_tiny_value_is_no_harm(kv_format):
     check_step(fleet, {slot: 1})
 
 
+@pytest.mark.parametrize("count", [1, 40])
+def test_8_bit_keys_keep_their_precision_beside_large_biases(count):
+    """As of models whose keys have biases: fp16 has no room for such a key, but for its codes."""
+    layer = layer_of(INT8, heads=1)
+    stream = make_stream([layer], 500, 3, torch.float32)
+    stream.queries[0].copy_(stream.queries[0].bfloat16())  # as above
+    stream.keys[0][:, :, ::11] += torch.tensor([100.0, -300.0, 200.0])
+    fleet = Fleet([layer])
+    slot = fleet.add(stream)
+    fleet.step({slot: 400})
+    check_step(fleet, {slot: count})
+
+
 def test_layers_of_different_formats_share_a_step():
-    int8 = INT8.with_options(min_tail_tokens=INT2.min_tail_tokens)
-    layers = [layer_of(int8), layer_of(INT2, heads=1, key_dim=64), layer_of(INT4, heads=3)]
+    int8 = INT8.with_options(block_size=128, min_tail_tokens=INT2.min_tail_tokens)
+    layers = [layer_of(int8), layer_of(INT2, heads=2, key_dim=64), layer_of(INT4, heads=3)]
     fleet = Fleet(layers)
     slots = [fleet.add(make_stream(layers, 400, seed, torch.float32)) for seed in range(2)]
-    fleet.step(dict(zip(slots, (50, 350), strict=True)))
+    fleet.step(dict(zip(slots, (50, 340), strict=True)))
     check_step(fleet, dict.fromkeys(slots, 1))
+    check_step(fleet, dict(zip(slots, (1, 35), strict=True)))
 
 
 @BASE_FORMATS
@@ -223,13 +236,9 @@ def test_a_captured_graph_follows_lengths_and_queries(kv_format):
 
 
 def store_on_both(
-    kv_format: KVFormat, dtype: torch.dtype, tokens: tuple[Tensor, Tensor], counts: list[list[int]]
+    layer: LayerSpec, dtype: torch.dtype, tokens: tuple[Tensor, Tensor], counts: list[list[int]]
 ) -> int:
     """Hold the arena after each step to that of the reference; how many blocks were sealed."""
-    keys, values = tokens
-    layer = LayerSpec(
-        kv_format=kv_format, num_kv_heads=2, key_dim=keys.shape[-1], value_dim=values.shape[-1]
-    )
     caches = [
         Cache([layer], num_blocks=60, dtype=dtype, backend=backend)
         for backend in ("torch", "triton")
@@ -255,7 +264,6 @@ def store_on_both(
     return num_sealed
 
 
-@DTYPES
 @ALL_FORMATS
 def test_stored_bytes_are_those_of_the_reference(kv_format, dtype):
     """Single tokens and chunks; blocks sealed from open blocks, from new tokens, from both."""
@@ -265,8 +273,11 @@ def test_stored_bytes_are_those_of_the_reference(kv_format, dtype):
         torch.randn(500, 2, 40, generator=generator),
     )
     counts = [[150, 1, 33], [1, 1, 1], [130, 100, 7], [1, 1, 1], [3, 2, 1]]
-    num_sealed = store_on_both(kv_format, dtype, tokens, counts)
-    assert num_sealed or kv_format.is_native
+    layer = layer_of(kv_format, key_dim=24, value_dim=40)
+    num_sealed = store_on_both(layer, dtype, tokens, counts)
+    assert num_sealed or kv_format.is_native or kv_format.min_tail_tokens == 128
+    if layer.calibration is not None:
+        store_on_both(replace(layer, calibration=None), dtype, tokens, counts[:1])
 
 
 @BASE_FORMATS
@@ -277,14 +288,16 @@ def test_unusual_numbers_are_stored_as_by_the_reference(kv_format):
     for kind in (tokens_of_every_kind, in_float32_only):
         keys, values = (kind(size, 2, dim, dim) for dim in (16, 24))
         tokens = keys.flatten(0, 1), values.flatten(0, 1)
-        num_sealed = store_on_both(kv_format, torch.float32, tokens, [[len(tokens[0])]])
-        assert num_sealed == len(keys) or kv_format.is_native
+        layer = attention_oracle.layer_of(kv_format, key_dim=16, value_dim=24)
+        for spec in (layer, calibrated(layer)):
+            num_sealed = store_on_both(spec, torch.float32, tokens, [[len(tokens[0])]])
+            assert num_sealed == len(keys) or kv_format.is_native
 
 
 def test_what_is_not_finite_stays_so():
     """NaN spreads to all that shares its scale, and nowhere else."""
-    for kv_format in (INT8, INT2):
-        layer = LayerSpec(kv_format=kv_format, num_kv_heads=1, key_dim=16, value_dim=16)
+    plain = attention_oracle.layer_of(INT2, heads=1, key_dim=16)
+    for layer in (layer_of(INT8, heads=1, key_dim=16), plain, calibrated(plain)):
         keys = torch.randn(400, 1, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
         keys[100, 0, 3] = torch.nan
         metadata = []
@@ -353,7 +366,7 @@ def test_a_wrong_constant_is_seen(name, value, monkeypatch):
     if not triton.knobs.runtime.interpret:
         pytest.skip("compiled kernels keep their constants")
     checks: dict[str, Callable[[], None]] = {
-        "LEAST_SCALE": lambda: test_large_and_small_values_keep_their_precision(INT2),
+        "LEAST_SCALE": lambda: test_large_and_small_values_keep_their_precision(KIVI2),
         "CODE_UNIT": lambda: test_every_head_dim_matches_the_oracle(INT2, (32, 32)),
         "LOG2_E": lambda: test_every_head_dim_matches_the_oracle(INT8, (32, 32)),
     }

@@ -9,9 +9,9 @@ import torch
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.cache.formats import NATIVE
 from tests.support import triton_fleet
-from tests.support.attention_oracle import layer_of, relative_error
+from tests.support.attention_oracle import relative_error
 from tests.support.token_streams import make_stream
-from tests.support.triton_fleet import BASE_FORMATS, SINKS, Fleet, limit_of, on_triton
+from tests.support.triton_fleet import BASE_FORMATS, SINKS, Fleet, layer_of, limit_of, on_triton
 from tests.support.windowed_oracle import (
     add_stream,
     check_step,

@@ -17,6 +17,7 @@ from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.cache.attention import paged_attention
+from paged_kv.cache.formats import KVFormat
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
 from tests.support.arrays import ids
@@ -129,7 +130,12 @@ class Fleet:
         length = self.length(seq_id)
         stream = self.streams[seq_id]
         keys = stream.keys[layer][:length].to(self.cache.dtype).double().numpy()
-        values = stream.values[layer][:length].to(self.cache.dtype).double().numpy()
+        values = stream.values[layer][:length]
+        if self.cache.layers[layer].kv_format.rotates_values:  # and stored so
+            rotated = torch.from_numpy(hadamard_product(values.double().numpy()))
+            values = hadamard_product(rotated.to(self.cache.dtype).double().numpy())
+        else:
+            values = values.to(self.cache.dtype).double().numpy()
         position = self.manager.geometry.num_head_tokens
         for block_id in self.manager.body_ids(seq_id):
             end = position + self.manager.geometry.block_size
@@ -153,25 +159,65 @@ def plane_codes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:
 def dequantized_block(
     cache: PagedKVCache, layer: int, block_id: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Keys and values [block_size, heads, dim] of a sealed block, in float64."""
-    kv_format = cache.layers[layer].kv_format
-    sealed = cache.records[layer].sealed
+    """Keys and values [block_size, heads, dim] of a sealed block, in float64, as they were given.
+
+    Values that are stored rotated are turned back.
+    """
+    spec, sealed = cache.layers[layer], cache.records[layer].sealed
     assert sealed is not None
-    assert kv_format.bits is not None
     keys, values = [], []
-    for head in range(cache.layers[layer].num_kv_heads):
+    for head in range(spec.num_kv_heads):
         view = {
             name: None if tensor is None else tensor[block_id, head].cpu().numpy()
             for name, tensor in sealed._asdict().items()
         }
-        scale = {name: view[f"{name}_scale"].astype(np.float64) for name in ("key", "value")}
-        codes = {name: plane_codes(view[f"{name}_codes"], kv_format.bits) for name in scale}
-        if kv_format.bits == 8:
-            keys.append((codes["key"] - 128) * scale["key"][:, None])
-            values.append((codes["value"] - 128) * scale["value"][:, None])
-            continue
-        group = np.arange(kv_format.block_size) // kv_format.key_group_size
-        key_zero, value_zero = (view[n].astype(np.float64) for n in ("key_zero", "value_zero"))
-        keys.append(codes["key"] * scale["key"][group] + key_zero[group])
-        values.append(codes["value"] * scale["value"][:, None] + value_zero[:, None])
+        wide = None if spec.wide_channels is None else spec.wide_channels[head]
+        keys.append(dequantized_keys(view, spec.kv_format, wide))
+        values.append(dequantized_values(view, spec.kv_format))
     return np.stack(keys, axis=1), np.stack(values, axis=1)
+
+
+def dequantized_keys(
+    view: dict[str, NDArray], kv_format: KVFormat, wide: NDArray[np.int64] | None
+) -> NDArray[np.float64]:
+    """Keys [block_size, dim] of one block and head from its sections."""
+    bits, scale = kv_format.key_bits, view["key_scale"].astype(np.float64)
+    codes = plane_codes(view["key_codes"], bits)
+    if wide is not None:
+        codes[:, wide] += plane_codes(view["wide_codes"], bits) << bits
+    if bits == 8:
+        codes -= 128
+    if kv_format.has_token_keys:
+        return codes * scale[:, None]
+    group = np.arange(len(codes)) * len(scale) // len(codes)
+    return codes * scale[group] + view["key_zero"].astype(np.float64)[group]
+
+
+def dequantized_values(view: dict[str, NDArray], kv_format: KVFormat) -> NDArray[np.float64]:
+    """Values [block_size, dim] of one block and head from its sections."""
+    bits, scale = kv_format.value_bits, view["value_scale"].astype(np.float64)[:, None]
+    codes = plane_codes(view["value_codes"], bits)
+    if bits == 8:
+        values = (codes - 128) * scale
+    elif kv_format.rotates_values:
+        values = (codes - (2**bits - 1) / 2) * scale
+    else:
+        values = codes * scale + view["value_zero"].astype(np.float64)[:, None]
+    return hadamard_product(values) if kv_format.rotates_values else values
+
+
+def hadamard_product(rows: NDArray) -> NDArray[np.float64]:
+    """Rows [..., dim] times Hadamard matrices of the powers of two that make up `dim`."""
+    rows, start = np.array(rows, dtype=np.float64), 0
+    for size in (256, 128, 64, 32, 16, 8):
+        if rows.shape[-1] & size:
+            part = rows[..., start : start + size]
+            half = size
+            while half > 1:  # sums and differences of halves, of quarters, ...
+                half //= 2
+                pairs = part.reshape(*part.shape[:-1], -1, 2, half)
+                first, second = pairs[..., 0, :], pairs[..., 1, :]
+                part = np.stack([first + second, first - second], -2).reshape(part.shape)
+            rows[..., start : start + size] = part / np.sqrt(size)
+            start += size
+    return rows
