@@ -62,18 +62,28 @@ def test_sealed_bytes_do_not_depend_on_how_the_tokens_arrived(kv_format, dtype):
         assert torch.equal(sealed_after(chunks, poison=0xFF), at_once), chunks
 
 
-def largest_error(tokens: np.ndarray, kv_format: KVFormat, kind: str) -> np.ndarray:
+def largest_error(tokens: np.ndarray, layer: LayerSpec, kind: str) -> np.ndarray:
     """Bound on the error of each element of a block [tokens, heads, dim]; 2 % slack for fp16."""
-    if kv_format.bits == 8:
-        return 0.51 / 127 * np.abs(tokens).max(axis=2, keepdims=True)
-    if kind == "keys":
-        groups = tokens.reshape(-1, kv_format.key_group_size, *tokens.shape[1:])
-        spread = np.ptp(groups, axis=1).repeat(kv_format.key_group_size, axis=0)
-        clip = kv_format.key_clip
+    kv_format = layer.kv_format
+    bits = kv_format.key_bits if kind == "keys" else kv_format.value_bits
+    greatest = np.abs(tokens).max(axis=2, keepdims=True)
+    if kind == "keys" and not kv_format.has_token_keys:
+        groups = tokens.reshape(kv_format.num_key_groups, -1, *tokens.shape[1:])
+        spread = np.ptp(groups, axis=1).repeat(groups.shape[1], axis=0)
+        top_code, clip = np.full(tokens.shape[1:], float((1 << bits) - 1)), kv_format.key_clip
+        clip = np.full(tokens.shape[1:], clip)
+        if layer.wide_channels is not None:
+            np.put_along_axis(top_code, layer.wide_channels, 15.0, axis=1)
+            np.put_along_axis(clip, layer.wide_channels, kv_format.wide_key_clip, axis=1)
+    elif bits == 8:
+        return 0.51 / 127 * greatest
     else:
         spread, clip = np.ptp(tokens, axis=2, keepdims=True), kv_format.value_clip
-    top_code = (1 << kv_format.bits) - 1
-    return 1.02 * spread * max(clip / top_code / 2, (1 - clip) / 2) + 1e-3 * np.abs(tokens).max()
+        if kv_format.rotates_values:  # around 0, and turned back: a token's norm bounds it
+            spread = 2 * np.linalg.norm(tokens, axis=2, keepdims=True)
+        top_code = (1 << bits) - 1
+    largest = spread * np.maximum(clip / top_code / 2, (1 - clip) / 2)
+    return 1.02 * largest + 1e-3 * np.abs(tokens).max()
 
 
 @QUANTIZED
@@ -88,7 +98,7 @@ def test_sealed_block_holds_its_own_tokens_in_order_to_within_half_a_step(kv_for
         keys, values = dequantized_block(fleet.cache, 0, int(block_id))
         for kind, stored in (("keys", keys), ("values", values)):
             tokens = getattr(fleet.streams[seq_id], kind)[0][position:end].double().numpy()
-            assert (np.abs(stored - tokens) <= largest_error(tokens, kv_format, kind)).all()
+            assert (np.abs(stored - tokens) <= largest_error(tokens, layer, kind)).all()
         position = end
 
 

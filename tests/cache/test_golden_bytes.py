@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from paged_kv import INT2, INT4, INT8, KVFormat, LayerSpec, PagedKVCache, paged_attention
+from paged_kv import KVFormat, LayerSpec, PagedKVCache, paged_attention
+from paged_kv.cache.formats import INT8_TOKEN
 
-FORMATS = {
-    "int8": INT8,
-    "int4": INT4,
+INT2 = KVFormat(name="int2", key_bits=2, value_bits=2, key_clip=0.75, value_clip=0.8)
+FORMATS = {  # as they were then
+    "int8": INT8_TOKEN,
+    "int4": KVFormat(name="int4", key_bits=4, value_bits=4),
     "int2": INT2,
     "int2, groups of 32": INT2.with_options(key_group_size=32),
 }

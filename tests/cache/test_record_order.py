@@ -42,7 +42,7 @@ def views_in_order(cache: PagedKVCache, arenas: list[torch.Tensor], order: str) 
     found = []
     for layer, arena in zip(cache.layers, arenas, strict=True):
         layout = layer.record_layout(cache.dtype)
-        views = layer_blocks(arena, layout, cache.dtype, cache.geometry.open_block_size)
+        views = layer_blocks(arena, layer, cache.dtype, cache.geometry.open_block_size)
         found.append(with_order(views, arena, layout, order == transfer.CHANNEL_MAJOR_KEYS))
     return found
 
@@ -58,22 +58,25 @@ def with_order(
     views = replace(views, open_keys=strided(views.open_keys, 0, keys_are_channel_major))
     if views.sealed is None:
         return views
-    sealed = views.sealed._replace(
-        key_codes=strided(
-            views.sealed.key_codes, layout.offset("key_codes"), keys_are_channel_major
-        ),
-        value_codes=strided(
-            views.sealed.value_codes, layout.offset("value_codes"), not keys_are_channel_major
-        ),
-    )
-    return replace(views, sealed=sealed)
+    codes = {
+        name: strided(
+            getattr(views.sealed, name),
+            layout.offset(name),
+            keys_are_channel_major == (name != "value_codes"),
+        )
+        for name in layout.code_shapes
+    }
+    return replace(views, sealed=views.sealed._replace(**codes))
 
 
 def ordered_views(views: LayerBlocks) -> dict[str, torch.Tensor]:
     """The views whose inner order follows the device."""
     found = {"open_keys": views.open_keys}
     if views.sealed is not None:
-        found |= {name: getattr(views.sealed, name) for name in ("key_codes", "value_codes")}
+        names = ("key_codes", "wide_codes", "value_codes")
+        found |= {
+            n: getattr(views.sealed, n) for n in names if getattr(views.sealed, n) is not None
+        }
     return found
 
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from paged_kv.cache.block_views import layer_blocks
-from paged_kv.cache.formats import INT2, INT4, INT8, KVFormat
+from paged_kv.cache.formats import (
+    INT2,
+    INT4,
+    INT8,
+    INT8_TOKEN,
+    KIVI2,
+    WIDE_SHARES,
+    KVFormat,
+)
 from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.kernels.block_views import LayerBlocks
 from paged_kv.kernels.cpu import attention as cpu_attention
@@ -23,6 +31,7 @@ from paged_kv.kernels.step_inputs import StepInputs
 from tests.support import cpu_kernels
 from tests.support.arrays import ids
 from tests.support.attention_oracle import layer_of, ragged_fleet
+from tests.support.calibrations import calibrated
 from tests.support.cpu_kernels import ALL_FORMATS, BASE_FORMATS
 from tests.support.fleets import Fleet
 from tests.support.token_streams import in_float32_only, make_stream, tokens_of_every_kind
@@ -32,18 +41,21 @@ lanes = cpu_kernels.lanes
 two_threads = cpu_kernels.two_threads
 
 SEALING_FORMATS = {
-    f"int{base.bits}-block{block_size}-group{group}": base.with_options(
+    f"{base.name}-block{block_size}-group{group}": base.with_options(
         block_size=block_size, key_group_size=group
     )
-    for base in (INT8, INT4, INT2)
+    for base in (INT8, INT8_TOKEN, INT4, INT2, KIVI2)
     for block_size in (64, 128)
-    for group in ((block_size,) if base is INT8 else (32, 64, 128))
-    if group <= block_size
-}
+    for group in ((None,) if base.has_token_keys else (32, 64, None))
+    if group is None or group < block_size
+} | {f"int2-share{share}": INT2.with_options(wide_key_share=share) for share in WIDE_SHARES}
 
 
 def store_twice(
-    kv_format: KVFormat, dtype: torch.dtype, dims: tuple[int, int], tokens: tuple[Tensor, Tensor]
+    kv_format: KVFormat,
+    dtype: torch.dtype,
+    dims: tuple[int, int],
+    tokens: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, LayerBlocks]:
     """Arenas after the torch reference and the CPU's kernels stored and sealed the same tokens.
 
@@ -53,6 +65,7 @@ def store_twice(
     keys, values = tokens
     num_seals, block_size, heads, _ = keys.shape
     layer = LayerSpec(kv_format=kv_format, num_kv_heads=heads, key_dim=dims[0], value_dim=dims[1])
+    layer = calibrated(layer)
     layout = layer.record_layout(dtype)
     size = layout.open_capacity
     generator = torch.Generator().manual_seed(1)
@@ -87,12 +100,12 @@ def store_twice(
         num_head_tokens=0,
     )
     flat_keys, flat_values = keys.flatten(0, 1), values.flatten(0, 1)
-    before = layer_blocks(arena, layout, dtype, size)
+    before = layer_blocks(arena, layer, dtype, size)
     for open_blocks, flat in ((before.open_keys, flat_keys), (before.open_values, flat_values)):
         at = slots[is_open]
         open_blocks[at // size, :, at % size] = flat[is_open].to(dtype)
     arenas = arena.clone(), arena.clone()
-    records = [layer_blocks(copy, layout, dtype, size) for copy in arenas]
+    records = [layer_blocks(copy, layer, dtype, size) for copy in arenas]
     new = NewTokens(flat_keys[is_new], flat_keys[is_new], flat_values[is_new])
     store.store_tokens(new, records[0], step)
     cpu_store.store_tokens(new, records[1], step)
@@ -127,7 +140,7 @@ def test_every_vector_width_stores_the_same_bytes(kv_format, lanes):
 @BASE_FORMATS
 def test_two_threads_store_the_same_bytes(kv_format, two_threads):
     if kv_format.is_native:
-        kv_format = INT8.with_options(block_size=64, key_group_size=64)
+        kv_format = INT8
     keys, values = (tokens_of_every_kind(kv_format.block_size, 3, 64, seed) for seed in (0, 1))
     expected, stored, _ = store_twice(kv_format, torch.bfloat16, (64, 64), (keys, values))
     assert torch.equal(stored, expected)
@@ -187,7 +200,7 @@ def test_what_is_not_finite_is_sealed_as_in_the_reference(kv_format, dtype):
     layer = LayerSpec(kv_format=kv_format, num_kv_heads=2, key_dim=24, value_dim=24)
     layout = layer.record_layout(dtype)
     expected, stored = (
-        layer_blocks(arena, layout, dtype, layout.open_capacity).sealed for arena in arenas
+        layer_blocks(arena, layer, dtype, layout.open_capacity).sealed for arena in arenas
     )
     assert expected is not None
     assert stored is not None

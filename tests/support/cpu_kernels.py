@@ -38,7 +38,8 @@ SINKS = torch.tensor([-1.0, 0.5, 3.0, 20.0])
 
 def limit_of(kv_format: KVFormat) -> float:
     """Relative error that the kernels' float32 may add."""
-    return 1e-4 if kv_format.is_asymmetric else FLOAT32_TOLERANCE
+    is_exact = kv_format.is_native or kv_format.has_token_keys
+    return FLOAT32_TOLERANCE if is_exact else 1e-4
 
 
 def check_step(

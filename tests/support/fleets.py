@@ -215,7 +215,7 @@ def hadamard_product(rows: NDArray) -> NDArray[np.float64]:
             half = size
             while half > 1:  # sums and differences of halves, of quarters, ...
                 half //= 2
-                pairs = part.reshape(*part.shape[:-1], -1, 2, half)
+                pairs = part.reshape(*part.shape[:-1], size // half // 2, 2, half)
                 first, second = pairs[..., 0, :], pairs[..., 1, :]
                 part = np.stack([first + second, first - second], -2).reshape(part.shape)
             rows[..., start : start + size] = part / np.sqrt(size)
