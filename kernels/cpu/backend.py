@@ -12,6 +12,7 @@ from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
 from .attention import attend
 from .plan import CpuPlan
+from .rotate import rotate
 from .store import seal_blocks, store_tokens
 from .warming import warm_up
 
@@ -32,6 +33,9 @@ class CpuBackend:
     ) -> Tensor:
         assert isinstance(plan, CpuPlan)
         return attend(new, layer, plan, rules)
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        return rotate(rows)
 
     def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
         store_tokens(new, layer, step)

@@ -279,7 +279,8 @@ def channel_key_kernel(bits: int, *, has_wide: bool, has_feedback: bool) -> Mach
                 if has_feedback:
                     floats = builder.sitofp(code, ir.VectorType(FLOAT, lanes))
                     read = builder.fadd(builder.fmul(floats, scale), zero)
-                    emitter.store(builder.fsub(vector, read), builder.add(start, at))
+                    error = clamp(emitter, builder.fsub(vector, read), -FP16_MAX, FP16_MAX)
+                    emitter.store(error, builder.add(start, at))
                 code = builder.add(code, emitter.integers(offset, INT, lanes))
                 emitter.store(code, emitter.offset(scratch, emitter.times(first, 4), at))
         line = emitter.offset(codes, builder.mul(channel, num_rows))

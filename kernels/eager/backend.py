@@ -11,6 +11,7 @@ from ..new_tokens import NewTokens
 from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
 from .attention import EagerPlan, attend
+from .rotate import rotate
 from .store import store_tokens
 
 
@@ -30,6 +31,9 @@ class EagerBackend:
     ) -> Tensor:
         assert isinstance(plan, EagerPlan)
         return attend(new, layer, plan, rules)
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        return rotate(rows)
 
     def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
         store_tokens(new, layer, step)

@@ -119,7 +119,8 @@ def quantize_keys(
         part = codes, scale, zero = quantize(slice(channel, channel + 1))
         parts.append(part)
         read = read_codes(codes, scale, zero, bits)
-        error = keys[..., channel : channel + 1] - read
+        # Finite where keys are: what no scale can hold is not made up for.
+        error = (keys[..., channel : channel + 1] - read).clamp(-FP16_MAX, FP16_MAX)
         keys[..., channel + 1 :] -= error * feedback[:, channel, None, channel + 1 :]
     codes, scale, zero = (torch.cat(part, -1) for part in zip(*parts, strict=True))
     return codes, scale, zero

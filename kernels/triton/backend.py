@@ -12,6 +12,7 @@ from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
 from .attention import Attender, attend
 from .plan import TritonPlan
+from .rotate import rotate
 from .store import seal_blocks, store_tokens
 
 
@@ -33,6 +34,9 @@ class TritonBackend:
     ) -> Tensor:
         assert isinstance(plan, TritonPlan)
         return attend(new, layer, plan, rules, attend_to_new=self.attend_to_new)
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        return rotate(rows)
 
     def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
         store_tokens(new, layer, step)

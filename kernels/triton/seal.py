@@ -254,7 +254,8 @@ def seal_keys_in_turn(
         tl.store(sections.key_zero + at, zero)
         scale, zero = scale.to(tl.float32)[:, None], zero.to(tl.float32)[:, None]
         codes = asymmetric_codes(numbers, scale, zero, top_code, BITS)
-        error = tl.reshape(numbers - (codes * scale + zero), [BLOCK_SIZE])[:, None]
+        error = less(greater(numbers - (codes * scale + zero), -FP16_MAX), FP16_MAX)
+        error = tl.reshape(error, [BLOCK_SIZE])[:, None]
         codes = tl.reshape(codes, [BLOCK_SIZE])[:, None]
         share = tl.load(
             coding.feedback + (kv_head * SHAPE.KEY_DIM + turn) * SHAPE.KEY_DIM + channel,

@@ -18,7 +18,6 @@ from ..kernels.rules import ScoreRules
 from ..validation import is_finite, require, require_count
 from .kv_cache import PagedKVCache, Step
 from .layer_spec import FULL_PRECISION_DTYPES, LayerSpec
-from .rotation import rotate
 
 
 def paged_attention(
@@ -63,7 +62,7 @@ def paged_attention(
         require("scale", scale, is_finite(scale) and scale >= 0, "at least 0, and finite")
     rotates_values = cache.layers[layer].kv_format.rotates_values
     if rotates_values:
-        value = rotate(value)
+        value = cache.backend.rotate(value)
     output = cache.backend.attend_and_store(
         NewTokens(query, key, value, sink_query),
         cache.records[layer],
@@ -71,7 +70,7 @@ def paged_attention(
         ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits),
     )
     step.stored_layers.add(layer)
-    return rotate(output) if rotates_values else output
+    return cache.backend.rotate(output) if rotates_values else output
 
 
 def check_tensors(tensors: Sequence[Tensor], device: torch.device) -> None:

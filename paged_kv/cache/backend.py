@@ -48,6 +48,10 @@ class Backend(Protocol):
         """Attend from new tokens to all earlier ones: [T, Hq, value_dim] in the query's dtype."""
         ...
 
+    def rotate(self, rows: Tensor) -> Tensor:
+        """Rows [..., D] times a Hadamard matrix, as `eager.rotate` says it, bit by bit."""
+        ...
+
     def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
         """Write the new tokens to open blocks, and seal what the step seals."""
 
