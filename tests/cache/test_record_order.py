@@ -33,6 +33,7 @@ from tests.support.exported_sequences import (
     state_of,
     tokens_of,
 )
+from tests.support.fleets import as_stored
 from tests.support.kv_formats import FORMATS_BY_LABEL
 from tests.support.token_streams import make_stream
 
@@ -222,7 +223,8 @@ def test_open_tokens_read_the_same_on_a_device_with_the_other_order(kv_format, d
         body_end = num_head + num_sealed * on_cpu.manager.geometry.block_size
         is_open = (positions < num_head) | (positions >= body_end)
         for layer in range(len(layers)):
-            expected = [stream.keys[layer][is_open], stream.values[layer][is_open]]
+            values = as_stored(stream.values[layer], kv_format, dtype)
+            expected = [stream.keys[layer][is_open], values[is_open]]
             for fleet, its_seq_id in ((on_cpu, seq_id), (gpu_like, moved), (back, returned)):
                 assert_equal([*open_tokens(fleet, its_seq_id, layer)], expected)
 

@@ -11,7 +11,9 @@ from paged_kv.cache import transfer
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.cache.transfer import import_sequence
 from paged_kv.errors import InvalidStepError, OutOfBlocksError, TransferError
+from tests.support.calibrations import calibrated
 from tests.support.exported_sequences import (
+    SMALL_FORMAT,
     SharingFleet,
     assert_refused,
     exported,
@@ -68,15 +70,22 @@ def test_every_truncation_and_extension_is_refused():
     [
         ({"kv_format": INT4}, r"^header\.layers\[1\]\.kv_format\.name is 'int4' .* 'int2' here$"),
         (
-            {"kv_format": replace(INT2, key_clip=0.5)},
+            {"kv_format": replace(SMALL_FORMAT, key_clip=0.5)},
             r"^header\.layers\[1\]\.kv_format\.key_clip is 0\.5 in the data, 0\.75 here$",
         ),
-        ({"kv_format": replace(INT2, key_group_size=32)}, r"kv_format\.key_group_size is 32 "),
+        (
+            {"kv_format": replace(SMALL_FORMAT, key_group_size=32)},
+            r"kv_format\.key_group_size is 32 ",
+        ),
+        (
+            {"kv_format": replace(SMALL_FORMAT, has_error_feedback=True)},
+            r"kv_format\.has_error_feedback is True in the data, False here$",
+        ),
         ({"num_kv_heads": 2}, r"^header\.layers\[1\]\.num_kv_heads is 2 in the data, 1 here$"),
         ({"key_dim": 16}, r"^header\.layers\[1\]\.key_dim is 16 in the data, 8 here$"),
         ({"value_dim": 16}, r"^header\.layers\[1\]\.value_dim is 16 in the data, 8 here$"),
     ],
-    ids=["format", "clip", "group size", "heads", "key_dim", "value_dim"],
+    ids=["format", "clip", "group size", "feedback", "heads", "key_dim", "value_dim"],
 )
 def test_other_layers_are_refused_by_name(changes, match):
     layer = small_layer()
@@ -88,13 +97,13 @@ def test_other_geometry_dtype_layer_count_version_and_model_are_refused_by_name(
     layer = small_layer()
     target = SharingFleet([layer, layer])
     assert_refused(target, exported([layer]), r"^header\.layers has length 1 in the data, 2 here$")
-    no_tail = small_layer(INT2.with_options(min_tail_tokens=0))
+    no_tail = small_layer(SMALL_FORMAT.with_options(min_tail_tokens=0))
     assert_refused(target, exported([no_tail] * 2), r"kv_format\.min_tail_tokens is 0 .* 32 here$")
     data = exported([layer] * 2, dtype=torch.bfloat16)
     assert_refused(target, data, r"^header\.dtype is 'bfloat16' in the data, 'float32' here$")
     data = exported([layer] * 2)
     header, body = parts_of(data)
-    assert_refused(target, forged(header, body, version=1), r"^version is 1 in the data, 2 here$")
+    assert_refused(target, forged(header, body, version=2), r"^version is 2 in the data, 3 here$")
     other = header | {"byte_order": "big"}
     assert_refused(target, forged(other, body), r"^header\.byte_order is 'big' in the data")
     other = header | {"geometry": header["geometry"] | {"num_head_tokens": 0}}
@@ -105,6 +114,15 @@ def test_other_geometry_dtype_layer_count_version_and_model_are_refused_by_name(
     assert_refused(target, data, fingerprint, model_fingerprint=b"another model")
     other = header | {"comment": "more"}
     assert_refused(target, forged(other, body), r"^header has \['comment'\] on one side only$")
+
+
+def test_another_calibration_is_refused():
+    layer = small_layer(INT2)
+    one, other = (calibrated(layer, seed) for seed in (1, 2))
+    data = exported([one])
+    for target in (other, layer):
+        assert_refused(SharingFleet([target]), data, r"^header\.layers\[0\]\.calibration is '")
+    SharingFleet([one]).take(data, make_stream([one], 400, 1, torch.float32))
 
 
 def test_a_manager_for_another_model_is_refused_by_its_root():

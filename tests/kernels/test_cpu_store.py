@@ -176,7 +176,7 @@ def test_attention_alone_stores_nothing():
 
 
 def test_infinite_values_saturate_in_8_bits():
-    keys = torch.randn(4, 128, 2, 16, generator=torch.Generator().manual_seed(0))
+    keys = torch.randn(4, INT8.block_size, 2, 16, generator=torch.Generator().manual_seed(0))
     keys[0, ::7, :, 3] = torch.inf
     keys[1, ::5, 1, ::4] = -torch.inf
     keys[2] = torch.inf

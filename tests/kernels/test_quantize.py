@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from paged_kv.cache.block_views import layer_blocks
-from paged_kv.cache.formats import INT2, INT4, INT8, KVFormat
+from paged_kv.cache.formats import INT8_TOKEN, KVFormat
+from paged_kv.cache.key_calibration import KeyCalibration
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec
+from paged_kv.kernels.block_views import SealedViews
 from paged_kv.kernels.eager.quantize import (
     dequantize_keys,
     dequantize_values,
     pack_planes,
     quantize_asymmetric,
+    quantize_centred,
+    quantize_keys,
     quantize_symmetric,
     unpack_planes,
 )
@@ -33,8 +37,9 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 def format_of(bits: int, group: int = 128) -> KVFormat:
-    base = {8: INT8, 4: INT4, 2: INT2}[bits]
-    return base.with_options(key_group_size=group, key_clip=1.0, value_clip=1.0)
+    if bits == 8:
+        return INT8_TOKEN
+    return KVFormat(name="plain", key_bits=bits, value_bits=bits, key_group_size=group)
 
 
 # -- packing ------------------------------------------------------------------------------------
@@ -112,8 +117,8 @@ def decode_record(raw: bytes, cache: PagedKVCache) -> tuple[np.ndarray, np.ndarr
     key zero points, value scales, value zero points.
     """
     kv_format = cache.layers[0].kv_format
-    tokens, bits = kv_format.block_size, kv_format.bits
-    rows, groups = tokens * bits // 8, tokens // kv_format.key_group_size
+    tokens, bits = kv_format.block_size, kv_format.key_bits
+    rows, groups = tokens * bits // 8, kv_format.num_key_groups
     key_codes = np.zeros((tokens, KEY_DIM))
     value_codes = np.zeros((tokens, VALUE_DIM))
     for token in range(tokens):
@@ -137,7 +142,7 @@ def decode_record(raw: bytes, cache: PagedKVCache) -> tuple[np.ndarray, np.ndarr
     else:
         key_scale, key_zero = metadata(groups, KEY_DIM), metadata(groups, KEY_DIM)
         value_scale, value_zero = metadata(tokens)[:, None], metadata(tokens)[:, None]
-        group = np.arange(tokens) // kv_format.key_group_size
+        group = np.arange(tokens) * groups // tokens
         key_scale = key_scale[group]
         keys = key_codes * key_scale + key_zero[group]
         values = value_codes * value_scale + value_zero
@@ -205,7 +210,7 @@ def test_gpu_record_holds_keys_row_by_row_and_values_channel_by_channel(bits):
     layout = layer.record_layout(torch.bfloat16)
     shape = (3, HEADS, layout.record_bytes)
     not_cpu = torch.empty(shape, dtype=torch.uint8, device="meta")
-    views = layer_blocks(not_cpu, layout, torch.bfloat16, layout.open_capacity).sealed
+    views = layer_blocks(not_cpu, layer, torch.bfloat16, layout.open_capacity).sealed
     assert views is not None
 
     arena = torch.zeros(shape, dtype=torch.uint8)
@@ -242,7 +247,7 @@ def test_metadata_has_the_same_order_on_every_device(bits):
     sealed = {}
     for device in ("cpu", "meta"):
         arena = torch.empty((3, HEADS, layout.record_bytes), dtype=torch.uint8, device=device)
-        records = layer_blocks(arena, layout, torch.bfloat16, layout.open_capacity)
+        records = layer_blocks(arena, layer, torch.bfloat16, layout.open_capacity)
         sealed[device] = records.sealed._asdict()
     for name, view in sealed["cpu"].items():
         other = sealed["meta"][name]
@@ -280,6 +285,11 @@ DATA = {
 }
 
 
+def sections(**given: Tensor) -> SealedViews:
+    """Sealed sections of which only these are there."""
+    return SealedViews(**dict.fromkeys(SealedViews._fields) | given)
+
+
 def rms(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
 
@@ -288,19 +298,22 @@ def round_trip_keys(keys: Tensor, bits: int, group: int, clip: float = 1.0) -> T
     """Keys [..., tokens, D] as they come back from a sealed block."""
     if bits == 8:
         codes, scale = quantize_symmetric(keys)
-        return dequantize_keys(codes, scale, None, 8, torch.float32)
+        return dequantize_keys(sections(key_codes=codes, key_scale=scale), 8, None, torch.float32)
     groups = keys.unflatten(-2, (-1, group))
     codes, scale, zero = quantize_asymmetric(groups, -2, bits, clip)
     packed = pack_planes(codes.flatten(-3, -2), bits)
-    return dequantize_keys(packed, scale, zero, bits, torch.float32)
+    views = sections(key_codes=packed, key_scale=scale, key_zero=zero)
+    return dequantize_keys(views, bits, None, torch.float32)
 
 
 def round_trip_values(values: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     if bits == 8:
         codes, scale = quantize_symmetric(values)
-        return dequantize_values(codes, scale, None, 8, torch.float32)
+        return dequantize_values(sections(value_codes=codes, value_scale=scale), 8, torch.float32)
     codes, scale, zero = quantize_asymmetric(values, -1, bits, clip)
-    return dequantize_values(pack_planes(codes, bits), scale, zero, bits, torch.float32)
+    packed = pack_planes(codes, bits)
+    views = sections(value_codes=packed, value_scale=scale, value_zero=zero)
+    return dequantize_values(views, bits, torch.float32)
 
 
 def predicted_rms(values: Tensor, dim: int, bits: int) -> float:
@@ -396,7 +409,8 @@ def test_all_zero_int8_row_is_all_128_with_scale_zero():
     codes, scale = quantize_symmetric(torch.zeros(3, 16))
     assert torch.equal(codes, torch.full((3, 16), 128, dtype=torch.uint8))
     assert torch.equal(scale, torch.zeros(3, dtype=torch.float16))
-    assert not dequantize_values(codes, scale, None, 8, torch.float32).any()
+    views = sections(value_codes=codes, value_scale=scale)
+    assert not dequantize_values(views, 8, torch.float32).any()
 
 
 def test_int8_codes_are_symmetric_around_128():
@@ -458,3 +472,73 @@ def test_codes_are_computed_against_the_scale_as_it_is_stored():
     codes, scale, zero = quantize_asymmetric(values, -1, 4, 1.0)
     against_stored = (values - zero.float()[:, None]) / scale.float()[:, None]
     assert torch.equal(codes.float(), against_stored.round().clamp(0, 15))
+
+
+# -- wide channels, feedback, values around 0 -----------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_values_around_zero_have_no_code_for_it_and_err_by_half_a_step(bits):
+    values = torch.randn(50, 64, generator=rng())
+    codes, scale = quantize_centred(values, bits, 1.0)
+    top_code = (1 << bits) - 1
+    read = (codes.float() - top_code / 2) * scale.float()[:, None]
+    assert (read != 0).all()
+    assert ((read - values).abs() <= 0.51 * scale.float()[:, None]).all()
+    greatest = values.abs().amax(-1)
+    torch.testing.assert_close(scale.float(), 2 * greatest / top_code, rtol=1e-3, atol=0)
+    _, clipped = quantize_centred(values, bits, 0.5)
+    torch.testing.assert_close(clipped.float(), scale.float() / 2, rtol=1e-3, atol=0)
+
+
+def test_eight_bits_per_channel_do_not_feel_a_bias_that_eight_bits_per_token_cannot_bear():
+    keys = torch.randn(1, 1, 128, 64, generator=rng())
+    biased = keys.clone()
+    biased[..., [3, 17, 40]] += torch.tensor([100.0, -300.0, 300.0])
+    codes, scale, zero = quantize_keys(biased, 1, 8, (1.0, 1.0))
+    views = sections(key_codes=codes, key_scale=scale, key_zero=zero)
+    by_channel = dequantize_keys(views, 8, None, torch.float32) - biased
+    codes, scale = quantize_symmetric(biased)
+    by_token = round_trip_keys(biased, 8, 128) - biased
+    plain = [c for c in range(64) if c not in (3, 17, 40)]
+    assert rms(by_channel[..., plain]) < 0.012
+    assert rms(by_token[..., plain]) > 0.5
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_wide_channels_have_sixteen_levels_where_others_have_four(num_groups):
+    keys = torch.randn(2, 3, 128, 24, generator=rng())
+    is_wide = torch.zeros(3, 24, dtype=torch.bool)
+    is_wide[0, ::3] = is_wide[1, :8] = is_wide[2, 16:] = True
+    codes, scale, zero = quantize_keys(keys, num_groups, 2, (1.0, 1.0), is_wide)
+    wide = is_wide[None, :, None].expand(codes.shape)
+    assert int(codes[wide].max()) == 15
+    assert int(codes[~wide].max()) == 3
+    groups = keys.unflatten(2, (num_groups, -1))
+    span = groups.amax(3) - groups.amin(3)
+    top_code = torch.where(is_wide[None, :, None], 15.0, 3.0)
+    torch.testing.assert_close(scale.float(), span / top_code, rtol=1e-3, atol=0)
+    torch.testing.assert_close(zero.float(), groups.amin(3), rtol=1e-3, atol=1e-6)
+
+
+def test_feedback_lowers_the_error_that_queries_see():
+    """Of correlated queries; without correlation there is nothing to make up for."""
+    mixing = torch.randn(2, 64, 8, generator=rng(1)) @ torch.randn(2, 8, 64, generator=rng(2))
+    queries = torch.randn(2, 1000, 64, generator=rng(3)) @ (mixing + torch.eye(64))
+    products = (queries.mT @ queries / 1000).double().numpy()
+    known = KeyCalibration.from_moments(products, np.ones((2, 64)))
+    keys = torch.randn(4, 2, 128, 64, generator=rng())
+    errors = []
+    for feedback in (None, torch.from_numpy(known.feedback.astype(np.float32))):
+        codes, scale, zero = quantize_keys(keys, 1, 4, (1.0, 1.0), None, feedback)
+        views = sections(key_codes=pack_planes(codes, 4), key_scale=scale, key_zero=zero)
+        error = dequantize_keys(views, 4, None, torch.float32) - keys
+        errors.append(rms(error @ queries.mT))
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_feedback_of_zero_changes_nothing():
+    keys = torch.randn(2, 2, 64, 16, generator=rng())
+    without = quantize_keys(keys, 2, 4, (0.9, 1.0))
+    with_zeros = quantize_keys(keys, 2, 4, (0.9, 1.0), None, torch.zeros(2, 16, 16))
+    assert all(torch.equal(a, b) for a, b in zip(without, with_zeros, strict=True))

@@ -13,7 +13,7 @@ import torch
 
 from paged_kv.blocks.token_chain import TokenChain, root_hash
 from paged_kv.cache import transfer
-from paged_kv.cache.formats import INT2, KVFormat
+from paged_kv.cache.formats import KVFormat
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.cache.transfer import (
@@ -79,7 +79,11 @@ def layers_of(kv_format: KVFormat) -> list[LayerSpec]:
     ]
 
 
-def small_layer(kv_format: KVFormat = INT2) -> LayerSpec:
+# With a head of 16 tokens and blocks of 128 in records that are small.
+SMALL_FORMAT = KVFormat(name="int2", key_bits=2, value_bits=2, key_clip=0.75, value_clip=0.8)
+
+
+def small_layer(kv_format: KVFormat = SMALL_FORMAT) -> LayerSpec:
     return LayerSpec(kv_format=kv_format, num_kv_heads=1, key_dim=8, value_dim=8)
 
 

@@ -20,6 +20,7 @@ from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.formats import KVFormat
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
+from paged_kv.kernels.eager.rotate import rotate
 from tests.support.arrays import ids
 from tests.support.token_streams import Stream
 
@@ -204,6 +205,11 @@ def dequantized_values(view: dict[str, NDArray], kv_format: KVFormat) -> NDArray
     else:
         values = codes * scale + view["value_zero"].astype(np.float64)[:, None]
     return hadamard_product(values) if kv_format.rotates_values else values
+
+
+def as_stored(values: Tensor, kv_format: KVFormat, dtype: torch.dtype) -> Tensor:
+    """Values as the open blocks of a format hold them: rotated, perhaps, and rounded."""
+    return (rotate(values) if kv_format.rotates_values else values).to(dtype)
 
 
 def hadamard_product(rows: NDArray) -> NDArray[np.float64]:
