@@ -109,8 +109,8 @@ def make_layer(case: Case, device: torch.device = DEVICE) -> Layer:
     places = num_head + torch.arange(num_sealed, device=device) * places_of_block
     block_table[:, places] = sealed_ids.view(case.batch, num_sealed)
     # Open blocks after sealed ones: metadata of the one must not be tokens of the other.
-    for section in () if blocks.sealed is None else blocks.sealed[2:]:
-        if section is not None:
+    for section in () if blocks.sealed is None else blocks.sealed:
+        if section is not None and section.dtype is torch.float16:
             section.fill_(0.01)
     for view in (blocks.open_keys, blocks.open_values):
         for part in open_ids.flatten().split(4096):

@@ -29,6 +29,7 @@ from triton.runtime.jit import create_function_from_signature
 from paged_kv.cache.backend import choose_backend
 from paged_kv.cache.block_views import layer_blocks
 from paged_kv.cache.formats import KVFormat
+from paged_kv.cache.key_calibration import KeyCalibration
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
 from paged_kv.kernels.new_tokens import NewTokens
 from paged_kv.kernels.rules import ScoreRules
@@ -125,12 +126,21 @@ def record_launches(
     dtype: torch.dtype = torch.bfloat16,
     arch: int = 90,
     has_windows: bool = False,
+    is_calibrated: bool = False,
     **rules: Any,
 ) -> list[Launch]:
     """One layer's attention and storing, with one block to be sealed, on a GPU of `arch`."""
     value_dim = head_dim if value_dim is None else value_dim
+    calibration = KeyCalibration(
+        channel_order=np.tile(np.arange(head_dim, dtype=np.int16), (num_kv_heads, 1)),
+        feedback=np.zeros((num_kv_heads, head_dim, head_dim), dtype=np.float16),
+    )
     layer = LayerSpec(
-        kv_format=kv_format, num_kv_heads=num_kv_heads, key_dim=head_dim, value_dim=value_dim
+        kv_format=kv_format,
+        num_kv_heads=num_kv_heads,
+        key_dim=head_dim,
+        value_dim=value_dim,
+        calibration=calibration if is_calibrated else None,
     )
     geometry = cache_geometry([layer], dtype)
     layout = layer.record_layout(dtype)

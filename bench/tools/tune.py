@@ -26,7 +26,6 @@ from tools.machine_code import SHARED_MEMORY_LIMIT
 from triton.runtime.errors import TritonError
 
 from paged_kv.cache.backend import choose_backend
-from paged_kv.cache.formats import FORMATS
 from paged_kv.kernels.triton import launch as triton_launch
 from paged_kv.kernels.triton import plan as triton_plan
 from paged_kv.kernels.triton.launch import WIDE, Launch, tile_rows
@@ -34,7 +33,7 @@ from paged_kv.kernels.triton.launch import WIDE, Launch, tile_rows
 CUDA = torch.device("cuda")
 FORMAT_OF_BITS = {8: "int8", 4: "int4", 2: "int2", 0: "native"}
 SHAPES = ((8, 8192), (64, 32768))  # sequences, tokens of context
-LEAST_TILE, MOST_OPEN_TOKENS = 16, 128  # a product has at least 16 rows
+LEAST_TILE, MOST_TOKENS = 16, 128  # a product has at least 16 rows, a block at most 128 tokens
 NUM_WARPS, NUM_STAGES = (1, 2, 4, 8), (2, 3, 4)
 H100_PROCESSORS = 132  # how contexts are split, where there is no GPU to ask
 MAX_ERROR = 1e-2  # of a candidate's output, beside that of the present launch
@@ -68,15 +67,14 @@ class Key(NamedTuple):
 KEYS = [
     Key(bits, rows, head_dim)
     for head_dim in (WIDE, 2 * WIDE)
-    for rows in tile_rows(head_dim, META).small
     for bits in FORMAT_OF_BITS
+    for rows in tile_rows(bits, head_dim, META).small
 ]
 
 
 def candidates(key: Key) -> list[Launch]:
     """A larger tile than a block has rows of codes would be cut to these."""
-    block_size = FORMATS[FORMAT_OF_BITS[key.bits]].block_size
-    most = block_size * key.bits // 8 or MOST_OPEN_TOKENS
+    most = MOST_TOKENS * key.bits // 8 or MOST_TOKENS
     tiles = [LEAST_TILE << power for power in range((most // LEAST_TILE).bit_length())]
     return [
         Launch(tile, num_warps, num_stages)

@@ -105,6 +105,11 @@ class Call:
         """Whether a sealed block's keys are scaled in several groups."""
         return self.layer.sealed is not None and self.layer.sealed.num_key_groups > 1
 
+    @property
+    def bits(self) -> int:
+        """Of a code; the fewer, where keys and values have different bits, and 0 without codes."""
+        return min(self.layer.key_bits, self.layer.value_bits)
+
     @cached_property
     def rule_numbers(self) -> RuleNumbers:
         scale, softcap, sliding_window, attention_chunk, _ = self.rules
@@ -168,7 +173,7 @@ def attend(
         sink_query = as_rows(new.sink_query, new.sink_query.dtype)
     call = Call(NewTokens(query, key, value), sink_query, layer, plan, rules, attend_to_new)
     output = query.new_empty(*query.shape[:2], value.shape[2])
-    rows = tile_rows(call.columns, query.device, has_groups=call.has_groups)
+    rows = tile_rows(call.bits, call.columns, query.device, has_groups=call.has_groups)
     for group in plan.groups(key.shape[1], query.shape[1] // key.shape[1], rows):
         attend_group(call, group, output, appends)
     return output
@@ -188,15 +193,16 @@ def attend_group(call: Call, group: RowGroup, output: Tensor, appends: bool) -> 
 
 def launch_for(call: Call, group: RowGroup, bits: int) -> Launch:
     """The one place where a group's rows choose between the tables."""
-    has_windows = call.has_windows
+    has_windows, device = call.has_windows, call.new.query.device
     if group.is_prefill:
-        return prefill_launch(bits, call.columns, call.new.query.device, has_windows=has_windows)
+        return prefill_launch(bits, call.columns, device, has_windows=has_windows)
     if bits == 0:
         return open_launch(group.tile_rows, call.columns, has_windows=has_windows)
     return sealed_launch(
         bits,
         group.tile_rows,
         call.columns,
+        device,
         has_rules=call.has_rules,
         has_groups=call.has_groups,
     )
@@ -206,7 +212,7 @@ def run_sealed(call: Call, sealed: SealedViews, group: RowGroup, parts: Parts) -
     step, num_key_groups = call.plan.step, sealed.num_key_groups
     _, num_splits = call.num_splits(group)
     group_tokens = step.block_size // max(num_key_groups, 1)
-    launch = launch_for(call, group, min(call.layer.key_bits, call.layer.value_bits))
+    launch = launch_for(call, group, call.bits)
     tile = min(launch.tile, rows_of_plane(call.layer, sealed), group_tokens)
     kernel = attend_prefill if group.is_prefill else attend_sealed
     kernel[len(group.tiles), call.new.key.shape[1], num_splits](

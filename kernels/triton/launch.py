@@ -30,21 +30,21 @@ class TileRows(NamedTuple):
     large: int
 
 
-# Few query rows, by bits of a code (0: open blocks) and query rows of a tile.
+# Few query rows, by bits of a code (0: open blocks; where keys and values have different bits, the
+# fewer) and query rows of a tile.
 NARROW_LAUNCHES: Final = {
     (8, 8): Launch(128, 2, 3),
     (8, 16): Launch(128, 2, 3),
-    (4, 8): Launch(64, 2, 3),
-    (4, 16): Launch(32, 2, 3),
-    (2, 8): Launch(32, 1, 3),
-    (2, 16): Launch(32, 2, 3),
+    (4, 8): Launch(32, 1, 3),
+    (4, 16): Launch(32, 2, 2),
+    (2, 8): Launch(16, 1, 3),
     (0, 8): Launch(64, 2, 3),
     (0, 16): Launch(64, 2, 3),
 }
 WIDE_LAUNCHES: Final = {
-    (8, 8): Launch(64, 2, 3),
+    (8, 8): Launch(64, 4, 3),
     (4, 8): Launch(64, 4, 3),
-    (2, 8): Launch(32, 2, 3),
+    (2, 8): Launch(16, 2, 2),
     (0, 8): Launch(32, 2, 3),
 }
 # Many, whose tiles are of tokens whatever the bits. Products of Hopper read numbers from shared
@@ -75,13 +75,16 @@ AMPERE_WIDE_PREFILLS: Final = {
 }
 
 
-def tile_rows(columns: int, device: torch.device, *, has_groups: bool = False) -> TileRows:
-    """By channels of a key or a value, whichever has more.
+def tile_rows(
+    bits: int, columns: int, device: torch.device, *, has_groups: bool = False
+) -> TileRows:
+    """By bits of a code, and channels of a key or a value, whichever has more.
 
-    Several key groups in a block take a set of scaled queries each: 16 rows of them do not fit.
+    Several key groups in a block, or wide channels beside those of 2 bits, take a set of scaled
+    queries each: 16 rows of them do not fit.
     """
     if columns <= WIDE:
-        return TileRows((8,) if has_groups else (8, 16), 64)
+        return TileRows((8,) if has_groups or bits == 2 else (8, 16), 64)
     return TileRows((8,), 64 if is_hopper(device) else 32)
 
 
@@ -94,20 +97,26 @@ def open_launch(rows: int, columns: int, *, has_windows: bool = False) -> Launch
 
 
 def sealed_launch(
-    bits: int, rows: int, columns: int, *, has_rules: bool = False, has_groups: bool = False
+    bits: int,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    *,
+    has_rules: bool = False,
+    has_groups: bool = False,
 ) -> Launch:
     """For few query rows and codes of so many bits.
 
     Masks or a softcap, and several key groups in a block, take registers that few bits do not have.
     """
     is_wide = columns > WIDE
-    launch = (WIDE_LAUNCHES if is_wide else NARROW_LAUNCHES)[bits, rows]
-    if is_wide and has_groups and (has_rules or bits == 2):
+    if has_groups and is_wide and (has_rules or bits == 2):
         return Launch(16, 4, 2)
-    if bits == 2 and (has_rules or has_groups):
-        num_warps = launch.num_warps if rows == 16 else 2 * launch.num_warps
-        return Launch(launch.tile, num_warps, 2 if is_wide or rows == 16 else 3)
-    return launch
+    if has_groups and bits == 2:
+        return Launch(32, 2, 3)
+    if has_rules and bits == 2 and not is_hopper(device):  # its code takes more registers there
+        return Launch(16, 4, 1) if is_wide else Launch(32, 2, 3)
+    return (WIDE_LAUNCHES if is_wide else NARROW_LAUNCHES)[bits, rows]
 
 
 def prefill_launch(

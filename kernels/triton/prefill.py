@@ -124,17 +124,18 @@ def attend_prefill(
             scales = tl.broadcast_to(scales, codes.shape)
             zeros = tl.broadcast_to(zeros, codes.shape)
             scores = none
+            if LAYOUT.KEY_BITS == 8:  # fp16 has no room for 8 bits beside a large zero point
+                scores = dot(queries, codes * scales, scores)
+                scores = dot(queries, zeros, scores)
+            else:
+                scores = dot(queries, tl.fma(codes, scales, zeros), scores)  # rounded once
             if LAYOUT.NUM_WIDE > 0:
                 upper = sections.wide_codes + record + key_row * LAYOUT.WIDE_STRIDES[0]
                 upper = tl.load(upper + wide_offsets)
                 upper = codes_of_plane(upper, shift, LAYOUT.KEY_BITS) * (1 << LAYOUT.KEY_BITS)
                 wide_scales = tl.load(group_scales + wide_channel)
                 scores = dot(wide_queries, upper * wide_scales[:, None], scores)
-            if LAYOUT.KEY_BITS == 8:  # fp16 has no room for 8 bits beside a large zero point
-                scores = dot(queries, zeros, scores)
-                scores = dot(queries, codes * scales, scores) * factor
-            else:
-                scores = dot(queries, tl.fma(codes, scales, zeros), scores) * factor  # rounded once
+            scores = scores * factor
         shift = first_of_tile // ROWS_OF_VALUES * LAYOUT.VALUE_BITS
         values = codes_of_plane(values, shift, LAYOUT.VALUE_BITS)
         if LAYOUT.VALUE_BITS < 8 and not HAS_VALUE_ZEROS:

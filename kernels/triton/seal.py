@@ -155,7 +155,7 @@ def seal_token_keys(
         tl.store(sections.key_scale + record // 2 + token, scale)
         store_codes(
             sections.key_codes + record, codes, token, channel, channel < SHAPE.KEY_DIM,
-            LAYOUT.KEY_STRIDES,
+            LAYOUT.KEY_STRIDES[0], LAYOUT.KEY_STRIDES[1],
         )  # fmt: skip
 
 
@@ -226,17 +226,18 @@ def seal_keys_in_turn(
     The block's keys are one tile; channels in it become codes as their turn comes.
     """
     record, kv_head, sources = place
+    COLUMNS: tl.constexpr = SHAPE.KEY_COLUMNS
     BITS: tl.constexpr = LAYOUT.KEY_BITS
     GROUPS: tl.constexpr = LAYOUT.NUM_KEY_GROUPS
     BLOCK_SIZE: tl.constexpr = LAYOUT.BLOCK_SIZE
     PLANES: tl.constexpr = 8 // BITS
     ROWS_OF_CODES: tl.constexpr = BLOCK_SIZE // PLANES
     token = tl.arange(0, BLOCK_SIZE)
-    channel = tl.arange(0, SHAPE.KEY_COLUMNS)
+    channel = tl.arange(0, COLUMNS)
     group = tl.arange(0, GROUPS)
     keys = load_tokens(
         tl.load(sources + token), kv_head, new_keys, open_keys, SHAPE.KEY_DIM,
-        SHAPE.KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+        COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
     )  # fmt: skip
     for turn in range(SHAPE.KEY_DIM):
         is_turn = (channel == turn)[None, :]
@@ -263,7 +264,7 @@ def seal_keys_in_turn(
         )  # fmt: skip
         left = tl.where((channel > turn)[None, :], keys - error * share[None, :], keys)
         keys = tl.where(is_turn, codes, left)
-    codes = tl.reshape(stored_codes(keys, BITS), [PLANES, ROWS_OF_CODES, SHAPE.KEY_COLUMNS])
+    codes = tl.reshape(stored_codes(keys, BITS), [PLANES, ROWS_OF_CODES, COLUMNS])
     shift = (tl.arange(0, PLANES) * BITS)[:, None, None]
     packed = tl.sum((codes & ((1 << BITS) - 1)) << shift, 0)
     upper = tl.sum(codes >> BITS << shift, 0)
@@ -311,18 +312,21 @@ def store_key_codes(
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     store_codes(
         sections.key_codes + record, packed, code_row, channel, channel < SHAPE.KEY_DIM,
-        LAYOUT.KEY_STRIDES,
+        LAYOUT.KEY_STRIDES[0], LAYOUT.KEY_STRIDES[1],
     )  # fmt: skip
     if LAYOUT.NUM_WIDE > 0:
         is_wide, column = places_of_wide(channel, kv_head, sections, SHAPE, LAYOUT)
         store_codes(
-            sections.wide_codes + record, upper, code_row, column, is_wide, LAYOUT.WIDE_STRIDES
-        )
+            sections.wide_codes + record, upper, code_row, column, is_wide,
+            LAYOUT.WIDE_STRIDES[0], LAYOUT.WIDE_STRIDES[1],
+        )  # fmt: skip
 
 
 @triton.jit
-def store_codes(codes, packed, row, channel, exists, STRIDES: tl.constexpr):
-    at = row[:, None] * STRIDES[0] + channel[None, :] * STRIDES[1]
+def store_codes(
+    codes, packed, row, channel, exists, ROW_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr
+):
+    at = row[:, None] * ROW_STRIDE + channel[None, :] * CHANNEL_STRIDE
     tl.store(codes + at, packed.to(tl.uint8), mask=exists[None, :])
 
 
@@ -334,21 +338,22 @@ def seal_values(
     record, kv_head, sources = place
     metadata = record // 2
     TILE: tl.constexpr = LAYOUT.TILE
+    COLUMNS: tl.constexpr = SHAPE.VALUE_COLUMNS
     BITS: tl.constexpr = LAYOUT.VALUE_BITS
     TOP_CODE: tl.constexpr = (1 << BITS) - 1
     PLANES: tl.constexpr = 8 // BITS
     ROWS_OF_CODES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
     row = tl.arange(0, TILE)
-    channel = tl.arange(0, SHAPE.VALUE_COLUMNS)
+    channel = tl.arange(0, COLUMNS)
     exists = channel < SHAPE.VALUE_DIM
     for tile in range(ROWS_OF_CODES // TILE):
         code_row = tile * TILE + row
-        packed = tl.zeros([TILE, SHAPE.VALUE_COLUMNS], tl.int32)
+        packed = tl.zeros([TILE, COLUMNS], tl.int32)
         for plane in tl.static_range(PLANES):
             token = plane * ROWS_OF_CODES + code_row
             values = load_tokens(
                 tl.load(sources + token), kv_head, new_values, open_values, SHAPE.VALUE_DIM,
-                SHAPE.VALUE_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+                COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
             )  # fmt: skip
             if BITS == 8:
                 codes, scale = symmetric_codes(values)
@@ -366,8 +371,9 @@ def seal_values(
             tl.store(sections.value_scale + metadata + token, scale)
             packed |= codes << (plane * BITS)
         store_codes(
-            sections.value_codes + record, packed, code_row, channel, exists, LAYOUT.VALUE_STRIDES
-        )
+            sections.value_codes + record, packed, code_row, channel, exists,
+            LAYOUT.VALUE_STRIDES[0], LAYOUT.VALUE_STRIDES[1],
+        )  # fmt: skip
 
 
 @triton.jit

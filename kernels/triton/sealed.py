@@ -255,9 +255,8 @@ def score_planes(
                 scales = tl.load(scales_and_zeros[0] + group * SHAPE.KEY_DIM + wide_channel)
                 wide_scaled = wide_queries * scales[:, None]
         unit = factor * (UNIT / (1 << (plane // KEY_TILES * LAYOUT.KEY_BITS)))
-        products = none
+        products = dot(planes[plane], scaled, none)
         if LAYOUT.NUM_WIDE > 0:
-            products = dot(wide_planes[plane], wide_scaled, none)
-        products = dot(planes[plane], scaled, products)
+            products = dot(wide_planes[plane], wide_scaled, products)
         scores = scores + (products * unit + zero_scores,)
     return scores

@@ -183,7 +183,7 @@ def test_a_step_without_tokens_is_empty():
 
 def test_sequences_without_new_tokens_are_left_out():
     step = step_of([1, 0, 40], [10, 20, 30], [0, 0, 0], num_head_tokens=0)
-    few, many = plan_rows(step, 1, 2, tile_rows(64, torch.device("cpu")))
+    few, many = plan_rows(step, 1, 2, tile_rows(8, 64, torch.device("cpu")))
     assert few.tiles.tolist() == [[0, 0]]
     assert few.places.tolist() == [[0, 0, 0]]
     assert many.tiles.tolist() == [[2, 0], [2, 64]]
@@ -196,7 +196,7 @@ def test_every_row_has_one_place_in_one_tile(group_size, columns):
     query_lens = [1, 5, 0, 40, 2, 100, 1]
     step = step_of(query_lens, [9] * 7, [0] * 7, num_head_tokens=0)
     seen = []
-    for group in plan_rows(step, 2, group_size, tile_rows(columns, torch.device("cpu"))):
+    for group in plan_rows(step, 2, group_size, tile_rows(8, columns, torch.device("cpu"))):
         for token, first_tile, index in group.places.tolist():
             for head in range(group_size):
                 row = index * group_size + head

@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 from tools import tune
+from tools.kernel_launches import META
 from tools.tune import KEYS, Key, candidates, instructions, rows_of_best, time_on_gpu
 
 from paged_kv.kernels.triton.launch import NARROW_LAUNCHES, WIDE_LAUNCHES, Launch, sealed_launch
@@ -45,7 +46,7 @@ def test_no_tile_is_larger_than_a_block():
 def test_a_launch_is_forced_for_a_while():
     before, forced = INT2.present, Launch(16, 8, 4)
     with INT2.launching(forced):
-        assert sealed_launch(2, 8, 128) == forced
+        assert sealed_launch(2, 8, 128, META) == forced
     assert INT2.present == before
 
 
