@@ -18,7 +18,6 @@ from .groups import Coding, Layout, NewKeysAndValues, OpenTokens, Rows, Seals, S
 from .launch import seal_launch
 from .seal import seal_blocks as seal_blocks_kernel
 
-
 LEAST_WIDE_COLUMNS: Final = 32  # fewer codes would be shuffled on their way to the product
 
 

@@ -145,8 +145,9 @@ def test_8_bit_keys_keep_their_precision_beside_large_biases(count):
 
 
 def test_layers_of_different_formats_share_a_step():
-    int8 = INT8.with_options(block_size=128, min_tail_tokens=INT2.min_tail_tokens)
-    layers = [layer_of(int8), layer_of(INT2, heads=2, key_dim=64), layer_of(INT4, heads=3)]
+    same = {"block_size": 64, "min_tail_tokens": 32}
+    int8, int4, int2 = (each.with_options(**same) for each in (INT8, INT4, INT2))
+    layers = [layer_of(int8), layer_of(int2, heads=2, key_dim=64), layer_of(int4, heads=3)]
     fleet = Fleet(layers)
     slots = [fleet.add(make_stream(layers, 400, seed, torch.float32)) for seed in range(2)]
     fleet.step(dict(zip(slots, (50, 340), strict=True)))
@@ -240,7 +241,7 @@ def store_on_both(
 ) -> int:
     """Hold the arena after each step to that of the reference; how many blocks were sealed."""
     caches = [
-        Cache([layer], num_blocks=60, dtype=dtype, backend=backend)
+        Cache([layer], num_blocks=120, dtype=dtype, backend=backend)
         for backend in ("torch", "triton")
     ]
     manager = caches[0].new_manager(max_num_seqs=4, max_model_len=4096)
