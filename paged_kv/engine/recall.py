@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..blocks.geometry import IntArray
 from ..errors import ConfigError
 
-SENTENCE: Final = "\n\nThe secret number of {name} is"
+SENTENCE: Final = "\n\nThe phone number of {name} is"
 NAMES: Final = (
     *("Amber", "Boston", "Cyrus", "Dublin", "Edward", "Florence", "Geneva"),
     *("Hector", "Isabel", "Jasper", "Kenya", "Lisbon", "Martha", "Nelson"),
