@@ -169,7 +169,7 @@ class Peer:
 
     def effective_bytes(self, head_dim: int, num_tokens: int) -> float:
         """The same, of a sequence with what stays as it is."""
-        sealed = np.mean([int(ends[-1]) for ends in self.ends(num_tokens + 1)])
+        sealed = np.mean([min(int(e[-1]), num_tokens) for e in self.ends(num_tokens + 1)])
         sealed -= (self.head or 0) if sealed else 0
         in_full = (num_tokens - sealed) * 2 * head_dim * OPEN_ITEMSIZE
         return float(sealed * self.sealed_bytes(head_dim) + in_full) / num_tokens

@@ -50,7 +50,7 @@ class Evaluation:
 
     def take_text(self, text: str, length: int, count: int | None, *, recall: bool) -> None:
         """Cut the first `count` windows of so many tokens, and hide pairs in the text."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
         first = self._tokenizer.bos_token_id
         opening = None if first is None else int(first)
         self._windows = token_windows(ids, length, opening)[:count]

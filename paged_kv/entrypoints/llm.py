@@ -125,14 +125,7 @@ class LLM:
             num_threads=num_threads,
             sink_window=sink_window,
         )
-        if not isinstance(model, PreTrainedModel):
-            name = model
-            model = load_model(name, dtype, gguf_file)
-            tokenizer = tokenizer or load_tokenizer(name, gguf_file)
-        elif gguf_file is not None:
-            raise ConfigError(f"gguf_file {gguf_file!r} is for a folder; a loaded model was given")
-        elif dtype is not None and model.dtype != dtype:
-            raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
+        model, tokenizer = loaded(model, tokenizer, dtype, gguf_file)
         if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
             raise ConfigError(
                 f"{type(tokenizer).__name__} cannot decode token by token; a fast tokenizer can"
@@ -416,6 +409,23 @@ class LLM:
             if text.num_waiting <= MAX_WAITING // 2:
                 self.engine.resume(text.live.request_id)
                 text.is_paused = False
+
+
+def loaded(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
+    gguf_file: str | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A model and its tokenizer, if they are not loaded yet; a loaded model may have none."""
+    if not isinstance(model, PreTrainedModel):
+        found = load_model(model, dtype, gguf_file)
+        return found, tokenizer or load_tokenizer(model, gguf_file)
+    if gguf_file is not None:
+        raise ConfigError(f"gguf_file {gguf_file!r} is for a folder; a loaded model was given")
+    if dtype is not None and model.dtype != dtype:
+        raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
+    return model, tokenizer
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..cache.formats import FORMATS, resolve_format
 from ..errors import InvalidRequestError
+from ..validation import MAX_COUNT
 from .result_file import explained
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def load(arguments: argparse.Namespace) -> tuple[PagedModel, PreTrainedTokenizer
     quiet_loading()
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     tokenizer = load_tokenizer(arguments.model)
+    tokenizer.model_max_length = MAX_COUNT  # or it warns of texts that are cut to windows
     return PagedModel(load_model(arguments.model, dtype)), tokenizer
 
 

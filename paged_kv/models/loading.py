@@ -122,10 +122,12 @@ def misplaced(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
 def find_checkpoint(name: object, gguf_file: str | None = None) -> tuple[str, str | None]:
     """The folder or hub name that a user means, and the GGUF file in it, if it is one."""
     if isinstance(name, (str, Path)) and gguf_file is None:
-        path = Path(name).expanduser()
-        if path.suffix.lower() == GGUF_ENDING and not path.is_dir():
-            require_gguf(path)
-            return str(path.parent), path.name
+        path = os.path.expanduser(str(name))
+        if path.lower().endswith(GGUF_ENDING) and not os.path.isdir(path):
+            if not os.path.lexists(path):
+                raise ModelNotFoundError(f"no model folder at {str(name)!r}, and no GGUF file")
+            require_gguf(Path(path))
+            return os.path.split(path)[0] or ".", os.path.basename(path)
     found = find_model(name)
     if gguf_file is None:
         return found, None

