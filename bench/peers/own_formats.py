@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from peers.hadamard import rotate
 from peers.parallel_pass import Copies
 from torch import Tensor
 
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry, sequence_bytes, usual_kv_dtype
-from paged_kv.cache.rotation import rotate
 
 FP16_MAX = 65504.0
 
@@ -122,7 +122,7 @@ def read_keys(spec: LayerSpec, blocks: Tensor) -> Tensor:
     for channel in range(groups.shape[-1]):
         one = slice(channel, channel + 1)
         read[..., one] = affine(groups[..., one], 3, bits, clip[..., one], top[..., one])
-        error = groups[..., one] - read[..., one]
+        error = (groups[..., one] - read[..., one]).clamp(-FP16_MAX, FP16_MAX)
         rows = feedback[:, channel, channel + 1 :].view(shape[0], 1, 1, 1, -1)
         groups[..., channel + 1 :] -= error * rows
     return read.flatten(2, 3)

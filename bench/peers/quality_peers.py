@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from peers.hadamard import rotate
 from peers.parallel_pass import Copies
 from torch import Tensor
 
 from paged_kv.blocks.geometry import IntArray
-from paged_kv.cache.rotation import rotate
 
 Quantizer = Callable[[Tensor], Tensor]  # [H, T, D], read again
 OPEN_ITEMSIZE = 2  # bytes of what is not quantized
