@@ -1,4 +1,4 @@
-"""The command line: `paged-kv generate | demo | info`.
+"""The command line: `paged-kv generate | eval | calibrate | demo | info`.
 
 Knows arguments, standard input and output; never blocks, nor what is in a line or a result.
 """
@@ -21,6 +21,7 @@ from ..engine.sampling_params import SamplingParams
 from ..errors import InvalidRequestError, PagedKVError
 from ..units import format_memory, parse_memory
 from .batch_job import BatchJob, warn
+from .quality_cli import EVALUATE, LEARN, add_calibrate, add_evaluate
 from .request_lines import Line, encode_json, fingerprint, json_lines, prepare, text_lines
 from .result_file import (
     Job,
@@ -54,11 +55,13 @@ SAMPLING_OPTIONS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
 }
 # What a result depends on, beside its request, ...
 DECISIVE_OPTIONS: Final = (
-    *("model", "kv_format", "dtype", "max_model_len", "window", "sinks"),
+    *("model", "kv_format", "dtype", "kv_dtype", "calibration", "max_model_len"),
+    *("window", "sinks"),
     *(*SAMPLING_OPTIONS, "stop", "ignore_eos"),
 )
 # ... and where nothing else ends it.
 POOL_OPTIONS: Final = ("kv_memory", "num_blocks", "max_num_seqs")
+DTYPES: Final = ("float32", "bfloat16", "float16")
 EXIT_BROKEN_PIPE: Final = 128 + 13  # what a shell says of a process that SIGPIPE ended
 CONTEXT_LENGTHS: Final = (1024, 4096, 32768)
 
@@ -119,6 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"paged-kv {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="continue prompts", description=GENERATE))
+    add_evaluate(commands.add_parser("eval", help="what formats change", description=EVALUATE))
+    add_calibrate(commands.add_parser("calibrate", help="learn a model's keys", description=LEARN))
     add_demo(commands.add_parser("demo", help="see every KV format at work", description=DEMO))
     add_info(commands.add_parser("info", help="what a model's tokens cost", description=INFO))
     return parser
@@ -150,7 +155,7 @@ given memory. Reads the model's configuration only, not its weights."""
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_generate)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue")
-    parser.add_argument("--model", help="model folder or hub name (default: the demo model)")
+    parser.add_argument("--model", help="folder, hub name or .gguf (default: the demo model)")
     parser.add_argument("--input", metavar="FILE", help="JSONL requests; - is standard input")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines to this file")
     parser.add_argument(
@@ -177,7 +182,14 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--sinks", type=int, metavar="TOKENS", help="and so many first ones (4), with --window"
     )
-    memory.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    memory.add_argument("--dtype", choices=DTYPES)
+    memory.add_argument("--kv-dtype", choices=DTYPES, help="of what is not quantized of a sequence")
+    memory.add_argument(
+        "--calibration",
+        default="usual",
+        metavar="FILE",
+        help="of `paged-kv calibrate`; none: do without (on the library's own text)",
+    )
     memory.add_argument("--device", help="cpu or cuda (default: where the model loads)")
     memory.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     sampling = parser.add_argument_group("sampling")
@@ -314,6 +326,7 @@ def job_of(arguments: argparse.Namespace, lines: list[Line]) -> Job:
 def load_llm(arguments: argparse.Namespace) -> LLM:
     import torch
 
+    from ..models.loading import quiet_loading
     from .demo import MODEL_FOLDER
     from .llm import LLM
 
@@ -331,6 +344,8 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
         num_threads=arguments.threads,
         sink_window=sink_window(arguments),
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        kv_dtype=getattr(torch, arguments.kv_dtype) if arguments.kv_dtype else None,
+        calibration=None if arguments.calibration == "none" else arguments.calibration,
         device=arguments.device,
     )
 
@@ -342,13 +357,6 @@ def sink_window(arguments: argparse.Namespace) -> SinkWindow | None:
         return None
     sinks = SinkWindow.num_sink_tokens if arguments.sinks is None else arguments.sinks
     return SinkWindow(sinks, arguments.window)
-
-
-def quiet_loading() -> None:
-    """transformers draws a progress bar for loading weights, also where nobody looks."""
-    from transformers.utils import logging
-
-    cast(Any, logging).disable_progress_bar()
 
 
 def print_stream(llm: LLM, line: Line, params: SamplingParams) -> int:
@@ -379,6 +387,7 @@ def print_text(result: Result) -> None:
 def run_demo_command(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from ..models.loading import quiet_loading
     from .demo import run_demo
 
     quiet_loading()

@@ -69,18 +69,18 @@ class Output(NamedTuple):
 class LLM:
     """A Hugging Face causal language model that decodes many requests on quantized KV blocks.
 
-    `model` is a local folder, a hub name or a loaded model, which this object takes over until
-    `close()`. `kv_format` is the name of one of `FORMATS` or a `KVFormat`. What is not quantized of
-    a sequence has `kv_dtype`: without it the model's precision, but bfloat16 beside quantized
-    tokens of a float32 model. Formats below 8 bits want to know what the model's queries and keys
-    are like: the `calibration` is one of `paged-kv calibrate` or its file, "usual" makes one from a
-    text that comes with the library, once, and keeps it; None does without. The pool is sized by
-    `num_blocks` or by `kv_memory` (bytes, or text such as "2GiB"); without either by what
-    `max_num_seqs` full-length sequences need, at most 1 GiB and at most half of the memory that is
-    free. A step runs at most `max_num_seqs` sequences and `token_budget` tokens, of one prompt at
-    most `max_prefill_tokens`. With `prefix_caching` prompts that begin alike share their blocks,
-    also with earlier ones. Sequences
-    that must make room go to `swap_space` bytes of host memory where that is cheaper than computing
+    `model` is a local folder, a hub name, a GGUF file (or the `gguf_file` of a folder or hub name)
+    or a loaded model, which this object takes over until `close()`. `kv_format` is the name of one
+    of `FORMATS` or a `KVFormat`. What is not quantized of a sequence has `kv_dtype`: without it the
+    model's precision, but bfloat16 beside quantized tokens of a float32 model. Formats below 8 bits
+    want to know what the model's queries and keys are like: the `calibration` is one of `paged-kv
+    calibrate` or its file, "usual" makes one from a text that comes with the library, once, and
+    keeps it; None does without. The pool is sized by `num_blocks` or by `kv_memory` (bytes, or text
+    such as "2GiB"); without either by what `max_num_seqs` full-length sequences need, at most 1 GiB
+    and at most half of the memory that is free. A step runs at most `max_num_seqs` sequences and
+    `token_budget` tokens, of one prompt at most `max_prefill_tokens`. With `prefix_caching` prompts
+    that begin alike share their blocks, also with earlier ones. Sequences that must make room go to
+    `swap_space` bytes of host memory where that is cheaper than computing
     them again. On a CPU model and kernels share torch's threads; `num_threads` sets how many there
     are, for the whole process. With a `sink_window` every request is windowed: it keeps attention
     sinks and a window of newest tokens, and may go on beyond the model's length, for ever, in
@@ -92,6 +92,7 @@ class LLM:
         self,
         model: str | Path | PreTrainedModel,
         *,
+        gguf_file: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         kv_format: str | KVFormat = "int8",
         kv_dtype: torch.dtype | None = None,
@@ -124,12 +125,7 @@ class LLM:
             num_threads=num_threads,
             sink_window=sink_window,
         )
-        if not isinstance(model, PreTrainedModel):
-            name = model
-            model = load_model(name, dtype)
-            tokenizer = tokenizer or load_tokenizer(name)
-        elif dtype is not None and model.dtype != dtype:
-            raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
+        model, tokenizer = loaded(model, tokenizer, dtype, gguf_file)
         if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
             raise ConfigError(
                 f"{type(tokenizer).__name__} cannot decode token by token; a fast tokenizer can"
@@ -413,6 +409,23 @@ class LLM:
             if text.num_waiting <= MAX_WAITING // 2:
                 self.engine.resume(text.live.request_id)
                 text.is_paused = False
+
+
+def loaded(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
+    gguf_file: str | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A model and its tokenizer, if they are not loaded yet; a loaded model may have none."""
+    if not isinstance(model, PreTrainedModel):
+        found = load_model(model, dtype, gguf_file)
+        return found, tokenizer or load_tokenizer(model, gguf_file)
+    if gguf_file is not None:
+        raise ConfigError(f"gguf_file {gguf_file!r} is for a folder; a loaded model was given")
+    if dtype is not None and model.dtype != dtype:
+        raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
+    return model, tokenizer
 
 
 @contextmanager

@@ -7,7 +7,13 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 if TYPE_CHECKING:
@@ -72,3 +78,28 @@ class Progress:
             used=manager.num_blocks - manager.num_free_blocks,
             blocks=manager.num_blocks,
         )
+
+
+class WorkBar:
+    """So many pieces of work done and the time that is left, on standard error of a terminal."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self._bar = RichProgress(
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> WorkBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def advance(self, pieces: int = 1) -> None:
+        self._bar.advance(self._task, pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from reprlib import repr as short_repr
 from textwrap import shorten
@@ -27,21 +28,28 @@ from ..validation import require
 HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 FILE_ENDINGS: Final = (".bin", ".ggml", ".gguf", ".json", ".pt", ".pth", ".safetensors")
 EXPECTED_DTYPES: Final = "float32, bfloat16 or float16"
+GGUF_ENDING: Final = ".gguf"
+GGUF_MAGIC: Final = b"GGUF"
+GGUF_PACKAGES: Final = ("gguf", "accelerate")  # which transformers asks for
 MAX_NAMES: Final = 5  # of tensors in a message
 
 
-def load_model(name: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_model(
+    name: str | Path, dtype: torch.dtype | None, gguf_file: str | None = None
+) -> PreTrainedModel:
     """Load a causal language model whose checkpoint has all of its tensors.
 
-    `dtype` None is the checkpoint's own. Raises `ModelNotFoundError` where there is no such model,
-    naming tensors that lack, differ in size or have no place; `MissingDependencyError` where a
-    package that it needs does.
+    A GGUF file is given by its path, or as the `gguf_file` of a folder or hub name; what it has
+    quantized is unpacked. `dtype` None is the checkpoint's own, of a GGUF file float32. Raises
+    `ModelNotFoundError` where there is no such model, naming tensors that lack, differ in size or
+    have no place; `MissingDependencyError` where a package that it needs does.
     """
-    found = find_model(name)
+    found, gguf_file = find_checkpoint(name, gguf_file)
     require("dtype", dtype, dtype is None or dtype in FULL_PRECISION_DTYPES, EXPECTED_DTYPES)
     try:
         model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
             found,
+            gguf_file=gguf_file,
             dtype=dtype or "auto",
             trust_remote_code=False,  # None would ask at a terminal
             ignore_mismatched_sizes=True,  # `require_complete` names them
@@ -57,11 +65,13 @@ def load_model(name: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
     return cast(PreTrainedModel, model)
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer; `ModelNotFoundError` where there is none that can be read."""
-    found = find_model(name)
+    found, gguf_file = find_checkpoint(name, gguf_file)
     try:
-        loaded = cast(Any, AutoTokenizer).from_pretrained(found, trust_remote_code=False)
+        loaded = cast(Any, AutoTokenizer).from_pretrained(
+            found, gguf_file=gguf_file, trust_remote_code=False
+        )
     except ImportError as error:
         raise MissingDependencyError(f"the tokenizer at {name!s}: {error}") from error
     except Exception as error:  # tokenizers raises Exception itself for a broken file
@@ -107,6 +117,48 @@ def misplaced(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
         if re.sub(r"\d+", "#", name) in forms
         or any(name.startswith(owner + ".") for owner in owners if owner)
     ]
+
+
+def find_checkpoint(name: object, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """The folder or hub name that a user means, and the GGUF file in it, if it is one."""
+    if isinstance(name, (str, Path)) and gguf_file is None:
+        path = os.path.expanduser(str(name))
+        if path.lower().endswith(GGUF_ENDING) and not os.path.isdir(path):
+            if not os.path.lexists(path):
+                raise ModelNotFoundError(f"no model folder at {str(name)!r}, and no GGUF file")
+            require_gguf(Path(path))
+            return os.path.split(path)[0] or ".", os.path.basename(path)
+    found = find_model(name)
+    if gguf_file is None:
+        return found, None
+    is_name = isinstance(gguf_file, str) and bool(gguf_file.strip()) and "\0" not in gguf_file
+    require("gguf_file", gguf_file, is_name, "the name of a file")
+    if os.path.isdir(found):
+        require_gguf(Path(found) / gguf_file)
+    require_gguf_packages()
+    return found, gguf_file
+
+
+def require_gguf(path: Path) -> None:
+    """Raise `ModelNotFoundError` for what is no GGUF file, or an error for lack of packages."""
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(len(GGUF_MAGIC))
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"no GGUF file at {str(path)!r}: {first_lines(error)}") from error
+    if beginning != GGUF_MAGIC:
+        raise ModelNotFoundError(
+            f"{str(path)!r} is no GGUF file: it begins with {beginning!r}, not {GGUF_MAGIC!r}"
+        )
+    require_gguf_packages()
+
+
+def require_gguf_packages() -> None:
+    for package in GGUF_PACKAGES:
+        if find_spec(package) is None:
+            raise MissingDependencyError(
+                f"reading GGUF files needs {package}: pip install 'paged-kv[gguf]'"
+            )
 
 
 def find_model(name: object) -> str:
@@ -179,3 +231,10 @@ def end_token_ids(model: PreTrainedModel) -> list[int]:
     if found is None:
         return []
     return [found] if isinstance(found, int) else list(found)
+
+
+def quiet_loading() -> None:
+    """transformers draws progress bars for reading weights, also where nobody looks."""
+    from transformers.utils import logging
+
+    cast(Any, logging).disable_progress_bar()

@@ -1,0 +1,139 @@
+"""The commands `paged-kv eval` and `paged-kv calibrate`.
+
+Knows their arguments and prints what comes of them; never how anything is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ..cache.formats import FORMATS, resolve_format
+from ..errors import InvalidRequestError
+from ..validation import MAX_COUNT
+from .result_file import explained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..models.calibration import Calibration
+    from ..models.huggingface import PagedModel
+
+EVALUATE: Final = """What KV formats change in what a model says, on a text that it continues token
+by token: Kullback-Leibler divergence from the native format, its standard error and 99th
+percentile, how often the first choice is the same, perplexity, how many of 14 key-value pairs
+hidden in contexts of 0.8K to 6K tokens are recalled, and what a token takes. With --json each
+result is kept in FILE.part as soon as it is there, and the same command goes on with them."""
+LEARN: Final = """Learn from a text what a model's queries and keys are like, for formats of 4 and 2
+bits, and write it to a file for --calibration."""
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_evaluate)
+    parser.add_argument("model", help="model folder, hub name or .gguf")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=["int8", "int4", "k4v2", "int2"],
+        metavar="FORMAT",
+        help=f"of {', '.join(FORMATS)} (int8 int4 k4v2 int2)",
+    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="plain text, not calibrated on")
+    parser.add_argument("--windows", type=int, help="how many stretches of it (all)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of each (1024)")
+    parser.add_argument(
+        "--tokens-per-step",
+        type=int,
+        default=16,
+        help="computed at once (16); 1 is what decoding does, more see newer tokens unquantized",
+    )
+    parser.add_argument("--no-recall", action="store_true", help="no hidden pairs")
+    parser.add_argument("--calibration", default="usual", metavar="FILE", help="none: without")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+
+
+def add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_calibrate)
+    parser.add_argument("model", help="model folder, hub name or .gguf")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="plain text (the library's own)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="safetensors")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+
+
+def load(arguments: argparse.Namespace) -> tuple[PagedModel, PreTrainedTokenizerBase]:
+    import torch
+
+    from ..models.huggingface import PagedModel
+    from ..models.loading import load_model, load_tokenizer, quiet_loading
+
+    quiet_loading()
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    tokenizer = load_tokenizer(arguments.model)
+    tokenizer.model_max_length = MAX_COUNT  # or it warns of texts that are cut to windows
+    return PagedModel(load_model(arguments.model, dtype)), tokenizer
+
+
+def read_text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    with explained("read", path):
+        return path.read_text(encoding="utf-8", errors="replace")
+
+
+def find_calibration(
+    name: str, model: PagedModel, tokenizer: PreTrainedTokenizerBase
+) -> Calibration | None:
+    from ..models.calibration import Calibration, usual_calibration
+
+    if name == "none":
+        return None
+    if name == "usual":
+        return usual_calibration(model, tokenizer)
+    calibration = Calibration.load(name)
+    calibration.require_model(model)
+    return calibration
+
+
+def run_calibrate(arguments: argparse.Namespace) -> int:
+    from ..models.calibration import calibrate_on_text
+
+    text = read_text(arguments.text)
+    model, tokenizer = load(arguments)
+    calibrate_on_text(model, tokenizer, text).save(arguments.output)
+    return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from ..models.calibration import TEXT
+    from .evaluation import Evaluation, write_json
+    from .kept_results import KeptResults
+
+    formats = [resolve_format(name) for name in arguments.formats]
+    for name in ("windows", "length", "tokens_per_step", "threads"):
+        count = getattr(arguments, name)
+        if count is not None and count < (2 if name == "length" else 1):
+            raise InvalidRequestError(f"--{name.replace('_', '-')} {count} is too few")
+    text, kept = read_text(arguments.text or TEXT), KeptResults(arguments.json)
+    assert text is not None
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    model, tokenizer = load(arguments)
+    calibration = find_calibration(arguments.calibration, model, tokenizer)
+    evaluation = Evaluation(model, tokenizer, formats, kept, calibration)
+    evaluation.take_text(text, arguments.length, arguments.windows, recall=not arguments.no_recall)
+    evaluation.run(arguments.tokens_per_step)
+    if arguments.text is None and calibration is not None:
+        print("no --text: measured on the text that calibrates, which flatters", file=sys.stderr)
+    with explained("write", "standard output"):
+        Console().print(evaluation.table())
+    if arguments.json is not None:
+        with explained("write", arguments.json):
+            write_json(evaluation, arguments.json)
+    return 0

@@ -1,0 +1,109 @@
+"""`paged-kv eval` and `calibrate`, calibrations for `generate`, and the picture, in process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import quality_picture
+
+from paged_kv.entrypoints.cli import main
+from paged_kv.entrypoints.demo import MODEL_FOLDER
+from paged_kv.entrypoints.kept_results import KeptResults
+
+TEXT = Path(__file__).parents[1] / "support" / "data" / "persuasion-excerpt.txt"
+
+
+def evaluate(*options: str) -> int:
+    command = ["eval", str(MODEL_FOLDER), "--text", str(TEXT), "--windows", "2", "--length", "400"]
+    return main([*command, "--no-recall", "--tokens-per-step", "50", *options])
+
+
+def test_formats_are_measured_and_kept(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "quality.json"
+    assert evaluate("--formats", "int8", "int2", "--json", str(output)) == 0
+    table = capsys.readouterr().out
+    assert "2 windows of 400 tokens" in table
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["format"] for row in rows] == ["native", "int8", "int2"]
+    native, int8, int2 = rows
+    assert native["KL mnat"] == 0
+    assert 0 < int8["KL mnat"] < int2["KL mnat"]
+    assert int2["B/token"] < int8["B/token"] < native["B/token"]
+    assert int2["B/token"] < int2["held"]
+
+    # The same again measures nothing; a further format is measured alone.
+    assert len(KeptResults(output)._results) == 6
+    monkeypatch.setattr(
+        "paged_kv.entrypoints.evaluation.compare_formats", lambda *_, **__: pytest.fail("again")
+    )
+    assert evaluate("--formats", "int8", "int2", "--json", str(output)) == 0
+    assert json.loads(output.read_text())["rows"] == rows
+
+
+def test_pairs_are_recalled(tmp_path):
+    output = tmp_path / "quality.json"
+    command = ["eval", str(MODEL_FOLDER), "--text", str(TEXT), "--windows", "1", "--length", "64"]
+    assert main([*command, "--formats", "int8", "--json", str(output)]) == 0
+    assert all(0 <= row["recall"] <= 3 for row in json.loads(output.read_text())["rows"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--formats", "int3"), "unknown KV format 'int3'"),
+        (("--windows", "0"), "--windows 0 is too few"),
+        (("--length", "1"), "--length 1 is too few"),
+        (("--text", "missing.txt"), "cannot read 'missing.txt'"),
+        (("--length", "1000000"), "holds no window of 1000000"),
+        (("--calibration", "missing"), "no calibration can be read from 'missing'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, message, capsys):
+    assert evaluate(*options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_calibration_goes_from_one_command_to_the_others(tmp_path, capsys):
+    file = tmp_path / "demo.safetensors"
+    model = str(MODEL_FOLDER)
+    for dtype in ("float32", "bfloat16"):
+        options = ["--text", str(TEXT), "--dtype", dtype, "--output", f"{file}-{dtype}"]
+        assert main(["calibrate", model, *options]) == 0
+    assert evaluate("--formats", "int2", "--calibration", f"{file}-float32") == 0
+    file = Path(f"{file}-bfloat16")
+    options = ["--kv-format", "int2", "--calibration", str(file), "--kv-dtype", "float16"]
+    options += ["--dtype", "bfloat16"]
+    assert main(["generate", "--model", model, "--max-tokens", "4", *options, "She had"]) == 0
+    assert capsys.readouterr().out.strip()
+    file.write_bytes(b"nothing")
+    assert main(["generate", "--model", model, *options, "She had"]) == 2
+    assert "no calibration can be read" in capsys.readouterr().err
+
+
+def test_points_of_the_picture_are_means_over_windows():
+    rows = [
+        {"case": "a, with a comma", "metric": quality_picture.BYTES, "value": 40.0},
+        {
+            "case": "a, with a comma, book, 2 x 512 tokens",
+            "metric": quality_picture.DIVERGENCE,
+            "value": 1.0,
+        },
+        {
+            "case": "a, with a comma, other, 1 x 2048 tokens",
+            "metric": quality_picture.DIVERGENCE,
+            "value": 3.0,
+        },
+        {
+            "case": "native, book, 2 x 512 tokens",
+            "metric": quality_picture.DIVERGENCE,
+            "value": 0.0,
+        },
+    ]
+    assert quality_picture.points(rows) == {"a, with a comma": (40.0, 2.0)}
+    assert quality_picture.frontier([(3, 1), (1, 2), (2, 5), (4, 0.5)]) == [
+        (1, 2),
+        (3, 1),
+        (4, 0.5),
+    ]
