@@ -25,15 +25,15 @@ from pathlib import Path
 from tempfile import mkstemp
 from typing import Any, Final, ParamSpec, TypeVar
 
+from .private_folder import is_private, private_folder
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FOLDER_VARIABLE: Final = "PAGED_KV_CACHE_DIR"
 DIGEST_BYTES: Final = 32
 DAYS_KEPT_UNUSED: Final = 30
 # All that compiled code is made of; the ground floor's modules are beside this one.
 FOLDERS_OF_SOURCES: Final = ("", ".blocks", ".kernels", ".kernels.eager", ".kernels.cpu")
-OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 NAME_OF_SOURCES: Final = re.compile("sources-[0-9a-f]{32}")
 
@@ -120,7 +120,7 @@ def read_code(name: str) -> bytes | None:
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         with open(os.open(folder / name, flags | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or not _is_private(status):
+            if not stat.S_ISREG(status.st_mode) or not is_private(status):
                 return None
             data = file.read()
     except OSError:
@@ -161,70 +161,6 @@ def code_folder() -> Path | None:
     if is_new:
         _remove_unused(folder.parent)
     return folder
-
-
-def private_folder(name: str, what: str) -> Path | None:
-    """A folder of that name where nobody else can write; None, saying what is not kept then."""
-    root = _root_folder()
-    if root is None:
-        return None
-    # Where its parents really are; the folder itself must be no link.
-    root = Path(os.path.realpath(root.parent)) / root.name
-    reason = _make_private(root / name, root)
-    if reason is not None:
-        logger.warning(
-            "%s is not kept: %s; %s can name another folder", what, reason, FOLDER_VARIABLE
-        )
-        return None
-    return root / name
-
-
-def _make_private(folder: Path, root: Path) -> str | None:
-    """Make a folder of the root folder, and the root; why neither may be used, None if they may."""
-    for path in (*reversed(root.parents), root, folder):
-        try:
-            path.mkdir(mode=0o700, exist_ok=True)
-            status = path.lstat()
-        except OSError as error:
-            return f"{path} cannot be made ({error.strerror})"
-        if not stat.S_ISDIR(status.st_mode):
-            return f"{path} is a symbolic link"
-        if path not in (root, folder):
-            if not _is_safe_parent(status):
-                return f"others can write to {path}, above {root}"
-        elif not _is_private(status):
-            return f"{path} belongs to another user, or others can write to it"
-    return None
-
-
-def _root_folder() -> Path | None:
-    """PAGED_KV_CACHE_DIR, or the user's cache folder; None where nobody's home."""
-    chosen = os.environ.get(FOLDER_VARIABLE)
-    if chosen:
-        with suppress(RuntimeError):  # a user without a home
-            return Path(chosen).expanduser().absolute()
-        return None
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(base) if base else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return folder.absolute() / "paged_kv"
-
-
-def _is_private(status: os.stat_result) -> bool:
-    """Whether only we can write; Windows guards a user's folders by other means."""
-    if not hasattr(os, "getuid"):
-        return True
-    return status.st_uid == os.getuid() and not status.st_mode & OTHERS_WRITE
-
-
-def _is_safe_parent(status: os.stat_result) -> bool:
-    """Whether nobody but us and the system can put another folder in the place of ours."""
-    if not hasattr(os, "getuid"):
-        return True
-    is_ours = status.st_uid in (0, os.getuid())
-    return is_ours and (bool(status.st_mode & stat.S_ISVTX) or not status.st_mode & OTHERS_WRITE)
 
 
 def _remove_unused(root: Path) -> None:

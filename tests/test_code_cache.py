@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from paged_kv import code_cache
-from paged_kv.code_cache import FOLDER_VARIABLE, code_folder, read_code, source_hash, write_code
+from paged_kv.code_cache import code_folder, read_code, source_hash, write_code
+from paged_kv.private_folder import FOLDER_VARIABLE
 
 numba = pytest.importorskip("numba", reason="nothing is compiled without it")
 

@@ -21,7 +21,9 @@ TESTS = ROOT / "tests"
 
 # A room may import from rooms before its own, and from itself. Only `cache` imports kernels.
 ROOMS = "ground < blocks < scheduler, cache < models < engine < entrypoints"
-GROUND = {"change", "code_cache", "errors", "free_memory", "units", "validation"}
+GROUND = {
+    *("change", "code_cache", "errors", "free_memory", "private_folder", "units", "validation"),
+}
 FLOOR_OF = {
     room: number for number, rooms in enumerate(ROOMS.split(" < ")) for room in rooms.split(", ")
 }

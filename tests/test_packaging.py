@@ -108,6 +108,7 @@ def package_files(checkout: Path) -> set[str]:
     """What an installation from a checkout holds."""
     package = checkout / "paged_kv"
     found = [*package.rglob("*.py"), package / "py.typed", *package.glob("demo_model/*")]
+    found.append(package / "models" / "calibration.txt")
     names = {path.relative_to(checkout).as_posix() for path in found}
     for folder in LINKED:
         paths = (checkout / folder).rglob("*.py")

@@ -85,10 +85,16 @@ GOOD: dict[Callable[..., object], dict[str, object]] = {
     },
     KVFormat: {
         "name": "mine",
-        "bits": 4,
+        "key_bits": 2,
+        "value_bits": 4,
+        "has_token_keys": False,
+        "wide_key_share": 0.25,
+        "has_error_feedback": False,
+        "rotates_values": True,
         "block_size": 128,
         "key_group_size": 128,
         "key_clip": 1.0,
+        "wide_key_clip": 1.0,
         "value_clip": 1.0,
         "num_sink_tokens": 4,
         "min_tail_tokens": 32,
@@ -206,8 +212,8 @@ MEANINGLESS = [
     (SamplingParams, {"n": 1 << 40}),
     (SamplingParams, {"temperature": math.nan}),
     (BeamSearchParams, {"ignore_eos": None}),
-    (KVFormat, {"bits": 4.0}),
-    (KVFormat, {"bits": True}),
+    (KVFormat, {"key_bits": 4.0}),
+    (KVFormat, {"value_bits": True}),
     (KVFormat, {"key_clip": "1"}),
     (KVFormat, {"num_sink_tokens": 1.5}),
     (LayerSpec, {"num_kv_heads": 1.0}),
@@ -490,7 +496,7 @@ def test_any_settings_work_or_are_refused(maker):
 
 @FUZZ
 @given(base=st.sampled_from(sorted(FORMATS)), changes=settings_of(KVFormat))
-@example(base="int2", changes={"bits": None, "block_size": 100})
+@example(base="int2", changes={"key_bits": None, "block_size": 100})
 @example(base="native", changes={"num_sink_tokens": 1 << 20})
 @example(base="int8", changes={"key_clip": 5e-324})
 def test_any_options_of_a_format_make_a_cache_or_are_refused(base, changes):

@@ -832,8 +832,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "values-are-clipped-like-keys",
-                "quantize_asymmetric(values, -1, layer.bits, layer.value_clip)",
-                "quantize_asymmetric(values, -1, layer.bits, layer.key_clip)",
+                "bits, clip = layer.value_bits, layer.value_clip",
+                "bits, clip = layer.value_bits, layer.key_clip",
             ),
             Fault(
                 "sealed-tokens-from-a-chunk-are-not-rounded",
@@ -899,8 +899,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "cpu-clips-values-like-keys",
-                "clip = p + 8 * CLIPS + 4",
-                "clip = p + 8 * CLIPS",
+                "value_scale, value_zero, clip + 8))",
+                "value_scale, value_zero, clip))",
             ),
         ],
     ),

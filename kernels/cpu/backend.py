@@ -12,7 +12,7 @@ from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
 from .attention import attend
 from .plan import CpuPlan
-from .rotate import rotate
+from .rotation import rotate
 from .store import seal_blocks, store_tokens
 from .warming import warm_up
 

@@ -2,6 +2,8 @@
 
 Knows addresses and element kinds, nothing of blocks. The codes are those of `eager.quantize`, bit
 by bit: the same float32 operations in the same order, halves rounded to even.
+
+Long because what writes a loop nests as the loop does, and a kernel is one nest of them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from ..new_tokens import NewTokens
 from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
 from .attention import EagerPlan, attend
-from .rotate import rotate
+from .rotation import rotate
 from .store import store_tokens
 
 

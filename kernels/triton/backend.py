@@ -12,7 +12,7 @@ from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
 from .attention import Attender, attend
 from .plan import TritonPlan
-from .rotate import rotate
+from .rotation import rotate
 from .store import seal_blocks, store_tokens
 
 

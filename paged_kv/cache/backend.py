@@ -49,7 +49,7 @@ class Backend(Protocol):
         ...
 
     def rotate(self, rows: Tensor) -> Tensor:
-        """Rows [..., D] times a Hadamard matrix, as `eager.rotate` says it, bit by bit."""
+        """Rows [..., D] times a Hadamard matrix, as `eager.rotation` says it, bit by bit."""
         ...
 
     def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:

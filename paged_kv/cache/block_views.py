@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -51,7 +52,9 @@ def layer_blocks(
     )
 
 
-def on_device(array: NDArray[Any] | None, device: torch.device) -> Tensor | None:
+def on_device(
+    array: NDArray[np.int64] | NDArray[np.float32] | None, device: torch.device
+) -> Tensor | None:
     return None if array is None else torch.from_numpy(array).to(device)
 
 

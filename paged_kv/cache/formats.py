@@ -170,8 +170,8 @@ INT8: Final = KVFormat(name="int8", key_bits=8, value_bits=8, block_size=64, min
 INT8_TOKEN: Final = KVFormat(
     name="int8-token", key_bits=8, value_bits=8, has_token_keys=True, min_tail_tokens=0
 )
-# Clip ratios, sizes of blocks and of tails with the least divergence a byte on a real model, that of
-# short sequences included; see bench/NOTES.md.
+# Clip ratios, sizes of blocks and of tails with the least divergence a byte on a real model, those
+# of short sequences included; see bench/NOTES.md.
 INT4: Final = KVFormat(
     name="int4",
     key_bits=4,
@@ -194,8 +194,8 @@ INT2: Final = KVFormat(
     value_clip=0.85,
     min_tail_tokens=24,
 )
-# For long sequences: twice the block leaves room for half as many wide channels again, but a tail of
-# up to 159 tokens.
+# For long sequences: twice the block leaves room for half as many wide channels again, but a tail
+# of up to 159 tokens.
 INT2_LONG: Final = replace(
     INT2, name="int2-long", wide_key_share=0.375, block_size=128, min_tail_tokens=32
 )

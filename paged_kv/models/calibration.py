@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from ..cache.formats import NATIVE
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
-from ..code_cache import private_folder
 from ..errors import ConfigError
+from ..private_folder import private_folder
 from .huggingface import PagedModel
 
 TEXT: Final = Path(__file__).parent / "calibration.txt"

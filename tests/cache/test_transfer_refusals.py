@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paged_kv.cache import transfer
-from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
+from paged_kv.cache.formats import INT2, INT8, NATIVE
 from paged_kv.cache.transfer import import_sequence
 from paged_kv.errors import InvalidStepError, OutOfBlocksError, TransferError
 from tests.support.calibrations import calibrated
@@ -68,7 +68,10 @@ def test_every_truncation_and_extension_is_refused():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"kv_format": replace(SMALL_FORMAT, name="int4", key_bits=4)}, r"^header\.layers\[1\]\.kv_format\.name is 'int4' .* 'int2' here$"),
+        (
+            {"kv_format": replace(SMALL_FORMAT, name="int4", key_bits=4)},
+            r"^header\.layers\[1\]\.kv_format\.name is 'int4' .* 'int2' here$",
+        ),
         (
             {"kv_format": replace(SMALL_FORMAT, key_clip=0.5)},
             r"^header\.layers\[1\]\.kv_format\.key_clip is 0\.5 in the data, 0\.75 here$",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from paged_kv import LLM, BeamSearchParams, SamplingParams
+from paged_kv import LLM, BeamSearchParams, KVFormat, SamplingParams
 from paged_kv.engine.beam_search import max_blocks_of_beams
 from paged_kv.entrypoints.demo import MODEL_FOLDER, demo_prompts
 from paged_kv.errors import (
@@ -248,6 +248,8 @@ def test_scores_are_ordered_and_those_of_the_tokens(demo_model, kv_format, toler
 
 # -- blocks -------------------------------------------------------------------------------------
 
+TWO_BITS = KVFormat(name="two bits", key_bits=2, value_bits=2)
+
 
 def test_beams_share_the_blocks_of_the_prompt(model):
     """160 of 165 prompt tokens lie in 10 shared blocks; each beam has at most 2 of its own."""
@@ -268,9 +270,9 @@ def test_beams_share_the_blocks_of_the_prompt(model):
         pytest.param("native", 33, 1, 3, id="beams of one token store nothing"),
         pytest.param("native", 33, 2, 2 + 3, id="each its copy of the last block"),
         # Head of 8 tokens, body blocks of 128, a tail of at least 32 in blocks of 8.
-        pytest.param("int2", 10, 290, 1 + 3 * 22, id="each seals for itself, twice"),
-        pytest.param("int2", 180, 246, 2 + 3 * 22, id="head and body of the prompt shared"),
-        pytest.param("int2", 180, 100, 7 + 3 * 13, id="head, body and part of the tail shared"),
+        pytest.param(TWO_BITS, 10, 290, 1 + 3 * 22, id="each seals for itself, twice"),
+        pytest.param(TWO_BITS, 180, 246, 2 + 3 * 22, id="head and body of the prompt shared"),
+        pytest.param(TWO_BITS, 180, 100, 7 + 3 * 13, id="head, body and part of the tail shared"),
     ],
 )
 def test_beams_that_part_at_once_need_what_is_foretold(
@@ -280,7 +282,8 @@ def test_beams_that_part_at_once_need_what_is_foretold(
     table = 20.0 * torch.eye(SMALL_VOCABULARY)
     table[0, :4] = torch.tensor([0.0, 20.0, 20.0, 20.0])
     params = params_of(max_tokens=max_tokens, ignore_eos=True)
-    with engine_of(model, kv_format=kv_format, num_blocks=num_blocks) as llm:
+    settings = {"kv_format": kv_format, "kv_dtype": torch.float32, "num_blocks": num_blocks}
+    with engine_of(model, **settings) as llm:
         manager = llm.engine.manager
         needed = max_blocks_of_beams(manager.geometry, num_prompt_tokens, max_tokens, 3)
         replace_logits(llm, lambda token_ids, _: table[token_ids])

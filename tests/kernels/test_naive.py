@@ -10,7 +10,7 @@ import torch
 from paged_kv.cache.backend import choose_backend
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.kernels import naive
-from paged_kv.kernels.eager.rotate import rotate
+from paged_kv.kernels.eager.rotation import rotate
 from paged_kv.kernels.new_tokens import NewTokens
 from paged_kv.kernels.rules import ScoreRules
 from tests.support.attention_oracle import (

@@ -20,7 +20,7 @@ from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.formats import KVFormat
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
-from paged_kv.kernels.eager.rotate import rotate
+from paged_kv.kernels.eager.rotation import rotate
 from tests.support.arrays import ids
 from tests.support.token_streams import Stream
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from paged_kv.cache.backend import choose_backend
-from paged_kv.kernels.eager.rotate import pieces_of, rotate
+from paged_kv.kernels.eager.rotation import pieces_of, rotate
 from tests.support.fleets import hadamard_product
 
 DIMS = [8, 24, 40, 64, 80, 96, 128, 192, 256]

@@ -35,7 +35,7 @@ def rotate(rows: Tensor) -> Tensor:
     for start, size in pieces_of(rows.shape[-1]):
         part, half = wide[..., start : start + size], size // 2
         while half:
-            first, second = part.unflatten(-1, (-1, 2, half)).unbind(-2)
+            first, second = torch.unflatten(part, -1, (-1, 2, half)).unbind(-2)
             part = torch.stack([first + second, first - second], -2).flatten(-3)
             half //= 2
         parts.append(part * (1 / math.sqrt(size)))

@@ -1,4 +1,4 @@
-"""Triton: `eager.rotate`, sum by sum. Knows rows, never what they are."""
+"""Triton: `eager.rotation`, sum by sum. Knows rows, never what they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..eager.rotate import pieces_of
+from ..eager.rotation import pieces_of
 from .codes import rounded_to
 
 ROWS: Final = 16  # of a program
@@ -37,7 +37,7 @@ def rotate_rows(
 
 
 def rotate(rows: Tensor) -> Tensor:
-    """As `eager.rotate.rotate`, for rows of up to float32."""
+    """As `eager.rotation.rotate`, for rows of up to float32."""
     rows = rows.contiguous()
     target = torch.empty_like(rows)
     width = rows.shape[-1]

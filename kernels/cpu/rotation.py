@@ -1,4 +1,4 @@
-"""`eager.rotate` as machine code: a row stays in registers. Knows rows, never what they are."""
+"""`eager.rotation` as machine code: a row stays in registers. Knows rows, never what they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from ..eager.rotate import pieces_of
+from ..eager.rotation import pieces_of
 from .vectors import FLOAT, INT, Emitter, MachineCode
 
 LANES: Final = 8  # channels come in multiples of it
@@ -69,7 +69,7 @@ def rotate_function(num_channels: int) -> Callable[[int, int, int], None]:
 
 
 def rotate(rows: Tensor) -> Tensor:
-    """As `eager.rotate.rotate`, for rows of up to float32."""
+    """As `eager.rotation.rotate`, for rows of up to float32."""
     source = rows.to(torch.float32).contiguous()
     target = torch.empty_like(source)
     num_channels = rows.shape[-1]
