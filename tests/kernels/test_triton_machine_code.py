@@ -138,6 +138,17 @@ def test_sealing_spills_next_to_nothing(name, head_dim, arch):
         assert taken.fits_shared_memory
 
 
+@BOTH_ARCHITECTURES
+@pytest.mark.parametrize("head_dim", [40, 128, 256])
+def test_rotating_spills_nothing(head_dim, arch):
+    """In pieces of powers of two: 32 and 8 channels of 40."""
+    launches = launches_of(INT4, FEW, head_dim=head_dim)
+    launches = [launch for launch in launches if launch.name == "rotate_rows"]
+    assert len(launches) == (2 if head_dim == 40 else 1)
+    for launch in launches:
+        check_fits(launch, arch)
+
+
 @pytest.mark.parametrize("name", BUDGETS)
 def test_loops_over_context_keep_to_their_budget(name):
     """And read through asynchronous copies: every load of codes or of open blocks is an LDGSTS."""
