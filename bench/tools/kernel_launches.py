@@ -36,6 +36,7 @@ from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.step_inputs import StepInputs
 from paged_kv.kernels.triton import attention as triton_attention
 from paged_kv.kernels.triton import launch as triton_launch
+from paged_kv.kernels.triton import rotate as triton_rotate
 from paged_kv.kernels.triton import store as triton_store
 from paged_kv.kernels.triton.plan import TritonPlan
 
@@ -47,6 +48,7 @@ KERNELS = (
     (triton_attention, "attend_open"),
     (triton_attention, "merge_parts"),
     (triton_store, "seal_blocks_kernel"),
+    (triton_rotate, "rotate_rows"),
 )
 
 
@@ -179,6 +181,8 @@ def record_launches(
     rules = {"scale": head_dim**-0.5} | rules
     backend = choose_backend(torch.device("cuda"))
     with recorded_kernels(arch) as launches:
+        if kv_format.rotates_values:
+            value = backend.rotate(value)
         backend.attend_and_store(
             NewTokens(query, key, value), blocks, TritonPlan(step), ScoreRules(**rules)
         )

@@ -58,7 +58,7 @@ HOPPER_PREFILLS: Final = {
 HOPPER_WIDE_PREFILLS: Final = {
     8: Launch(32, 8, 2),
     4: Launch(32, 8, 2),
-    2: Launch(32, 8, 2),
+    2: Launch(16, 8, 2),
     0: Launch(32, 4, 2),
 }
 AMPERE_PREFILLS: Final = {
@@ -69,8 +69,8 @@ AMPERE_PREFILLS: Final = {
 }
 AMPERE_WIDE_PREFILLS: Final = {
     8: Launch(32, 4, 2),
-    4: Launch(16, 8, 2),
-    2: Launch(16, 8, 2),
+    4: Launch(16, 8, 1),
+    2: Launch(16, 8, 1),
     0: Launch(32, 4, 2),
 }
 
@@ -110,10 +110,8 @@ def sealed_launch(
     Masks or a softcap, and several key groups in a block, take registers that few bits do not have.
     """
     is_wide = columns > WIDE
-    if has_groups and is_wide and (has_rules or bits == 2):
-        return Launch(16, 4, 2)
-    if has_groups and bits == 2:
-        return Launch(32, 2, 3)
+    if has_groups and (bits < 8 or (is_wide and has_rules)):
+        return Launch(16, 4, 2) if is_wide else Launch(32, 2, 3)
     if has_rules and bits == 2 and not is_hopper(device):  # its code takes more registers there
         return Launch(16, 4, 1) if is_wide else Launch(32, 2, 3)
     return (WIDE_LAUNCHES if is_wide else NARROW_LAUNCHES)[bits, rows]

@@ -17,6 +17,17 @@ ROWS: Final = 16  # of a program
 
 
 @triton.jit
+def sums_and_differences(numbers, HALF: tl.constexpr):
+    """Of each two runs of HALF channels in rows [ROWS, channels]."""
+    ROWS: tl.constexpr = numbers.shape[0]
+    SIZE: tl.constexpr = numbers.shape[1]
+    pairs = tl.reshape(numbers, [ROWS, SIZE // HALF // 2, 2, HALF])
+    first, second = tl.split(tl.permute(pairs, [0, 1, 3, 2]))
+    pairs = tl.permute(tl.join(first + second, first - second), [0, 1, 3, 2])
+    return tl.reshape(pairs, [ROWS, SIZE])
+
+
+@triton.jit
 def rotate_rows(
     source, target, num_rows, factor, WIDTH: tl.constexpr, START: tl.constexpr,
     SIZE: tl.constexpr, ROWS: tl.constexpr,
@@ -26,12 +37,9 @@ def rotate_rows(
     at = row[:, None] * WIDTH + START + tl.arange(0, SIZE)[None, :]
     exists = (row < num_rows)[:, None]
     numbers = tl.load(source + at, mask=exists, other=0).to(tl.float32)
-    for step in tl.static_range(SIZE.bit_length() - 1):
-        HALF: tl.constexpr = SIZE >> (step + 1)
-        pairs = tl.reshape(numbers, [ROWS, SIZE // HALF // 2, 2, HALF])
-        first, second = tl.split(tl.permute(pairs, [0, 1, 3, 2]))
-        pairs = tl.permute(tl.join(first + second, first - second), [0, 1, 3, 2])
-        numbers = tl.reshape(pairs, [ROWS, SIZE])
+    for step in tl.static_range(8):  # of 256 channels at most
+        if SIZE >> (step + 1) > 0:
+            numbers = sums_and_differences(numbers, SIZE >> (step + 1))
     rounded = rounded_to(numbers * factor, target.dtype.element_ty)
     tl.store(target + at, rounded, mask=exists)
 
