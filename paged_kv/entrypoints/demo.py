@@ -21,8 +21,9 @@ from rich.table import Table
 from ..cache.formats import FORMATS
 from ..engine.evaluate import Quality, compare_formats
 from ..engine.sampling_params import SamplingParams
+from ..models.calibration import usual_calibration
 from ..models.huggingface import PagedModel
-from ..models.loading import load_model
+from ..models.loading import load_model, load_tokenizer
 from ..units import format_memory
 from .llm import LLM
 from .outputs import RequestOutput
@@ -93,8 +94,13 @@ def compare_on(outputs: Sequence[RequestOutput]) -> list[Quality]:
     length = min(map(len, sequences))
     windows = np.array([sequence[:length] for sequence in sequences])
     model = PagedModel(load_model(MODEL_FOLDER, None))
+    known = usual_calibration(model, load_tokenizer(MODEL_FOLDER))  # as an LLM has it
     return compare_formats(
-        model, list(FORMATS.values()), windows, tokens_per_step=TOKENS_PER_TEACHER_STEP
+        model,
+        list(FORMATS.values()),
+        windows,
+        calibration=known.layers,
+        tokens_per_step=TOKENS_PER_TEACHER_STEP,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import bench_quality
 import pytest
 import quality_picture
 
@@ -80,6 +81,41 @@ def test_a_calibration_goes_from_one_command_to_the_others(tmp_path, capsys):
     file.write_bytes(b"nothing")
     assert main(["generate", "--model", model, *options, "She had"]) == 2
     assert "no calibration can be read" in capsys.readouterr().err
+
+
+def test_the_benchmark_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Ours and a peer's, emulated; then ours by the library itself, in the same file."""
+    output = tmp_path / "quality.json"
+    options = ["--books", str(TEXT), "--tuning", "--windows", "1", "--json", str(output)]
+    options += ["--model", str(MODEL_FOLDER), "--lengths", "290", "--no-recall"]
+
+    def rows(*more: str) -> dict[tuple[str, str], float]:
+        monkeypatch.setattr("sys.argv", ["bench_quality.py", *options, *more])
+        bench_quality.main()
+        return {
+            (r["case"], r["metric"]): r["value"] for r in json.loads(output.read_text())["rows"]
+        }
+
+    cases = "--cases", "int8", "KIVI-2"
+    first = rows(*cases)
+    place = "persuasion-excerpt, 1 x 290 tokens"
+    ours, theirs = (first[f"{name}, {place}", "KL from native"] for name in cases[1:])
+    assert 0 < ours < theirs
+    assert first["KIVI-2", quality_picture.BYTES] == 48
+    decoded = rows("--check", "--cases", "int8")
+    found = decoded[f"int8, {place}", "KL from native"]
+    assert found == pytest.approx(ours, rel=0.02)
+    monkeypatch.setattr(
+        bench_quality.ParallelModel, "hidden_states", lambda *_: pytest.fail("again")
+    )
+    assert rows(*cases) == first
+
+
+def test_the_benchmark_knows_no_other_case(tmp_path, monkeypatch):
+    options = ["--books", str(TEXT), "--model", str(MODEL_FOLDER), "--tuning", "--lengths", "290"]
+    monkeypatch.setattr("sys.argv", ["bench_quality.py", *options, "--cases", "int3"])
+    with pytest.raises(SystemExit, match="no case int3; there are int8, "):
+        bench_quality.main()
 
 
 def test_points_of_the_picture_are_means_over_windows():
