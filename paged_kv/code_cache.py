@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import mkstemp
 from typing import Any, Final, ParamSpec, TypeVar
 
-from .private_folder import is_private, private_folder
+from .private_folder import is_private, owned_folder
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -152,7 +152,7 @@ def write_code(name: str, code: bytes) -> None:
 def code_folder() -> Path | None:
     """The folder for these sources and versions, private to its owner; None where none can be."""
     sources = source_hash()
-    folder = None if sources is None else private_folder(sources, "compiled code")
+    folder = None if sources is None else owned_folder(sources, "compiled code")
     if folder is None:
         return None
     is_new = not any(folder.iterdir())

@@ -18,7 +18,7 @@ OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 logger = logging.getLogger("paged_kv")
 
 
-def private_folder(name: str, what: str) -> Path | None:
+def owned_folder(name: str, what: str) -> Path | None:
     """A folder of that name where nobody else can write; None, saying what is not kept then."""
     root = _root_folder()
     if root is None:

@@ -36,7 +36,7 @@ from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.step_inputs import StepInputs
 from paged_kv.kernels.triton import attention as triton_attention
 from paged_kv.kernels.triton import launch as triton_launch
-from paged_kv.kernels.triton import rotate as triton_rotate
+from paged_kv.kernels.triton import rotation as triton_rotation
 from paged_kv.kernels.triton import store as triton_store
 from paged_kv.kernels.triton.plan import TritonPlan
 
@@ -48,7 +48,7 @@ KERNELS = (
     (triton_attention, "attend_open"),
     (triton_attention, "merge_parts"),
     (triton_store, "seal_blocks_kernel"),
-    (triton_rotate, "rotate_rows"),
+    (triton_rotation, "rotate_rows"),
 )
 
 

@@ -26,7 +26,7 @@ from ..cache.formats import NATIVE
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
 from ..errors import ConfigError
-from ..private_folder import private_folder
+from ..private_folder import owned_folder
 from .huggingface import PagedModel
 
 TEXT: Final = Path(__file__).parent / "calibration.txt"
@@ -175,7 +175,7 @@ def usual_calibration(model: PagedModel, tokenizer: PreTrainedTokenizerBase) -> 
     fingerprint = model.fingerprint()
     token_ids = tokenizer.encode(TEXT.read_text(encoding="utf-8"))
     key = sha256(fingerprint + repr((FILE_FORMAT, token_ids, str(model.dtype))).encode())
-    folder = private_folder("calibrations", "the calibration")
+    folder = owned_folder("calibrations", "the calibration")
     path = None if folder is None else folder / f"{key.hexdigest()}.safetensors"
     if path is not None and path.is_file():
         try:
