@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -24,6 +25,8 @@ pytest.register_assert_rewrite("tests.support")
 collect_ignore = [name for name, package in NEEDED_PACKAGE.items() if not find_spec(package)]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell runs these tests behind itself
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
