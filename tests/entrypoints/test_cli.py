@@ -198,7 +198,7 @@ def test_a_window_makes_streams(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "It was", "--sinks", "4"]) == 2
     assert "--sinks 4 needs --window" in capsys.readouterr().err
     assert main(["generate", "It was", "--window", "3"]) == 2
-    assert "window_size must be at least a block of 128 tokens, got 3" in capsys.readouterr().err
+    assert "window_size must be at least a block of 64 tokens, got 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["generate", "--model", "", "a"], ["info", ""]])

@@ -284,7 +284,7 @@ def test_windows_that_cannot_be_are_refused(sinks, window, message):
 @pytest.mark.parametrize(
     ("kv_format", "window", "message"),
     [("native", SinkWindow(4, 15), "window_size must be at least a block of 16 tokens, got 15"),
-     ("int8", SinkWindow(4, 127), "window_size must be at least a block of 128 tokens, got 127"),
+     ("int8", SinkWindow(4, 63), "window_size must be at least a block of 64 tokens, got 63"),
      ("int8", SinkWindow(500, 128), "num_sink_tokens must be at most .*got 500"),
      ("native", SinkWindow(4, 5000), "needs .* blocks; the pool has 80")],
 )  # fmt: skip

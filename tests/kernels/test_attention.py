@@ -172,11 +172,11 @@ def test_new_tokens_attend_to_each_other_unrounded(label):
 
 
 def test_layers_of_different_formats_each_match_the_oracle():
-    int8 = INT8.with_options(min_tail_tokens=32)
+    int8, int4 = (base.with_options(min_tail_tokens=24) for base in (INT8, INT4))
     layers = [
         layer_of(int8, heads=1, key_dim=64),
         layer_of(INT2, heads=2, key_dim=40, value_dim=24),
-        layer_of(INT4, heads=4, key_dim=16),
+        layer_of(int4, heads=4, key_dim=16),
     ]
     fleet = Fleet(layers)
     seq_ids = [fleet.add(make_stream(layers, 500, seed, torch.float32, 2)) for seed in range(2)]

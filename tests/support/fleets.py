@@ -131,12 +131,11 @@ class Fleet:
         length = self.length(seq_id)
         stream = self.streams[seq_id]
         keys = stream.keys[layer][:length].to(self.cache.dtype).double().numpy()
-        values = stream.values[layer][:length]
-        if self.cache.layers[layer].kv_format.rotates_values:  # and stored so
-            rotated = torch.from_numpy(hadamard_product(values.double().numpy()))
-            values = hadamard_product(rotated.to(self.cache.dtype).double().numpy())
-        else:
-            values = values.to(self.cache.dtype).double().numpy()
+        kv_format = self.cache.layers[layer].kv_format
+        values = as_stored(stream.values[layer][:length], kv_format, self.cache.dtype)
+        values = values.double().numpy()
+        if kv_format.rotates_values:
+            values = hadamard_product(values)
         position = self.manager.geometry.num_head_tokens
         for block_id in self.manager.body_ids(seq_id):
             end = position + self.manager.geometry.block_size
