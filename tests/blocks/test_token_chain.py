@@ -16,6 +16,7 @@ from paged_kv.blocks.token_chain import ExtraKey, TokenChain, link_hash, root_ha
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec
+from tests.support.calibrations import calibrated
 from tests.support.prefix_caching import (
     GEOMETRIES,
     N,
@@ -144,14 +145,27 @@ def test_managers_of_different_fingerprints_share_no_hash():
     assert not set(hashes_of(tokens(30))) & set(hashes_of(tokens(30), fingerprint=b"other"))
 
 
-BASE = INT4.with_options(key_group_size=64)
+BASE = INT2.with_options(block_size=128, key_group_size=64, num_sink_tokens=6)
 
 CHANGED_FORMATS = {
     "name": replace(BASE, name="another"),
-    "bits": replace(BASE, bits=2),
+    "key_bits": replace(BASE, key_bits=8, wide_key_share=0.0),
+    "value_bits": replace(BASE, value_bits=4),
+    "has_token_keys": replace(
+        BASE,
+        key_bits=8,
+        wide_key_share=0.0,
+        key_group_size=None,
+        has_error_feedback=False,
+        has_token_keys=True,
+    ),
+    "wide_key_share": replace(BASE, wide_key_share=0.5),
+    "has_error_feedback": replace(BASE, has_error_feedback=False),
+    "rotates_values": replace(BASE, rotates_values=False),
     "block_size": replace(BASE, block_size=64),
     "key_group_size": replace(BASE, key_group_size=32),
     "key_clip": replace(BASE, key_clip=0.9),
+    "wide_key_clip": replace(BASE, wide_key_clip=0.9),
     "value_clip": replace(BASE, value_clip=0.9),
     "num_sink_tokens": replace(BASE, num_sink_tokens=5),
     "min_tail_tokens": replace(BASE, min_tail_tokens=33),
@@ -176,6 +190,7 @@ def test_every_change_of_format_layers_precision_or_model_changes_every_hash():
         "num_kv_heads": replace(LAYER, num_kv_heads=1),
         "key_dim": replace(LAYER, key_dim=8),
         "value_dim": replace(LAYER, value_dim=16),
+        "calibration": calibrated(LAYER),
     }
     assert set(changed_layers) | {"kv_format"} == {field.name for field in fields(LayerSpec)}
     families = {
@@ -191,6 +206,7 @@ def test_every_change_of_format_layers_precision_or_model_changes_every_hash():
         "the other layer differs": cache_hashes([changed_layers["value_dim"], LAYER]),
         "bfloat16": cache_hashes([LAYER] * 2, torch.bfloat16),
         "float16": cache_hashes([LAYER] * 2, torch.float16),
+        "another calibration": cache_hashes([calibrated(LAYER, seed=1)] * 2),
         "another model": cache_hashes([LAYER] * 2, model=b"another"),
         "no model": cache_hashes([LAYER] * 2, model=b""),
         **{
