@@ -528,19 +528,10 @@ def stored_tokens(paged: Paged) -> Tensor:
     ids, sealed = indices.seal_block_ids, records.sealed
     if len(ids):
         assert sealed is not None
-        key_zero = None if sealed.key_zero is None else sealed.key_zero[ids]
-        value_zero = None if sealed.value_zero is None else sealed.value_zero[ids]
+        blocks = sealed.at(ids)
         parts += [
-            dequantize_keys(
-                sealed.key_codes[ids], sealed.key_scale[ids], key_zero, records.bits, torch.float64
-            ),
-            dequantize_values(
-                sealed.value_codes[ids],
-                sealed.value_scale[ids],
-                value_zero,
-                records.bits,
-                torch.float64,
-            ),
+            dequantize_keys(blocks, records.key_bits, records.wide_channels, torch.float64),
+            dequantize_values(blocks, records.value_bits, torch.float64),
         ]
     return torch.cat([part.double().flatten() for part in parts])
 
