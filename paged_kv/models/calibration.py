@@ -167,13 +167,19 @@ def calibrate_on_text(
 ) -> Calibration:
     """`calibrate` on a text, or on the one that comes with the library."""
     text = TEXT.read_text(encoding="utf-8") if text is None else text
-    return calibrate(model, tokenizer.encode(text))
+    return calibrate(model, encode(tokenizer, text))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, without a warning where a model can only read its beginning."""
+    token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return token_ids
 
 
 def usual_calibration(model: PagedModel, tokenizer: PreTrainedTokenizerBase) -> Calibration:
     """That on the library's own text: read where it was kept, or else made and kept."""
     fingerprint = model.fingerprint()
-    token_ids = tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    token_ids = encode(tokenizer, TEXT.read_text(encoding="utf-8"))
     key = sha256(fingerprint + repr((FILE_FORMAT, token_ids, str(model.dtype))).encode())
     folder = owned_folder("calibrations", "the calibration")
     path = None if folder is None else folder / f"{key.hexdigest()}.safetensors"
