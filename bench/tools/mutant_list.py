@@ -905,9 +905,52 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         ],
     ),
     *faults_in(
+        "paged_kv/cache/key_calibration.py",
+        "models/test_calibration",
+        [
+            Fault(
+                "channels-that-matter-least-are-wide",
+                "np.argsort(-weights * key_variance",
+                "np.argsort(weights * key_variance",
+            ),
+            Fault(
+                "feedback-is-not-relative-to-the-diagonal",
+                "rows = upper / np.diagonal(upper, axis1=1, axis2=2)[:, :, None]",
+                "rows = upper",
+            ),
+        ],
+    ),
+    *faults_in(
+        "kernels/eager/flat_attention.py",
+        "kernels/test_naive",
+        [
+            Fault(
+                "upper-codes-count-half",
+                "of_wide(scale) * (1 << layer.key_bits)",
+                "of_wide(scale) * 2",
+            ),
+        ],
+    ),
+    *faults_in(
+        "kernels/cpu/microkernels.py",
+        "kernels/test_naive",
+        [
+            Fault(
+                "cpu-shifts-centred-values-up",
+                "shift = emitter.constant(-centre, lanes)",
+                "shift = emitter.constant(centre, lanes)",
+            ),
+        ],
+    ),
+    *faults_in(
         "kernels/cpu/quantize.py",
         "kernels/test_cpu_store",
         [
+            Fault(
+                "cpu-adds-errors-that-it-should-take",
+                "builder.fsub(builder.load(total), builder.fmul(error, weight)), total",
+                "builder.fadd(builder.load(total), builder.fmul(error, weight)), total",
+            ),
             Fault(
                 "cpu-rounds-halves-up",
                 "emitter.integers(0x7FFF, INT, lanes)",
