@@ -10,6 +10,7 @@ error e in channel i adds e * U[i, j] / U[i, i] to what channel j should take aw
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import Final
 
@@ -85,7 +86,7 @@ class KeyCalibration:
     def key_dim(self) -> int:
         return len(self.channel_order[0])
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hexadecimal, of both arrays."""
         content = sha256(repr(self.channel_order.shape).encode())
