@@ -13,14 +13,16 @@ class SealedViews(NamedTuple):
     """Quantized views over a layer's arena. NB blocks, H kv heads, G key groups, B tokens a block.
 
     A code row is one byte row: with 2 bits, row t of R holds tokens t, t + R, t + 2R and t + 3R of
-    a block at bits 0, 2, 4 and 6. The views are logical; their strides follow the device. Wide
-    channels are coded in 2 bits more than others: in `key_codes` these are the lower bits, and
-    `wide_codes` has the upper ones, as if they were the codes of W more channels.
+    a block at bits 0, 2, 4 and 6. The views are logical; their strides follow the device. Where
+    codes have more bits than fit with others in a byte, the upper bits are packed apart, as codes
+    of their own: those of wide channels, which have 2 bits more than others, as if they were W more
+    channels, and the third of values.
     """
 
     key_codes: Tensor  # uint8 [NB, H, B * key_bits / 8, key_dim]
-    wide_codes: Tensor | None  # uint8 [NB, H, B * key_bits / 8, W]
-    value_codes: Tensor  # uint8 [NB, H, B * value_bits / 8, value_dim]
+    wide_codes: Tensor | None  # uint8 [NB, H, B * 2 / 8, W]
+    value_codes: Tensor  # uint8 [NB, H, B * lower_bits(value_bits) / 8, value_dim]
+    upper_value_codes: Tensor | None  # uint8 [NB, H, B / 8, value_dim]
     key_scale: Tensor  # fp16 [NB, H, G, key_dim]; or [NB, H, B], for each key one
     key_zero: Tensor | None  # fp16 [NB, H, G, key_dim], where the scale is
     value_scale: Tensor  # fp16 [NB, H, B]

@@ -31,7 +31,8 @@ from paged_kv.kernels.triton import plan as triton_plan
 from paged_kv.kernels.triton.launch import WIDE, Launch, tile_rows
 
 CUDA = torch.device("cuda")
-FORMAT_OF_BITS = {8: "int8", 4: "int4", 2: "int2", 0: "native"}
+# Of the fewest bits that are packed together: see `least_bits`.
+FORMAT_OF_BITS = {8: "int8", 4: "k4v4", 2: "int2", 1: "int3", 0: "native"}
 SHAPES = ((8, 8192), (64, 32768))  # sequences, tokens of context
 LEAST_TILE, MOST_TOKENS = 16, 128  # a product has at least 16 rows, a block at most 128 tokens
 NUM_WARPS, NUM_STAGES = (1, 2, 4, 8), (2, 3, 4)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..block_views import LayerBlocks, as_rows
+from ..code_bits import WIDE_BITS, lower_bits, upper_bits
 from ..eager.quantize import centre
 from ..new_tokens import NewTokens
 from ..rules import ScoreRules
@@ -31,7 +32,7 @@ from .microkernels import (
     widen_kernel,
 )
 from .native_attention import attention_worker
-from .native_code import row_addresses
+from .native_code import address_or_0, row_addresses
 from .per_layer import PerLayer
 from .plan import CpuPlan
 from .quantize import copy_kernel
@@ -50,7 +51,8 @@ ROW_VARIANTS: Final = (1, 2, 4, MAX_ROWS)
 METADATA_NAMES: Final = ("key_scale", "key_zero", "value_scale", "value_zero")
 SEALED_NAMES: Final = (
     *("key_codes", "value_codes", "num_key_rows", "num_value_rows", *METADATA_NAMES),
-    *("num_wide", "wide_channels"),
+    *("wide_codes", "num_wide", "num_wide_rows", "wide_channels"),
+    *("upper_value_codes", "num_upper_rows"),
     *("metadata", "metadata_bytes", "num_key_groups", "key_group_shift"),
 )
 
@@ -152,10 +154,8 @@ def sealed_places(layer: LayerBlocks) -> dict[str, int]:
     if sealed is None:
         return dict.fromkeys(SEALED_NAMES, 0)
     assert sealed.key_codes.stride(2) == 1, "key codes are channel-major on a CPU"
-    if sealed.wide_codes is not None:
-        behind = sealed.key_codes.data_ptr() + sealed.key_codes[0, 0].numel()
-        assert sealed.wide_codes.data_ptr() == behind, "upper codes are read as further channels"
     sections = {name: getattr(sealed, name) for name in METADATA_NAMES}
+    upper_keys, upper_values = sealed.wide_codes, sealed.upper_value_codes
     present = [section for section in sections.values() if section is not None]
     group_tokens = sealed.block_size // max(sealed.num_key_groups, 1)
     return {
@@ -163,9 +163,13 @@ def sealed_places(layer: LayerBlocks) -> dict[str, int]:
         "value_codes": sealed.value_codes.data_ptr(),
         "num_key_rows": sealed.key_codes.shape[2],
         "num_value_rows": sealed.value_codes.shape[2],
-        "num_wide": 0 if wide_channels is None else wide_channels.shape[1],
-        "wide_channels": 0 if wide_channels is None else wide_channels.data_ptr(),
-        **{name: 0 if part is None else part.data_ptr() for name, part in sections.items()},
+        "wide_codes": address_or_0(upper_keys),
+        "num_wide": 0 if upper_keys is None else upper_keys.shape[3],
+        "num_wide_rows": 0 if upper_keys is None else upper_keys.shape[2],
+        "wide_channels": address_or_0(wide_channels),
+        "upper_value_codes": address_or_0(upper_values),
+        "num_upper_rows": 0 if upper_values is None else upper_values.shape[2],
+        **{name: address_or_0(part) for name, part in sections.items()},
         "metadata": min(section.data_ptr() for section in present),
         "metadata_bytes": sum(section[0, 0].nbytes for section in present),
         "num_key_groups": sealed.num_key_groups,
@@ -194,29 +198,42 @@ def row_kernels(layer: LayerBlocks) -> list[list[int]]:
     sealed, value_dim = layer.sealed, layer.open_values.shape[3]
     dtype = str(layer.open_keys.dtype).removeprefix("torch.")
     none = [0] * NUM_VARIANTS
-    score_sealed, value_sealed = none, none
+    score_sealed, score_wide, value_sealed, value_upper = none, none, none, none
     if sealed is not None:
         is_grouped = sealed.num_key_groups > 1
-        rows = sealed.key_codes.shape[2]
-        score_sealed = score_kernels(f"int{layer.key_bits}", rows, is_grouped=is_grouped)
-        value_sealed = value_kernels(f"int{layer.value_bits}", value_dim)
+        kind, rows = f"int{layer.key_bits}", sealed.key_codes.shape[2]
+        score_sealed = score_kernels(kind, rows, is_grouped=is_grouped)
+        if sealed.wide_codes is not None:
+            rows = sealed.wide_codes.shape[2]
+            kind = f"int{WIDE_BITS}"
+            score_wide = score_kernels(kind, rows, is_grouped=is_grouped, adds=True)
+        lower, upper = lower_bits(layer.value_bits), upper_bits(layer.value_bits)
+        value_sealed = value_kernels(f"int{lower}", value_dim)
+        if upper:
+            value_upper = value_kernels(f"int{upper}", value_dim, shift=lower)
     return [
         score_kernels(dtype, open_piece(layer), is_grouped=False),
         score_sealed,
+        score_wide,
         score_kernels("float32", NEW_TOKEN_ROWS, is_grouped=False),
         value_kernels(dtype, value_dim),
         value_sealed,
+        value_upper,
         value_kernels("float32", value_dim),
     ]
 
 
-def score_kernels(kind: str, num_token_rows: int, *, is_grouped: bool) -> list[int]:
+def score_kernels(
+    kind: str, num_token_rows: int, *, is_grouped: bool, adds: bool = False
+) -> list[int]:
     """Addresses by number of query rows."""
     return [
-        score_kernel(kind, rows, num_token_rows, is_grouped, host_width()).address
+        score_kernel(kind, rows, num_token_rows, is_grouped, adds, host_width()).address
         for rows in ROW_VARIANTS
     ]
 
 
-def value_kernels(kind: str, value_dim: int) -> list[int]:
-    return [value_kernel(kind, rows, value_dim, host_width()).address for rows in ROW_VARIANTS]
+def value_kernels(kind: str, value_dim: int, shift: int = 0) -> list[int]:
+    return [
+        value_kernel(kind, rows, value_dim, shift, host_width()).address for rows in ROW_VARIANTS
+    ]

@@ -30,7 +30,7 @@ from .vectors import (
 )
 
 MAX_DIM: Final = 256
-MAX_CHANNELS: Final = MAX_DIM * 3 // 2  # of keys, with the upper codes of wide ones behind them
+MAX_CHANNELS: Final = MAX_DIM * 3 // 2  # of keys, with the wide ones once more behind them
 MAX_ROWS: Final = 8  # query rows that a kernel works on at once
 TILE_TOKENS: Final = 128  # tokens whose scores are kept at once
 # Floats from one row of queries or of scores to the next: a cache line more than they hold, so
@@ -41,17 +41,23 @@ MAX_KEY_GROUPS: Final = 4
 STATE_LANES: Final = 16  # partial sums of the softmax are kept by lane
 MASKED: Final = -1e30  # a score that is not seen; below any real one
 
-ELEMENT_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 1, "int2": 1}
-NUM_PLANES: Final = {"float32": 1, "bfloat16": 1, "float16": 1, "int8": 1, "int4": 2, "int2": 4}
-CODE_BITS: Final = {"int4": 4, "int2": 2}
+CODE_BITS: Final = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}
+ELEMENT_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, **dict.fromkeys(CODE_BITS, 1)}
+NUM_PLANES: Final = {
+    **dict.fromkeys(("float32", "bfloat16", "float16"), 1),
+    **{kind: 8 // bits for kind, bits in CODE_BITS.items()},
+}
 ELEMENT_TYPES: Final = {"float32": FLOAT, "bfloat16": SHORT, "float16": HALF}
 # Accumulators that fit the vector registers beside operands, by lanes of a vector.
 NUM_ACCUMULATORS: Final = {16: 16, 8: 8, 4: 16}
 MIN_ACCUMULATORS: Final = 8  # fewer cannot hide the latency of an FMA
 
 
-def decode(emitter: Emitter, raw: Any, kind: str) -> list[Any]:
-    """The float vectors, one a plane, in a raw vector of keys or values."""
+def decode(emitter: Emitter, raw: Any, kind: str, shift: int = 0) -> list[Any]:
+    """The float vectors, one a plane, in a raw vector of keys or values.
+
+    Codes of fewer than 8 bits count 2**shift times.
+    """
     builder, lanes = emitter.builder, raw.type.count
     floats, ints = ir.VectorType(FLOAT, lanes), ir.VectorType(INT, lanes)
     if kind == "float32":
@@ -66,13 +72,16 @@ def decode(emitter: Emitter, raw: Any, kind: str) -> list[Any]:
         return [builder.sitofp(builder.sext(signed, ints), floats)]
     bits = CODE_BITS[kind]
     wide = builder.zext(raw, ints)
+    if shift:
+        wide = builder.shl(wide, emitter.integers(shift, INT, lanes))
     planes = []
     for plane in range(NUM_PLANES[kind]):
         codes = wide
         if plane:
             codes = builder.lshr(wide, emitter.integers(plane * bits, INT, lanes))
-        if plane + 1 < NUM_PLANES[kind]:
-            codes = builder.and_(codes, emitter.integers((1 << bits) - 1, INT, lanes))
+        if shift or plane + 1 < NUM_PLANES[kind]:
+            mask = (1 << bits) - 1 << shift
+            codes = builder.and_(codes, emitter.integers(mask, INT, lanes))
         planes.append(builder.sitofp(codes, floats))
     return planes
 
@@ -110,9 +119,9 @@ class Accumulators:
 
 @cache
 def score_kernel(
-    kind: str, rows: int, num_token_rows: int, is_grouped: bool, max_lanes: int
+    kind: str, rows: int, num_token_rows: int, is_grouped: bool, adds: bool, max_lanes: int
 ) -> MachineCode:
-    """Dot products of `rows` queries with a block's keys.
+    """Dot products of `rows` queries with a block's keys; `adds` them to what scores there are.
 
     Arguments: keys [key_dim][key_stride bytes], queries [groups][rows][ROW_STRIDE] and scores
     [rows][SCORE_STRIDE] (addresses), key_dim, key_stride, log2 of the tokens that share a group of
@@ -186,13 +195,16 @@ def score_kernel(
                 for place, (plane, vector) in enumerate(bases):
                     token = query_row * SCORE_STRIDE + plane * num_token_rows + vector * lanes
                     address = emitter.offset(scores, emitter.times(first_row, 4), token * 4)
-                    emitter.store(sums.total(query_row * len(bases) + place), address)
+                    total = sums.total(query_row * len(bases) + place)
+                    if adds:
+                        total = builder.fadd(total, emitter.load(address, FLOAT, lanes))
+                    emitter.store(total, address)
     return MachineCode("scores", emitter.finish())
 
 
 @cache
-def value_kernel(kind: str, rows: int, value_dim: int, max_lanes: int) -> MachineCode:
-    """Add the weighted values of a block to the outputs of `rows` queries.
+def value_kernel(kind: str, rows: int, value_dim: int, shift: int, max_lanes: int) -> MachineCode:
+    """Add the weighted values of a block to the outputs of `rows` queries; codes as in `decode`.
 
     Arguments: values [token rows][value_stride bytes], weights [rows][SCORE_STRIDE] and outputs
     [rows][ROW_STRIDE] (addresses), token rows to add, tokens from one plane to the next,
@@ -208,14 +220,20 @@ def value_kernel(kind: str, rows: int, value_dim: int, max_lanes: int) -> Machin
         with emitter.loop(
             emitter.long(0), emitter.long(whole * max_lanes), vectors_at_once * max_lanes
         ) as channel:
-            add_values(emitter, kind, rows, vectors_at_once, max_lanes, channel)
+            add_values(emitter, kind, shift, rows, vectors_at_once, max_lanes, channel)
     if rest:  # dims are multiples of 8
-        add_values(emitter, kind, rows, 1, rest, emitter.long(whole * max_lanes))
+        add_values(emitter, kind, shift, rows, 1, rest, emitter.long(whole * max_lanes))
     return MachineCode("values", emitter.finish())
 
 
 def add_values(
-    emitter: Emitter, kind: str, rows: int, num_vectors: int, lanes: int, channel: Any
+    emitter: Emitter,
+    kind: str,
+    shift: int,
+    rows: int,
+    num_vectors: int,
+    lanes: int,
+    channel: Any,
 ) -> None:
     """Add all tokens to `num_vectors` vectors of channels, from `channel` on."""
     values, weights, outputs, num_tokens, plane_stride, value_stride, following = emitter.arguments
@@ -233,7 +251,7 @@ def add_values(
             load_raw(emitter, emitter.offset(line, vector * lanes * element), kind, lanes)
             for vector in range(num_vectors)
         ]
-        decoded = [decode(emitter, vector, kind) for vector in raw]
+        decoded = [decode(emitter, vector, kind, shift) for vector in raw]
         base = emitter.offset(weights, emitter.times(token, 4))
         for plane in range(NUM_PLANES[kind]):
             if plane:

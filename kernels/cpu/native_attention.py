@@ -166,18 +166,20 @@ def score_sealed(
                 load_long(p, LAYER.widen),
                 (folded, rows, key_dim, num_groups, wide_channels, num_wide),
             )
+    codes, scores = load_long(p, LAYER.key_codes), scratch + 4 * SCORES
+    scores += 4 * index * load_long(p, STEP.block_size)
+    num_rows, group_shift = load_long(p, LAYER.num_key_rows), load_long(p, LAYER.key_group_shift)
     call(
         kernel_for(p, Kernel.SCORE_SEALED, rows),
-        (
-            load_long(p, LAYER.key_codes) + record,
-            queries,
-            scratch + 4 * (SCORES + index * load_long(p, STEP.block_size)),
-            key_dim + num_wide,
-            load_long(p, LAYER.num_key_rows),
-            load_long(p, LAYER.key_group_shift),
-            keys_ahead,
-        ),
+        (codes + record, queries, scores, key_dim, num_rows, group_shift, keys_ahead),
     )
+    if num_wide:
+        wide_codes, num_rows = load_long(p, LAYER.wide_codes), load_long(p, LAYER.num_wide_rows)
+        call(
+            kernel_for(p, Kernel.SCORE_WIDE, rows),
+            (wide_codes + record, queries + 4 * key_dim, scores, num_wide, num_rows, group_shift,
+             keys_ahead + wide_codes - codes),
+        )  # fmt: skip
 
 
 @native
@@ -200,10 +202,9 @@ def attend_sealed(p: int, item: int, scratch: int, position: int, num_blocks: in
     num_sealed = load_long(load_long(p, STEP.num_sealed), load_long(item, Item.SEQUENCE))
     is_last = end == load_long(p, STEP.num_head_tokens) + num_sealed * num_tokens
     metadata = load_long(p, LAYER.metadata) - load_long(p, LAYER.key_codes)
-    num_value_rows, value_dim = (
-        load_long(p, LAYER.num_value_rows),
-        load_long(p, LAYER.value_dim),
-    )
+    codes, value_dim = load_long(p, LAYER.value_codes), load_long(p, LAYER.value_dim)
+    num_value_rows = load_long(p, LAYER.num_value_rows)
+    num_upper_rows = load_long(p, LAYER.num_upper_rows)
     for tile in range(-(-load_long(item, Item.NUM_ROWS) // MAX_ROWS)):
         if not set_ranges(p, item, scratch, tile, position, end - position):
             continue
@@ -229,16 +230,24 @@ def attend_sealed(p: int, item: int, scratch: int, position: int, num_blocks: in
         if is_last and tile == 0:
             fetch_tail(p, item, scratch, end, True)
         _, outputs, _, _ = state_of_tile(scratch, tile)
-        add = kernel_for(p, Kernel.VALUE_SEALED, rows_of_tile(item, tile))
+        rows = rows_of_tile(item, tile)
         for index in range(num_blocks):
             start = position + index * num_tokens
             ahead = ahead_of(p, item, scratch, start + end - position, True)
-            values = load_long(p, LAYER.value_codes) + sealed_record(p, item, start)
+            record = sealed_record(p, item, start)
             weights = scratch + 4 * (SCORES + index * num_tokens)
             call(
-                add,
-                (values, weights, outputs, num_value_rows, num_value_rows, value_dim, ahead),
-            )
+                kernel_for(p, Kernel.VALUE_SEALED, rows),
+                (codes + record, weights, outputs, num_value_rows, num_value_rows, value_dim,
+                 ahead),
+            )  # fmt: skip
+            if num_upper_rows:
+                upper = load_long(p, LAYER.upper_value_codes)
+                call(
+                    kernel_for(p, Kernel.VALUE_UPPER, rows),
+                    (upper + record, weights, outputs, num_upper_rows, num_upper_rows, value_dim,
+                     ahead + upper - codes),
+                )  # fmt: skip
 
 
 @native

@@ -56,6 +56,10 @@ def row_addresses(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), size * token_stride, size * head_stride
 
 
+def address_or_0(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def intrinsic(function: Callable[..., Any]) -> Any:
     """Instructions written by hand; callers leave out the first argument, the typing context."""
     return numba_intrinsic(function)

@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from llvmlite import ir
 
+from ..code_bits import WIDE_BITS, lower_bits, upper_bits
 from ..eager.quantize import FP16_MAX, INT8_LIMIT, INT8_OFFSET
-from .microkernels import ELEMENT_TYPES, MAX_DIM, NUM_PLANES, decode
+from .microkernels import ELEMENT_TYPES, MAX_DIM, decode
 from .vectors import (
     BYTE,
     FLOAT,
@@ -173,10 +174,10 @@ def symmetric_value_kernel() -> MachineCode:
     """8-bit values, one scale for each token; channels in the lanes.
 
     Arguments: values [tokens][VALUE_ROW_BYTES], value_dim, tokens, codes [tokens][value_dim],
-    scale (half [tokens]), and two that other kernels of values have.
+    scale (half [tokens]), and three that other kernels of values have.
     """
     lanes = min(host_width(), 8)
-    emitter = Emitter("symmetric_values", 7)
+    emitter = Emitter("symmetric_values", 8)
     values, value_dim, num_tokens, codes, scale_address = emitter.arguments[:5]
     builder = emitter.builder
     with emitter.loop(emitter.long(0), num_tokens, 1) as token:
@@ -230,22 +231,23 @@ def channel_key_kernel(bits: int, *, has_wide: bool, has_feedback: bool) -> Mach
     Arguments: keys [key_dim][KEY_ROW_BYTES], key_dim, tokens, tokens of a group, codes
     [key_dim][code rows], scale and zero point (half [groups][key_dim]), address of the clip ratios
     of usual and of wide channels, scratch for codes (int32 [tokens]), wide channels (64-bit,
-    ascending), how many, their upper codes [wide channels][code rows], feedback (float
+    ascending), how many, their upper codes [wide channels][rows of them], feedback (float
     [key_dim][key_dim]).
 
     With feedback the keys of a channel become its errors, which those behind it read.
     """
-    lanes, num_planes = host_width(), NUM_PLANES[f"int{bits}"]
+    lanes = host_width()
     emitter = Emitter("channel_keys", 13)
     keys, key_dim, num_tokens, key_group_size, codes, scale_at, zero_at = emitter.arguments[:7]
     clip_at, scratch, wide_channels, num_wide, upper_codes, feedback = emitter.arguments[7:]
     builder = emitter.builder
     usual_clip, wide_clip = (emitter.load(emitter.offset(clip_at, at), FLOAT) for at in (0, 4))
     usual_top, wide_top = (
-        ir.Constant(FLOAT, float((1 << count) - 1)) for count in (bits, 2 * bits)
+        ir.Constant(FLOAT, float((1 << count) - 1)) for count in (bits, bits + WIDE_BITS)
     )
     offset = INT8_OFFSET if bits == 8 else 0
-    num_rows = builder.udiv(num_tokens, emitter.long(num_planes))
+    num_rows = builder.udiv(num_tokens, emitter.long(8 // bits))
+    num_wide_rows = builder.udiv(num_tokens, emitter.long(8 // WIDE_BITS))
     next_wide = emitter.variable(emitter.long(0))
     with emitter.loop(emitter.long(0), key_dim, 1) as channel:
         row = emitter.offset(keys, emitter.times(channel, KEY_ROW_BYTES))
@@ -289,8 +291,8 @@ def channel_key_kernel(bits: int, *, has_wide: bool, has_feedback: bool) -> Mach
         pack_codes(emitter, scratch, line, num_rows, bits, 0)
         if has_wide:
             with builder.if_then(is_wide):
-                upper = emitter.offset(upper_codes, builder.mul(place, num_rows))
-                pack_codes(emitter, scratch, upper, num_rows, bits, bits)
+                upper = emitter.offset(upper_codes, builder.mul(place, num_wide_rows))
+                pack_codes(emitter, scratch, upper, num_wide_rows, WIDE_BITS, bits)
                 builder.store(builder.add(place, emitter.long(1)), next_wide)
     return MachineCode("channel_keys", emitter.finish())
 
@@ -334,25 +336,26 @@ def pack_codes(
     emitter: Emitter, scratch: Any, line: Any, num_rows: Any, bits: int, shift: int
 ) -> None:
     """The bits of a channel's codes from `shift` on, in bytes of all planes."""
-    builder, lanes, num_planes = emitter.builder, host_width(), NUM_PLANES[f"int{bits}"]
+    builder, lanes = emitter.builder, host_width()
     with emitter.loop(emitter.long(0), num_rows, lanes) as token_row:
-        packed = None
-        for plane in range(num_planes):
+        codes = []
+        for plane in range(8 // bits):
             token = builder.add(token_row, emitter.times(num_rows, plane))
-            code = emitter.load(emitter.offset(scratch, emitter.times(token, 4)), INT, lanes)
-            code = builder.lshr(code, emitter.integers(shift, INT, lanes))
-            code = builder.and_(code, emitter.integers((1 << bits) - 1, INT, lanes))
-            packed = pack_plane(emitter, packed, code, plane * bits)
-        store_bytes(emitter, packed, builder.add(line, token_row))
+            place = emitter.offset(scratch, emitter.times(token, 4))
+            codes.append(emitter.load(place, INT, lanes))
+        store_packed(emitter, codes, shift, bits, builder.add(line, token_row))
 
 
-def pack_plane(emitter: Emitter, packed: Any, codes: Any, shift: int) -> Any:
-    """`packed`, which is None at first, with codes at their bits."""
-    if packed is None:
-        return codes
-    builder = emitter.builder
-    shifted = builder.shl(codes, emitter.integers(shift, INT, codes.type.count))
-    return builder.or_(packed, shifted)
+def store_packed(emitter: Emitter, codes: list[Any], shift: int, bits: int, address: Any) -> None:
+    """Bytes of the `bits` bits from `shift` on of codes of all planes."""
+    builder, packed = emitter.builder, None
+    for plane, code in enumerate(codes):
+        lanes = code.type.count
+        kept = builder.lshr(code, emitter.integers(shift, INT, lanes))
+        kept = builder.and_(kept, emitter.integers((1 << bits) - 1, INT, lanes))
+        kept = builder.shl(kept, emitter.integers(plane * bits, INT, lanes))
+        packed = kept if packed is None else builder.or_(packed, kept)
+    store_bytes(emitter, packed, address)
 
 
 @cache
@@ -360,11 +363,15 @@ def value_kernel(bits: int, *, has_zero: bool) -> MachineCode:
     """Values of fewer than 8 bits per token; channels in the lanes, tokens of all planes packed.
 
     Arguments: values [tokens][VALUE_ROW_BYTES], value_dim, tokens, codes [code rows][value_dim],
-    scale and, where there is one, zero point (half [tokens]), address of the clip ratio.
+    scale and, where there is one, zero point (half [tokens]), address of the clip ratio, upper
+    codes [rows of them][value_dim]. Where there are such, a row of them takes the tokens of several
+    rows of codes.
     """
-    lanes, num_planes = min(host_width(), 8), NUM_PLANES[f"int{bits}"]
-    emitter = Emitter("values", 7)
-    values, value_dim, num_tokens, codes, scale_at, zero_at, clip_at = emitter.arguments
+    lower, upper = lower_bits(bits), upper_bits(bits)
+    lanes, num_planes = min(host_width(), 8), 8 // (upper or lower)
+    rows_at_once = num_planes * lower // 8
+    emitter = Emitter("values", 8)
+    values, value_dim, num_tokens, codes, scale_at, zero_at, clip_at, uppers = emitter.arguments
     builder, top = emitter.builder, float((1 << bits) - 1)
     clip = emitter.splat(emitter.load(clip_at, FLOAT), lanes)
     num_rows = builder.udiv(num_tokens, emitter.long(num_planes))
@@ -391,12 +398,17 @@ def value_kernel(bits: int, *, has_zero: bool) -> MachineCode:
             emitter.store(half, emitter.offset(scale_at, emitter.times(token, 2)))
             planes.append((row, scale, zero))
         with emitter.loop(emitter.long(0), value_dim, lanes) as channel:
-            packed = None
-            for plane, (row, scale, zero) in enumerate(planes):
+            numbers = []
+            for row, scale, zero in planes:
                 place = emitter.offset(row, emitter.times(channel, 4))
                 vector = builder.fsub(emitter.load(place, FLOAT, lanes), zero)
-                code = to_codes(emitter, vector, scale, 0.0, top, 0.0 if has_zero else top / 2)
-                packed = pack_plane(emitter, packed, code, plane * bits)
-            line = emitter.offset(codes, builder.mul(token_row, value_dim), channel)
-            store_bytes(emitter, packed, line)
+                centre = 0.0 if has_zero else top / 2
+                numbers.append(to_codes(emitter, vector, scale, 0.0, top, centre))
+            for part in range(rows_at_once):
+                code_row = builder.add(token_row, emitter.times(num_rows, part))
+                line = emitter.offset(codes, builder.mul(code_row, value_dim), channel)
+                store_packed(emitter, numbers[part::rows_at_once], 0, lower, line)
+            if upper:
+                line = emitter.offset(uppers, builder.mul(token_row, value_dim), channel)
+                store_packed(emitter, numbers, lower, upper, line)
     return MachineCode("values", emitter.finish())

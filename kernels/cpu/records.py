@@ -66,8 +66,12 @@ class LayerFields(NamedTuple):
     value_codes: int
     num_key_rows: int  # of codes: byte rows
     num_value_rows: int
-    num_wide: int  # channels with upper codes, which lie behind the codes of all channels
+    wide_codes: int  # the upper bits of wide channels
+    num_wide: int
+    num_wide_rows: int
     wide_channels: int  # [kv heads, num_wide]
+    upper_value_codes: int  # 0 where there are none
+    num_upper_rows: int
     key_scale: int
     key_zero: int
     value_scale: int
@@ -130,9 +134,11 @@ class Kernel(IntEnum):
 
     SCORE_OPEN = 0
     SCORE_SEALED = auto()
+    SCORE_WIDE = auto()
     SCORE_NEW = auto()
     VALUE_OPEN = auto()
     VALUE_SEALED = auto()
+    VALUE_UPPER = auto()
     VALUE_NEW = auto()
     COUNT = auto()
 

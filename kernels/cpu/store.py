@@ -21,6 +21,7 @@ from ..step_inputs import StepInputs
 from .microkernels import MAX_DIM
 from .native_code import (
     address_of,
+    address_or_0,
     call,
     fetch_add,
     load_long,
@@ -87,6 +88,7 @@ class LayerFields(NamedTuple):
     key_codes: int = 0
     wide_codes: int = 0
     value_codes: int = 0
+    upper_value_codes: int = 0
     key_scale: int = 0
     key_zero: int = 0
     value_scale: int = 0
@@ -188,8 +190,12 @@ def seal_block(p: int, seal: int, kv_head: int, scratch: int) -> None:
     value_scale = load_long(p, LAYER.value_scale) + record
     seal_keys, seal_values = load_long(p, LAYER.seal_keys), load_long(p, LAYER.seal_values)
     value_zero = load_long(p, LAYER.value_zero) + record
+    upper_values = load_long(p, LAYER.upper_value_codes) + record
     clip = p + 8 * CLIPS
-    call(seal_values, (values, value_dim, size, value_codes, value_scale, value_zero, clip + 8))
+    call(
+        seal_values,
+        (values, value_dim, size, value_codes, value_scale, value_zero, clip + 8, upper_values),
+    )
     if not group_size:
         call(seal_keys, (keys, key_dim, size, key_codes, key_scale))
         return
@@ -328,7 +334,3 @@ def with_sealed(fields: LayerFields, layer: LayerBlocks, sealed: SealedViews) ->
         seal_keys=seal_keys.address,
         seal_values=seal_values.address,
     )
-
-
-def address_or_0(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

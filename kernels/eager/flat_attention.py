@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews
+from ..code_bits import WIDE_BITS, lower_bits, upper_bits
 from ..new_tokens import NewTokens
 from ..rules import NOWHERE, ScoreRules
 from ..step_inputs import StepInputs
@@ -267,7 +268,7 @@ def add_upper_codes(
     wide_codes: Tensor,
     runs: BlockRuns,
 ) -> None:
-    """Add to scores what the upper bits of wide channels are worth: 2**bits times their codes."""
+    """Add to scores what the upper bits of wide channels are worth: 2**key_bits times as codes."""
     wide_channels = layer.wide_channels
     assert wide_channels is not None
 
@@ -276,11 +277,11 @@ def add_upper_codes(
         return rows.gather(-1, index)
 
     queries, scale = of_wide(queries), of_wide(scale) * (1 << layer.key_bits)
-    for portion, codes in BlockReader(wide_codes, runs, queries.dtype, layer.key_bits):
+    for portion, codes in BlockReader(wide_codes, runs, queries.dtype, WIDE_BITS):
         scaled = queries.index_select(0, runs.rows[portion]).unsqueeze(2)
         scaled = scaled * scale[portion].unsqueeze(3)
         part = torch.empty_like(scores[portion])
-        score_(part, scaled, codes, layer.key_bits)
+        score_(part, scaled, codes, WIDE_BITS)
         scores[portion].add_(part)
 
 
@@ -294,12 +295,25 @@ def add_sealed_values(
     else:
         zero = gather_metadata(sealed.value_zero, runs, output.dtype)
     zero_part = batched(weights, zero.unsqueeze(-1))  # [P, H, M, 1]
-    planes = 8 // layer.value_bits
-    for plane, plane_scale in enumerate(scale.chunk(planes, 2)):
-        plane_scale.mul_(0.5 ** (plane * layer.value_bits))
-    weights.mul_(scale.unsqueeze(2))
-    for portion, codes in BlockReader(sealed.value_codes, runs, output.dtype, layer.value_bits):
-        part = batched(weights[portion], codes.flatten(2, 3)).add_(zero_part[portion])
+    output.index_add_(0, runs.rows, zero_part.expand(*zero_part.shape[:3], output.shape[3]))
+    bits = lower_bits(layer.value_bits)
+    add_codes(output, weights, scale, sealed.value_codes, bits, runs)
+    if sealed.upper_value_codes is not None:
+        worth = scale * (1 << bits)
+        upper = upper_bits(layer.value_bits)
+        add_codes(output, weights, worth, sealed.upper_value_codes, upper, runs)
+
+
+def add_codes(
+    output: Tensor, weights: Tensor, scale: Tensor, codes: Tensor, bits: int, runs: BlockRuns
+) -> None:
+    """Add codes [NB, H, rows, D] of runs, weighted and scaled, to the output [N, H, M, D]."""
+    scale = scale.clone()
+    for plane, plane_scale in enumerate(scale.chunk(8 // bits, 2)):
+        plane_scale.mul_(0.5 ** (plane * bits))
+    for portion, planes in BlockReader(codes, runs, output.dtype, bits):
+        scaled = weights[portion] * scale[portion].unsqueeze(2)
+        part = batched(scaled, planes.flatten(2, 3))
         output.index_add_(0, runs.rows[portion], part)
 
 

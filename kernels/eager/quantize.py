@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..block_views import SealedViews
+from ..code_bits import WIDE_BITS, lower_bits, upper_bits
 
 FP16_MAX = 65504.0
 INT8_OFFSET = 128
@@ -95,7 +96,7 @@ def quantize_keys(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of keys [S, H, B, D] per channel, in groups of B / G tokens.
 
-    Channels where `is_wide` [H, D] have 2 bits more and the second of the `clips`. With `feedback`
+    Channels where `is_wide` [H, D] have WIDE_BITS more and the second of the `clips`. With `feedback`
     [H, D, D] channels are coded in turn, and what the error of one asks of those behind it is taken
     from them. Returns uint8 codes [S, H, B, D], fp16 scales and zero points [S, H, G, D].
     Source of the rule: GPTQ (Frantar et al. 2022, arXiv:2210.17323), there for weights.
@@ -103,7 +104,7 @@ def quantize_keys(
     top_code: Tensor = torch.full(keys.shape[1::2], float((1 << bits) - 1), device=keys.device)
     clip = torch.full_like(top_code, clips[0])
     if is_wide is not None:
-        top_code = top_code.masked_fill(is_wide, float((1 << bits + 2) - 1))
+        top_code = top_code.masked_fill(is_wide, float((1 << bits + WIDE_BITS) - 1))
         clip = clip.masked_fill(is_wide, clips[1])
 
     def quantize(channels: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +182,7 @@ def dequantize_keys(
     codes = unpack_planes(sealed.key_codes, bits).to(dtype)
     if sealed.wide_codes is not None:
         assert wide_channels is not None
-        upper = unpack_planes(sealed.wide_codes, bits).to(dtype) * (1 << bits)
+        upper = unpack_planes(sealed.wide_codes, WIDE_BITS).to(dtype) * (1 << bits)
         codes.scatter_add_(-1, wide_channels.unsqueeze(-2).expand_as(upper), upper)
     codes = split_dim(codes.sub_(code_offset(bits)), sealed.key_scale.shape[-2])
     codes.mul_(sealed.key_scale.to(dtype).unsqueeze(-2))
@@ -191,7 +192,10 @@ def dequantize_keys(
 
 def dequantize_values(sealed: SealedViews, bits: int, dtype: torch.dtype) -> Tensor:
     """Values [..., H, B, D] of gathered sealed blocks; `bits` of their codes."""
-    codes = unpack_planes(sealed.value_codes, bits)
+    codes = unpack_planes(sealed.value_codes, lower_bits(bits))
+    if sealed.upper_value_codes is not None:
+        upper = unpack_planes(sealed.upper_value_codes, upper_bits(bits))
+        codes |= upper << lower_bits(bits)
     if sealed.value_zero is None:
         return dequantize_symmetric(codes, sealed.value_scale, dtype, bits)
     codes = codes.to(dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews
+from ..code_bits import WIDE_BITS, lower_bits, upper_bits
 from ..new_tokens import NewTokens
 from ..step_inputs import StepInputs
 from .quantize import (
@@ -74,7 +75,7 @@ def seal_keys(layer: LayerBlocks, sealed: SealedViews, keys: Tensor, block_ids: 
     if sealed.wide_codes is not None:
         assert wide_channels is not None
         wide = codes.gather(-1, wide_channels[:, None].expand(*codes.shape[:3], -1))
-        sealed.wide_codes[block_ids] = pack_planes(wide >> bits, bits)
+        sealed.wide_codes[block_ids] = pack_planes(wide >> bits, WIDE_BITS)
     lower = codes & (1 << bits) - 1
     sealed.key_codes[block_ids] = pack_planes(lower, bits)
     sealed.key_scale[block_ids] = scale
@@ -90,5 +91,8 @@ def seal_values(layer: LayerBlocks, sealed: SealedViews, values: Tensor, block_i
         codes, scale = quantize_symmetric(values)
     else:
         codes, scale = quantize_centred(values, bits, clip)
-    sealed.value_codes[block_ids] = pack_planes(codes, bits)
+    lower = lower_bits(bits)
+    if sealed.upper_value_codes is not None:
+        sealed.upper_value_codes[block_ids] = pack_planes(codes >> lower, upper_bits(bits))
+    sealed.value_codes[block_ids] = pack_planes(codes & (1 << lower) - 1, lower)
     sealed.value_scale[block_ids] = scale

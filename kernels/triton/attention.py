@@ -40,6 +40,7 @@ from .prefill import attend_prefill
 from .rows import merge_parts
 from .sealed import attend_sealed
 from .store import (
+    least_bits,
     open_layout,
     open_tokens,
     power_of_2,
@@ -107,8 +108,8 @@ class Call:
 
     @property
     def bits(self) -> int:
-        """Of a code; the fewer, where keys and values have different bits, and 0 without codes."""
-        return min(self.layer.key_bits, self.layer.value_bits)
+        """The fewest that are packed together, see `least_bits`; 0 without codes."""
+        return 0 if self.layer.sealed is None else least_bits(self.layer)
 
     @cached_property
     def rule_numbers(self) -> RuleNumbers:

@@ -109,7 +109,9 @@ def codes_of_plane(codes, shift, BITS: tl.constexpr):
     elif INTERPRETED:
         return ((codes >> shift) & ((1 << BITS) - 1)).to(tl.float16)
     else:
-        MASK: tl.constexpr = "0x0f0f0f0f" if BITS == 4 else "0x03030303"
+        MASK: tl.constexpr = (
+            "0x0f0f0f0f" if BITS == 4 else ("0x03030303" if BITS == 2 else "0x01010101")
+        )
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 kept, low, high, offset;
@@ -132,15 +134,19 @@ def codes_of_plane(codes, shift, BITS: tl.constexpr):
 
 
 @triton.jit
-def planes_of_tiles(tiles, BITS: tl.constexpr):
+def planes_of_tiles(tiles, upper, BITS: tl.constexpr):
     """A tuple of the planes of all tiles, in the order of their tokens in a block.
 
     Tile i of n holds every n-th plane from the i-th on: where keys have more bits than values, or
-    the other way round, several tiles of the one go with a tile of the other.
+    the other way round, several tiles of the one go with a tile of the other. `upper` is None, or
+    the one tile of the third bits that go with codes of 2.
     """
     planes_of_tile = ()
     for tile in tl.static_range(len(tiles)):
-        planes_of_tile = planes_of_tile + (planes_of_codes(tiles[tile], BITS),)
+        if upper is None:
+            planes_of_tile = planes_of_tile + (planes_of_codes(tiles[tile], BITS),)
+        else:
+            planes_of_tile = planes_of_tile + (planes_of_3_bits(tiles[tile], upper, tile),)
     planes = ()
     for plane in tl.static_range(8 // BITS):
         for tile in tl.static_range(len(tiles)):
@@ -203,6 +209,66 @@ def planes_of_2_bits(codes):
             }""",
             "=r,=r,=r,=r,=r,=r,=r,=r,r",
             [codes],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def plane_of_3_bits(lower, upper, PLANE: tl.constexpr):
+    kept = (lower.to(tl.uint16) & (3 << (2 * PLANE))) | (upper & (4 << (2 * PLANE)))
+    return kept.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def planes_of_3_bits(lower, upper, TILE: tl.constexpr):
+    """As `planes_of_codes` of 2 bits, each with its third bit above it.
+
+    Of `upper` plane j of tile i is bit 2 j + i, which goes to bit 2 j + 2.
+    """
+    if INTERPRETED:
+        moved = upper.to(tl.uint16) << (2 - TILE)
+        return (
+            plane_of_3_bits(lower, moved, 0),
+            plane_of_3_bits(lower, moved, 1),
+            plane_of_3_bits(lower, moved, 2),
+            plane_of_3_bits(lower, moved, 3),
+        )
+    else:
+        SHIFT: tl.constexpr = "2" if TILE == 0 else "1"
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, third, fourth, kept;
+            prmt.b32 low, $8, 0, 0x4140;
+            prmt.b32 high, $8, 0, 0x4342;
+            prmt.b32 third, $9, 0, 0x4140;
+            prmt.b32 fourth, $9, 0, 0x4342;
+            shl.b32 third, third, """
+            + SHIFT
+            + """;
+            shl.b32 fourth, fourth, """
+            + SHIFT
+            + """;
+            and.b32 kept, third, 0x00040004;
+            lop3.b32 $0, low, 0x00030003, kept, 0xea;
+            and.b32 kept, fourth, 0x00040004;
+            lop3.b32 $1, high, 0x00030003, kept, 0xea;
+            and.b32 kept, third, 0x00100010;
+            lop3.b32 $2, low, 0x000c000c, kept, 0xea;
+            and.b32 kept, fourth, 0x00100010;
+            lop3.b32 $3, high, 0x000c000c, kept, 0xea;
+            and.b32 kept, third, 0x00400040;
+            lop3.b32 $4, low, 0x00300030, kept, 0xea;
+            and.b32 kept, fourth, 0x00400040;
+            lop3.b32 $5, high, 0x00300030, kept, 0xea;
+            and.b32 kept, third, 0x01000100;
+            lop3.b32 $6, low, 0x00c000c0, kept, 0xea;
+            and.b32 kept, fourth, 0x01000100;
+            lop3.b32 $7, high, 0x00c000c0, kept, 0xea;
+            }""",
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
+            [lower, upper],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
             pack=4,

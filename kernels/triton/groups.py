@@ -38,6 +38,7 @@ class Sections(NamedTuple):
     key_codes: Tensor
     wide_codes: Tensor | None
     value_codes: Tensor
+    upper_value_codes: Tensor | None
     key_scale: Tensor
     key_zero: Tensor | None
     value_scale: Tensor
@@ -139,10 +140,14 @@ class Layout(NamedTuple):
     # Of sealed blocks only:
     KEY_BITS: int = 0  # of a code
     VALUE_BITS: int = 0
+    LOWER_VALUE_BITS: int = 0  # of these, those that are packed together
+    LEAST_BITS: int = 0  # that are packed together, of keys, their upper bits, or values
     NUM_KEY_GROUPS: int = 0
     NUM_WIDE: int = 0  # channels of a key
+    WIDE_BITS: int = 0  # that their codes have more than those of others
     WIDE_COLUMNS: int = 0  # the same, padded
     WIDE_STRIDES: tuple[int, ...] = ()
+    UPPER_VALUE_STRIDES: tuple[int, ...] = ()  # where values have bits that are packed apart
     TILE: int = 0  # rows of codes that sealing makes at once
 
 

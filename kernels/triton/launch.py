@@ -30,14 +30,15 @@ class TileRows(NamedTuple):
     large: int
 
 
-# Few query rows, by bits of a code (0: open blocks; where keys and values have different bits, the
-# fewer) and query rows of a tile.
+# Few query rows, by the fewest bits that are packed together (0: open blocks; 1: the third bits of
+# values) and query rows of a tile.
 NARROW_LAUNCHES: Final = {
     (8, 8): Launch(128, 2, 3),
     (8, 16): Launch(128, 2, 3),
     (4, 8): Launch(32, 1, 3),
     (4, 16): Launch(32, 2, 2),
     (2, 8): Launch(16, 1, 3),
+    (1, 8): Launch(16, 2, 2),
     (0, 8): Launch(64, 2, 3),
     (0, 16): Launch(64, 2, 3),
 }
@@ -45,6 +46,7 @@ WIDE_LAUNCHES: Final = {
     (8, 8): Launch(64, 4, 3),
     (4, 8): Launch(64, 4, 3),
     (2, 8): Launch(16, 2, 2),
+    (1, 8): Launch(16, 4, 2),
     (0, 8): Launch(32, 2, 3),
 }
 # Many, whose tiles are of tokens whatever the bits. Products of Hopper read numbers from shared
@@ -53,24 +55,28 @@ HOPPER_PREFILLS: Final = {
     8: Launch(64, 4, 2),
     4: Launch(64, 4, 2),
     2: Launch(32, 4, 2),
+    1: Launch(16, 4, 2),
     0: Launch(64, 4, 2),
 }
 HOPPER_WIDE_PREFILLS: Final = {
     8: Launch(32, 8, 2),
     4: Launch(32, 8, 2),
     2: Launch(16, 8, 2),
+    1: Launch(16, 8, 2),
     0: Launch(32, 4, 2),
 }
 AMPERE_PREFILLS: Final = {
     8: Launch(32, 4, 2),
     4: Launch(32, 8, 1),
     2: Launch(32, 8, 1),
+    1: Launch(16, 8, 1),
     0: Launch(32, 4, 2),
 }
 AMPERE_WIDE_PREFILLS: Final = {
     8: Launch(32, 4, 2),
     4: Launch(16, 8, 1),
     2: Launch(16, 8, 1),
+    1: Launch(16, 8, 1),
     0: Launch(32, 4, 2),
 }
 
@@ -78,13 +84,13 @@ AMPERE_WIDE_PREFILLS: Final = {
 def tile_rows(
     bits: int, columns: int, device: torch.device, *, has_groups: bool = False
 ) -> TileRows:
-    """By bits of a code, and channels of a key or a value, whichever has more.
+    """By the fewest bits, and channels of a key or a value, whichever has more.
 
-    Several key groups in a block, or wide channels beside those of 2 bits, take a set of scaled
+    Several key groups in a block, or wide channels, take a set of scaled
     queries each: 16 rows of them do not fit.
     """
     if columns <= WIDE:
-        return TileRows((8,) if has_groups or bits == 2 else (8, 16), 64)
+        return TileRows((8,) if has_groups or bits <= 2 else (8, 16), 64)
     return TileRows((8,), 64 if is_hopper(device) else 32)
 
 
@@ -105,15 +111,19 @@ def sealed_launch(
     has_rules: bool = False,
     has_groups: bool = False,
 ) -> Launch:
-    """For few query rows and codes of so many bits.
+    """For few query rows and codes of so many bits, at the least.
 
     Masks or a softcap, and several key groups in a block, take registers that few bits do not have.
     """
     is_wide = columns > WIDE
     if has_groups and (bits < 8 or (is_wide and has_rules)):
         return Launch(16, 4, 2) if is_wide else Launch(32, 2, 3)
+    if has_rules and bits == 1 and not is_wide:
+        return Launch(16, 8, 2)
+    if has_rules and bits == 2 and is_wide:
+        return Launch(16, 4, 1)
     if has_rules and bits == 2 and not is_hopper(device):  # its code takes more registers there
-        return Launch(16, 4, 1) if is_wide else Launch(32, 2, 3)
+        return Launch(32, 2, 3)
     return (WIDE_LAUNCHES if is_wide else NARROW_LAUNCHES)[bits, rows]
 
 

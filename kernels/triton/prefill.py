@@ -58,7 +58,9 @@ def attend_prefill(
 
     TILES: tl.constexpr = LAYOUT.BLOCK_SIZE // TILE  # of a block
     ROWS_OF_KEYS: tl.constexpr = LAYOUT.BLOCK_SIZE * LAYOUT.KEY_BITS // 8
-    ROWS_OF_VALUES: tl.constexpr = LAYOUT.BLOCK_SIZE * LAYOUT.VALUE_BITS // 8
+    ROWS_OF_WIDE: tl.constexpr = LAYOUT.BLOCK_SIZE * LAYOUT.WIDE_BITS // 8
+    ROWS_OF_VALUES: tl.constexpr = LAYOUT.BLOCK_SIZE * LAYOUT.LOWER_VALUE_BITS // 8
+    ROWS_OF_UPPER: tl.constexpr = LAYOUT.BLOCK_SIZE // 8
     HAS_VALUE_ZEROS: tl.constexpr = sections.value_zero is not None
     IS_KEY_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
     IS_VALUE_PADDED: tl.constexpr = SHAPE.VALUE_DIM != VALUE_COLUMNS
@@ -70,6 +72,9 @@ def attend_prefill(
     value_offsets = (
         row[:, None] * LAYOUT.VALUE_STRIDES[0] + value_channel[None, :] * LAYOUT.VALUE_STRIDES[1]
     )
+    if LAYOUT.VALUE_BITS == 3:
+        upper_offsets = row[:, None] * LAYOUT.UPPER_VALUE_STRIDES[0]
+        upper_offsets += value_channel[None, :] * LAYOUT.UPPER_VALUE_STRIDES[1]
 
     if LAYOUT.NUM_WIDE > 0:
         wide_channel, wide_exists = load_wide_channels(sections, kv_head, LAYOUT)
@@ -130,14 +135,23 @@ def attend_prefill(
             else:
                 scores = dot(queries, tl.fma(codes, scales, zeros), scores)  # rounded once
             if LAYOUT.NUM_WIDE > 0:
-                upper = sections.wide_codes + record + key_row * LAYOUT.WIDE_STRIDES[0]
+                upper = sections.wide_codes + record
+                upper += first_of_tile % ROWS_OF_WIDE * LAYOUT.WIDE_STRIDES[0]
                 upper = tl.load(upper + wide_offsets)
-                upper = codes_of_plane(upper, shift, LAYOUT.KEY_BITS) * (1 << LAYOUT.KEY_BITS)
+                shift = first_of_tile // ROWS_OF_WIDE * LAYOUT.WIDE_BITS
+                upper = codes_of_plane(upper, shift, LAYOUT.WIDE_BITS) * (1 << LAYOUT.KEY_BITS)
                 wide_scales = tl.load(group_scales + wide_channel)
                 scores = dot(wide_queries, upper * wide_scales[:, None], scores)
             scores = scores * factor
-        shift = first_of_tile // ROWS_OF_VALUES * LAYOUT.VALUE_BITS
-        values = codes_of_plane(values, shift, LAYOUT.VALUE_BITS)
+        shift = first_of_tile // ROWS_OF_VALUES * LAYOUT.LOWER_VALUE_BITS
+        values = codes_of_plane(values, shift, LAYOUT.LOWER_VALUE_BITS)
+        if LAYOUT.VALUE_BITS == 3:
+            upper = sections.upper_value_codes + record
+            upper += first_of_tile % ROWS_OF_UPPER * LAYOUT.UPPER_VALUE_STRIDES[0]
+            upper = load_padded(
+                upper + upper_offsets, value_channel[None, :] < SHAPE.VALUE_DIM, IS_VALUE_PADDED
+            )
+            values += codes_of_plane(upper, first_of_tile // ROWS_OF_UPPER, 1) * 4
         if LAYOUT.VALUE_BITS < 8 and not HAS_VALUE_ZEROS:
             values = values - 0.5 * ((1 << LAYOUT.VALUE_BITS) - 1)  # codes lie around 0
 

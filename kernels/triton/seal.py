@@ -169,9 +169,11 @@ def seal_keys(
     TILE: tl.constexpr = LAYOUT.TILE
     BITS: tl.constexpr = LAYOUT.KEY_BITS
     NUM_KEY_GROUPS: tl.constexpr = LAYOUT.NUM_KEY_GROUPS
-    PLANES: tl.constexpr = 8 // BITS
-    ROWS_OF_CODES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
-    TILES_OF_BLOCK: tl.constexpr = ROWS_OF_CODES // TILE
+    # As many as there are of upper bits, if there are any: several tiles of codes make them.
+    PLANES: tl.constexpr = 8 // (LAYOUT.WIDE_BITS or BITS)
+    PARTS: tl.constexpr = PLANES * BITS // 8
+    ROWS_OF_PLANE: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
+    TILES_OF_BLOCK: tl.constexpr = ROWS_OF_PLANE // TILE
     TILES_OF_GROUP: tl.constexpr = LAYOUT.BLOCK_SIZE // NUM_KEY_GROUPS // TILE
     row = tl.arange(0, TILE)
     channel = tl.arange(0, KEY_COLUMNS)
@@ -198,23 +200,27 @@ def seal_keys(
         zeros = zeros + (zero.to(tl.float32),)
 
     for tile in tl.static_range(TILES_OF_BLOCK):
-        code_row = tile * TILE + row
-        packed = tl.zeros([TILE, KEY_COLUMNS], tl.int32)
+        plane_row = tile * TILE + row
         upper = tl.zeros([TILE, KEY_COLUMNS], tl.int32)
-        for plane in tl.static_range(PLANES):
-            token = plane * ROWS_OF_CODES + code_row
-            keys = load_tokens(
-                tl.load(sources + token), kv_head, new_keys, open_keys, SHAPE.KEY_DIM,
-                KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
-            )  # fmt: skip
-            # An index of a tuple has to be known here: a variable would be a tensor.
-            scale = scales[group_of(plane, tile, PLANES, TILES_OF_BLOCK, NUM_KEY_GROUPS)]
-            zero = zeros[group_of(plane, tile, PLANES, TILES_OF_BLOCK, NUM_KEY_GROUPS)]
-            codes = asymmetric_codes(keys, scale[None, :], zero[None, :], top_code, BITS)
-            codes = stored_codes(codes, BITS)
-            packed |= (codes & ((1 << BITS) - 1)) << (plane * BITS)
-            upper |= codes >> BITS << (plane * BITS)
-        store_key_codes(record, packed, upper, code_row, kv_head, sections, SHAPE, LAYOUT)
+        for part in tl.static_range(PARTS):
+            packed = tl.zeros([TILE, KEY_COLUMNS], tl.int32)
+            for plane in tl.static_range(part, PLANES, PARTS):
+                token = plane * ROWS_OF_PLANE + plane_row
+                keys = load_tokens(
+                    tl.load(sources + token), kv_head, new_keys, open_keys, SHAPE.KEY_DIM,
+                    KEY_COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+                )  # fmt: skip
+                # An index of a tuple has to be known here: a variable would be a tensor.
+                scale = scales[group_of(plane, tile, PLANES, TILES_OF_BLOCK, NUM_KEY_GROUPS)]
+                zero = zeros[group_of(plane, tile, PLANES, TILES_OF_BLOCK, NUM_KEY_GROUPS)]
+                codes = asymmetric_codes(keys, scale[None, :], zero[None, :], top_code, BITS)
+                codes = stored_codes(codes, BITS)
+                packed |= (codes & ((1 << BITS) - 1)) << (plane // PARTS * BITS)
+                upper |= codes >> BITS << (plane * LAYOUT.WIDE_BITS)
+            code_row = part * ROWS_OF_PLANE + plane_row
+            store_key_codes(record, packed, code_row, sections, SHAPE, LAYOUT)
+        if LAYOUT.NUM_WIDE > 0:
+            store_wide_codes(record, upper, plane_row, kv_head, sections, SHAPE, LAYOUT)
 
 
 @triton.jit
@@ -230,8 +236,6 @@ def seal_keys_in_turn(
     BITS: tl.constexpr = LAYOUT.KEY_BITS
     GROUPS: tl.constexpr = LAYOUT.NUM_KEY_GROUPS
     BLOCK_SIZE: tl.constexpr = LAYOUT.BLOCK_SIZE
-    PLANES: tl.constexpr = 8 // BITS
-    ROWS_OF_CODES: tl.constexpr = BLOCK_SIZE // PLANES
     token = tl.arange(0, BLOCK_SIZE)
     channel = tl.arange(0, COLUMNS)
     group = tl.arange(0, GROUPS)
@@ -264,12 +268,23 @@ def seal_keys_in_turn(
         )  # fmt: skip
         left = tl.where((channel > turn)[None, :], keys - error * share[None, :], keys)
         keys = tl.where(is_turn, codes, left)
-    codes = tl.reshape(stored_codes(keys, BITS), [PLANES, ROWS_OF_CODES, COLUMNS])
+    codes = stored_codes(keys, BITS)
+    code_row = tl.arange(0, BLOCK_SIZE * BITS // 8)
+    packed = pack_tokens(codes & ((1 << BITS) - 1), BITS)
+    store_key_codes(record, packed, code_row, sections, SHAPE, LAYOUT)
+    if LAYOUT.NUM_WIDE > 0:
+        wide_row = tl.arange(0, BLOCK_SIZE * LAYOUT.WIDE_BITS // 8)
+        upper = pack_tokens(codes >> BITS, LAYOUT.WIDE_BITS)
+        store_wide_codes(record, upper, wide_row, kv_head, sections, SHAPE, LAYOUT)
+
+
+@triton.jit
+def pack_tokens(codes, BITS: tl.constexpr):
+    """Codes [tokens, channels] of a block as byte rows."""
+    PLANES: tl.constexpr = 8 // BITS
+    codes = tl.reshape(codes, [PLANES, codes.shape[0] // PLANES, codes.shape[1]])
     shift = (tl.arange(0, PLANES) * BITS)[:, None, None]
-    packed = tl.sum((codes & ((1 << BITS) - 1)) << shift, 0)
-    upper = tl.sum(codes >> BITS << shift, 0)
-    code_row = tl.arange(0, ROWS_OF_CODES)
-    store_key_codes(record, packed, upper, code_row, kv_head, sections, SHAPE, LAYOUT)
+    return tl.sum(codes << shift, 0)
 
 
 @triton.jit
@@ -290,7 +305,7 @@ def limits_of_channels(
     if LAYOUT.NUM_WIDE > 0:
         is_wide, _ = places_of_wide(channel, kv_head, sections, SHAPE, LAYOUT)
         clip = tl.where(is_wide, coding.wide_key_clip, coding.key_clip)
-        top_code = tl.where(is_wide, (1 << (LAYOUT.KEY_BITS + 2)) - 1, top_code)
+        top_code = tl.where(is_wide, (1 << (LAYOUT.KEY_BITS + LAYOUT.WIDE_BITS)) - 1, top_code)
     return clip, top_code
 
 
@@ -305,21 +320,25 @@ def places_of_wide(channel, kv_head, sections, SHAPE: tl.constexpr, LAYOUT: tl.c
 
 
 @triton.jit
-def store_key_codes(
-    record, packed, upper, code_row, kv_head, sections, SHAPE: tl.constexpr, LAYOUT: tl.constexpr
-):
-    """Rows of packed codes; of wide channels, their upper bits in columns of their own."""
+def store_key_codes(record, packed, code_row, sections, SHAPE: tl.constexpr, LAYOUT: tl.constexpr):
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     store_codes(
         sections.key_codes + record, packed, code_row, channel, channel < SHAPE.KEY_DIM,
         LAYOUT.KEY_STRIDES[0], LAYOUT.KEY_STRIDES[1],
     )  # fmt: skip
-    if LAYOUT.NUM_WIDE > 0:
-        is_wide, column = places_of_wide(channel, kv_head, sections, SHAPE, LAYOUT)
-        store_codes(
-            sections.wide_codes + record, upper, code_row, column, is_wide,
-            LAYOUT.WIDE_STRIDES[0], LAYOUT.WIDE_STRIDES[1],
-        )  # fmt: skip
+
+
+@triton.jit
+def store_wide_codes(
+    record, upper, row, kv_head, sections, SHAPE: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Rows of the packed upper bits of wide channels, in columns of their own."""
+    channel = tl.arange(0, SHAPE.KEY_COLUMNS)
+    is_wide, column = places_of_wide(channel, kv_head, sections, SHAPE, LAYOUT)
+    store_codes(
+        sections.wide_codes + record, upper, row, column, is_wide,
+        LAYOUT.WIDE_STRIDES[0], LAYOUT.WIDE_STRIDES[1],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -340,40 +359,58 @@ def seal_values(
     TILE: tl.constexpr = LAYOUT.TILE
     COLUMNS: tl.constexpr = SHAPE.VALUE_COLUMNS
     BITS: tl.constexpr = LAYOUT.VALUE_BITS
-    TOP_CODE: tl.constexpr = (1 << BITS) - 1
-    PLANES: tl.constexpr = 8 // BITS
-    ROWS_OF_CODES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
+    LOWER: tl.constexpr = LAYOUT.LOWER_VALUE_BITS
+    # As many as there are of third bits, if there are any: two tiles of codes make them.
+    PLANES: tl.constexpr = 8 // (LOWER if BITS == LOWER else BITS - LOWER)
+    PARTS: tl.constexpr = PLANES * LOWER // 8
+    ROWS_OF_PLANE: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
     row = tl.arange(0, TILE)
     channel = tl.arange(0, COLUMNS)
     exists = channel < SHAPE.VALUE_DIM
-    for tile in range(ROWS_OF_CODES // TILE):
-        code_row = tile * TILE + row
-        packed = tl.zeros([TILE, COLUMNS], tl.int32)
-        for plane in tl.static_range(PLANES):
-            token = plane * ROWS_OF_CODES + code_row
-            values = load_tokens(
-                tl.load(sources + token), kv_head, new_values, open_values, SHAPE.VALUE_DIM,
-                COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+    for tile in range(ROWS_OF_PLANE // TILE):
+        plane_row = tile * TILE + row
+        upper = tl.zeros([TILE, COLUMNS], tl.int32)
+        for part in tl.static_range(PARTS):
+            packed = tl.zeros([TILE, COLUMNS], tl.int32)
+            for plane in tl.static_range(part, PLANES, PARTS):
+                token = plane * ROWS_OF_PLANE + plane_row
+                values = load_tokens(
+                    tl.load(sources + token), kv_head, new_values, open_values, SHAPE.VALUE_DIM,
+                    COLUMNS, LAYOUT.OPEN_BLOCK_SIZE,
+                )  # fmt: skip
+                codes, scale = value_codes(values, metadata + token, sections, coding, SHAPE, BITS)
+                tl.store(sections.value_scale + metadata + token, scale)
+                packed |= (codes & ((1 << LOWER) - 1)) << (plane // PARTS * LOWER)
+                upper |= codes >> LOWER << plane
+            store_codes(
+                sections.value_codes + record, packed, part * ROWS_OF_PLANE + plane_row, channel,
+                exists, LAYOUT.VALUE_STRIDES[0], LAYOUT.VALUE_STRIDES[1],
             )  # fmt: skip
-            if BITS == 8:
-                codes, scale = symmetric_codes(values)
-            elif sections.value_zero is None:
-                codes, scale = centred_codes(values, coding.value_clip, TOP_CODE)
-            else:
-                low = tl.reduce(tl.where(exists[None, :], values, float("inf")), 1, less)
-                high = tl.reduce(tl.where(exists[None, :], values, float("-inf")), 1, greater)
-                scale, zero = scale_and_zero(low, high, coding.value_clip, TOP_CODE, BITS)
-                tl.store(sections.value_zero + metadata + token, zero)
-                codes = asymmetric_codes(
-                    values, scale.to(tl.float32)[:, None], zero.to(tl.float32)[:, None], TOP_CODE,
-                    BITS,
-                ).to(tl.int32)  # fmt: skip
-            tl.store(sections.value_scale + metadata + token, scale)
-            packed |= codes << (plane * BITS)
-        store_codes(
-            sections.value_codes + record, packed, code_row, channel, exists,
-            LAYOUT.VALUE_STRIDES[0], LAYOUT.VALUE_STRIDES[1],
-        )  # fmt: skip
+        if BITS > LOWER:
+            store_codes(
+                sections.upper_value_codes + record, upper, plane_row, channel, exists,
+                LAYOUT.UPPER_VALUE_STRIDES[0], LAYOUT.UPPER_VALUE_STRIDES[1],
+            )  # fmt: skip
+
+
+@triton.jit
+def value_codes(values, at, sections, coding, SHAPE: tl.constexpr, BITS: tl.constexpr):
+    """Codes of tokens [TILE, channels], and one fp16 scale a token; a zero point is stored."""
+    TOP_CODE: tl.constexpr = (1 << BITS) - 1
+    if BITS == 8:
+        return symmetric_codes(values)
+    elif sections.value_zero is None:
+        return centred_codes(values, coding.value_clip, TOP_CODE)
+    else:
+        exists = (tl.arange(0, SHAPE.VALUE_COLUMNS) < SHAPE.VALUE_DIM)[None, :]
+        low = tl.reduce(tl.where(exists, values, float("inf")), 1, less)
+        high = tl.reduce(tl.where(exists, values, float("-inf")), 1, greater)
+        scale, zero = scale_and_zero(low, high, coding.value_clip, TOP_CODE, BITS)
+        tl.store(sections.value_zero + at, zero)
+        codes = asymmetric_codes(
+            values, scale.to(tl.float32)[:, None], zero.to(tl.float32)[:, None], TOP_CODE, BITS
+        )
+        return codes.to(tl.int32), scale
 
 
 @triton.jit

@@ -40,6 +40,12 @@ from .rows import load_channels, load_queries, store_part
 LEAST_SCALE = tl.constexpr(2.0**-24)  # the least fp16 number; codes of a scale of 0 are all 0
 
 
+@triton.constexpr_function
+def bits_below(plane: int, num_tiles: int, bits: int) -> int:
+    """Those of other planes in the bytes of a plane, of tiles with so many bits a code."""
+    return plane // num_tiles * bits
+
+
 @triton.jit
 def attend_sealed(
     query,
@@ -53,8 +59,8 @@ def attend_sealed(
 ):
     """One tile of query rows, one kv head, one split of the body; see `begin_body`.
 
-    TILE rows of each plane are taken at once. Keys and values have as many planes as those of the
-    two with fewer bits; of what has more bits, several tiles of codes make them.
+    TILE rows of each plane are taken at once. All sections of codes have as many planes as the one
+    with the fewest bits; of what has more bits, several tiles make them.
     """
     ROWS: tl.constexpr = SPLIT.ROWS
     TILE: tl.constexpr = SPLIT.TILE
@@ -63,11 +69,12 @@ def attend_sealed(
         step, rules, SHAPE, LAYOUT, SPLIT
     )
 
-    PLANES: tl.constexpr = 8 // min(LAYOUT.KEY_BITS, LAYOUT.VALUE_BITS)
+    PLANES: tl.constexpr = 8 // LAYOUT.LEAST_BITS
     ROWS_OF_PLANE: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
     TILES: tl.constexpr = ROWS_OF_PLANE // TILE  # of a block
     KEY_TILES: tl.constexpr = PLANES * LAYOUT.KEY_BITS // 8  # that make as many planes
-    VALUE_TILES: tl.constexpr = PLANES * LAYOUT.VALUE_BITS // 8
+    WIDE_TILES: tl.constexpr = PLANES * LAYOUT.WIDE_BITS // 8
+    VALUE_TILES: tl.constexpr = PLANES * LAYOUT.LOWER_VALUE_BITS // 8
     IS_KEY_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
     IS_VALUE_PADDED: tl.constexpr = SHAPE.VALUE_DIM != VALUE_COLUMNS
     HAS_VALUE_ZEROS: tl.constexpr = sections.value_zero is not None
@@ -81,6 +88,9 @@ def attend_sealed(
         row[None, :] * LAYOUT.VALUE_STRIDES[0] + value_channel[:, None] * LAYOUT.VALUE_STRIDES[1]
     )
     value_exists = value_channel[:, None] < SHAPE.VALUE_DIM
+    if LAYOUT.VALUE_BITS == 3:
+        upper_offsets = row[None, :] * LAYOUT.UPPER_VALUE_STRIDES[0]
+        upper_offsets += value_channel[:, None] * LAYOUT.UPPER_VALUE_STRIDES[1]
     wide = ()
     if LAYOUT.NUM_WIDE > 0:
         wide = load_wide_queries(query, sections, (token, kv_head, rows, num_rows), SHAPE, LAYOUT)
@@ -108,12 +118,17 @@ def attend_sealed(
         if LAYOUT.NUM_WIDE > 0:
             wide_keys = load_tiles(
                 sections.wide_codes + record + first_row * LAYOUT.WIDE_STRIDES[0] + wide_offsets,
-                ROWS_OF_PLANE * LAYOUT.WIDE_STRIDES[0], KEY_TILES, None, IS_PADDED=False,
+                ROWS_OF_PLANE * LAYOUT.WIDE_STRIDES[0], WIDE_TILES, None, IS_PADDED=False,
             )  # fmt: skip
         values = load_tiles(
             sections.value_codes + record + first_row * LAYOUT.VALUE_STRIDES[0] + value_offsets,
             ROWS_OF_PLANE * LAYOUT.VALUE_STRIDES[0], VALUE_TILES, value_exists, IS_VALUE_PADDED,
         )  # fmt: skip
+        upper_values = None
+        if LAYOUT.VALUE_BITS == 3:
+            upper_row = sections.upper_value_codes + record
+            upper_row += first_row * LAYOUT.UPPER_VALUE_STRIDES[0]
+            upper_values = load_padded(upper_row + upper_offsets, value_exists, IS_VALUE_PADDED)
         metadata = record // 2
         if LAYOUT.NUM_KEY_GROUPS == 0:
             scales = sections.key_scale + metadata + first_row
@@ -146,7 +161,7 @@ def attend_sealed(
         totals = totals * shrink
         zero_part = zero_part * shrink
         output = output * shrink
-        planes = planes_of_tiles(values, LAYOUT.VALUE_BITS)
+        planes = planes_of_tiles(values, upper_values, LAYOUT.LOWER_VALUE_BITS)
         for plane in tl.static_range(PLANES):
             weights = fast_exp2(exponents[plane] - reference[None, :])
             totals += weights * inverse_scales[plane][:, None]
@@ -158,7 +173,8 @@ def attend_sealed(
                 zero_part += weights
             # The codes of a plane are 2 ** (bits below it) times too large.
             if plane >= VALUE_TILES:
-                weights = weights * (1.0 / (1 << (plane // VALUE_TILES * LAYOUT.VALUE_BITS)))
+                below = bits_below(plane, VALUE_TILES, LAYOUT.LOWER_VALUE_BITS)
+                weights = weights * (1.0 / (1 << below))
             output = dot(planes[plane], rounded_to(weights, tl.float16), output)
     if LAYOUT.VALUE_BITS < 8:
         zeros = tl.sum(zero_part, 0)
@@ -236,10 +252,12 @@ def score_planes(
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     exists = channel < SHAPE.KEY_DIM
     none = tl.zeros([TILE, queries.shape[1]], tl.float32)
-    planes = planes_of_tiles(keys, LAYOUT.KEY_BITS)
+    planes = planes_of_tiles(keys, None, LAYOUT.KEY_BITS)
     if LAYOUT.NUM_WIDE > 0:
         wide_queries, wide_channel = wide
-        wide_planes = planes_of_tiles(wide_keys, LAYOUT.KEY_BITS)
+        wide_planes = planes_of_tiles(wide_keys, None, LAYOUT.WIDE_BITS)
+        WIDE_TILES: tl.constexpr = len(wide_keys)
+        WIDE_UNIT: tl.constexpr = 1.0 / (1 << LAYOUT.WIDE_BITS)
     scores = ()
     for plane in tl.static_range(PLANES):
         if plane % PLANES_OF_GROUP == 0:
@@ -254,9 +272,13 @@ def score_planes(
             if LAYOUT.NUM_WIDE > 0:
                 scales = tl.load(scales_and_zeros[0] + group * SHAPE.KEY_DIM + wide_channel)
                 wide_scaled = wide_queries * scales[:, None]
-        unit = factor * (UNIT / (1 << (plane // KEY_TILES * LAYOUT.KEY_BITS)))
+        unit = factor * (UNIT / (1 << bits_below(plane, KEY_TILES, LAYOUT.KEY_BITS)))
         products = dot(planes[plane], scaled, none)
         if LAYOUT.NUM_WIDE > 0:
-            products = dot(wide_planes[plane], wide_scaled, products)
+            # Wide codes of a plane may have more bits below them than its codes.
+            if plane % KEY_TILES >= WIDE_TILES:
+                products = dot(wide_planes[plane], wide_scaled * WIDE_UNIT, products)
+            else:
+                products = dot(wide_planes[plane], wide_scaled, products)
         scores = scores + (products * unit + zero_scores,)
     return scores

@@ -11,6 +11,7 @@ from typing import Final
 from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews, as_rows
+from ..code_bits import WIDE_BITS, lower_bits, upper_bits
 from ..eager.store import append
 from ..new_tokens import NewTokens
 from ..step_inputs import StepInputs
@@ -85,21 +86,35 @@ def sealed_layout(step: StepInputs, sealed: SealedViews, layer: LayerBlocks) -> 
         VALUE_STRIDES=sealed.value_codes.stride()[2:],
         KEY_BITS=layer.key_bits,
         VALUE_BITS=layer.value_bits,
+        LOWER_VALUE_BITS=lower_bits(layer.value_bits),
+        LEAST_BITS=least_bits(layer),
         NUM_KEY_GROUPS=sealed.num_key_groups,
     )
+    if sealed.upper_value_codes is not None:
+        strides = sealed.upper_value_codes.stride()[2:]
+        layout = layout._replace(UPPER_VALUE_STRIDES=strides)
     if sealed.wide_codes is None:
         return layout
     num_wide = sealed.wide_codes.shape[3]
     return layout._replace(
         NUM_WIDE=num_wide,
+        WIDE_BITS=WIDE_BITS,
         WIDE_COLUMNS=max(power_of_2(num_wide), LEAST_WIDE_COLUMNS),
         WIDE_STRIDES=sealed.wide_codes.stride()[2:],
     )
 
 
+def least_bits(layer: LayerBlocks) -> int:
+    """The fewest bits that are packed together in any section of a layer's sealed blocks."""
+    bits = {layer.key_bits, lower_bits(layer.value_bits), upper_bits(layer.value_bits)}
+    if layer.wide_channels is not None:
+        bits.add(WIDE_BITS)
+    return min(bits - {0})
+
+
 def rows_of_plane(layer: LayerBlocks, sealed: SealedViews) -> int:
-    """Tokens of a plane, where keys and values have as many planes as the one with more."""
-    return sealed.block_size * min(layer.key_bits, layer.value_bits) // 8
+    """Tokens of a plane, where all sections have as many planes as the one with most."""
+    return sealed.block_size * least_bits(layer) // 8
 
 
 def store_tokens(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:

@@ -16,13 +16,15 @@ from typing import Final
 
 from ..blocks.geometry import BlockGeometry
 from ..errors import ConfigError
+from ..kernels.code_bits import WIDE_BITS, lower_bits, upper_bits
 from ..validation import is_finite, is_integer, require, require_count, require_instance
 
 RECORD_ALIGNMENT: Final = 16
 METADATA_BYTES: Final = 2  # scales and zero points are fp16
 NATIVE_BLOCK_SIZE: Final = 16
-QUANTIZED_BITS: Final = (2, 4, 8)
-WIDE_SHARES: Final = (0.0, 0.125, 0.25, 0.375, 0.5)
+KEY_BITS: Final = (2, 4, 8)
+VALUE_BITS: Final = (2, 3, 4, 8)
+WIDE_SHARES: Final = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5)
 WIDE_ALIGNMENT: Final = 8  # wide channels, as dimensions, come in multiples of it
 MAX_BLOCK_SIZE: Final = 1 << 20  # tokens, of what has no smaller limit
 LEAST_SIZES: Final = {
@@ -37,16 +39,16 @@ LEAST_SIZES: Final = {
 class KVFormat:
     """How the tokens of a sequence are stored.
 
-    `key_bits` and `value_bits` are 8, 4 or 2 bits a code, or None, both, for the native format that
-    never quantizes.
+    `key_bits` are 8, 4 or 2 bits a code, `value_bits` 8, 4, 3 or 2; or None, both, for the native
+    format that never quantizes.
 
     Keys are quantized per channel: `key_group_size` tokens (None: the block) share a scale and a
     zero point. With `has_token_keys`, 8 bits only, each key has one scale instead, for itself. A
     share `wide_key_share` of the channels, those that matter most, has 4 bits where the others
-    have 2. With `has_error_feedback` the error of each channel is made up for by those that come
-    after it, as far as queries are expected to tell. Which channels are wide, and what queries
-    are like, says a `KeyCalibration`; without one, wide channels follow a fixed rule, and there is
-    no feedback.
+    have 2, or 6 where they have 4. With `has_error_feedback` the error of each channel is made up
+    for by those that come after it, as far as queries are expected to tell. Which channels are
+    wide, and what queries are like, says a `KeyCalibration`; without one, wide channels follow a
+    fixed rule, and there is no feedback.
 
     Values are quantized per token, with a scale and, below 8 bits, a zero point. With
     `rotates_values` they are stored multiplied by a Hadamard matrix, which spreads what stands out
@@ -85,10 +87,10 @@ class KVFormat:
             if getattr(self, setting) is not None or setting != "key_group_size":
                 size = require_count(setting, getattr(self, setting), least, MAX_BLOCK_SIZE)
                 object.__setattr__(self, setting, size)
-        for setting in ("key_bits", "value_bits"):
+        for setting, known in (("key_bits", KEY_BITS), ("value_bits", VALUE_BITS)):
             bits = getattr(self, setting)
-            is_known = bits is None or (is_integer(bits) and bits in QUANTIZED_BITS)
-            require(setting, bits, is_known, "2, 4, 8 or None")
+            is_known = bits is None or (is_integer(bits) and bits in known)
+            require(setting, bits, is_known, f"{', '.join(map(str, known))} or None")
             object.__setattr__(self, setting, bits if bits is None else int(bits))
         if (self.key_bits is None) != (self.value_bits is None):
             raise ConfigError(
@@ -99,6 +101,8 @@ class KVFormat:
             require("block_size", self.block_size, is_power, "a power of two")
         elif self.block_size not in (64, 128):
             raise ConfigError(f"block_size must be 64 or 128, got {self.block_size}")
+        elif self.value_bits == 3 and self.block_size != 128:
+            raise ConfigError(f"value_bits 3 need a block_size of 128, got {self.block_size}")
         self._check_keys()
 
     def _check_keys(self) -> None:
@@ -114,10 +118,10 @@ class KVFormat:
         is_share = is_finite(share) and share in WIDE_SHARES
         require("wide_key_share", share, is_share, f"one of {WIDE_SHARES}")
         object.__setattr__(self, "wide_key_share", float(share))
-        if share and self.key_bits != 2:
+        if share and self.key_bits not in (2, 4):
             raise ConfigError(
-                f"wide_key_share {share} gives channels 4 bits instead of 2, but key_bits is "
-                f"{self.key_bits}"
+                f"wide_key_share {share} gives channels {WIDE_BITS} bits more than key_bits, which "
+                f"must be 2 or 4 then, and is {self.key_bits}"
             )
         if self.has_token_keys and (self.key_bits != 8 or size is not None):
             raise ConfigError(
@@ -141,7 +145,7 @@ class KVFormat:
         return self.block_size // (self.key_group_size or self.block_size)
 
     def num_wide_channels(self, key_dim: int) -> int:
-        """Of the channels of a key, those with 4 bits instead of 2."""
+        """Of the channels of a key, those with more bits than others."""
         steps = math.ceil(self.wide_key_share * key_dim / WIDE_ALIGNMENT)
         return min(steps * WIDE_ALIGNMENT, key_dim)
 
@@ -176,12 +180,15 @@ INT4: Final = KVFormat(
     name="int4",
     key_bits=4,
     value_bits=4,
+    wide_key_share=0.0625,
     has_error_feedback=True,
     rotates_values=True,
-    block_size=64,
+    key_clip=0.95,
     value_clip=0.95,
 )
-K4V2: Final = replace(INT4, name="k4v2", value_bits=2, value_clip=0.8, block_size=128)
+K4V2: Final = replace(
+    INT4, name="k4v2", value_bits=2, wide_key_share=0.0, key_clip=1.0, value_clip=0.8
+)
 INT2: Final = KVFormat(
     name="int2",
     key_bits=2,
@@ -199,6 +206,14 @@ INT2: Final = KVFormat(
 INT2_LONG: Final = replace(
     INT2, name="int2-long", wide_key_share=0.375, block_size=128, min_tail_tokens=32
 )
+# As many bytes as `K4V2`, better spent: with wide channels keys take 3 bits a code, as values do.
+INT3: Final = replace(
+    INT2_LONG,
+    name="int3",
+    value_bits=3,
+    wide_key_share=0.5,
+    wide_key_clip=0.95,
+)
 # KIVI as published: groups of 32 tokens, no clipping, the newest 128 tokens in full precision.
 KIVI2: Final = KVFormat(
     name="kivi2",
@@ -208,7 +223,10 @@ KIVI2: Final = KVFormat(
     num_sink_tokens=0,
     min_tail_tokens=128,
 )
-FORMATS: Final = {f.name: f for f in (NATIVE, INT8, INT8_TOKEN, INT4, K4V2, INT2, INT2_LONG, KIVI2)}
+FORMATS: Final = {
+    kv_format.name: kv_format
+    for kv_format in (NATIVE, INT8, INT8_TOKEN, INT4, K4V2, INT3, INT2, INT2_LONG, KIVI2)
+}
 
 
 def resolve_format(kv_format: str | KVFormat) -> KVFormat:
@@ -224,8 +242,9 @@ def resolve_format(kv_format: str | KVFormat) -> KVFormat:
 class RecordLayout:
     """Byte offsets inside one record, for one kv head of one layer.
 
-    Sealed: key codes, codes of wide channels, value codes, key scales, key zero points, value
-    scales, value zero points. Open: `open_capacity` keys, then as many values, in full precision.
+    Sealed: key codes, upper bits of wide channels, value codes, upper bits of values of 3, key
+    scales, key zero points, value scales, value zero points. Open: `open_capacity` keys, then as
+    many values, in full precision.
     """
 
     kv_format: KVFormat
@@ -249,13 +268,18 @@ class RecordLayout:
         kv_format = self.kv_format
         if kv_format.key_bits is None or kv_format.value_bits is None:
             return {}
-        key_rows = kv_format.block_size * kv_format.key_bits // 8
-        value_rows = kv_format.block_size * kv_format.value_bits // 8
-        num_wide = kv_format.num_wide_channels(self.key_dim)
-        shapes = {"key_codes": (key_rows, self.key_dim), "wide_codes": (key_rows, num_wide)}
-        if not num_wide:
-            del shapes["wide_codes"]
-        return shapes | {"value_codes": (value_rows, self.value_dim)}
+        num_wide, value_bits = kv_format.num_wide_channels(self.key_dim), kv_format.value_bits
+        bits_and_channels = {
+            "key_codes": (kv_format.key_bits, self.key_dim),
+            "wide_codes": (WIDE_BITS, num_wide),
+            "value_codes": (lower_bits(value_bits), self.value_dim),
+            "upper_value_codes": (upper_bits(value_bits), self.value_dim),
+        }
+        return {
+            name: (kv_format.block_size * bits // 8, channels)
+            for name, (bits, channels) in bits_and_channels.items()
+            if bits * channels
+        }
 
     @property
     def metadata_shapes(self) -> dict[str, tuple[int, ...]]:

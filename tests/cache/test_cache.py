@@ -73,7 +73,7 @@ def largest_error(tokens: np.ndarray, layer: LayerSpec, kind: str) -> np.ndarray
         top_code, clip = np.full(tokens.shape[1:], float((1 << bits) - 1)), kv_format.key_clip
         clip = np.full(tokens.shape[1:], clip)
         if layer.wide_channels is not None:
-            np.put_along_axis(top_code, layer.wide_channels, 15.0, axis=1)
+            np.put_along_axis(top_code, layer.wide_channels, 2.0 ** (bits + 2) - 1, axis=1)
             np.put_along_axis(clip, layer.wide_channels, kv_format.wide_key_clip, axis=1)
     elif bits == 8:
         return 0.51 / 127 * greatest
@@ -303,7 +303,7 @@ def test_a_budget_below_one_block_is_refused_with_both_sizes(missing):
 
 @pytest.mark.parametrize(
     ("kv_format", "bytes_per_token"),
-    [(NATIVE, 512), (INT8, 266), (INT4, 138), (INT2, 82)],
+    [(NATIVE, 512), (INT8, 266), (INT4, 136), (INT2, 82)],
     ids=["native", "int8", "int4", "int2"],
 )
 def test_bytes_per_token_of_all_heads_and_layers(kv_format, bytes_per_token):

@@ -33,10 +33,16 @@ EVERY_QUANTIZED_FORMAT = [
         if group is None or group < block_size
     ),
     *(INT2.with_options(wide_key_share=share) for share in WIDE_SHARES if share != 0.25),
-    *(f for f in FORMATS.values() if f.name in ("int8-token", "k4v2", "int2-long", "kivi2")),
+    *(INT4.with_options(wide_key_share=share) for share in WIDE_SHARES if share != 0.0625),
+    *(
+        f
+        for f in FORMATS.values()
+        if f.name in ("int8-token", "k4v2", "int3", "int2-long", "kivi2")
+    ),
     *(
         KVFormat(name=f"k{key_bits}v{value_bits}", key_bits=key_bits, value_bits=value_bits)
-        for key_bits, value_bits in itertools.permutations((8, 4, 2), 2)
+        for key_bits, value_bits in itertools.product((8, 4, 2), (8, 4, 3, 2))
+        if key_bits != value_bits
     ),
 ]
 
@@ -63,8 +69,8 @@ def layout_of(
         pytest.param(NATIVE, 512, id="native"),
         pytest.param(INT8, 266, id="int8"),
         pytest.param(FORMATS["int8-token"], 260, id="int8-token"),
-        pytest.param(INT4, 138, id="int4"),
-        pytest.param(INT4.with_options(block_size=128), 134, id="int4-block128"),
+        pytest.param(INT4, 136, id="int4"),
+        pytest.param(INT4.with_options(block_size=64), 140, id="int4-block64"),
         pytest.param(FORMATS["k4v2"], 102, id="k4v2"),
         pytest.param(INT2, 82, id="int2"),
         pytest.param(INT2.with_options(block_size=128), 78, id="int2-block128"),
@@ -82,7 +88,7 @@ def test_bytes_per_token_at_head_dim_128_in_bf16(kv_format, bytes_per_token):
 
 @pytest.mark.parametrize(
     ("kv_format", "tokens"),
-    [(NATIVE, 16), (INT8, 32), (INT4, 16), (INT2, 8), (FORMATS["int2-long"], 16)],
+    [(NATIVE, 16), (INT8, 32), (INT4, 32), (INT2, 8), (FORMATS["int2-long"], 16)],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_open_capacity_at_head_dim_128_in_bf16(kv_format, tokens):
@@ -122,14 +128,18 @@ def test_sections_of_every_head_dim_are_aligned_disjoint_and_fit_the_record(kv_f
 def test_sections_hold_every_code_scale_and_zero_point(kv_format):
     key_dim, value_dim, tokens = 96, 40, kv_format.block_size
     key_bits, value_bits = kv_format.key_bits, kv_format.value_bits
-    num_wide = {0.0: 0, 0.125: 16, 0.25: 24, 0.375: 40, 0.5: 48}[kv_format.wide_key_share]
+    num_wide = {0.0: 0, 0.0625: 8, 0.125: 16, 0.25: 24, 0.375: 40, 0.5: 48}[
+        kv_format.wide_key_share
+    ]
     expected = {
         "key_codes": tokens * key_dim * key_bits // 8,
-        "value_codes": tokens * value_dim * value_bits // 8,
+        "value_codes": tokens * value_dim * {3: 2}.get(value_bits, value_bits) // 8,
         "value_scale": 2 * tokens,
     }
     if num_wide:
-        expected["wide_codes"] = tokens * num_wide * key_bits // 8
+        expected["wide_codes"] = tokens * num_wide * 2 // 8
+    if value_bits == 3:
+        expected["upper_value_codes"] = tokens * value_dim // 8
     if kv_format.has_token_keys:
         expected["key_scale"] = 2 * tokens
     else:
@@ -159,7 +169,8 @@ def test_unknown_section_has_no_offset():
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        *itertools.product(("key_bits", "value_bits"), (0, 3, 16, -2, 4.0, True)),
+        *itertools.product(("key_bits", "value_bits"), (0, 1, 5, 16, -2, 4.0, 3.0, True)),
+        ("key_bits", 3),
         ("wide_key_share", 0.3),
         ("wide_key_share", -0.25),
         ("wide_key_share", 1.0),
@@ -209,7 +220,8 @@ def test_key_group_may_not_exceed_the_block():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key_bits": 4, "value_bits": 4, "wide_key_share": 0.25}, "key_bits is 4"),
+        ({"key_bits": 8, "value_bits": 4, "wide_key_share": 0.25}, "must be 2 or 4 .* is 8"),
+        ({"key_bits": 4, "value_bits": 3, "block_size": 64}, "block_size of 128, got 64"),
         ({"key_bits": 4, "value_bits": 4, "has_token_keys": True}, "needs key_bits 8"),
         (
             {"key_bits": 8, "value_bits": 8, "has_token_keys": True, "key_group_size": 32},
@@ -259,7 +271,7 @@ def test_resolve_format_returns_a_given_format_itself():
     assert resolve_format(kv_format) is kv_format
 
 
-@pytest.mark.parametrize("name", ["int3", "", "INT8", "fp8"])
+@pytest.mark.parametrize("name", ["int5", "", "INT8", "fp8"])
 def test_resolve_format_refuses_an_unknown_name_and_lists_the_known(name):
     expected = rf"unknown KV format '{name}'; expected one of native, int8, int8-token, int4, "
     with pytest.raises(ConfigError, match=expected):
@@ -278,7 +290,7 @@ def test_with_options_changes_only_what_it_names():
 
 @pytest.mark.parametrize(
     ("kv_format", "open_block_size", "num_head_tokens"),
-    [(NATIVE, 16, 0), (INT8, 32, 32), (INT4, 16, 16), (INT2, 8, 8)],
+    [(NATIVE, 16, 0), (INT8, 32, 32), (INT4, 32, 32), (INT2, 8, 8)],
     ids=["native", "int8", "int4", "int2"],
 )
 def test_head_is_one_open_block_by_default(kv_format, open_block_size, num_head_tokens):
@@ -296,7 +308,7 @@ def test_sink_tokens_are_rounded_up_to_whole_open_blocks(sinks, head):
 
 
 def test_layers_that_share_a_table_use_the_smallest_open_block():
-    int8, int4 = (base.with_options(min_tail_tokens=24) for base in (INT8, INT4))
+    int8, int4 = (f.with_options(block_size=64, min_tail_tokens=24) for f in (INT8, INT4))
     geometry = block_geometry([layout_of(int8), layout_of(INT2), layout_of(int4)])
     assert geometry.open_block_size == 8
 

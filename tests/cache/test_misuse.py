@@ -310,5 +310,5 @@ def test_a_format_may_be_given_by_its_name():
     by_name = LayerSpec(kv_format="int2", num_kv_heads=np.int64(1), key_dim=8, value_dim=8)
     assert by_name.kv_format.key_bits == 2
     assert type(by_name.num_kv_heads) is int
-    with pytest.raises(ConfigError, match="'int3'"):
-        LayerSpec(kv_format="int3", num_kv_heads=1, key_dim=8, value_dim=8)
+    with pytest.raises(ConfigError, match="'int5'"):
+        LayerSpec(kv_format="int5", num_kv_heads=1, key_dim=8, value_dim=8)

@@ -63,7 +63,7 @@ def with_order(
         name: strided(
             getattr(views.sealed, name),
             layout.offset(name),
-            keys_are_channel_major == (name != "value_codes"),
+            keys_are_channel_major == (name in ("key_codes", "wide_codes")),
         )
         for name in layout.code_shapes
     }
@@ -74,7 +74,7 @@ def ordered_views(views: LayerBlocks) -> dict[str, torch.Tensor]:
     """The views whose inner order follows the device."""
     found = {"open_keys": views.open_keys}
     if views.sealed is not None:
-        names = ("key_codes", "wide_codes", "value_codes")
+        names = ("key_codes", "wide_codes", "value_codes", "upper_value_codes")
         found |= {
             n: getattr(views.sealed, n) for n in names if getattr(views.sealed, n) is not None
         }

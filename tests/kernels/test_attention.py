@@ -172,7 +172,7 @@ def test_new_tokens_attend_to_each_other_unrounded(label):
 
 
 def test_layers_of_different_formats_each_match_the_oracle():
-    int8, int4 = (base.with_options(min_tail_tokens=24) for base in (INT8, INT4))
+    int8, int4 = (f.with_options(block_size=64, min_tail_tokens=24) for f in (INT8, INT4))
     layers = [
         layer_of(int8, heads=1, key_dim=64),
         layer_of(INT2, heads=2, key_dim=40, value_dim=24),

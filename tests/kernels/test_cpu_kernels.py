@@ -141,7 +141,7 @@ def test_options_of_one_call_do_not_stay_for_the_next():
 def test_layers_of_one_shape_and_different_formats_share_a_plan():
     layers = [
         layer_of(INT8.with_options(min_tail_tokens=24), key_dim=24),
-        layer_of(INT4.with_options(min_tail_tokens=24), key_dim=24),
+        layer_of(INT4.with_options(block_size=64, min_tail_tokens=24), key_dim=24),
         layer_of(INT2, key_dim=64, value_dim=8),
         layer_of(INT2.with_options(key_group_size=32), key_dim=24),
     ]

@@ -505,18 +505,19 @@ def test_eight_bits_per_channel_do_not_feel_a_bias_that_eight_bits_per_token_can
     assert rms(by_token[..., plain]) > 0.5
 
 
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("num_groups", [1, 4])
-def test_wide_channels_have_sixteen_levels_where_others_have_four(num_groups):
+def test_wide_channels_have_four_levels_where_others_have_one(num_groups, bits):
     keys = torch.randn(2, 3, 128, 24, generator=rng())
     is_wide = torch.zeros(3, 24, dtype=torch.bool)
     is_wide[0, ::3] = is_wide[1, :8] = is_wide[2, 16:] = True
-    codes, scale, zero = quantize_keys(keys, num_groups, 2, (1.0, 1.0), is_wide)
+    codes, scale, zero = quantize_keys(keys, num_groups, bits, (1.0, 1.0), is_wide)
     wide = is_wide[None, :, None].expand(codes.shape)
-    assert int(codes[wide].max()) == 15
-    assert int(codes[~wide].max()) == 3
+    assert int(codes[wide].max()) == 4 * 2**bits - 1
+    assert int(codes[~wide].max()) == 2**bits - 1
     groups = keys.unflatten(2, (num_groups, -1))
     span = groups.amax(3) - groups.amin(3)
-    top_code = torch.where(is_wide[None, :, None], 15.0, 3.0)
+    top_code = torch.where(is_wide[None, :, None], 4.0 * 2**bits - 1, 2.0**bits - 1)
     torch.testing.assert_close(scale.float(), span / top_code, rtol=1e-3, atol=0)
     torch.testing.assert_close(zero.float(), groups.amin(3), rtol=1e-3, atol=1e-6)
 

@@ -15,6 +15,7 @@ from tools.machine_code import SHARED_MEMORY_LIMIT
 from paged_kv.cache.formats import (
     INT2,
     INT2_LONG,
+    INT3,
     INT4,
     INT8,
     INT8_TOKEN,
@@ -32,12 +33,20 @@ FORMATS = {
     "int8-token": INT8_TOKEN,
     "int4": INT4,
     "k4v2": K4V2,
+    "int3": INT3,
     "int2": INT2,
     "int2-long": INT2_LONG,
-    "int4-g32": INT4.with_options(key_group_size=32),
+    "int4-g32": INT4.with_options(wide_key_share=0.0, key_group_size=32),
     "kivi2": KIVI2,
 }
-SAME_OPEN_BLOCKS = ("int8-token", "int4-g32", "int2-long", "k4v2", "kivi2")  # as others have
+SAME_OPEN_BLOCKS = (
+    "int8-token",
+    "int4-g32",
+    "int3",
+    "int2-long",
+    "k4v2",
+    "kivi2",
+)  # as others have
 FEW, MORE, MANY = (4, 1), (8, 2), (8, 64)  # query heads of a kv head, new tokens
 ALL_RULES = {"sliding_window": 4096, "softcap": 50.0}
 # Warp-instructions for each K/V byte in the loop over context, 8 query rows, sm_90, D = 128.
@@ -48,14 +57,17 @@ BUDGETS = {
     "int8-token": 0.07,
     "int4": 0.14,
     "k4v2": 0.16,
+    "int3": 0.27,
     "int2": 0.19,
     "int2-long": 0.21,
     "kivi2": 0.24,
 }
 
 
-# Bytes that are spilled with 256 channels on sm_80, by kernel and format.
+# Bytes that are spilled with 256 channels by kernel and format; but for int3, only on sm_80.
 KNOWN_SPILLS = {
+    ("attend_sealed", "int3"): 536,
+    ("attend_prefill", "int3"): 1808,
     ("attend_sealed", "kivi2"): 8,
     ("attend_sealed", "int2-long"): 160,
     ("attend_prefill", "int2-long"): 16,
@@ -83,7 +95,7 @@ def attention_of(name: str, rows: tuple[int, int], **options: Any) -> list[Launc
 
 
 def check_fits(launch: Launch, arch: int, name: str = "", head_dim: int = 0) -> None:
-    is_known = head_dim == 256 and arch == 80
+    is_known = head_dim == 256 and (arch == 80 or name == "int3")
     spilled_bytes = KNOWN_SPILLS.get((launch.name, name), 0) if is_known else 0
     taken = launch.resources(arch)
     told = launch.name, launch.arguments.get("SPLIT"), launch.options, arch, taken

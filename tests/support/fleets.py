@@ -184,7 +184,7 @@ def dequantized_keys(
     bits, scale = kv_format.key_bits, view["key_scale"].astype(np.float64)
     codes = plane_codes(view["key_codes"], bits)
     if wide is not None:
-        codes[:, wide] += plane_codes(view["wide_codes"], bits) << bits
+        codes[:, wide] += plane_codes(view["wide_codes"], 2) << bits
     if bits == 8:
         codes -= 128
     if kv_format.has_token_keys:
@@ -196,7 +196,9 @@ def dequantized_keys(
 def dequantized_values(view: dict[str, NDArray], kv_format: KVFormat) -> NDArray[np.float64]:
     """Values [block_size, dim] of one block and head from its sections."""
     bits, scale = kv_format.value_bits, view["value_scale"].astype(np.float64)[:, None]
-    codes = plane_codes(view["value_codes"], bits)
+    codes = plane_codes(view["value_codes"], 2 if bits == 3 else bits)
+    if bits == 3:
+        codes += plane_codes(view["upper_value_codes"], 1) << 2
     if bits == 8:
         values = (codes - 128) * scale
     elif kv_format.rotates_values:

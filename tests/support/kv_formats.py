@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from paged_kv.cache.formats import INT2, INT2_LONG, INT4, INT8, INT8_TOKEN, KIVI2, NATIVE, KVFormat
+from paged_kv.cache.formats import (
+    INT2,
+    INT2_LONG,
+    INT3,
+    INT4,
+    INT8,
+    INT8_TOKEN,
+    KIVI2,
+    NATIVE,
+    KVFormat,
+)
 
 FORMATS_BY_LABEL = {
     "native": NATIVE,
@@ -11,9 +21,12 @@ FORMATS_BY_LABEL = {
     "int2": INT2,
     "int8-token": INT8_TOKEN,
     "int8-token-block64": INT8_TOKEN.with_options(block_size=64, min_tail_tokens=5),
-    "int4-block128-g64-clipped": INT4.with_options(
-        block_size=128, key_group_size=64, key_clip=0.9, rotates_values=False
+    "int4-g64-clipped": INT4.with_options(
+        wide_key_share=0.0, key_group_size=64, key_clip=0.9, rotates_values=False
     ),
+    "int4-block64-half-wide": INT4.with_options(block_size=64, wide_key_share=0.5),
+    "int3": INT3,
+    "k4v3-g32-zeros": INT4.with_options(value_bits=3, key_group_size=32, rotates_values=False),
     "int2-long": INT2_LONG,
     "kivi2": KIVI2,
     "int2-g32-min-max-no-head-no-tail": INT2.with_options(

@@ -11,7 +11,17 @@ import triton
 from torch import Tensor
 
 from paged_kv.cache.backend import choose_backend
-from paged_kv.cache.formats import INT2, INT4, INT8, INT8_TOKEN, K4V2, KIVI2, NATIVE, KVFormat
+from paged_kv.cache.formats import (
+    INT2,
+    INT3,
+    INT4,
+    INT8,
+    INT8_TOKEN,
+    K4V2,
+    KIVI2,
+    NATIVE,
+    KVFormat,
+)
 from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.kernels.triton import attention as triton_attention
@@ -31,13 +41,23 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-PRESETS = {preset.name: preset for preset in (NATIVE, INT8, INT8_TOKEN, INT4, K4V2, INT2, KIVI2)}
+PRESETS = {
+    preset.name: preset for preset in (NATIVE, INT8, INT8_TOKEN, INT4, K4V2, INT3, INT2, KIVI2)
+}
 MIXED = {
     "k8v2": KVFormat(name="k8v2", key_bits=8, value_bits=2, key_group_size=32, value_clip=0.8),
     "k2v8-half": INT2.with_options(value_bits=8, wide_key_share=0.5, wide_key_clip=0.9),
     "k2v4-g64-eighth": INT2.with_options(
         value_bits=4, key_group_size=64, wide_key_share=0.125, rotates_values=False
     ),
+    "k4v3-half-g32-zeros": INT4.with_options(
+        value_bits=3,
+        wide_key_share=0.5,
+        key_group_size=32,
+        rotates_values=False,
+        has_error_feedback=False,
+    ),
+    "k8v3": INT3.with_options(key_bits=8, wide_key_share=0.0, has_error_feedback=False),
     "int2-block64-g32": INT2.with_options(block_size=64, key_group_size=32, min_tail_tokens=5),
     "int2-no-head-no-tail": KVFormat(
         name="plain", key_bits=2, value_bits=2, num_sink_tokens=0, min_tail_tokens=0
