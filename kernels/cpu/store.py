@@ -13,7 +13,6 @@ from struct import Struct
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews, as_rows
 from ..new_tokens import NewTokens

@@ -90,7 +90,7 @@ def tile_rows(
     queries each: 16 rows of them do not fit.
     """
     if columns <= WIDE:
-        return TileRows((8,) if has_groups or bits <= 2 else (8, 16), 64)
+        return TileRows((8,) if has_groups or bits in (1, 2) else (8, 16), 64)
     return TileRows((8,), 64 if is_hopper(device) else 32)
 
 
