@@ -98,7 +98,8 @@ def quantize_keys(
 
     Channels where `is_wide` [H, D] have WIDE_BITS more and the second of the `clips`. With
     `feedback` [H, D, D] channels are coded in turn, and what the error of one asks of those behind
-    it is taken from them. Returns uint8 codes [S, H, B, D], fp16 scales and zero points [S, H, G, D].
+    it is taken from them. Returns uint8 codes [S, H, B, D], fp16 scales and zero points
+    [S, H, G, D].
     Source of the rule: GPTQ (Frantar et al. 2022, arXiv:2210.17323), there for weights.
     """
     top_code: Tensor = torch.full(keys.shape[1::2], float((1 << bits) - 1), device=keys.device)

@@ -204,16 +204,15 @@ INT2: Final = KVFormat(
 # For long sequences: twice the block leaves room for half as many wide channels again, but a tail
 # of up to 159 tokens.
 INT2_LONG: Final = replace(
-    INT2, name="int2-long", wide_key_share=0.375, block_size=128, min_tail_tokens=32
+    INT2,
+    name="int2-long",
+    wide_key_share=0.375,
+    block_size=128,
+    wide_key_clip=0.95,
+    min_tail_tokens=32,
 )
 # As many bytes as `K4V2`, better spent: with wide channels keys take 3 bits a code, as values do.
-INT3: Final = replace(
-    INT2_LONG,
-    name="int3",
-    value_bits=3,
-    wide_key_share=0.5,
-    wide_key_clip=0.95,
-)
+INT3: Final = replace(INT2_LONG, name="int3", value_bits=3, wide_key_share=0.5)
 # KIVI as published: groups of 32 tokens, no clipping, the newest 128 tokens in full precision.
 KIVI2: Final = KVFormat(
     name="kivi2",
