@@ -76,6 +76,12 @@ def num_agreeing(one: list[int], other: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
+def repeated_share(token_ids: list[int]) -> float:
+    """Of its runs of four tokens, how many have come before: greedy decoding likes to go round."""
+    runs = [tuple(token_ids[i : i + 4]) for i in range(len(token_ids) - 3)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 def quoted(text: str) -> str:
     """One paragraph of Markdown in which nothing is a mark."""
     line = " ".join(text.split())
@@ -111,6 +117,8 @@ def markdown(
 def agreement_rows(prompts: list[Passage], found: dict[str, list[RequestOutput]]) -> list[Row]:
     rows = []
     for name, outputs in found.items():
+        share = 100 * float(np.mean([repeated_share(output.token_ids) for output in outputs]))
+        rows.append(Row(case=name, metric="runs of 4 tokens repeated", value=share, unit="%"))
         if name == REFERENCE:
             continue
         pairs = [

@@ -82,12 +82,18 @@ def test_continuations_are_written_side_by_side(book, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench_continuations.py", *options])
     bench_continuations.main()
     rows = json.loads(output.read_text())["rows"]
-    assert [row["metric"] for row in rows] == ["tokens as native", "continuations as native"]
-    assert 0 <= rows[0]["value"] <= 8
+    repeated, same = "runs of 4 tokens repeated", "continuations as native"
+    assert [row["metric"] for row in rows] == [repeated, repeated, "tokens as native", same]
+    assert 0 <= rows[2]["value"] <= 8
     text = output.with_suffix(".md").read_text()
     assert "demo, float32, greedy; native, int2" in text
     assert "## 1. book, 500 tokens from 12288 on" in text
     assert text.count("\n**native**: ") == text.count("\n**int2**") == 1
+
+
+def test_repeated_runs_are_counted():
+    assert bench_continuations.repeated_share([1, 2, 3, 4, 5]) == 0
+    assert bench_continuations.repeated_share([1, 1, 1, 1, 1, 1]) == pytest.approx(2 / 3)
 
 
 def test_agreement_ends_at_the_first_other_token():
