@@ -7,7 +7,9 @@ teacher-forced through one windowed sequence of the library: sinks and window in
 int2, and a native window of as many tokens without sinks. A step computes `--tokens-per-step`
 tokens; each sees exactly its own sinks and window, and in quantized formats those of its own step
 in full precision. `--decoded` computes the beginning again, one token a step, to tell what that
-changes. Results are kept one by one in FILE.part; the same command goes on with them.
+changes. Every format rounds sinks up to whole open blocks of its own; 32 are whole in all of them,
+so that all see the same tokens. Results are kept one by one in FILE.part; the same command goes on
+with them.
 """
 
 from __future__ import annotations
@@ -151,6 +153,19 @@ class Streams:
         )
 
 
+def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Of each case, by stretch: where it starts, its loss above the reference, K/V held."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        name, _, start = row["case"].rpartition(", at ")
+        if row["metric"] in (LOSS, HELD):
+            mine = found.setdefault(name, {"start": [], LOSS: [], HELD: []})
+            mine[row["metric"]].append(row["value"] - (row["baseline_value"] or 0))
+            if row["metric"] == LOSS:
+                mine["start"].append(int(start))
+    return found
+
+
 def draw(report: dict[str, Any], picture: Path) -> None:
     """Loss above native with sinks, of the window alone and of quantized windows, and K/V held."""
     import matplotlib
@@ -159,43 +174,31 @@ def draw(report: dict[str, Any], picture: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
-    places: dict[str, list[tuple[int, float, float]]] = {}
-    held: dict[str, list[float]] = {}
-    for row in report["rows"]:
-        name, _, start = row["case"].rpartition(", at ")
-        if row["metric"] == LOSS:
-            above = row["value"] - row["baseline_value"]
-            places.setdefault(name, []).append((int(start), above, row["value"]))
-        elif row["metric"] == HELD:
-            held.setdefault(name, []).append(row["value"])
-    for index, (name, points) in enumerate(places.items()):
-        starts, above, _ = zip(*points, strict=True)
-        panels = [(0, above), *([(1, above)] if name != WINDOW_ONLY else []), (2, held[name])]
-        for panel, values in panels:
-            axes[panel].plot(starts, values, color=f"C{index}", linewidth=1.4, marker=".")
-            if panel != 0 or name in (WINDOW_ONLY, REFERENCE):  # the others lie on the reference
-                label = (
-                    "sinks + window: native, int8, int2"
-                    if (panel, name) == (0, REFERENCE)
-                    else name
-                )
-                axes[panel].annotate(
-                    label, (starts[-1], values[-1]), xytext=(6, 0), fontsize=8,
-                    textcoords="offset points", color=f"C{index}", va="center",
-                )  # fmt: skip
-    titles = (
-        ("Without its first tokens the model is lost", "loss above native\nwith sinks (nat)"),
-        ("With them, int8 and int2 cost little", "the same, without\nwindow only (nat)"),
-        ("Memory stays as it is", "K/V held (MiB)"),
+    panels = (
+        ("Sinks and window against window only", "loss above native\nwith sinks (nat)", LOSS),
+        ("The cases with sinks, enlarged", "loss above native\nwith sinks (nat)", LOSS),
+        ("Memory", "K/V held (MiB)", HELD),
     )
-    for axis, (title, label) in zip(axes, titles, strict=True):
+    found = curves(report["rows"])
+    for panel, (axis, (title, label, metric)) in enumerate(zip(axes, panels, strict=True)):
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)
+        for index, (name, mine) in enumerate(found.items()):
+            if panel == 1 and name == WINDOW_ONLY:
+                continue
+            axis.plot(mine["start"], mine[metric], color=f"C{index}", linewidth=1.4, marker=".")
+            if panel == 0 and name not in (REFERENCE, WINDOW_ONLY):
+                continue  # it lies on the reference
+            axis.annotate(
+                "sinks + window: all three" if (panel, name) == (0, REFERENCE) else name,
+                (mine["start"][-1], mine[metric][-1]), xytext=(6, 0), fontsize=8,
+                textcoords="offset points", color=f"C{index}",
+                va="top" if (panel, name) == (2, WINDOW_ONLY) else "baseline",
+            )  # fmt: skip
     axes[2].set_ylim(bottom=0)
-    axes[2].set_xlabel("position in the text (tokens; mean of the stretch that begins there)")
-    last = max(start for points in places.values() for start, *_ in points)
-    axes[0].set_xlim(0, max(1, last) * 1.3)  # room for labels
+    axes[2].set_xlabel("position in the text (tokens): start of the stretch")
+    axes[0].set_xlim(0, 1.3 * max(1, *found[REFERENCE]["start"]))  # room for labels
     figure.savefig(picture, dpi=90)
 
 
@@ -204,11 +207,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
     parser.add_argument("--books", type=Path, nargs="+", default=[], help="plain text")
     parser.add_argument("--tokens", type=int, default=40_000, help="of the text (40,000)")
-    parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--window", type=int, default=1020)
+    parser.add_argument("--sinks", type=int, default=32)
+    parser.add_argument("--window", type=int, default=992)
     parser.add_argument("--tokens-per-step", type=int, default=64)
     parser.add_argument("--stretch", type=int, default=2000, help="tokens of a point (2000)")
-    parser.add_argument("--decoded", type=int, default=3000, help="tokens, one a step; 0: none")
+    parser.add_argument("--decoded", type=int, default=2000, help="tokens, one a step; 0: none")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--picture", type=Path, help="draw the results; needs matplotlib")
     parser.add_argument("--from", dest="source", type=Path, help="only draw this JSON")

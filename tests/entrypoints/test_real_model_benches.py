@@ -41,6 +41,10 @@ def test_streams_are_measured_and_kept(book, tmp_path, monkeypatch):
     assert held["sinks + window, int8"] < held["sinks + window, native"]
     assert ("sinks + window, int2, first 100 tokens, 1 a step", "perplexity") in found
 
+    curves = bench_windowed_real.curves(rows)
+    assert curves["window only, native"]["start"] == [0, 300, 600]
+    assert curves["sinks + window, native"][bench_windowed_real.LOSS] == [0, 0, 0]
+
     # The same again measures nothing.
     monkeypatch.setattr(bench_windowed_real, "windowed", lambda *_: pytest.fail("again"))
     bench_windowed_real.main()
