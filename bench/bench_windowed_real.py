@@ -190,11 +190,11 @@ def draw(report: dict[str, Any], picture: Path) -> None:
             axis.plot(mine["start"], mine[metric], color=f"C{index}", linewidth=1.4, marker=".")
             if panel == 0 and name not in (REFERENCE, WINDOW_ONLY):
                 continue  # it lies on the reference
+            lower = (panel, name) in ((1, REFERENCE), (2, WINDOW_ONLY))  # of two in one place
             axis.annotate(
                 "sinks + window: all three" if (panel, name) == (0, REFERENCE) else name,
-                (mine["start"][-1], mine[metric][-1]), xytext=(6, 0), fontsize=8,
-                textcoords="offset points", color=f"C{index}",
-                va="top" if (panel, name) == (2, WINDOW_ONLY) else "baseline",
+                (mine["start"][-1], mine[metric][-1]), xytext=(6, -9 if lower else 0),
+                textcoords="offset points", color=f"C{index}", fontsize=8,
             )  # fmt: skip
     axes[2].set_ylim(bottom=0)
     axes[2].set_xlabel("position in the text (tokens): start of the stretch")
