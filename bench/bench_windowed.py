@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.cache.formats import FORMATS, KVFormat
+from paged_kv.cache.key_calibration import KeyCalibration
 from paged_kv.cache.kv_cache import PagedKVCache
-from paged_kv.cache.layer_spec import cache_geometry
+from paged_kv.cache.layer_spec import cache_geometry, usual_kv_dtype
 from paged_kv.engine.model_runner import ModelRunner
 from paged_kv.engine.sampling_params import SamplingParams
 from paged_kv.entrypoints.demo import MODEL_FOLDER
@@ -64,13 +66,18 @@ def windowed(
     window: SinkWindow,
     token_ids: NDArray[np.int64],
     tokens_per_step: int,
+    calibration: Sequence[KeyCalibration] | None = None,
 ) -> tuple[Losses, NDArray[np.int64]]:
-    """Loss of each next token of a windowed sequence, and the bytes it holds after each step."""
-    layers = model.layers(kept_sinks(kv_format, window))
-    num_blocks = 2 * window.fitted(cache_geometry(layers, model.dtype)).max_stored(
-        cache_geometry(layers, model.dtype)
-    )
-    cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=model.dtype)
+    """Loss of each next token of a windowed sequence, and the bytes it holds after each step.
+
+    Open blocks have the precision that `LLM` would give them.
+    """
+    kv_format = kept_sinks(kv_format, window)
+    layers, dtype = model.layers(kv_format, calibration), usual_kv_dtype(kv_format, model.dtype)
+    geometry = cache_geometry(layers, dtype)
+    # Twice what the sequence holds: a step may take new blocks before its old ones are freed.
+    num_blocks = 2 * geometry.max_blocks(window.fitted(geometry).max_stored(geometry))
+    cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=dtype)
     runner = ModelRunner(model, cache)
     manager = cache.new_manager(max_num_seqs=1, max_model_len=1024)
     seq_id = np.array([manager.add_sequence(manager.chain_tokens((), sink_window=window))])

@@ -1,0 +1,105 @@
+"""The smallest runs of benchmarks meant for real models, on the demo model, in process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import bench_continuations
+import bench_windowed_real
+import numpy as np
+import pytest
+from quality_windows import STRETCH, stretches
+
+TEXT = Path(__file__).parents[1] / "support" / "data" / "persuasion-excerpt.txt"
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    """Text enough for two stretches that nothing is tuned on."""
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT.read_text(encoding="utf-8") * 8, encoding="utf-8")
+    return path
+
+
+def test_streams_are_measured_and_kept(book, tmp_path, monkeypatch):
+    output = tmp_path / "streams.json"
+    options = ["--books", str(book), "--json", str(output), "--tokens", "700", "--decoded", "100"]
+    options += ["--window", "200", "--stretch", "300"]
+    monkeypatch.setattr("sys.argv", ["bench_windowed_real.py", *options])
+    bench_windowed_real.main()
+    rows = json.loads(output.read_text())["rows"]
+    found = {(row["case"], row["metric"]): row["value"] for row in rows}
+    for name in bench_windowed_real.CASES:
+        whole = found[f"{name}, 700 tokens, 64 a step", "perplexity"]
+        parts = [found[f"{name}, at {start}", bench_windowed_real.LOSS] for start in (0, 300, 600)]
+        assert np.log(whole) == pytest.approx(np.dot(parts, [3, 3, 1]) / 7)
+        held = [found[f"{name}, at {start}", bench_windowed_real.HELD] for start in (0, 300, 600)]
+        assert 0 < held[2] <= held[1]  # no more than the window
+    held = {n: found[f"{n}, at 300", bench_windowed_real.HELD] for n in bench_windowed_real.CASES}
+    assert held["sinks + window, int2"] < held["sinks + window, int8"]
+    assert held["sinks + window, int8"] < held["sinks + window, native"]
+    assert ("sinks + window, int2, first 100 tokens, 1 a step", "perplexity") in found
+
+    curves = bench_windowed_real.curves(rows)
+    assert curves["window only, native"]["start"] == [0, 300, 600]
+    assert curves["sinks + window, native"][bench_windowed_real.LOSS] == [0, 0, 0]
+
+    # The same again measures nothing.
+    monkeypatch.setattr(bench_windowed_real, "windowed", lambda *_: pytest.fail("again"))
+    bench_windowed_real.main()
+    assert json.loads(output.read_text())["rows"] == rows
+
+
+def test_a_stream_has_nothing_that_settings_were_tuned_on():
+    class Tokenizer:
+        bos_token_id = 7
+
+        @staticmethod
+        def encode(text: str, **_: object) -> list[int]:
+            return list(range(100, 100 + 3 * STRETCH))
+
+    ids = bench_windowed_real.stream_of([TEXT, TEXT], Tokenizer(), 20)
+    reported = list(range(100 + STRETCH, 110 + STRETCH))
+    assert ids.tolist() == [7, *reported, *reported]
+    with pytest.raises(SystemExit, match=f"has {STRETCH} tokens to report, not 10000"):
+        bench_windowed_real.stream_of([TEXT], Tokenizer(), 10_000)
+
+
+def test_prompts_lie_apart_and_nothing_was_tuned_on_them():
+    token_ids = list(range(14 * STRETCH))
+    found = bench_continuations.passages("book", token_ids, 10, None)
+    assert sorted(len(p.token_ids) for p in found) == sorted(bench_continuations.lengths(10))
+    assert {len(p.token_ids) for p in found} >= {500, 3000}
+    seen = [token for prompt in found for token in prompt.token_ids]
+    assert len(seen) == len(set(seen))
+    allowed = {t for part in stretches(token_ids, tuning=False) for t in part[STRETCH // 2 :]}
+    assert set(seen) <= allowed
+    assert all(prompt.token_ids[0] == prompt.start for prompt in found)
+    with pytest.raises(SystemExit, match="too few for 10 prompts"):
+        bench_continuations.passages("book", token_ids[: 8 * STRETCH], 10, None)
+
+
+def test_continuations_are_written_side_by_side(book, tmp_path, monkeypatch):
+    output = tmp_path / "continuations.json"
+    options = ["--books", str(book), "--json", str(output), "--quick", "--name", "demo"]
+    monkeypatch.setattr("sys.argv", ["bench_continuations.py", *options])
+    bench_continuations.main()
+    rows = json.loads(output.read_text())["rows"]
+    repeated, same = "runs of 4 tokens repeated", "continuations as native"
+    assert [row["metric"] for row in rows] == [repeated, repeated, "tokens as native", same]
+    assert 0 <= rows[2]["value"] <= 8
+    text = output.with_suffix(".md").read_text()
+    assert "demo, float32, greedy; native, int2" in text
+    assert "## 1. book, 500 tokens from 12288 on" in text
+    assert text.count("\n**native**: ") == text.count("\n**int2**") == 1
+
+
+def test_repeated_runs_are_counted():
+    assert bench_continuations.repeated_share([1, 2, 3, 4, 5]) == 0
+    assert bench_continuations.repeated_share([1, 1, 1, 1, 1, 1]) == pytest.approx(2 / 3)
+
+
+def test_agreement_ends_at_the_first_other_token():
+    assert bench_continuations.num_agreeing([1, 2, 3], [1, 2, 4]) == 2
+    assert bench_continuations.num_agreeing([1, 2], [1, 2, 4]) == 2
