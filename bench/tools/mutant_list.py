@@ -899,8 +899,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "cpu-clips-values-like-keys",
-                "value_scale, value_zero, clip + 8))",
-                "value_scale, value_zero, clip))",
+                "value_scale, value_zero, clip + 8, upper_values)",
+                "value_scale, value_zero, clip, upper_values)",
             ),
         ],
     ),
@@ -927,7 +927,12 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             Fault(
                 "upper-codes-count-half",
                 "of_wide(scale) * (1 << layer.key_bits)",
-                "of_wide(scale) * 2",
+                "of_wide(scale) * 4",
+            ),
+            Fault(
+                "third-bits-count-half",
+                "worth = scale * (1 << bits)",
+                "worth = scale * (1 << bits - 1)",
             ),
         ],
     ),

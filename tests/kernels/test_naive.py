@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paged_kv.cache.backend import choose_backend
-from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
+from paged_kv.cache.formats import INT2, INT3, INT4, INT8, NATIVE
 from paged_kv.kernels import naive
 from paged_kv.kernels.eager.rotation import rotate
 from paged_kv.kernels.new_tokens import NewTokens
@@ -33,7 +33,7 @@ NAMES = ["torch", *(["cpu"] if find_spec("numba") else [])]
 
 
 @pytest.mark.parametrize("options", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("kv_format", [NATIVE, INT8, INT4, INT2], ids=lambda each: each.name)
+@pytest.mark.parametrize("kv_format", [NATIVE, INT8, INT4, INT3, INT2], ids=lambda each: each.name)
 def test_naive_is_the_oracle_and_backends_are_naive(kv_format, options):
     layer = layer_of(kv_format, key_dim=32, value_dim=48)
     fleet, seq_ids = ragged_fleet(layer, (0, 5, 200, 450), backend="torch")
