@@ -32,7 +32,7 @@ from training.train_demo_model import read_book
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from paged_kv.blocks.geometry import IntArray
-from paged_kv.cache.formats import FORMATS, INT2, NATIVE, KVFormat
+from paged_kv.cache.formats import FORMATS, INT2, INT2_LONG, INT4, INT8, NATIVE, KVFormat
 from paged_kv.cache.key_calibration import KeyCalibration
 from paged_kv.cache.layer_spec import cache_geometry, usual_kv_dtype
 from paged_kv.engine.evaluate import Quality, compare_formats
@@ -53,7 +53,10 @@ CONTROLS: dict[str, KVFormat] = {
     "int2, no feedback": INT2.with_options(has_error_feedback=False),
     "int2, values not rotated": INT2.with_options(rotates_values=False),
     "int2, no wide channels": INT2.with_options(wide_key_share=0.0),
+    "int2-long, an eighth wide": INT2_LONG.with_options(wide_key_share=0.125),
 }
+# With heads and tails, and what is sealed, in float16: of int8's error most is bfloat16's.
+IN_FLOAT16: dict[str, KVFormat] = {"int8 in float16": INT8, "int4 in float16": INT4}
 OURS = {name: kv_format for name, kv_format in FORMATS.items() if not kv_format.is_native}
 Cases = dict[str, OwnFormat | Peer]
 
@@ -154,14 +157,18 @@ def make_cases(
     head = cache_geometry(model.layers(INT2), dtype).num_head_tokens
     with_head_and_tail = (peer.with_head_and_tail(head) for peer in PEERS.values())
     peers = {**PEERS, **{peer.name: peer for peer in with_head_and_tail}}
-    formats = {**OURS, **CONTROLS}
-    names = list(chosen or (*OURS, *peers))
+    formats = {**OURS, **IN_FLOAT16, **CONTROLS}
+    names = list(chosen or (*OURS, *IN_FLOAT16, *peers))
     unknown = set(names) - {*formats, *peers}
     if unknown:
         known_names = ", ".join((*formats, *peers))
         raise SystemExit(f"no case {', '.join(sorted(unknown))}; there are {known_names}")
     return {
-        name: OwnFormat(name, model.layers(formats[name], known), model.dtype)
+        name: OwnFormat(
+            name,
+            model.layers(formats[name], known),
+            torch.float16 if name in IN_FLOAT16 else model.dtype,
+        )
         if name in formats
         else peers[name]
         for name in names

@@ -34,7 +34,7 @@ MAX_TOKENS: Final = 2048
 MIN_TOKENS: Final = 64
 CHUNK: Final = 512  # tokens computed at once
 NUM_HEAD_TOKENS: Final = 16  # stay in full precision, and have keys unlike all others
-FILE_FORMAT: Final = "paged_kv calibration 1"
+FILE_FORMAT: Final = "paged_kv calibration 2"
 
 logger = logging.getLogger("paged_kv")
 
@@ -47,14 +47,14 @@ class Calibration:
     model_fingerprint: bytes
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, whole or not at all, with the same bytes every time."""
         from safetensors.numpy import save
 
         tensors = {}
         for index, layer in enumerate(self.layers):
             tensors[f"{index}.channel_order"] = np.ascontiguousarray(layer.channel_order)
             tensors[f"{index}.feedback"] = np.ascontiguousarray(layer.feedback)
-        metadata = {"format": FILE_FORMAT, "model_fingerprint": self.model_fingerprint.hex()}
+        metadata = {FILE_FORMAT: self.model_fingerprint.hex()}  # one: several have no order
         try:
             write_whole(Path(path), save(tensors, metadata))
         except OSError as error:
@@ -73,10 +73,9 @@ class Calibration:
                     tensors[name] = file.get_tensor(name)
         except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise ConfigError(f"no calibration can be read from {str(path)!r}: {error}") from error
-        if metadata.get("format") != FILE_FORMAT:
+        if FILE_FORMAT not in metadata:
             raise ConfigError(
-                f"{str(path)!r} is no calibration: its format is {metadata.get('format')!r}, not "
-                f"{FILE_FORMAT!r}"
+                f"{str(path)!r} is no calibration: it is of {sorted(metadata)}, not {FILE_FORMAT!r}"
             )
         try:
             layers = tuple(
@@ -86,7 +85,7 @@ class Calibration:
                 )
                 for index in range(len(tensors) // 2)
             )
-            return cls(layers, bytes.fromhex(metadata["model_fingerprint"]))
+            return cls(layers, bytes.fromhex(metadata[FILE_FORMAT]))
         except (KeyError, ValueError) as error:
             raise ConfigError(f"the calibration {str(path)!r} is broken: {error}") from error
 

@@ -29,7 +29,7 @@ from tests.support.small_llm import (
 )
 
 BAD_SETTINGS = [
-    ({"kv_format": "int3"}, ConfigError, ["'int3'", "int2"]),
+    ({"kv_format": "int5"}, ConfigError, ["'int5'", "int2"]),
     ({"kv_memory": 1}, OutOfBlocksError, ["1 bytes"]),
     ({"kv_memory": "2KB"}, OutOfBlocksError, ["2000 bytes"]),
     ({"kv_memory": "lots"}, ConfigError, ["'lots'"]),

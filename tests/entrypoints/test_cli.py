@@ -150,7 +150,7 @@ def test_jsonl_equals_one_prompt_alone(capsys: pytest.CaptureFixture[str], tmp_p
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["generate", "x", "--kv-format", "int3"], "int3"),
+        (["generate", "x", "--kv-format", "int5"], "int3"),
         (["generate", "x", "--temperature", "-0.5"], "-0.5"),
         (["generate", "x", "--model", "/no/such/model"], "/no/such/model"),
         (["generate", "x", "--kv-memory", "lots"], "lots"),

@@ -53,7 +53,7 @@ def test_pairs_are_recalled(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--formats", "int3"), "unknown KV format 'int3'"),
+        (("--formats", "int5"), "unknown KV format 'int5'"),
         (("--windows", "0"), "--windows 0 is too few"),
         (("--length", "1"), "--length 1 is too few"),
         (("--text", "missing.txt"), "cannot read 'missing.txt'"),
@@ -113,8 +113,8 @@ def test_the_benchmark_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_the_benchmark_knows_no_other_case(tmp_path, monkeypatch):
     options = ["--books", str(TEXT), "--model", str(MODEL_FOLDER), "--tuning", "--lengths", "290"]
-    monkeypatch.setattr("sys.argv", ["bench_quality.py", *options, "--cases", "int3"])
-    with pytest.raises(SystemExit, match="no case int3; there are int8, "):
+    monkeypatch.setattr("sys.argv", ["bench_quality.py", *options, "--cases", "int5"])
+    with pytest.raises(SystemExit, match="no case int5; there are int8, "):
         bench_quality.main()
 
 

@@ -100,7 +100,7 @@ def test_a_file_holds_it_and_what_is_none_is_refused(paged, known, tmp_path):
     with pytest.raises(ConfigError, match="another model"):
         replace(loaded, model_fingerprint=b"x").require_model(paged)
     data = path.read_bytes()
-    for wrong in (b"", b"text", data[:-100], data.replace(b"calibration 1", b"calibration 9")):
+    for wrong in (b"", b"text", data[:-100], data.replace(b"calibration 2", b"calibration 9")):
         path.write_bytes(wrong)
         with pytest.raises(ConfigError, match="calibration"):
             Calibration.load(path)
