@@ -24,7 +24,7 @@ METADATA_BYTES: Final = 2  # scales and zero points are fp16
 NATIVE_BLOCK_SIZE: Final = 16
 KEY_BITS: Final = (2, 4, 8)
 VALUE_BITS: Final = (2, 3, 4, 8)
-WIDE_SHARES: Final = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5)
+WIDE_SHARES: Final = (0.0, 0.0625, 0.125, 0.25, 0.3125, 0.375, 0.5)
 WIDE_ALIGNMENT: Final = 8  # wide channels, as dimensions, come in multiples of it
 MAX_BLOCK_SIZE: Final = 1 << 20  # tokens, of what has no smaller limit
 LEAST_SIZES: Final = {
@@ -201,12 +201,12 @@ INT2: Final = KVFormat(
     value_clip=0.85,
     min_tail_tokens=24,
 )
-# For long sequences: twice the block leaves room for half as many wide channels again, but a tail
+# For long sequences: twice the block leaves room for more wide channels, but has a tail
 # of up to 159 tokens.
 INT2_LONG: Final = replace(
     INT2,
     name="int2-long",
-    wide_key_share=0.375,
+    wide_key_share=0.3125,
     block_size=128,
     wide_key_clip=0.95,
     min_tail_tokens=32,
