@@ -82,6 +82,10 @@ def test_changed_headers_are_refused(victim, data):
     is_same = target[key] == original
     if str(key).startswith("num_") and target is header:  # True and 1.0 are no counts
         is_same = is_same and type(target[key]) is int
+    if key == "num_computed_tokens" and type(target[key]) is int and target[key] > 0:
+        # How full the last open block is only the exporter knows.
+        width = fleet.manager.geometry.table_width
+        is_same = width(target[key]) == width(original)
     assert try_import(fleet, forged(header, body)) == is_same
 
 
