@@ -42,6 +42,8 @@ class StepInputs:
     block_size: int
     open_block_size: int
     num_head_tokens: int
+    # A block is sealed where the first of its own sources is, not in a block of its own.
+    seals_in_place: bool = False
     # Of windowed sequences, None where there is none: see `ScoreRules.visible`.
     num_sink_tokens: Tensor | None = None  # [N] 0 where a sequence sees everything
     window_sizes: Tensor | None = None  # [N] NO_WINDOW there

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from .blocks.step_plan import StepPlan as StepPlan
     from .blocks.token_chain import TokenChain as TokenChain
     from .cache.attention import paged_attention as paged_attention
+    from .cache.embedding import EmbeddedLayer as EmbeddedLayer
+    from .cache.embedding import step_from_block_table as step_from_block_table
+    from .cache.embedding import warm_up as warm_up
     from .cache.formats import FORMATS as FORMATS
     from .cache.formats import INT2 as INT2
     from .cache.formats import INT4 as INT4
@@ -58,6 +61,8 @@ if TYPE_CHECKING:
     from .entrypoints.outputs import Completion as Completion
     from .entrypoints.outputs import RequestOutput as RequestOutput
     from .entrypoints.outputs import StreamEvent as StreamEvent
+    from .kernels.new_tokens import NewTokens as NewTokens
+    from .kernels.rules import ScoreRules as ScoreRules
     from .scheduler.request import Request as Request
     from .scheduler.scheduler import Scheduler as Scheduler
     from .scheduler.statistics import SchedulerStatistics as SchedulerStatistics
@@ -80,10 +85,12 @@ _HOME = {
     "BlockStored": "blocks.events",
     "CacheCleared": "blocks.events",
     "Completion": "entrypoints.outputs",
+    "EmbeddedLayer": "cache.embedding",
     "Fork": "scheduler.step",
     "KVFormat": "cache.formats",
     "LayerSpec": "cache.layer_spec",
     "MemoryStats": "cache.memory_stats",
+    "NewTokens": "kernels.new_tokens",
     "PagedKVCache": "cache.kv_cache",
     "Request": "scheduler.request",
     "RequestOutput": "entrypoints.outputs",
@@ -91,6 +98,7 @@ _HOME = {
     "ScheduledStep": "scheduler.step",
     "Scheduler": "scheduler.scheduler",
     "SchedulerStatistics": "scheduler.statistics",
+    "ScoreRules": "kernels.rules",
     "SinkWindow": "blocks.sink_window",
     "StepPlan": "blocks.step_plan",
     "StreamEvent": "entrypoints.outputs",
@@ -101,6 +109,8 @@ _HOME = {
     "import_sequence": "cache.transfer",
     "num_blocks_for": "cache.layer_spec",
     "paged_attention": "cache.attention",
+    "step_from_block_table": "cache.embedding",
+    "warm_up": "cache.embedding",
 }
 _EXTRA_PACKAGES = ("transformers", "tokenizers", "safetensors", "rich")
 

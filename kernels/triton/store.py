@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews, as_rows
 from ..code_bits import WIDE_BITS, lower_bits, upper_bits
-from ..eager.store import append
+from ..eager.store import append, gather_tokens
 from ..new_tokens import NewTokens
 from ..step_inputs import StepInputs
 from .groups import Coding, Layout, NewKeysAndValues, OpenTokens, Rows, Seals, Sections, Shape
@@ -127,14 +128,16 @@ def store_tokens(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
 
 def seal_blocks(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
     """Quantize the blocks that a step seals: what `store_tokens` does but for appending."""
-    sealed = layer.sealed
+    sealed, sources = layer.sealed, step.seal_sources
     assert sealed is not None
+    if step.seals_in_place:  # tile by tile a kernel would write over what it has yet to read
+        new, sources = staged_sources(new, layer, step)
     keys, values = (as_rows(tensor, tensor.dtype) for tensor in (new.key, new.value))
     num_kv_heads, key_dim, value_dim = *keys.shape[1:], values.shape[2]
     launch = seal_launch(max(key_dim, value_dim))
     layout = sealed_layout(step, sealed, layer)
     seal_blocks_kernel[len(step.seal_block_ids), num_kv_heads](
-        Seals(step.seal_block_ids, step.seal_sources),
+        Seals(step.seal_block_ids, sources),
         NewKeysAndValues(rows_of(keys), rows_of(values)),
         *open_tokens(layer),
         Sections(*sealed, layer.wide_channels),
@@ -145,3 +148,16 @@ def seal_blocks(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
         num_stages=launch.num_stages,
         enable_fp_fusion=False,  # so that every operation is rounded as in the reference
     )
+
+
+def staged_sources(
+    new: NewTokens, layer: LayerBlocks, step: StepInputs
+) -> tuple[NewTokens, Tensor]:
+    """Copies of all tokens to be sealed, as if they were new, and where each is."""
+    sources = step.seal_sources
+    keys, values = (
+        gather_tokens(blocks, tokens, sources).transpose(1, 2).flatten(0, 1).contiguous()
+        for blocks, tokens in ((layer.open_keys, new.key), (layer.open_values, new.value))
+    )
+    places = torch.arange(sources.numel(), device=sources.device)
+    return new._replace(key=keys, value=values), ~places.view(sources.shape)

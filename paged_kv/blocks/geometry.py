@@ -100,6 +100,25 @@ class BlockGeometry:
         """Where body blocks, counted from 0, stand in a block table."""
         return self.num_head_blocks + indices * self.open_blocks_per_block
 
+    def is_place_needed(self, places: IntArray, num_tokens: int) -> NDArray[np.bool_]:
+        """Which places of a block table hold a block once a step has stored `num_tokens`.
+
+        Of a sealed block's places the first does; those behind are null, or may be given back.
+        """
+        indices = places - self.num_head_blocks
+        body_end = self.num_sealed_blocks(np.array([num_tokens])) * self.open_blocks_per_block
+        is_open = (indices < 0) | (indices >= body_end)
+        needed: NDArray[np.bool_] = is_open | (indices % self.open_blocks_per_block == 0)
+        return needed
+
+    def num_done_places(self, num_tokens: int) -> int:
+        """Places, from the first, whose tokens no later token of the sequence moves."""
+        if not self.seals:
+            return num_tokens // self.open_block_size
+        head = min(num_tokens // self.open_block_size, self.num_head_blocks)
+        num_sealed = int(self.num_sealed_blocks(np.array([num_tokens]))[0])
+        return head + num_sealed * self.open_blocks_per_block
+
     def num_links(self, num_tokens: int) -> int:
         """Complete links among the first `num_tokens` tokens."""
         if not self.seals or num_tokens < self.num_head_tokens:

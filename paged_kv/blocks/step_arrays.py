@@ -12,7 +12,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ..code_cache import compiled
-from .geometry import OPEN_BLOCK_SIZE, PER_BLOCK, BlockGeometry, IntArray, ragged_arange
+from .geometry import (
+    OPEN_BLOCK_SIZE,
+    PER_BLOCK,
+    BlockGeometry,
+    BlockIds,
+    IntArray,
+    ragged_arange,
+)
 from .step_plan import StepPlan
 from .table_replica import TableReplica
 
@@ -80,12 +87,15 @@ class StepArrays:
         geometry: BlockGeometry,
         query_start_loc: IntArray,
         seq_lens: IntArray,
-        block_table: IntArray,
+        block_table: BlockIds | IntArray,
+        min_sealed: IntArray | None = None,
     ) -> StepArrays:
         """The arrays of a step whose block table [N, W] has places for all `seq_lens` tokens.
 
         What is sealed follows from the lengths (`BlockGeometry.num_sealed_blocks`), and a block is
-        sealed into the first of its own places.
+        sealed into the first of its own places. Before the step, `min_sealed` [N] blocks are at
+        the least: a shared prefix is sealed to its end, which a lone sequence of that length would
+        keep open.
         """
         query_lens = np.diff(query_start_loc)
         context_lens = seq_lens - query_lens
@@ -93,7 +103,9 @@ class StepArrays:
         positions = np.arange(len(rows)) + (context_lens - query_start_loc[:-1])[rows]
         tokens = _Tokens(query_start_loc, query_lens, context_lens, rows, positions)
         num_sealed = geometry.num_sealed_blocks(context_lens)
-        new_sealed = geometry.num_sealed_blocks(seq_lens) - num_sealed
+        if min_sealed is not None:
+            num_sealed = np.maximum(num_sealed, min_sealed)
+        new_sealed = np.maximum(geometry.num_sealed_blocks(seq_lens), num_sealed) - num_sealed
         seals = None
         if new_sealed.any():
             rows, offsets = ragged_arange(new_sealed)

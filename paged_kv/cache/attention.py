@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..kernels.block_views import LayerBlocks
 from ..kernels.new_tokens import NewTokens
 from ..kernels.rules import ScoreRules
+from ..kernels.step_inputs import KernelPlan
 from ..validation import is_finite, require, require_count
+from .backend import Backend
 from .kv_cache import PagedKVCache, Step
 from .layer_spec import FULL_PRECISION_DTYPES, LayerSpec
 
@@ -60,17 +63,32 @@ def paged_attention(
         scale = query.shape[-1] ** -0.5
     elif not (type(scale) is float and 0 <= scale < math.inf):  # the quick way first
         require("scale", scale, is_finite(scale) and scale >= 0, "at least 0, and finite")
-    rotates_values = cache.layers[layer].kv_format.rotates_values
-    if rotates_values:
-        value = cache.backend.rotate(value)
-    output = cache.backend.attend_and_store(
+    output = attend_and_store(
         NewTokens(query, key, value, sink_query),
+        cache.layers[layer],
         cache.records[layer],
         step.plan,
         ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits),
+        cache.backend,
     )
     step.stored_layers.add(layer)
-    return cache.backend.rotate(output) if rotates_values else output
+    return output
+
+
+def attend_and_store(
+    new: NewTokens,
+    layer: LayerSpec,
+    blocks: LayerBlocks,
+    plan: KernelPlan,
+    rules: ScoreRules,
+    backend: Backend,
+) -> Tensor:
+    """`paged_attention` without its checks and without a cache: nothing is kept but the blocks."""
+    rotates_values = layer.kv_format.rotates_values
+    if rotates_values:
+        new = new._replace(value=backend.rotate(new.value))
+    output = backend.attend_and_store(new, blocks, plan, rules)
+    return backend.rotate(output) if rotates_values else output
 
 
 def check_tensors(tensors: Sequence[Tensor], device: torch.device) -> None:

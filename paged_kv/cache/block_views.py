@@ -82,5 +82,5 @@ def record_view(
     return typed.as_strided(
         (*typed.shape[:2], *inner_shape),
         (typed.stride(0), typed.stride(1), *inner_strides),
-        byte_offset // dtype.itemsize,
+        typed.storage_offset() + byte_offset // dtype.itemsize,  # an arena may be a part of more
     )

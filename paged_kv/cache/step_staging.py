@@ -79,16 +79,7 @@ def stage(
     assert not sent.keys() & extra.keys(), "two arrays of one name"
     on_device = to_device(sent | dict(extra), device)
     is_windowed = on_device.get("is_windowed")
-    inputs = StepInputs(
-        query_lens=arrays.query_lens,
-        context_lens_host=arrays.context_lens,
-        block_size=geometry.block_size,
-        open_block_size=geometry.open_block_size,
-        num_head_tokens=geometry.num_head_tokens,
-        num_sink_tokens=on_device.get("num_sink_tokens"),
-        window_sizes=on_device.get("window_sizes"),
-        **{name: on_device[name] for name in INPUT_NAMES},
-    )
+    inputs = step_inputs(geometry, arrays, on_device)
     return StagedStep(
         inputs=inputs,
         positions=on_device.get("positions", inputs.cache_positions),
@@ -97,6 +88,35 @@ def stage(
         is_windowed=None if is_windowed is None else is_windowed.bool(),
         head_shifts=on_device.get("head_shifts"),
         extra={name: on_device[name] for name in extra},
+    )
+
+
+def step_inputs(
+    geometry: BlockGeometry,
+    arrays: StepArrays,
+    on_device: Mapping[str, Tensor],
+    *,
+    seals_in_place: bool = False,
+) -> StepInputs:
+    """What kernels read, of arrays whose tensors are `on_device` by their names."""
+    return StepInputs(
+        query_lens=arrays.query_lens,
+        context_lens_host=arrays.context_lens,
+        block_size=geometry.block_size,
+        open_block_size=geometry.open_block_size,
+        num_head_tokens=geometry.num_head_tokens,
+        seals_in_place=seals_in_place,
+        num_sink_tokens=on_device.get("num_sink_tokens"),
+        window_sizes=on_device.get("window_sizes"),
+        context_lens=on_device["context_lens"],
+        query_start_loc=on_device["query_start_loc"],
+        cache_positions=on_device["cache_positions"],
+        block_table=on_device["block_table"],
+        num_sealed=on_device["num_sealed"],
+        stored_tokens=on_device["stored_tokens"],
+        stored_slots=on_device["stored_slots"],
+        seal_block_ids=on_device["seal_block_ids"],
+        seal_sources=on_device["seal_sources"],
     )
 
 
