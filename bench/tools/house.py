@@ -33,6 +33,7 @@ FOLDERS = {
     "paged_kv/cache": "The bytes in the blocks; the one room that calls kernels.",
     "paged_kv/models": "What a model is, and how it is run on a cache.",
     "paged_kv/engine": "Requests of token ids in, tokens out.",
+    "paged_kv/integrations/vllm": "The cache inside vLLM, as a plugin.",
     "paged_kv/entrypoints": "What people and programs call.",
     "examples": "Short programs that run as they stand.",
     "bench": "Measurements. `results/` holds what they wrote, `NOTES.md` what was learned.",
@@ -47,6 +48,7 @@ FOLDERS = {
     "tests/models": "Tests of `paged_kv/models`.",
     "tests/engine": "Tests of `paged_kv/engine`.",
     "tests/entrypoints": "Tests of `paged_kv/entrypoints`.",
+    "tests/integrations": "Tests of `paged_kv/integrations`, in an environment of their own.",
     "tests/support": "Oracles, drivers and fleets that tests share.",
     "tests/soak": "What runs for hours (`make soak`), not with the tests.",
 }

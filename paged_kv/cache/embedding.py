@@ -25,6 +25,16 @@ from .block_views import layer_blocks
 from .layer_spec import LayerSpec, cache_geometry
 from .step_staging import step_arrays, step_inputs, to_device
 
+# The border of kernels among them, for rooms that do not import kernels.
+__all__ = [
+    "EmbeddedLayer",
+    "KernelPlan",
+    "NewTokens",
+    "ScoreRules",
+    "step_from_block_table",
+    "warm_up",
+]
+
 
 class EmbeddedLayer:
     """One attention layer on an arena that somebody else has allocated.

@@ -1,6 +1,8 @@
 """vLLM's attention backend: paged_kv's kernels on vLLM's pages, driven by vLLM's block tables.
 
 Knows one step and one layer at a time, never requests.
+
+Many arguments because vLLM calls with them.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ...blocks.geometry import BlockGeometry, BlockIds, IntArray
 from ...cache.backend import choose_backend
-from ...cache.embedding import EmbeddedLayer, step_from_block_table, warm_up
+from ...cache.embedding import (
+    EmbeddedLayer,
+    KernelPlan,
+    NewTokens,
+    ScoreRules,
+    step_from_block_table,
+    warm_up,
+)
 from ...cache.layer_spec import cache_geometry, usual_kv_dtype
 from ...errors import ConfigError
-from ...kernels.new_tokens import NewTokens
-from ...kernels.rules import ScoreRules
-from ...kernels.step_inputs import KernelPlan
 from .config import layer_spec
 from .spec import PagedKVSpec, arena_of
 

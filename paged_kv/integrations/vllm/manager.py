@@ -4,6 +4,8 @@ What is sealed follows from the number of stored tokens alone, so that scheduler
 without a message. The worker seals in place, into the first of a block's pages, and this manager
 gives the others back a step later; where a prompt's chunk fills a whole block they are never taken,
 and the table says null block there.
+
+Many arguments because vLLM calls with them.
 """
 
 from __future__ import annotations
