@@ -36,9 +36,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats",
         nargs="+",
-        default=["int8", "int4", "k4v2", "int2"],
+        default=["int8", "int4", "int3", "int2"],
         metavar="FORMAT",
-        help=f"of {', '.join(FORMATS)} (int8 int4 k4v2 int2)",
+        help=f"of {', '.join(FORMATS)} (int8 int4 int3 int2)",
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="plain text, not calibrated on")
     parser.add_argument("--windows", type=int, help="how many stretches of it (all)")
