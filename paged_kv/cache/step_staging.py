@@ -108,15 +108,7 @@ def step_inputs(
         seals_in_place=seals_in_place,
         num_sink_tokens=on_device.get("num_sink_tokens"),
         window_sizes=on_device.get("window_sizes"),
-        context_lens=on_device["context_lens"],
-        query_start_loc=on_device["query_start_loc"],
-        cache_positions=on_device["cache_positions"],
-        block_table=on_device["block_table"],
-        num_sealed=on_device["num_sealed"],
-        stored_tokens=on_device["stored_tokens"],
-        stored_slots=on_device["stored_slots"],
-        seal_block_ids=on_device["seal_block_ids"],
-        seal_sources=on_device["seal_sources"],
+        **{name: on_device[name] for name in INPUT_NAMES},
     )
 
 
