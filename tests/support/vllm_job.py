@@ -1,10 +1,10 @@
-"""One engine in a process of its own: vLLM walks the modules that are loaded when an engine is made
-and trips over llvmlite's, which our kernels have loaded by then.
+"""One engine of vLLM in a process of its own: vLLM walks the modules that are loaded when an engine is
+made and trips over llvmlite's, which our kernels have loaded by then. Our own engine beside it.
 
-    python -m tests.support.vllm_job '{"engine": "vllm", "rounds": 2, "prompts": [[5, 6]], ...}'
+    echo '{"model": ..., "rounds": 2, "prompts": [[5, 6]], ...}' | python -m tests.support.vllm_job
 
-prints, as its last line, the tokens of each round and the pages that nobody holds at the end.
-"""
+prints a line with an `Answer`.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,62 +23,165 @@ ROOT = Path(__file__).parents[2]
 MODEL = str(Path(paged_kv.__file__).parent / "demo_model")
 NUM_NEW = 64
 MEMORY = 64 << 20
+ANSWER = "answer "  # opens the line; workers print others
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "kv_cache_memory_bytes": MEMORY,
+    "enforce_eager": True,
+    "enable_prefix_caching": False,
+    "max_num_batched_tokens": 4096,
+}
+
+Tokens = list[list[int]]
 
 
-def run(engine: str, prompts: list[list[int]], rounds: int = 1, **options: Any) -> dict[str, Any]:
-    """Run a job and read what it says."""
-    job = json.dumps({"engine": engine, "prompts": prompts, "rounds": rounds, "options": options})
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.support.vllm_job", job]
+@dataclass
+class Answer:
+    """What an engine did with the prompts of a job."""
+
+    rounds: list[Tokens]  # of every completion, in the prompts' order
+    num_lost: int = 0  # pages that nobody holds at the end and that are not free
+    num_hit_tokens: int = 0  # of the last round
+    preempted: dict[str, list[int]] = field(default_factory=dict)  # tokens made, by prompt index
+    peak_running: int = 0  # requests that made tokens in the same step
+    log_probs: list[float] = field(default_factory=list)  # of each prompt's tokens, the mean
+    capacity: int = 0  # "KV cache size" in vLLM's log
+    concurrency: float = 0.0
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """One thread and one process for each engine, nothing from the network."""
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **settings, **changes}
+
+
+def vllm_answer(
+    prompts: Tokens,
+    *,
+    model: str = MODEL,
+    rounds: int = 1,
+    kv_format: str | None = None,
+    params: dict[str, Any] | None = None,
+    aborted: dict[int, int] | None = None,
+    **options: Any,
+) -> Answer:
+    """Of vLLM, on our blocks if a format is named; no page is lost on the way.
+
+    `aborted` maps indices of prompts to the number of tokens after which nobody wants more.
+    """
+    if kv_format is not None:
+        paged = {"format": kv_format, **options.pop("paged_kv", {})}
+        options |= {"attention_backend": "CUSTOM", "additional_config": {"paged_kv": paged}}
+    job = {
+        "model": model,
+        "prompts": prompts,
+        "rounds": rounds,
+        "params": params or {},
+        "aborted": aborted or {},
+        "options": {**OPTIONS, **options},
+        "is_ours": kv_format is not None,
+    }
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.support.vllm_job"],
+        input=json.dumps(job),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    said = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
+    answer = Answer(**json.loads(said[-1].removeprefix(ANSWER)))
+    assert answer.num_lost == 0
     return answer
 
 
-def vllm_rounds(prompts: list[list[int]], rounds: int, options: dict[str, Any]) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
-
-    if "additional_config" in options:
-        options["attention_backend"] = "CUSTOM"
-    settings = {
-        "dtype": "float32",
-        "max_model_len": 1024,
-        "kv_cache_memory_bytes": MEMORY,
-        "enforce_eager": True,
-        "enable_prefix_caching": False,
-        "max_num_batched_tokens": 4096,
-        **options,
-    }
-    llm = LLM(MODEL, **settings)
-    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
-    given = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = [llm.generate(given, params, use_tqdm=False) for _ in range(rounds)]
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    pool = scheduler.kv_cache_manager.block_pool
-    return {
-        "rounds": [[list(one.outputs[0].token_ids) for one in some] for some in outputs],
-        "lost": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
-        "num_hit_tokens": sum(one.num_cached_tokens or 0 for one in outputs[-1]),
-    }
-
-
-def own_rounds(prompts: list[list[int]], rounds: int, options: dict[str, Any]) -> dict[str, Any]:
+def own_rounds(
+    prompts: Tokens, kv_format: str, *, model: str = MODEL, rounds: int = 1, **options: Any
+) -> list[Tokens]:
+    """Of our own engine with the same settings."""
     import torch
 
-    settings = {"token_budget": 4096, "prefix_caching": False, **options}
-    llm = paged_kv.LLM(
-        MODEL, calibration=None, dtype=torch.float32, max_model_len=1024, kv_memory=MEMORY,
-        **settings,
-    )  # fmt: skip
+    settings = {"token_budget": 4096, "prefix_caching": False, "max_model_len": 1024, **options}
     params = paged_kv.SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
-    outputs = [llm.generate(prompts, params) for _ in range(rounds)]
-    return {"rounds": [[list(one.completions[0].token_ids) for one in some] for some in outputs]}
+    with paged_kv.LLM(
+        model, kv_format=kv_format, calibration=None, dtype=torch.float32, kv_memory=MEMORY,
+        **settings,
+    ) as llm:  # fmt: skip
+        outputs = [llm.generate(prompts, params) for _ in range(rounds)]
+    return [[list(one.completions[0].token_ids) for one in some] for some in outputs]
+
+
+# -- in the job's process
+
+
+def run(job: dict[str, Any]) -> Answer:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(job["model"], **job["options"])
+    core = llm.llm_engine.engine_core.engine_core
+    scheduler, pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    is_ours = all(type(group.kv_cache_spec).__name__ == "PagedKVSpec" for group in groups)
+    assert is_ours == job["is_ours"], "vLLM did not take the cache that it was asked to take"
+    answer = Answer([])
+    watch_preemptions(scheduler, answer)
+    params = SamplingParams(
+        **{"temperature": 0, "max_tokens": NUM_NEW, "ignore_eos": True, **job["params"]}
+    )
+    aborted = {int(index): count for index, count in job["aborted"].items()}
+    for _ in range(job["rounds"]):
+        one_round(llm.llm_engine, scheduler, job["prompts"], params, aborted, answer)
+    answer.num_lost = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    answer.capacity = core.vllm_config.cache_config.kv_cache_size_tokens
+    answer.concurrency = core.vllm_config.cache_config.kv_cache_max_concurrency
+    return answer
+
+
+def watch_preemptions(scheduler: Any, answer: Answer) -> None:
+    preempt = scheduler._preempt_request
+    found: dict[str, list[int]] = defaultdict(list)
+
+    def watched(request: Any, *arguments: Any, **options: Any) -> None:
+        found[request.request_id.split("-")[0]].append(request.num_output_tokens)
+        answer.preempted = dict(found)
+        preempt(request, *arguments, **options)
+
+    scheduler._preempt_request = watched
+
+
+def one_round(
+    engine: Any,
+    scheduler: Any,
+    prompts: Tokens,
+    params: Any,
+    aborted: dict[int, int],
+    answer: Answer,
+) -> None:
+    """All prompts at once, to their end, as `LLM.generate` goes about it."""
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
+    last: dict[int, Any] = {}
+    completions: dict[tuple[int, int], list[int]] = {}
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        answer.peak_running = max(answer.peak_running, len(outputs))
+        for output in outputs:
+            index = int(output.request_id)
+            last[index] = output
+            completions |= {(index, one.index): list(one.token_ids) for one in output.outputs}
+            if len(output.outputs[0].token_ids) >= aborted.get(index, params.max_tokens + 1):
+                engine.abort_request([output.request_id])
+    answer.rounds.append([completions[key] for key in sorted(completions)])
+    answer.num_hit_tokens = sum(output.num_cached_tokens or 0 for output in last.values())
+    if params.prompt_logprobs is not None:
+        for output in last.values():
+            given = [next(iter(some.values())).logprob for some in output.prompt_logprobs[1:]]
+            answer.log_probs.append(sum(given) / len(given))
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    run_engine = vllm_rounds if asked["engine"] == "vllm" else own_rounds
-    print("\n" + json.dumps(run_engine(asked["prompts"], asked["rounds"], asked["options"])))
+    print("\n" + ANSWER + json.dumps(asdict(run(json.load(sys.stdin)))))

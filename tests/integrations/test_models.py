@@ -1,0 +1,45 @@
+"""Attention that differs from model to model: heads, biases, soft caps, prompts of 2000 tokens."""
+
+from __future__ import annotations
+
+import random
+from math import floor
+
+import pytest
+
+from tests.support.random_models import MODELS, save_model
+from tests.support.vllm_job import own_rounds, vllm_answer
+
+GENERATOR = random.Random(2)
+PROMPTS = [[GENERATOR.randrange(5, 2000) for _ in range(length)] for length in (12, 700, 2000)]
+LONG = {"max_model_len": 2200}
+
+
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"gemma2-windows", "narrow"}))
+def test_tokens_are_those_of_vllms_own_cache_and_of_our_own_engine(name, tmp_path):
+    model = save_model(name, tmp_path)
+    native = vllm_answer(PROMPTS, model=model, kv_format="native", **LONG)
+    assert native.rounds == vllm_answer(PROMPTS, model=model, **LONG).rounds
+    assert len({token for tokens in native.rounds[0] for token in tokens}) > 10
+    answer = vllm_answer(PROMPTS, model=model, kv_format="int8", **LONG)
+    assert answer.rounds == own_rounds(PROMPTS, "int8", model=model, **LONG)
+
+
+def test_sliding_windows_are_refused_by_name(tmp_path):
+    with pytest.raises(AssertionError, match="ConfigError: paged_kv cannot be used: the model has"):
+        vllm_answer(PROMPTS, model=save_model("gemma2-windows", tmp_path), kv_format="int8")
+
+
+def test_a_pool_holds_the_requests_that_its_log_promises(tmp_path):
+    """At 4096 tokens in bfloat16; so many decode side by side, and one more does not fit."""
+    model = save_model("narrow", tmp_path)
+    prompts = [[GENERATOR.randrange(5, 2000) for _ in range(4096 - 64)] for _ in range(12)]
+    options = {"model": model, "dtype": "bfloat16", "max_model_len": 4096}
+    options["kv_cache_memory_bytes"] = 2 * 4096 * 256
+    own = vllm_answer(prompts[:1], **options)
+    for name, gain in {"int8": 1.75, "int4": 3.0, "int2": 4.4}.items():
+        answer = vllm_answer(prompts, kv_format=name, **options)
+        assert answer.capacity >= gain * own.capacity
+        assert answer.peak_running >= floor(answer.concurrency)
+        first = min(12, floor(answer.concurrency))
+        assert not any(str(index) in answer.preempted for index in range(first))
