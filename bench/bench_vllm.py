@@ -3,9 +3,10 @@
     python bench/bench_vllm.py --model FOLDER --json FILE
 
 Needs an environment with vLLM, such as the one that `make test-vllm` makes. Each contestant is an
-engine in a process of its own, started once for each case; all of a case live side by side and take
-turns, one round each that does not count, then medians of three. Requests are greedy and have exact
-lengths; prompts are stretches of a text, each begun at another place, so that no two share a prefix.
+engine in a process of its own, started once for each case; all of a case live side by side and
+take turns, one round each that does not count, then medians of `--rounds`. Requests are greedy and
+have exact lengths; prompts are stretches of a text, each begun at another place, so that no two
+share a prefix.
 
 Cases:
 
@@ -31,6 +32,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -117,7 +119,7 @@ class Engine:
                 most_held = max(most_held, held)
                 preempted |= {one.request_id for one in running if one.num_preemptions}
         seconds = time.perf_counter() - began
-        gaps = [b - a for some in times.values() for a, b in zip(some, some[1:], strict=False)]
+        gaps = [b - a for some in times.values() for a, b in pairwise(some)]
         return {
             "throughput": len(prompts) * num_new / seconds,
             "first token": median(some[0] for some in times.values()),
@@ -300,7 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(DEMO_MODEL), help="a folder")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--pool", type=int, default=256, help="MiB of the cases with equal memory")
+    parser.add_argument("--pool", type=int, default=160, help="MiB of the cases with equal memory")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
     parser.add_argument("--peers", nargs="*", default=["fp8"], help="other kv_cache_dtypes of vLLM")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="that count")

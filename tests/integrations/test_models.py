@@ -8,7 +8,7 @@ from math import floor
 import pytest
 
 from tests.support.random_models import MODELS, save_model
-from tests.support.vllm_job import own_rounds, vllm_answer
+from tests.support.vllm_job import first_difference, own_rounds, vllm_answer
 
 GENERATOR = random.Random(2)
 PROMPTS = [[GENERATOR.randrange(5, 2000) for _ in range(length)] for length in (12, 700, 2000)]
@@ -22,7 +22,8 @@ def test_tokens_are_those_of_vllms_own_cache_and_of_our_own_engine(name, tmp_pat
     assert native.rounds == vllm_answer(PROMPTS, model=model, **LONG).rounds
     assert len({token for tokens in native.rounds[0] for token in tokens}) > 10
     answer = vllm_answer(PROMPTS, model=model, kv_format="int8", **LONG)
-    assert answer.rounds == own_rounds(PROMPTS, "int8", model=model, **LONG)
+    expected = own_rounds(PROMPTS, "int8", model=model, **LONG)
+    assert first_difference(answer, expected) is None
 
 
 def test_sliding_windows_are_refused_by_name(tmp_path):

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = str(Path(paged_kv.__file__).parent / "demo_model")
 NUM_NEW = 64
 MEMORY = 64 << 20
+CLOSE = 1e-3  # in a logarithm of a probability
 ANSWER = "answer "  # opens the line; workers print others
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -41,6 +42,7 @@ class Answer:
     """What an engine did with the prompts of a job."""
 
     rounds: list[Tokens]  # of every completion, in the prompts' order
+    gaps: list[list[list[float]]] = field(default_factory=list)  # from a token to the second best
     num_lost: int = 0  # pages that nobody holds at the end and that are not free
     num_hit_tokens: int = 0  # of the last round
     preempted: dict[str, list[int]] = field(default_factory=dict)  # tokens made, by prompt index
@@ -99,6 +101,21 @@ def vllm_answer(
     return answer
 
 
+def first_difference(answer: Answer, expected: list[Tokens]) -> tuple[int, int, int] | None:
+    """Round, completion and place, but not where the engines' rounding can have decided.
+
+    Codes of few bits make of the last bit of a float a step of 1e-4 in the logits.
+    """
+    assert [len(some) for some in answer.rounds] == [len(some) for some in expected]
+    for turn, some in enumerate(expected):
+        for number, tokens in enumerate(some):
+            pairs = zip(answer.rounds[turn][number], tokens, strict=True)
+            place = next((i for i, (mine, its) in enumerate(pairs) if mine != its), None)
+            if place is not None and answer.gaps[turn][number][place] > CLOSE:
+                return turn, number, place
+    return None
+
+
 def own_rounds(
     prompts: Tokens, kv_format: str, *, model: str = MODEL, rounds: int = 1, **options: Any
 ) -> list[Tokens]:
@@ -130,7 +147,13 @@ def run(job: dict[str, Any]) -> Answer:
     answer = Answer([])
     watch_preemptions(scheduler, answer)
     params = SamplingParams(
-        **{"temperature": 0, "max_tokens": NUM_NEW, "ignore_eos": True, **job["params"]}
+        **{
+            "temperature": 0,
+            "max_tokens": NUM_NEW,
+            "ignore_eos": True,
+            "logprobs": 2,
+            **job["params"],
+        }
     )
     aborted = {int(index): count for index, count in job["aborted"].items()}
     for _ in range(job["rounds"]):
@@ -165,22 +188,29 @@ def one_round(
     for index, prompt in enumerate(prompts):
         engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
     last: dict[int, Any] = {}
-    completions: dict[tuple[int, int], list[int]] = {}
+    completions: dict[tuple[int, int], Any] = {}
     while engine.has_unfinished_requests():
         outputs = engine.step()
         answer.peak_running = max(answer.peak_running, len(outputs))
         for output in outputs:
             index = int(output.request_id)
             last[index] = output
-            completions |= {(index, one.index): list(one.token_ids) for one in output.outputs}
+            completions |= {(index, one.index): one for one in output.outputs}
             if len(output.outputs[0].token_ids) >= aborted.get(index, params.max_tokens + 1):
                 engine.abort_request([output.request_id])
-    answer.rounds.append([completions[key] for key in sorted(completions)])
+    whole = [completions[key] for key in sorted(completions)]
+    answer.rounds.append([list(one.token_ids) for one in whole])
+    answer.gaps.append([[gap(best) for best in one.logprobs or ()] for one in whole])
     answer.num_hit_tokens = sum(output.num_cached_tokens or 0 for output in last.values())
     if params.prompt_logprobs is not None:
         for output in last.values():
             given = [next(iter(some.values())).logprob for some in output.prompt_logprobs[1:]]
             answer.log_probs.append(sum(given) / len(given))
+
+
+def gap(best: dict[int, Any]) -> float:
+    first, second = sorted((one.logprob for one in best.values()), reverse=True)[:2]
+    return float(first - second)
 
 
 if __name__ == "__main__":
