@@ -56,6 +56,7 @@ def environment(**changes: str) -> dict[str, str]:
     """One thread and one process for each engine, nothing from the network."""
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    settings["VLLM_NO_USAGE_STATS"] = "1"
     return {**os.environ, **settings, **changes}
 
 
