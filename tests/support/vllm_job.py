@@ -112,7 +112,8 @@ def first_difference(answer: Answer, expected: list[Tokens]) -> tuple[int, int, 
         for number, tokens in enumerate(some):
             pairs = zip(answer.rounds[turn][number], tokens, strict=True)
             place = next((i for i, (mine, its) in enumerate(pairs) if mine != its), None)
-            if place is not None and answer.gaps[turn][number][place] > CLOSE:
+            is_close = place is None or answer.gaps[turn][number][place] <= CLOSE  # not of NaN
+            if not is_close:
                 return turn, number, place
     return None
 
