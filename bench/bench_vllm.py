@@ -262,14 +262,20 @@ def rows_of(case: Case, contestants: dict[str, Contestant], figures: dict[str, A
     return rows
 
 
-def prompts_of(model: str, count: int, length: int) -> list[list[int]]:
-    """Stretches of a text, each from a place of its own."""
+def text_of(model: str) -> list[int]:
     from transformers import AutoTokenizer
 
-    token_ids = AutoTokenizer.from_pretrained(model)(TEXT.read_text(encoding="utf-8"))["input_ids"]
-    token_ids = token_ids * (2 + length // len(token_ids))
-    starts = random.Random(count).sample(range(len(token_ids) - length), count)
-    return [token_ids[start : start + length] for start in starts]
+    token_ids: list[int] = AutoTokenizer.from_pretrained(model)(TEXT.read_text(encoding="utf-8"))[
+        "input_ids"
+    ]
+    return token_ids
+
+
+def prompts_of(text: list[int], count: int, length: int) -> list[list[int]]:
+    """Stretches of a text, each from a place of its own."""
+    text = text * (2 + length // len(text))
+    starts = random.Random(count).sample(range(len(text) - length), count)
+    return [text[start : start + length] for start in starts]
 
 
 def cases_of(model: str, pool: int, num: int) -> list[tuple[Case, dict[str, Any]]]:
@@ -277,13 +283,13 @@ def cases_of(model: str, pool: int, num: int) -> list[tuple[Case, dict[str, Any]
     memory = {"tokens": ("tokens", True), "start-up": ("s", False), "imports": ("s", False)}
     memory |= {name: FIGURES[name] for name in ("decoding side by side", "peak pages")}
     ample = 768 << 20
-    long = longest(model) - 64
+    long, text = longest(model) - 64, text_of(model)
 
     def case(
         name: str, count: int, length: int, new: int, size: int, repeated: bool = False, **more: Any
     ) -> Case:
         options = {"max_model_len": 1024, **more}
-        return Case(name, prompts_of(model, count, length), new, size, options, repeated)
+        return Case(name, prompts_of(text, count, length), new, size, options, repeated)
 
     found = [
         (case("memory", num // 4, long, 64, pool, max_model_len=long + 64), memory),

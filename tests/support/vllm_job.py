@@ -1,10 +1,12 @@
-"""One engine of vLLM in a process of its own: vLLM walks the modules that are loaded when an engine is
-made and trips over llvmlite's, which our kernels have loaded by then. Our own engine beside it.
+"""One engine of vLLM in a process of its own; our own engine beside it.
+
+vLLM walks the modules that are loaded when an engine is made and trips over llvmlite's, which our
+kernels have loaded by then.
 
     echo '{"model": ..., "rounds": 2, "prompts": [[5, 6]], ...}' | python -m tests.support.vllm_job
 
 prints a line with an `Answer`.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,11 +169,10 @@ def run(job: dict[str, Any]) -> Answer:
 
 def watch_preemptions(scheduler: Any, answer: Answer) -> None:
     preempt = scheduler._preempt_request
-    found: dict[str, list[int]] = defaultdict(list)
 
     def watched(request: Any, *arguments: Any, **options: Any) -> None:
-        found[request.request_id.split("-")[0]].append(request.num_output_tokens)
-        answer.preempted = dict(found)
+        index = request.request_id.split("-")[0]
+        answer.preempted.setdefault(index, []).append(request.num_output_tokens)
         preempt(request, *arguments, **options)
 
     scheduler._preempt_request = watched
