@@ -7,23 +7,33 @@ from math import floor
 
 import pytest
 
-from tests.support.random_models import MODELS, save_model
+from tests.support.random_models import save_model
 from tests.support.vllm_job import first_difference, own_rounds, vllm_answer
 
 GENERATOR = random.Random(2)
-PROMPTS = [[GENERATOR.randrange(5, 2000) for _ in range(length)] for length in (12, 700, 2000)]
+PROMPTS = [
+    [GENERATOR.randrange(5, 2000) for _ in range(length)] for length in (12, 63, 700, 1111, 2000)
+]
 LONG = {"max_model_len": 2200}
+FORMATS_OF = {
+    "llama-gqa1": ["int8", "int4"],
+    "llama-gqa4": ["int8", "int2", "kivi2"],
+    "llama-gqa8": ["int8", "k4v2"],
+    "qwen2-biases": ["int8", "int3", "int8-token"],
+    "gemma2": ["int8", "int2-long"],
+}
 
 
-@pytest.mark.parametrize("name", sorted({*MODELS} - {"gemma2-windows", "narrow"}))
+@pytest.mark.parametrize("name", FORMATS_OF)
 def test_tokens_are_those_of_vllms_own_cache_and_of_our_own_engine(name, tmp_path):
     model = save_model(name, tmp_path)
     native = vllm_answer(PROMPTS, model=model, kv_format="native", **LONG)
     assert native.rounds == vllm_answer(PROMPTS, model=model, **LONG).rounds
     assert len({token for tokens in native.rounds[0] for token in tokens}) > 10
-    answer = vllm_answer(PROMPTS, model=model, kv_format="int8", **LONG)
-    expected = own_rounds(PROMPTS, "int8", model=model, **LONG)
-    assert first_difference(answer, expected) is None
+    for kv_format in FORMATS_OF[name]:
+        answer = vllm_answer(PROMPTS, model=model, kv_format=kv_format, **LONG)
+        expected = own_rounds(PROMPTS, kv_format, model=model, **LONG)
+        assert first_difference(answer, expected) is None, kv_format
 
 
 def test_sliding_windows_are_refused_by_name(tmp_path):
