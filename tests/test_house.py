@@ -21,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "paged_kv"
 TESTS = ROOT / "tests"
 
-# A room may import from rooms before its own, and from itself. Only `cache` imports kernels.
+# A room may import from rooms before its own, and from itself. `cache` imports kernels, `models`
+# those of a model's own layers.
+BESIDE_KERNELS = {("cache", "kernels"), ("models", "kernels"), ("kernels", "ground")}
 ROOMS = "ground < blocks < scheduler, cache < models, integrations < engine < entrypoints"
 GROUND = {
     *("change", "code_cache", "errors", "free_memory", "private_folder", "units", "validation"),
@@ -55,7 +57,7 @@ def room_of(module: str) -> str:
 def may_import(module: str, imported: str) -> bool:
     room, other = room_of(module), room_of(imported)
     if "kernels" in (room, other):
-        return room == other or (room, other) in (("cache", "kernels"), ("kernels", "ground"))
+        return room == other or (room, other) in BESIDE_KERNELS
     return room == other or FLOOR_OF[other] < FLOOR_OF[room]
 
 

@@ -177,20 +177,25 @@ class Emitter:
 
     def reduce(self, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
         """One scalar from all lanes, halving."""
-        lanes = vector.type.count
-        undefined = ir.Constant(vector.type, ir.Undefined)
-        while lanes > 1:
-            lanes //= 2
+        return self.builder.extract_element(self.halved(vector, 1, combine), ir.Constant(INT, 0))
+
+    def halved(
+        self, vector: Any, lanes: int, combine: Callable[[Any, Any], Any] | None = None
+    ) -> Any:
+        """The halves of a vector combined (added), and theirs, until `lanes` are left."""
+        combine = combine or self.builder.fadd
+        while vector.type.count > lanes:
+            half = vector.type.count // 2
+            undefined = ir.Constant(vector.type, ir.Undefined)
             low, high = (
-                ir.Constant(ir.VectorType(INT, lanes), list(range(first, first + lanes)))
-                for first in (0, lanes)
+                ir.Constant(ir.VectorType(INT, half), list(range(first, first + half)))
+                for first in (0, half)
             )
             vector = combine(
                 self.builder.shuffle_vector(vector, undefined, low),
                 self.builder.shuffle_vector(vector, undefined, high),
             )
-            undefined = ir.Constant(vector.type, ir.Undefined)
-        return self.builder.extract_element(vector, ir.Constant(INT, 0))
+        return vector
 
     def half_to_float(self, vector: Any) -> Any:
         return self.builder.fpext(vector, ir.VectorType(FLOAT, vector.type.count))
@@ -213,11 +218,15 @@ class Emitter:
         bits = builder.add(builder.bitcast(result, integers), exponent)
         return builder.bitcast(bits, ir.VectorType(FLOAT, lanes))
 
+    def call(self, name: str, result: Any, *values: Any) -> Any:
+        """One of LLVM's intrinsics."""
+        function = self._intrinsic(name, result, [value.type for value in values])
+        return self.builder.call(function, values)
+
     def _vector_call(self, name: str, *values: Any) -> Any:
         kind = values[0].type
         suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
-        function = self._intrinsic(f"{name}.{suffix}", kind, [value.type for value in values])
-        return self.builder.call(function, values)
+        return self.call(f"{name}.{suffix}", kind, *values)
 
     def _intrinsic(self, name: str, result: Any, arguments: Sequence[Any]) -> Any:
         existing = self.module.globals.get(name)

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, Final, cast
@@ -30,6 +28,7 @@ from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache, Step
 from ..cache.layer_spec import LayerSpec
 from ..errors import ConfigError, PagedKVError, UnsupportedModelError
+from .active_step import ActiveStep, Observer, Probe, running, running_step
 from .rotary import Rotation, StepTurns, find_rotation
 
 # Not containing "flash", "sdpa", "flex_attention" or "/": transformers treats those specially.
@@ -53,35 +52,8 @@ INERT_ARGUMENTS: Final = frozenset(
 BATCH_DEPENDENT_ROPE: Final = frozenset({"dynamic", "longrope"})
 RECURRENT_LAYER_TYPES: Final = ("linear", "mamba", "recurrent", "conv", "rwkv")
 PROBE_LENGTH: Final = 3
+REHEARSED_LENGTH: Final = 100
 ROTATION_PROBE: Final = (0, 1, 2, 5, 17, 100)  # positions of one token
-
-
-# Told of each layer's place in the cache, its queries and its keys [T, H, D].
-Observer = Callable[[int, Tensor, Tensor], None]
-
-
-@dataclass
-class Probe:
-    """What each layer stores, written down during one forward pass without a cache."""
-
-    shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    windows: set[int | None] = field(default_factory=set)
-    # Queries and keys [T, H, D]; attention puts out zeros, so all a layer knows is the token.
-    tokens: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ActiveStep:
-    """Where the attention calls of the running forward pass read and write."""
-
-    cache: PagedKVCache
-    step: Step
-    cache_layer: dict[int, int]  # a module's layer_idx -> its place in the cache
-    turns: StepTurns | None = None  # of windowed sequences
-    observe: Observer | None = None
-
-
-_active: ContextVar[ActiveStep | Probe | None] = ContextVar("paged_kv_active_step", default=None)
 
 
 def paged_attention_forward(
@@ -97,20 +69,16 @@ def paged_attention_forward(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """What transformers calls for each layer: query, key and value are [1, heads, T, dim]."""
-    active = _active.get()
+    active = running_step()
     if active is None:
         raise PagedKVError(
             "this model is attached to a paged_kv LLM; close() that first to call it directly"
         )
     check_attention_call(module, query, attention_mask, sliding_window, kwargs)
-    layer_idx = cast(int, module.layer_idx)
     if isinstance(active, Probe):
-        if layer_idx in active.shapes:
-            raise UnsupportedModelError(f"layer {layer_idx} calls attention more than once")
-        active.shapes[layer_idx] = (key.shape[1], key.shape[3], value.shape[3])
-        active.windows.add(sliding_window)
-        active.tokens[layer_idx] = query[0].transpose(0, 1), key[0].transpose(0, 1)
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+        settings = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+        return active.attend(module, query, key, value, {**settings, "s_aux": s_aux}), None
+    layer_idx = cast(int, module.layer_idx)
     queries, keys, sink_queries = query[0].transpose(0, 1), key[0].transpose(0, 1), None
     if active.turns is not None:
         queries, keys, sink_queries = active.turns.apply(layer_idx, queries, keys)
@@ -191,6 +159,7 @@ class PagedModel:
         try:
             self.layer_shapes, self.vocab_size = self._probe()
             self._cache_layer = {layer: place for place, layer in enumerate(self.layer_shapes)}
+            fuse_once(model, self._rehearse)
         except BaseException:
             self.close()
             raise
@@ -303,6 +272,15 @@ class PagedModel:
         return logits[0] if self._keeps_logits else logits[0, logit_rows]
 
     @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """Run a few different tokens, far apart as long as the model reaches."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        last = min(limit or REHEARSED_LENGTH, REHEARSED_LENGTH) - 1
+        positions = torch.tensor([0, last // 2, last], device=self.device)
+        tokens = torch.arange(len(positions), device=self.device)
+        self._call(tokens, positions, tokens[-1:])
+
+    @torch.inference_mode()
     def _probe(self) -> tuple[dict[int, tuple[int, int, int]], int]:
         """Run a few tokens: which layers call attention with what shapes, and how many logits."""
         probe = Probe()
@@ -328,16 +306,6 @@ class PagedModel:
                 f"{name} has a sliding window of {config.sliding_window} but passes none on"
             )
         return dict(sorted(probe.shapes.items())), logits.shape[-1]
-
-
-@contextmanager
-def running(active: ActiveStep | Probe) -> Iterator[None]:
-    """Make a step or a probe the one that attention calls find."""
-    token = _active.set(active)
-    try:
-        yield
-    finally:
-        _active.reset(token)
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
@@ -393,6 +361,7 @@ class Attachment:
     count: int
     implementation: str
     was_training: bool
+    undo_fusing: Callable[[], None] | None = None
 
 
 _attached: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
@@ -412,11 +381,24 @@ def attach(model: PreTrainedModel) -> None:
     _attached[model].count += 1
 
 
+def fuse_once(model: PreTrainedModel, run: Callable[[], object]) -> None:
+    """Let an attached model compute faster where that can be, until it is detached."""
+    try:
+        from .fusing import fuse
+    except ImportError:  # numba is missing
+        return
+    attachment = _attached[model]
+    if attachment.undo_fusing is None:
+        attachment.undo_fusing = fuse(model, run, paged_attention_forward).undo
+
+
 def detach(model: PreTrainedModel) -> None:
     """Undo one `attach`."""
     attachment = _attached[model]
     attachment.count -= 1
     if attachment.count == 0:
         del _attached[model]
+        if attachment.undo_fusing is not None:
+            attachment.undo_fusing()
         model.set_attn_implementation(attachment.implementation)
         model.train(attachment.was_training)

@@ -1,0 +1,76 @@
+"""What the running forward pass is for: where attention calls find it, and what they find.
+
+Keyword arguments do not reach the attention of every architecture, a context variable does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import Tensor, nn
+
+from ..cache.kv_cache import PagedKVCache, Step
+from ..errors import UnsupportedModelError
+from .rotary import StepTurns
+
+# Told of each layer's place in the cache, its queries and its keys [T, H, D].
+Observer = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass
+class Probe:
+    """What each layer stores, written down during one forward pass without a cache."""
+
+    shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    windows: set[object] = field(default_factory=set)
+    # Queries and keys [T, H, D]; attention puts out zeros, so all a layer knows is the token.
+    tokens: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        settings: Mapping[str, object],
+    ) -> Tensor:
+        """Instead of attention [1, T, heads, value_dim], of query, key and value [1, H, T, D]."""
+        layer_idx = cast(int, module.layer_idx)
+        if layer_idx in self.shapes:
+            raise UnsupportedModelError(f"layer {layer_idx} calls attention more than once")
+        self.shapes[layer_idx] = (key.shape[1], key.shape[3], value.shape[3])
+        self.windows.add(settings["sliding_window"])
+        self.tokens[layer_idx] = query[0].transpose(0, 1), key[0].transpose(0, 1)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+@dataclass(frozen=True)
+class ActiveStep:
+    """Where the attention calls of the running forward pass read and write."""
+
+    cache: PagedKVCache
+    step: Step
+    cache_layer: dict[int, int]  # a module's layer_idx -> its place in the cache
+    turns: StepTurns | None = None  # of windowed sequences
+    observe: Observer | None = None
+
+
+_active: ContextVar[ActiveStep | Probe | None] = ContextVar("paged_kv_active_step", default=None)
+
+
+def running_step() -> ActiveStep | Probe | None:
+    return _active.get()
+
+
+@contextmanager
+def running(active: ActiveStep | Probe) -> Iterator[None]:
+    """Make a step or a probe the one that attention calls find."""
+    token = _active.set(active)
+    try:
+        yield
+    finally:
+        _active.reset(token)

@@ -1,0 +1,321 @@
+"""A model's own modules computed on a CPU by fewer and faster operations, where that is the same.
+
+Knows modules, never requests. No architecture is listed: a module is replaced where its code uses
+no other names than the replacement knows, and where both give the same on a few tokens. All else
+stays as it is. Weights stay where they are and are read at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.cpu.dense import Weight, gated_linear, is_served, linear
+from ..kernels.cpu.token_rows import rms_norm, turn
+from .active_step import Probe, running
+
+# How far two ways to compute the same may be apart, as a relative norm.
+TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+
+PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION_NAMES: Final = frozenset(
+    {
+        *PROJECTIONS,
+        *("ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "apply_rotary_pos_emb"),
+        *("attention_dropout", "attn_logit_softcapping", "config", "contiguous"),
+        *("eager_attention_forward", "get_interface", "getattr", "head_dim", "k_norm"),
+        *("layer_idx", "q_norm", "reshape", "scaling", "shape", "sliding_window", "training"),
+        *("transpose", "update", "view"),
+    }
+)
+GATED_NAMES: Final = frozenset({"act_fn", "down_proj", "gate_proj", "up_proj"})
+NORM_NAMES: Final = frozenset(
+    {
+        *("_norm", "dtype", "eps", "float", "float32", "mean", "pow", "rsqrt", "to", "torch"),
+        *("type_as", "variance_epsilon", "weight"),
+    }
+)
+ACTIVATIONS: Final = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
+
+Forward = Callable[..., Any]
+Attention = Callable[..., tuple[Tensor, None]]  # what transformers calls for each layer
+
+
+class Replacement(Protocol):
+    """Takes the place of a module's forward."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any: ...
+
+
+def is_plain(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether the forward of a module is its class's, and uses no other names than these."""
+    kind: Any = type(module)
+    code = [kind.forward.__code__]
+    if "_norm" in names and hasattr(kind, "_norm"):
+        code.append(kind._norm.__code__)
+    return "forward" not in module.__dict__ and all(names.issuperset(c.co_names) for c in code)
+
+
+def served(tensor: Tensor) -> bool:
+    """Whether a tensor is computed with here: on a CPU, and nobody asks for its gradient."""
+    return tensor.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def weight_of(module: nn.Linear) -> Weight:
+    return Weight(module.weight, module.bias)
+
+
+def is_linear(module: Any) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer and nothing more."""
+    is_itself = type(module) is nn.Linear and "forward" not in module.__dict__
+    return is_itself and is_served(module.weight)
+
+
+def is_untouched(*modules: nn.Module) -> bool:
+    """Whether nobody listens to these linear layers, or has changed what they do."""
+    for module in modules:
+        forward = module.__dict__.get("forward")
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        if not isinstance(forward, (FastLinear, Trial)):
+            return False
+    return True
+
+
+@dataclass
+class FastLinear:
+    module: nn.Linear
+
+    def __call__(self, input: Tensor) -> Tensor:
+        weight = weight_of(self.module)
+        is_same = input.dtype in (torch.float32, weight.matrix.dtype)
+        if not (served(input) and is_same and is_served(weight.matrix)):
+            return nn.functional.linear(input, *weight)
+        output = linear(rows_of(input), [weight])[0]
+        return output.view(*input.shape[:-1], len(weight.matrix))
+
+
+@dataclass
+class FastNorm:
+    """RMS norms whose weight counts from 0, or from 1."""
+
+    module: Any
+    original: Forward
+    is_offset: bool
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        if not served(hidden_states) or hidden_states.dtype is torch.float16:
+            return self.original(hidden_states)  # type: ignore[no-any-return]
+        module = self.module
+        epsilon = getattr(module, "variance_epsilon", None) or module.eps
+        return rms_norm(hidden_states, module.weight, epsilon, is_offset=self.is_offset)
+
+
+@dataclass
+class GatedLinear:
+    """down(activation(gate(x)) * up(x)), the inner part in one pass over both weights."""
+
+    module: Any
+    original: Forward
+    activation: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up, down = self.module.gate_proj, self.module.up_proj, self.module.down_proj
+        listens = self.module.act_fn._forward_hooks or self.module.act_fn._forward_pre_hooks
+        if listens or not (served(x) and is_untouched(gate, up, down)):
+            return self.original(x)  # type: ignore[no-any-return]
+        inner = gated_linear(rows_of(x), weight_of(gate), weight_of(up), self.activation)
+        output = linear(inner, [weight_of(down)])[0]
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+
+@dataclass
+class TurnedAttention:
+    """Queries, keys and values in one pass, turned in place, as Llama's attention has them."""
+
+    module: Any
+    original: Forward
+    attend: Attention
+    settings: Mapping[str, object] = field(default_factory=dict)  # that attention is called with
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: object = None,
+        **options: Any,
+    ) -> Any:
+        module, size = self.module, self.module.head_dim
+        projections = module.q_proj, module.k_proj, module.v_proj, module.o_proj
+        is_usual = position_embeddings is not None and past_key_values is None
+        if not (is_usual and served(hidden_states) and is_untouched(*projections)):
+            return self.original(
+                hidden_states, position_embeddings=position_embeddings,
+                attention_mask=attention_mask, past_key_values=past_key_values, **options,
+            )  # fmt: skip
+        weights = [weight_of(projection) for projection in projections[:3]]
+        projected = linear(rows_of(hidden_states), weights)
+        heads = [one.view(len(one), one.shape[1] // size, size) for one in projected]
+        for place, norm in enumerate(("q_norm", "k_norm")):
+            if hasattr(module, norm):
+                heads[place] = getattr(module, norm)(heads[place])
+        assert position_embeddings is not None
+        turn(heads[0], heads[1], *(rows_of(one) for one in position_embeddings))
+        batch = [one.transpose(0, 1)[None] for one in heads]
+        output, _ = self.attend(module, *batch, attention_mask, **self.settings)
+        output = linear(rows_of(output.flatten(2)), [weight_of(module.o_proj)])[0]
+        return output.view(*hidden_states.shape[:-1], output.shape[-1]), None
+
+
+# -- trials ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rehearsal(Probe):
+    """Writes down what attention is called with, and answers with numbers of its own."""
+
+    calls: list[tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, object]]] = field(
+        default_factory=list
+    )
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        settings: Mapping[str, object],
+    ) -> Tensor:
+        self.calls.append(((query.clone(), key.clone(), value.clone()), settings))
+        shape = (1, query.shape[2], query.shape[1], value.shape[3])
+        numbers = torch.arange(query.shape[2] * query.shape[1] * value.shape[3])
+        return torch.sin(numbers.double()).to(query.dtype).view(shape)
+
+
+@dataclass
+class Trial:
+    """Computes a module's output both ways, hands out its own, and says if they are the same."""
+
+    module: nn.Module
+    original: Forward
+    candidates: list[Any]
+    rehearsal: Rehearsal
+    found: Replacement | None = None
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        calls = self.rehearsal.calls
+        before = len(calls)
+        expected = self.original(*arguments, **options)
+        expected_calls = calls[before:]
+        for candidate in self.candidates:
+            del calls[before:]
+            if isinstance(candidate, TurnedAttention):
+                candidate.settings = expected_calls[0][1] if expected_calls else {}
+            with suppress(Exception):  # whatever it is, this module stays as it was
+                given = candidate(*arguments, **options)
+                if is_same(given, expected) and is_same(calls[before:], expected_calls):
+                    self.found = candidate
+                    break
+        calls[before:] = expected_calls
+        return expected
+
+
+def is_same(given: Any, expected: Any) -> bool:
+    """Whether two trees of tensors and plain values agree, tensors up to rounding."""
+    if isinstance(expected, Tensor):
+        if not isinstance(given, Tensor) or given.shape != expected.shape:
+            return False
+        if given.dtype is not expected.dtype:
+            return False
+        difference = (given.double() - expected.double()).norm()
+        return bool(difference <= TOLERANCE[expected.dtype] * expected.double().norm())
+    if isinstance(expected, (tuple, list)):
+        return len(given) == len(expected) and all(map(is_same, given, expected))
+    return bool(given == expected)
+
+
+def candidates_of(module: Any, attend: Attention) -> list[Replacement]:
+    """What may take the place of a module's forward."""
+    original = module.forward
+    if is_linear(module):
+        return [FastLinear(module)]
+    if is_plain(module, ATTENTION_NAMES) and all(
+        is_linear(getattr(module, name, None)) for name in PROJECTIONS
+    ):
+        return [TurnedAttention(module, original, attend)]
+    if is_plain(module, GATED_NAMES) and all(
+        is_linear(getattr(module, name, None)) for name in ("gate_proj", "up_proj", "down_proj")
+    ):
+        activation = ACTIVATIONS.get(type(module.act_fn).__name__)
+        has_bias = {getattr(module, name).bias is not None for name in ("gate_proj", "up_proj")}
+        return (
+            []
+            if activation is None or len(has_bias) > 1
+            else [GatedLinear(module, original, activation)]
+        )
+    weight = getattr(module, "weight", None)
+    if is_plain(module, NORM_NAMES) and isinstance(weight, Tensor) and weight.ndim == 1:
+        return [FastNorm(module, original, is_offset) for is_offset in (False, True)]
+    return []
+
+
+# -- the whole model ------------------------------------------------------------------------------
+
+
+class FusedModel:
+    """What was replaced in a model; `undo` gives all modules their own forward back."""
+
+    def __init__(self) -> None:
+        self._replaced: list[tuple[nn.Module, Forward]] = []
+
+    def replace(self, module: nn.Module, forward: Forward) -> None:
+        self._replaced.append((module, forward))
+        module.forward = forward
+
+    def undo(self) -> None:
+        while self._replaced:
+            module, forward = self._replaced.pop()
+            if module.__dict__.get("forward") is forward:  # or somebody has set another since
+                del module.forward
+
+
+def fuse(model: nn.Module, run: Callable[[], object], attend: Attention) -> FusedModel:
+    """Replace what can be replaced; `run` computes a few tokens, `attend` is their attention.
+
+    Nothing is replaced of a model that is not on a CPU, nor where `run` raises anything.
+    """
+    fused, trials = FusedModel(), FusedModel()
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return fused
+    rehearsal = Rehearsal()
+    tried = [
+        Trial(module, module.forward, candidates, rehearsal)
+        for module in model.modules()
+        if (candidates := candidates_of(module, attend))
+    ]
+    try:
+        for trial in tried:
+            trials.replace(trial.module, trial)
+        with running(rehearsal):
+            run()
+    finally:
+        trials.undo()
+    for trial in tried:
+        if trial.found is not None:
+            fused.replace(trial.module, trial.found)
+    return fused
