@@ -37,6 +37,15 @@ def test_tokens_in_chunks_are_those_of_our_own_engine(name):
     assert first_difference(answer, expected) is None
 
 
+@pytest.mark.parametrize("name", ["native", "int8", "int2"])
+def test_a_prompt_that_one_step_finishes_is_found_again(name):
+    """As in scoring: one step computes the prompt, and its request ends with it."""
+    options = {"rounds": 3, "params": {"max_tokens": 1}, "enable_prefix_caching": True}
+    answer = vllm_answer(PROMPTS[-1:], kv_format=name, **options)
+    assert answer.num_hit_tokens > 700
+    assert len({str(tokens) for tokens in answer.rounds}) == 1
+
+
 def test_two_equal_prompts_in_one_step():
     (expected,) = own_rounds(PROMPTS[3:4], "int2")
     answer = vllm_answer(PROMPTS[3:4] * 2, kv_format="int2", enable_prefix_caching=True)
@@ -129,9 +138,3 @@ def test_a_full_pool_of_quantized_blocks_changes_what_is_preempted_only(name):
         num_sure = min(crowded.preempted.get(str(index), [64]))
         assert mine[:num_sure] == expected[:num_sure]
         assert len(mine) == 64
-
-
-def test_options_are_checked_with_our_errors():
-    for options in ({"format": "int5"}, {"format": "int8", "colour": 1}):
-        with pytest.raises(AssertionError, match=r"ConfigError: (unknown KV format 'int5'|.*colo)"):
-            vllm_answer(PROMPTS[:1], kv_format="int8", paged_kv=options)

@@ -148,7 +148,7 @@ class PagedKVImpl(AttentionImpl):  # type: ignore[misc]
     ) -> None:
         refused = {
             "ALiBi": alibi_slopes is not None,
-            "a sliding window": sliding_window is not None,
+            f"a sliding window of {sliding_window} tokens": sliding_window is not None,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
         }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Final
 
 import vllm
@@ -17,6 +18,7 @@ from ...errors import ConfigError
 from ...validation import require
 
 TESTED_VERSIONS: Final = ("0.32",)  # major and minor
+FIELDS: Final = frozenset(field.name for field in fields(KVFormat)) - {"name"}
 _seen: KVFormat | None = (
     None  # of this process: vLLM asks for specs outside of its config's context
 )
@@ -24,12 +26,28 @@ _seen: KVFormat | None = (
 
 def kv_format_of(config: Any) -> KVFormat:
     """The format of the options; raises `ConfigError` for what they do not name rightly."""
-    options = config.additional_config.get("paged_kv", {})
+    given = config.additional_config
+    meant = [name for name in given if name != "paged_kv" and is_meant_for_us(name)]
+    if meant:
+        raise ConfigError(
+            f"--additional-config has {meant[0]!r}; paged_kv's options stand as "
+            '{"paged_kv": {"format": ...}}'
+        )
+    options = given.get("paged_kv", {})
     is_options = isinstance(options, Mapping) and all(isinstance(name, str) for name in options)
     require("paged_kv", options, is_options, "a mapping of options in --additional-config")
     changes = dict(options)
     kv_format = resolve_format(changes.pop("format", "int8"))
+    unknown = sorted(set(changes) - FIELDS)
+    if unknown:
+        raise ConfigError(
+            f"paged_kv has no option {unknown[0]!r}; there are format, {', '.join(sorted(FIELDS))}"
+        )
     return kv_format.with_options(**changes)
+
+
+def is_meant_for_us(name: str) -> bool:
+    return name.replace("-", "_").lower() in {"paged_kv", "pagedkv", "format", *FIELDS}
 
 
 def require_supported(config: Any) -> None:
@@ -39,15 +57,20 @@ def require_supported(config: Any) -> None:
         raise ConfigError(
             f"paged_kv was tested with vLLM {', '.join(TESTED_VERSIONS)}, this is {version}"
         )
-    parallel = config.parallel_config
+    parallel, cache_dtype = config.parallel_config, config.cache_config.cache_dtype
+    is_context_parallel = (
+        parallel.decode_context_parallel_size > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1
+    )
     reasons = {
-        "a KV connector moves pages as if each were its tokens": config.kv_transfer_config,
-        "speculative decoding takes tokens back that may be sealed": config.speculative_config,
-        "context parallelism deals tokens out to pages": (
-            parallel.decode_context_parallel_size > 1
-            or getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        f"--kv-cache-dtype {cache_dtype}: the format says what is stored": cache_dtype != "auto",
+        "a KV connector (--kv-transfer-config, --kv-offloading-size) moves pages as if each were "
+        "its tokens": config.kv_transfer_config,
+        "speculative decoding (--speculative-config) takes tokens back that may be sealed": (
+            config.speculative_config
         ),
-        "MLA stores no keys and values": config.model_config.use_mla,
+        "context parallelism deals tokens out to pages": is_context_parallel,
+        "MLA stores no keys and values": config.model_config and config.model_config.use_mla,
     }
     for reason, is_asked_for in reasons.items():
         if is_asked_for:

@@ -30,6 +30,7 @@ class PagedKVManager(FullAttentionManager):  # type: ignore[misc]
         super().__init__(kv_cache_spec, **settings)
         self.geometry = kv_cache_spec.geometry
         self.num_returned: dict[str, int] = {}  # sealed blocks whose other pages are not held
+        self.published: dict[str, Any] = {}  # requests whose blocks others may find
         log_capacity(kv_cache_spec, self.block_pool.num_gpu_blocks)
 
     def _needed(self, request_blocks: int, num_tokens: int) -> list[bool]:
@@ -87,6 +88,9 @@ class PagedKVManager(FullAttentionManager):  # type: ignore[misc]
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         self.num_returned.pop(request_id, None)
+        request = self.published.pop(request_id, None)
+        if request is not None:  # what its last step stored; whoever finds it reads it later
+            self._publish(request, request.num_computed_tokens)
         blocks: list[Any] = super().pop_blocks_for_free(request_id)
         return blocks
 
@@ -100,28 +104,31 @@ class PagedKVManager(FullAttentionManager):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         """Publish what earlier steps have stored: attention reads before its step stores."""
-        blocks = self.req_to_blocks[request.request_id]
-        num_cached = self.num_cached_block.get(request.request_id, 0)  # places
-        done = self.geometry.num_done_places(min(num_tokens, request.num_computed_tokens))
-        num_head, per_block = self.geometry.num_head_blocks, self.geometry.open_blocks_per_block
-        for place in range(num_cached, done):
-            if place < num_head or not self.geometry.seals:
-                self._publish(request, blocks[place], place)
-            elif (place - num_head + 1) % per_block == 0:
-                self._publish(request, blocks[place + 1 - per_block], place)
-        self.num_cached_block[request.request_id] = max(done, num_cached)
+        self.published[request.request_id] = request
+        self._publish(request, min(num_tokens, request.num_computed_tokens))
 
-    def _publish(self, request: Any, page: Any, last_place: int) -> None:
-        """One link, under the hash of what ends with `last_place`."""
+    def _publish(self, request: Any, num_stored: int) -> None:
+        """Let others find what is complete among the first `num_stored` tokens."""
+        blocks = self.req_to_blocks[request.request_id]
+        num_known = min(num_stored, len(request.block_hashes) * self.block_size)
+        before = self.num_cached_block.get(request.request_id, 0)  # places
+        done = max(before, self.geometry.num_done_places(num_known))
+        first, past = (self.geometry.num_links(n * self.block_size) for n in (before, done))
+        for link in range(first, past):
+            place, end = (self.geometry.link_end(n) // self.block_size for n in (link, link + 1))
+            self._publish_link(request, blocks[place], end)
+        self.num_cached_block[request.request_id] = done
+
+    def _publish_link(self, request: Any, page: Any, end: int) -> None:
+        """One link, under the hash of what ends before place `end`."""
         if page.block_hash is not None:
             return
-        blocks = [self._null_block] * (last_place + 1)
-        blocks[last_place] = page
+        blocks = [self._null_block] * (end - 1) + [page]
         self.block_pool.cache_full_blocks(
             request=request,
             blocks=blocks,
-            num_cached_blocks=last_place,
-            num_full_blocks=last_place + 1,
+            num_cached_blocks=end - 1,
+            num_full_blocks=end,
             block_size=self.block_size,
             kv_cache_group_id=self.kv_cache_group_id,
         )

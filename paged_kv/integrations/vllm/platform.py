@@ -1,4 +1,7 @@
-"""vLLM's CPU platform, but `--attention-backend CUSTOM` is honoured. Knows names only."""
+"""vLLM's CPU platform, but `--attention-backend CUSTOM` is honoured, and checked at once.
+
+Knows names only.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,16 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 
 class PagedKVCpuPlatform(CpuPlatform):  # type: ignore[misc]
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        """Refuse what cannot be before a worker is started."""
+        super().check_and_update_config(vllm_config)
+        if vllm_config.attention_config.backend is AttentionBackendEnum.CUSTOM:
+            from .config import kv_format_of, require_supported
+
+            require_supported(vllm_config)
+            kv_format_of(vllm_config)
+
     @classmethod
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
