@@ -39,6 +39,7 @@ TILE_ROWS: Final = {16: 6, 8: 3, 4: 2}  # ... with so many rows, by lanes of a v
 UNIT_WEIGHTS: Final = 32  # a thread's unit of work: rows of a weight ...
 UNIT_ROWS: Final = 48  # ... with rows; both stay in the second cache
 MAX_PAIRED_ROWS: Final = 64  # from here on torch's bfloat16 products are as fast
+PREFETCHED_ROWS: Final = 2  # so few take less time than their weights take to come
 SCRATCH_BYTES: Final = 2 * UNIT_ROWS * UNIT_WEIGHTS * 4  # sums of a unit, for two weights
 ACTIVATIONS: Final = ("silu", "gelu_tanh")
 LOG2_E: Final = 1 / math.log(2)
@@ -52,28 +53,33 @@ class Weight(NamedTuple):
 
 
 class CallFields(NamedTuple):
-    """Of a call; names of matrices and microkernels are their addresses, strides are in bytes."""
+    """Of a call; names of matrices are their addresses, strides are in bytes."""
 
     counters: int  # next unit of work, next thread
     scratch: int
     rows: int
     row_stride: int
     num_rows: int
-    num_channels: int
+    outputs: int  # one behind the other
+    layer: int  # its fields
+
+
+class LayerFields(NamedTuple):
+    """Of the weights of a call, at an address of their own."""
+
     num_outputs: int
+    num_channels: int
+    item_bytes: int  # of an output's element
     tile_rows: int
-    tiles: int  # the first of `tile_rows` addresses
+    tiles: int  # the first of `tile_rows` addresses of microkernels
     lanes: int
 
 
 class OutputFields(NamedTuple):
-    """Of an output, behind those of the call."""
+    """Of an output, behind those of the layer; names of matrices and microkernels are addresses."""
 
-    past_units: int  # of this output and those before it
+    first_column: int  # among those of all outputs
     num_columns: int
-    output: int
-    output_stride: int
-    item_bytes: int  # of an output's element
     weight_stride: int
     weight: int
     bias: int
@@ -85,8 +91,10 @@ class OutputFields(NamedTuple):
 
 
 CALL: Final = CallFields(*range(len(CallFields._fields)))
+LAYER: Final = LayerFields(*range(len(LayerFields._fields)))
 OUTPUT: Final = OutputFields(*range(len(OutputFields._fields)))
-NUM_CALL, NUM_OUTPUT = len(CALL), len(OUTPUT)
+NUM_LAYER, NUM_OUTPUT = len(LAYER), len(OUTPUT)
+CALL_STRUCT: Final = Struct(f"={len(CALL)}q")
 
 
 # -- microkernels ---------------------------------------------------------------------------------
@@ -116,6 +124,9 @@ def tile_kernel(kind: str, rows: int, is_paired: bool) -> MachineCode:
     with emitter.loop(emitter.long(0), num_channels, lanes) as channel:
         at_row = emitter.times(channel, row_bytes)
         at_weight = emitter.times(channel, ELEMENT_BYTES[kind])
+        for start in weight_starts if rows <= PREFETCHED_ROWS else ():
+            ahead = builder.mul(weight_stride, emitter.long(TILE_WEIGHTS))
+            emitter.prefetch(emitter.offset(start, at_weight, ahead))
         columns = [
             load_raw(emitter, builder.add(start, at_weight), kind, lanes) for start in weight_starts
         ]
@@ -247,11 +258,12 @@ def multiply_unit(
     p: int, output: int, scratch: int, first_row: int, num_rows: int, first: int, last: int
 ) -> None:
     """Sums of one unit: rows with the columns from `first` to `last`, four at a time."""
-    row_stride, num_channels = load_long(p, CALL.row_stride), load_long(p, CALL.num_channels)
+    layer, row_stride = load_long(p, CALL.layer), load_long(p, CALL.row_stride)
+    num_channels = load_long(layer, LAYER.num_channels)
     rows = load_long(p, CALL.rows) + first_row * row_stride
     weight_stride = load_long(output, OUTPUT.weight_stride)
     weight, second = load_long(output, OUTPUT.weight), load_long(output, OUTPUT.second_weight)
-    tile_rows, tiles = load_long(p, CALL.tile_rows), load_long(p, CALL.tiles)
+    tile_rows, tiles = load_long(layer, LAYER.tile_rows), load_long(layer, LAYER.tiles)
     while weight:
         column = first
         while column < last:
@@ -270,40 +282,52 @@ def multiply_unit(
 
 
 @native
+def finish_unit(
+    p: int, output: int, scratch: int, first_row: int, num_rows: int, first: int, last: int
+) -> None:
+    """The outputs of one unit."""
+    layer = load_long(p, CALL.layer)
+    item_bytes, bias_bytes = (
+        load_long(layer, LAYER.item_bytes),
+        load_long(output, OUTPUT.bias_bytes),
+    )
+    stride = load_long(output, OUTPUT.num_columns) * item_bytes
+    before = load_long(output, OUTPUT.first_column) * load_long(p, CALL.num_rows) * item_bytes
+    target = load_long(p, CALL.outputs) + before + first_row * stride + first * item_bytes
+    is_narrow = last - first < load_long(layer, LAYER.lanes)
+    call(
+        load_long(output, OUTPUT.finish_narrow if is_narrow else OUTPUT.finish),
+        (scratch, load_long(output, OUTPUT.bias) + first * bias_bytes,
+         load_long(output, OUTPUT.second_bias) + first * bias_bytes,
+         target, stride, num_rows, last - first),
+    )  # fmt: skip
+
+
+@native
 def run_linear(p: int) -> None:
     """Take units of all outputs until none is left."""
-    counters = load_long(p, CALL.counters)
+    counters, layer = load_long(p, CALL.counters), load_long(p, CALL.layer)
     scratch = load_long(p, CALL.scratch) + SCRATCH_BYTES * fetch_add(counters + 8)
-    num_rows = load_long(p, CALL.num_rows)
+    num_rows, num_outputs = load_long(p, CALL.num_rows), load_long(layer, LAYER.num_outputs)
     row_units = -(-num_rows // UNIT_ROWS)
-    outputs, num_outputs = p + 8 * NUM_CALL, load_long(p, CALL.num_outputs)
-    index, before, output = 0, 0, outputs
-    while True:
-        unit = fetch_add(counters)
-        while index < num_outputs and unit >= load_long(output, OUTPUT.past_units):
-            before = load_long(output, OUTPUT.past_units)
+    index, before, output = 0, 0, layer + 8 * NUM_LAYER
+    unit = fetch_add(counters)
+    while index < num_outputs:
+        num_columns = load_long(output, OUTPUT.num_columns)
+        num_units = -(-num_columns // UNIT_WEIGHTS) * row_units
+        if unit - before >= num_units:
+            before += num_units
             index += 1
             output += 8 * NUM_OUTPUT
-        if index == num_outputs:
-            break
+            continue
         column_unit, row_unit = divmod(unit - before, row_units)
-        num_columns = load_long(output, OUTPUT.num_columns)
         first = min(column_unit * UNIT_WEIGHTS, num_columns - TILE_WEIGHTS)
         last = min(first + UNIT_WEIGHTS, num_columns)
         first_row = row_unit * UNIT_ROWS
         count = min(UNIT_ROWS, num_rows - first_row)
         multiply_unit(p, output, scratch, first_row, count, first, last)
-        bias_bytes = load_long(output, OUTPUT.bias_bytes)
-        stride = load_long(output, OUTPUT.output_stride)
-        target = load_long(output, OUTPUT.output) + first_row * stride
-        is_narrow = last - first < load_long(p, CALL.lanes)
-        finish = load_long(output, OUTPUT.finish_narrow if is_narrow else OUTPUT.finish)
-        call(
-            finish,
-            (scratch, load_long(output, OUTPUT.bias) + first * bias_bytes,
-             load_long(output, OUTPUT.second_bias) + first * bias_bytes,
-             target + first * load_long(output, OUTPUT.item_bytes), stride, count, last - first),
-        )  # fmt: skip
+        finish_unit(p, output, scratch, first_row, count, first, last)
+        unit = fetch_add(counters)
 
 
 def run_linear_of(parameters: Any) -> None:
@@ -345,9 +369,7 @@ def linear(rows: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
 
     All weights have one dtype. Sums are float32.
     """
-    if is_for_torch(rows, weights[0]):
-        return [functional.linear(rows, *weight) for weight in weights]
-    return multiply(rows, [(weight, None) for weight in weights], None)
+    return DenseLayer(weights)(rows)
 
 
 def gated_linear(rows: Tensor, gate: Weight, up: Weight, activation: str) -> Tensor:
@@ -355,12 +377,7 @@ def gated_linear(rows: Tensor, gate: Weight, up: Weight, activation: str) -> Ten
 
     Both have a bias or none has.
     """
-    if is_for_torch(rows, gate):
-        first, second = (functional.linear(rows, *weight) for weight in (gate, up))
-        if activation == "silu":
-            return functional.silu(first).mul_(second)
-        return functional.gelu(first, approximate="tanh").mul_(second)
-    return multiply(rows, [(gate, up)], activation)[0]
+    return DenseLayer([gate, up], activation)(rows)[0]
 
 
 def is_for_torch(rows: Tensor, weight: Weight) -> bool:
@@ -377,63 +394,107 @@ def tile_addresses(kind: str, is_paired: bool) -> tuple[int, ctypes.Array[Any]]:
     return ctypes.addressof(array), array
 
 
-@cache
-def record_struct(num_outputs: int) -> Struct:
-    return Struct(f"={NUM_CALL + num_outputs * NUM_OUTPUT}q")
+class DenseLayer:
+    """Weights [N, K] that multiply the same rows, all of one dtype: an output [M, N] for each.
 
+    With an `activation` there are two, and the one output is that of the first, activated, times
+    that of the second.
+    """
 
-def multiply(
-    rows: Tensor, pairs: Sequence[tuple[Weight, Weight | None]], activation: str | None
-) -> list[Tensor]:
-    """One output for each weight, or for each two of them."""
-    kind, precision = kind_of(pairs[0][0].matrix), rows.dtype
-    is_paired = kind_of(rows) == kind == "bfloat16" and has_bfloat16_unit()
-    if not is_paired:
-        rows = rows.to(torch.float32)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    num_rows, num_channels = rows.shape
-    lanes, output_kind = host_width(), kind_of(rows)
-    outputs: list[Tensor] = []
-    fields: list[int] = []
-    past_units = 0
-    for first, second in pairs:
-        num_columns = first.matrix.shape[0]
-        assert second is None or (first.bias is None) == (second.bias is None)
-        bias_kind = None if first.bias is None else kind_of(first.bias)
-        output = rows.new_empty(num_rows, num_columns)
-        outputs.append(output)
-        past_units += -(-num_columns // UNIT_WEIGHTS) * -(-num_rows // UNIT_ROWS)
-        item_bytes = output.element_size()
-        fields += OutputFields(
-            past_units=past_units,
-            num_columns=num_columns,
-            output=output.data_ptr(),
-            output_stride=num_columns * item_bytes,
-            item_bytes=item_bytes,
-            weight_stride=first.matrix.stride(0) * first.matrix.element_size(),
-            weight=first.matrix.data_ptr(),
-            bias=address_or_0(first.bias),
-            second_weight=0 if second is None else second.matrix.data_ptr(),
-            second_bias=0 if second is None else address_or_0(second.bias),
-            bias_bytes=0 if first.bias is None else first.bias.element_size(),
-            finish=finish_kernel(activation, bias_kind, output_kind, lanes).address,
-            finish_narrow=finish_kernel(activation, bias_kind, output_kind, TILE_WEIGHTS).address,
+    def __init__(self, weights: Sequence[Weight], activation: str | None = None) -> None:
+        assert activation is None or len({weight.bias is None for weight in weights}) == 1
+        self.weights, self.activation = list(weights), activation
+        self._places = [addresses(weight) for weight in self.weights]
+        self._kind = kind_of(self.weights[0].matrix)
+        step = 1 if activation is None else 2
+        self._columns = [len(weight.matrix) for weight in self.weights[::step]]
+        self._records: dict[bool, ctypes.Array[Any]] = {}
+
+    def is_of(self, weights: Sequence[Weight]) -> bool:
+        """Whether it was made of these weights, and they are where they were."""
+        return [addresses(weight) for weight in weights] == self._places
+
+    def __call__(self, rows: Tensor) -> list[Tensor]:
+        precision = rows.dtype
+        if is_for_torch(rows, self.weights[0]):
+            return self._by_torch(rows)
+        is_paired = precision is torch.bfloat16 and self._kind == "bfloat16" and has_bfloat16_unit()
+        if not is_paired:
+            rows = rows.to(torch.float32)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        num_rows, columns = rows.shape[0], self._columns
+        output = rows.new_empty(num_rows * sum(columns))
+        self._multiply(rows, output, is_paired)
+        output = output.to(precision)
+        if len(columns) == 1:
+            return [output.view(num_rows, columns[0])]
+        parts = torch.split(output, [num_rows * count for count in columns])
+        return [part.view(num_rows, n) for part, n in zip(parts, columns, strict=True)]
+
+    def _multiply(self, rows: Tensor, output: Tensor, is_paired: bool) -> None:
+        layer = self._records.get(is_paired)
+        if layer is None:
+            layer = self._records[is_paired] = self._record(is_paired)
+        num_threads = torch.get_num_threads()
+        counters = ctypes.create_string_buffer(2 * 8)
+        fields = CallFields(
+            ctypes.addressof(counters),
+            thread_scratch("linear", num_threads, SCRATCH_BYTES).address,
+            rows.data_ptr(),
+            rows.stride(0) * rows.element_size(),
+            rows.shape[0],
+            output.data_ptr(),
+            ctypes.addressof(layer),
         )
-    num_threads = min(torch.get_num_threads(), past_units)
-    counters = ctypes.create_string_buffer(2 * 8)
-    call_fields = CallFields(
-        counters=ctypes.addressof(counters),
-        scratch=thread_scratch("linear", num_threads, SCRATCH_BYTES).address,
-        rows=rows.data_ptr(),
-        row_stride=rows.stride(0) * rows.element_size(),
-        num_rows=num_rows,
-        num_channels=num_channels,
-        num_outputs=len(pairs),
-        tile_rows=TILE_ROWS[lanes],
-        tiles=tile_addresses(kind, is_paired)[0],
-        lanes=lanes,
-    )
-    record = ctypes.create_string_buffer(record_struct(len(pairs)).pack(*call_fields, *fields))
-    run_worker(linear_worker(), ctypes.addressof(record), num_threads)
-    return outputs if outputs[0].dtype is precision else [one.to(precision) for one in outputs]
+        record = ctypes.create_string_buffer(CALL_STRUCT.pack(*fields))
+        run_worker(linear_worker(), ctypes.addressof(record), num_threads)
+
+    def _record(self, is_paired: bool) -> ctypes.Array[Any]:
+        """What the worker reads of this layer."""
+        lanes, kind = host_width(), "bfloat16" if is_paired else "float32"
+        fields: list[int] = [
+            *LayerFields(
+                num_outputs=len(self._columns),
+                num_channels=self.weights[0].matrix.shape[1],
+                item_bytes=ELEMENT_BYTES[kind],
+                tile_rows=TILE_ROWS[lanes],
+                tiles=tile_addresses(self._kind, is_paired)[0],
+                lanes=lanes,
+            )
+        ]
+        first_column = 0
+        for place, num_columns in enumerate(self._columns):
+            matrix, bias = self.weights[place]
+            second = None if self.activation is None else self.weights[1]
+            finish = [
+                finish_kernel(self.activation, bias if bias is None else kind_of(bias), kind, n)
+                for n in (lanes, TILE_WEIGHTS)
+            ]
+            fields += OutputFields(
+                first_column=first_column,
+                num_columns=num_columns,
+                weight_stride=matrix.stride(0) * matrix.element_size(),
+                weight=matrix.data_ptr(),
+                bias=address_or_0(bias),
+                second_weight=address_or_0(second and second.matrix),
+                second_bias=address_or_0(second and second.bias),
+                bias_bytes=0 if bias is None else bias.element_size(),
+                finish=finish[0].address,
+                finish_narrow=finish[1].address,
+            )
+            first_column += num_columns
+        return (ctypes.c_int64 * len(fields))(*fields)
+
+    def _by_torch(self, rows: Tensor) -> list[Tensor]:
+        outputs = [functional.linear(rows, *weight) for weight in self.weights]
+        if self.activation is None:
+            return outputs
+        first, second = outputs
+        if self.activation == "silu":
+            return [functional.silu(first).mul_(second)]
+        return [functional.gelu(first, approximate="tanh").mul_(second)]
+
+
+def addresses(weight: Weight) -> tuple[int, int]:
+    return weight.matrix.data_ptr(), address_or_0(weight.bias)

@@ -37,6 +37,7 @@ from ..errors import (
 from ..models.calibration import Calibration
 from ..models.huggingface import PagedModel
 from ..models.loading import load_model, load_tokenizer
+from ..models.widening import computes_wide
 from ..scheduler.statistics import SchedulerStatistics
 from ..validation import is_integer, is_list_of
 from .outputs import Completion, OutputAssembler, RequestOutput, StreamEvent
@@ -72,7 +73,9 @@ class LLM:
     `model` is a local folder, a hub name, a GGUF file (or the `gguf_file` of a folder or hub name)
     or a loaded model, which this object takes over until `close()`. `kv_format` is the name of one
     of `FORMATS` or a `KVFormat`. What is not quantized of a sequence has `kv_dtype`: without it the
-    model's precision, but bfloat16 beside quantized tokens of a float32 model. Formats below 8 bits
+    model's precision, but bfloat16 beside quantized tokens of a float32 model. `dtype` is the
+    precision to load and compute in; without it all have the checkpoint's, but a CPU without a unit
+    for it computes in float32. Formats below 8 bits
     want to know what the model's queries and keys are like: the `calibration` is one of `paged-kv
     calibrate` or its file, "usual" makes one from a text that comes with the library, once, and
     keeps it; None does without. The pool is sized by `num_blocks` or by `kv_memory` (bytes, or text
@@ -130,7 +133,7 @@ class LLM:
             raise ConfigError(
                 f"{type(tokenizer).__name__} cannot decode token by token; a fast tokenizer can"
             )
-        self._model = PagedModel(model)
+        self._model = PagedModel(model, widens=dtype is None and computes_wide(model, device))
         try:
             self.engine = build_engine(self._model, config, device, tokenizer)
         except BaseException:

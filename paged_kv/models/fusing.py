@@ -10,19 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeGuard
+from types import NoneType
+from typing import Any, Final, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.cpu.dense import Weight, gated_linear, is_served, linear
+from ..kernels.cpu.dense import DenseLayer, Weight, is_served
 from ..kernels.cpu.token_rows import rms_norm, turn
 from .active_step import Probe, running
+from .widening import WideLinear
 
 # How far two ways to compute the same may be apart, as a relative norm.
 TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
 PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+GATED_PARTS: Final = ("gate_proj", "up_proj", "down_proj", "act_fn")
 ATTENTION_NAMES: Final = frozenset(
     {
         *PROJECTIONS,
@@ -33,7 +36,7 @@ ATTENTION_NAMES: Final = frozenset(
         *("transpose", "update", "view"),
     }
 )
-GATED_NAMES: Final = frozenset({"act_fn", "down_proj", "gate_proj", "up_proj"})
+GATED_NAMES: Final = frozenset(GATED_PARTS)
 NORM_NAMES: Final = frozenset(
     {
         *("_norm", "dtype", "eps", "float", "float32", "mean", "pow", "rsqrt", "to", "torch"),
@@ -75,38 +78,51 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def weight_of(module: nn.Linear) -> Weight:
-    return Weight(module.weight, module.bias)
+class Dense:
+    """Linear layers that read the same rows, computed together: as their weights are now."""
+
+    def __init__(self, activation: str | None = None) -> None:
+        self._activation = activation
+        self._layer: DenseLayer | None = None
+
+    def layer(self, *modules: nn.Linear) -> DenseLayer:
+        weights = [
+            Weight(cast(Tensor, parameters["weight"]), parameters["bias"])
+            for parameters in (module._parameters for module in modules)
+        ]
+        if self._layer is None or not self._layer.is_of(weights):
+            self._layer = DenseLayer(weights, self._activation)
+        return self._layer
 
 
 def is_linear(module: Any) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer and nothing more."""
-    is_itself = type(module) is nn.Linear and "forward" not in module.__dict__
+    if type(module) is not nn.Linear:
+        return False
+    is_itself = isinstance(module.__dict__.get("forward"), (WideLinear, NoneType))
     return is_itself and is_served(module.weight)
 
 
-def is_untouched(*modules: nn.Module) -> bool:
-    """Whether nobody listens to these linear layers, or has changed what they do."""
+def is_untouched(*modules: Any) -> bool:
+    """Whether these are linear layers to which nobody listens, and which nobody has changed."""
     for module in modules:
-        forward = module.__dict__.get("forward")
-        if module._forward_hooks or module._forward_pre_hooks:
+        if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
             return False
-        if not isinstance(forward, (FastLinear, Trial)):
+        if not isinstance(module.__dict__.get("forward"), (FastLinear, Trial)):
             return False
     return True
 
 
-@dataclass
 class FastLinear:
-    module: nn.Linear
+    def __init__(self, module: nn.Linear, original: Forward) -> None:
+        self.module, self.original = module, original
+        self._dense = Dense()
 
     def __call__(self, input: Tensor) -> Tensor:
-        weight = weight_of(self.module)
-        is_same = input.dtype in (torch.float32, weight.matrix.dtype)
-        if not (served(input) and is_same and is_served(weight.matrix)):
-            return nn.functional.linear(input, *weight)
-        output = linear(rows_of(input), [weight])[0]
-        return output.view(*input.shape[:-1], len(weight.matrix))
+        if not served(input) or self.module.weight.device.type != "cpu":
+            return self.original(input)  # type: ignore[no-any-return]
+        output = self._dense.layer(self.module)(rows_of(input))[0]
+        return output.view(*input.shape[:-1], output.shape[1])
 
 
 @dataclass
@@ -125,32 +141,31 @@ class FastNorm:
         return rms_norm(hidden_states, module.weight, epsilon, is_offset=self.is_offset)
 
 
-@dataclass
 class GatedLinear:
     """down(activation(gate(x)) * up(x)), the inner part in one pass over both weights."""
 
-    module: Any
-    original: Forward
-    activation: str
+    def __init__(self, module: nn.Module, original: Forward, activation: str) -> None:
+        self.module, self.original = module, original
+        self._inner, self._outer = Dense(activation), Dense()
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up, down = self.module.gate_proj, self.module.up_proj, self.module.down_proj
-        listens = self.module.act_fn._forward_hooks or self.module.act_fn._forward_pre_hooks
-        if listens or not (served(x) and is_untouched(gate, up, down)):
+        gate, up, down, act_fn = (cast(Any, self.module._modules.get(n)) for n in GATED_PARTS)
+        is_heard = act_fn is None or act_fn._forward_hooks or act_fn._forward_pre_hooks
+        if is_heard or not (served(x) and is_untouched(gate, up, down)):
             return self.original(x)  # type: ignore[no-any-return]
-        inner = gated_linear(rows_of(x), weight_of(gate), weight_of(up), self.activation)
-        output = linear(inner, [weight_of(down)])[0]
-        return output.view(*x.shape[:-1], output.shape[-1])
+        inner = self._inner.layer(gate, up)(rows_of(x))[0]
+        output = self._outer.layer(down)(inner)[0]
+        return output.view(*x.shape[:-1], output.shape[1])
 
 
-@dataclass
 class TurnedAttention:
     """Queries, keys and values in one pass, turned in place, as Llama's attention has them."""
 
-    module: Any
-    original: Forward
-    attend: Attention
-    settings: Mapping[str, object] = field(default_factory=dict)  # that attention is called with
+    def __init__(self, module: Any, original: Forward, attend: Attention) -> None:
+        self.module, self.original, self._attend = module, original, attend
+        self.settings: Mapping[str, object] = {}  # that attention is called with
+        self._inner, self._outer = Dense(), Dense()
+        self._norms = [name for name in ("q_norm", "k_norm") if name in module._modules]
 
     def __call__(
         self,
@@ -161,25 +176,24 @@ class TurnedAttention:
         **options: Any,
     ) -> Any:
         module, size = self.module, self.module.head_dim
-        projections = module.q_proj, module.k_proj, module.v_proj, module.o_proj
+        query, key, value, last = (module._modules.get(name) for name in PROJECTIONS)
         is_usual = position_embeddings is not None and past_key_values is None
-        if not (is_usual and served(hidden_states) and is_untouched(*projections)):
+        is_usual = is_usual and served(hidden_states)
+        if not (is_usual and is_untouched(query, key, value, last)):
             return self.original(
                 hidden_states, position_embeddings=position_embeddings,
                 attention_mask=attention_mask, past_key_values=past_key_values, **options,
             )  # fmt: skip
-        weights = [weight_of(projection) for projection in projections[:3]]
-        projected = linear(rows_of(hidden_states), weights)
-        heads = [one.view(len(one), one.shape[1] // size, size) for one in projected]
-        for place, norm in enumerate(("q_norm", "k_norm")):
-            if hasattr(module, norm):
-                heads[place] = getattr(module, norm)(heads[place])
+        projected = self._inner.layer(query, key, value)(rows_of(hidden_states))
+        heads = [one.view(one.shape[0], one.shape[1] // size, size) for one in projected]
+        for place, norm in enumerate(self._norms):
+            heads[place] = module._modules[norm](heads[place])
         assert position_embeddings is not None
         turn(heads[0], heads[1], *(rows_of(one) for one in position_embeddings))
         batch = [one.transpose(0, 1)[None] for one in heads]
-        output, _ = self.attend(module, *batch, attention_mask, **self.settings)
-        output = linear(rows_of(output.flatten(2)), [weight_of(module.o_proj)])[0]
-        return output.view(*hidden_states.shape[:-1], output.shape[-1]), None
+        output, _ = self._attend(module, *batch, attention_mask, **self.settings)
+        output = self._outer.layer(last)(output.view(projected[0].shape[0], -1))[0]
+        return output.view(*hidden_states.shape[:-1], output.shape[1]), None
 
 
 # -- trials ---------------------------------------------------------------------------------------
@@ -253,16 +267,16 @@ def candidates_of(module: Any, attend: Attention) -> list[Replacement]:
     """What may take the place of a module's forward."""
     original = module.forward
     if is_linear(module):
-        return [FastLinear(module)]
+        return [FastLinear(module, original)]
     if is_plain(module, ATTENTION_NAMES) and all(
         is_linear(getattr(module, name, None)) for name in PROJECTIONS
     ):
         return [TurnedAttention(module, original, attend)]
     if is_plain(module, GATED_NAMES) and all(
-        is_linear(getattr(module, name, None)) for name in ("gate_proj", "up_proj", "down_proj")
+        is_linear(getattr(module, name, None)) for name in GATED_PARTS[:3]
     ):
         activation = ACTIVATIONS.get(type(module.act_fn).__name__)
-        has_bias = {getattr(module, name).bias is not None for name in ("gate_proj", "up_proj")}
+        has_bias = {getattr(module, name).bias is not None for name in GATED_PARTS[:2]}
         return (
             []
             if activation is None or len(has_bias) > 1
@@ -281,17 +295,21 @@ class FusedModel:
     """What was replaced in a model; `undo` gives all modules their own forward back."""
 
     def __init__(self) -> None:
-        self._replaced: list[tuple[nn.Module, Forward]] = []
+        self._replaced: list[tuple[nn.Module, Forward, Forward | None]] = []
 
     def replace(self, module: nn.Module, forward: Forward) -> None:
-        self._replaced.append((module, forward))
+        self._replaced.append((module, forward, module.__dict__.get("forward")))
         module.forward = forward
 
     def undo(self) -> None:
         while self._replaced:
-            module, forward = self._replaced.pop()
-            if module.__dict__.get("forward") is forward:  # or somebody has set another since
+            module, forward, before = self._replaced.pop()
+            if module.__dict__.get("forward") is not forward:
+                continue  # somebody has set another since
+            if before is None:
                 del module.forward
+            else:
+                module.forward = before
 
 
 def fuse(model: nn.Module, run: Callable[[], object], attend: Attention) -> FusedModel:

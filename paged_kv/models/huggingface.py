@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import Any, Final, cast
@@ -29,6 +28,7 @@ from ..cache.kv_cache import PagedKVCache, Step
 from ..cache.layer_spec import LayerSpec
 from ..errors import ConfigError, PagedKVError, UnsupportedModelError
 from .active_step import ActiveStep, Observer, Probe, running, running_step
+from .attachment import attach, attachments, detach, fuse_once, widen_once
 from .rotary import Rotation, StepTurns, find_rotation
 
 # Not containing "flash", "sdpa", "flex_attention" or "/": transformers treats those specially.
@@ -143,30 +143,35 @@ AttentionInterface.register(IMPLEMENTATION, paged_attention_forward)
 class PagedModel:
     """A causal language model attached to paged attention.
 
-    Attaching switches the model's attention implementation and takes it out of training mode;
-    `close()` switches both back. Raises `UnsupportedModelError`, and leaves the model as it was,
-    where paged attention would not compute what the model means.
+    Attaching switches the model's attention implementation and takes it out of training mode. On a
+    CPU it also replaces modules (see `fusing`), and with `widens` the model computes in float32
+    (see `widening`). `close()` gives all back. Raises `UnsupportedModelError`, and leaves the model
+    as it was, where paged attention would not compute what the model means.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, widens: bool = False) -> None:
         refuse_unsupported(model)
         self.model = model
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        attach(model)
+        attach(model, IMPLEMENTATION)
         # Detaches once: by close(), or when nothing refers to this object any more.
         self._detach = weakref.finalize(self, detach, model)
         self._detach.atexit = False
         try:
+            if widens:
+                widen_once(model, self.fingerprint())
             self.layer_shapes, self.vocab_size = self._probe()
             self._cache_layer = {layer: place for place, layer in enumerate(self.layer_shapes)}
-            fuse_once(model, self._rehearse)
+            fuse_once(model, self._rehearse, paged_attention_forward)
+            self._dtype = attachments[model].dtype
         except BaseException:
             self.close()
             raise
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        """Of the weights, also where the model computes in float32."""
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
@@ -182,6 +187,9 @@ class PagedModel:
 
     def fingerprint(self) -> bytes:
         """32 bytes that differ between models: by architecture, and by a sample of every weight."""
+        attachment = attachments.get(self.model)
+        if attachment is not None and attachment.fingerprint is not None:
+            return attachment.fingerprint
         digest = sha256(type(self.model).__name__.encode())
         for name, weight in self.model.state_dict().items():
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -352,53 +360,3 @@ def rope_types(config: object) -> set[str]:
         for entry in [parameters, *nested]:
             found.update(str(entry[key]) for key in ("rope_type", "type") if key in entry)
     return found
-
-
-@dataclass
-class Attachment:
-    """How many PagedModels use a model, and what to go back to after the last one."""
-
-    count: int
-    implementation: str
-    was_training: bool
-    undo_fusing: Callable[[], None] | None = None
-
-
-_attached: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
-
-
-def attach(model: PreTrainedModel) -> None:
-    """Switch a model to paged attention; counts, so that several LLMs may share a model."""
-    if model not in _attached:
-        before = Attachment(0, model.config._attn_implementation, model.training)
-        model.set_attn_implementation(IMPLEMENTATION)
-        if model.config._attn_implementation != IMPLEMENTATION:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} never calls transformers' attention interface"
-            )
-        model.train(False)
-        _attached[model] = before
-    _attached[model].count += 1
-
-
-def fuse_once(model: PreTrainedModel, run: Callable[[], object]) -> None:
-    """Let an attached model compute faster where that can be, until it is detached."""
-    try:
-        from .fusing import fuse
-    except ImportError:  # numba is missing
-        return
-    attachment = _attached[model]
-    if attachment.undo_fusing is None:
-        attachment.undo_fusing = fuse(model, run, paged_attention_forward).undo
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Undo one `attach`."""
-    attachment = _attached[model]
-    attachment.count -= 1
-    if attachment.count == 0:
-        del _attached[model]
-        if attachment.undo_fusing is not None:
-            attachment.undo_fusing()
-        model.set_attn_implementation(attachment.implementation)
-        model.train(attachment.was_training)

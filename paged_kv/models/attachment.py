@@ -1,0 +1,86 @@
+"""What owners of a model change in it while they use it, and give back: counted, once for all.
+
+Knows models and what they were before, never steps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from .widening import WidenedModel
+
+if TYPE_CHECKING:
+    from .fusing import FusedModel
+
+
+@dataclass
+class Attachment:
+    """How many PagedModels use a model, and what to go back to after the last one."""
+
+    count: int
+    implementation: str
+    was_training: bool
+    dtype: torch.dtype
+    fingerprint: bytes | None = None  # of the model before it was widened
+    widened: WidenedModel | None = None
+    fused: FusedModel | None = None
+
+
+attachments: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
+
+
+def attach(model: PreTrainedModel, implementation: str) -> None:
+    """Switch a model's attention; counts, so that several owners may share a model."""
+    if model not in attachments:
+        own = model.config._attn_implementation
+        before = Attachment(0, own, model.training, model.dtype)
+        model.set_attn_implementation(implementation)
+        if model.config._attn_implementation != implementation:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} never calls transformers' attention interface"
+            )
+        model.train(False)
+        attachments[model] = before
+    attachments[model].count += 1
+
+
+def widen_once(model: PreTrainedModel, fingerprint: bytes) -> None:
+    """Let an attached model compute in float32 until it is detached."""
+    attachment = attachments[model]
+    if attachment.widened is None and attachment.fused is None:
+        attachment.fingerprint = fingerprint
+        attachment.widened = WidenedModel(model)
+
+
+def fuse_once(
+    model: PreTrainedModel, run: Callable[[], object], attend: Callable[..., tuple[Tensor, None]]
+) -> None:
+    """Let an attached model compute faster where that can be, until it is detached."""
+    try:
+        from .fusing import fuse
+    except ImportError:  # numba is missing
+        return
+    attachment = attachments[model]
+    if attachment.fused is None:
+        attachment.fused = fuse(model, run, attend)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo one `attach`."""
+    attachment = attachments[model]
+    attachment.count -= 1
+    if attachment.count == 0:
+        del attachments[model]
+        for change in (attachment.fused, attachment.widened):
+            if change is not None:
+                change.undo()
+        model.set_attn_implementation(attachment.implementation)
+        model.train(attachment.was_training)
