@@ -100,7 +100,7 @@ class Process:
 
 def workloads(model: str, scale: float) -> list[Workload]:
     """Prompts of a text; `scale` below 1 asks for fewer and shorter requests."""
-    tokens, draw = text_of(model), random.Random(0)
+    tokens, draw = text_of(model) * 8, random.Random(0)
 
     def count(number: int) -> int:
         return max(int(number * scale), 2)

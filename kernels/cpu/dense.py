@@ -18,7 +18,6 @@ from typing import Any, Final, NamedTuple
 import torch
 from llvmlite import ir
 from torch import Tensor
-from torch.nn import functional
 
 from .microkernels import ELEMENT_BYTES, decode, load_raw
 from .native_code import (
@@ -38,9 +37,13 @@ TILE_WEIGHTS: Final = 4  # rows of a weight that a tile multiplies at once ...
 TILE_ROWS: Final = {16: 6, 8: 3, 4: 2}  # ... with so many rows, by lanes of a vector
 UNIT_WEIGHTS: Final = 32  # a thread's unit of work: rows of a weight ...
 UNIT_ROWS: Final = 48  # ... with rows; both stay in the second cache
-MAX_PAIRED_ROWS: Final = 64  # from here on torch's bfloat16 products are as fast
-PREFETCHED_ROWS: Final = 2  # so few take less time than their weights take to come
+PREFETCHED_ROWS: Final = 4  # so few take less time than their weights take to come
 SCRATCH_BYTES: Final = 2 * UNIT_ROWS * UNIT_WEIGHTS * 4  # sums of a unit, for two weights
+KINDS: Final = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 ACTIVATIONS: Final = ("silu", "gelu_tanh")
 LOG2_E: Final = 1 / math.log(2)
 
@@ -264,20 +267,22 @@ def multiply_unit(
     weight_stride = load_long(output, OUTPUT.weight_stride)
     weight, second = load_long(output, OUTPUT.weight), load_long(output, OUTPUT.second_weight)
     tile_rows, tiles = load_long(layer, LAYER.tile_rows), load_long(layer, LAYER.tiles)
+    num_tiles = -(-num_rows // tile_rows)
     while weight:
-        column = first
-        while column < last:
-            column = min(column, last - TILE_WEIGHTS)
-            start = weight + column * weight_stride
-            target = scratch + (column - first) * 4
-            for row in range(0, num_rows, tile_rows):
-                count = min(tile_rows, num_rows - row)
+        row = 0
+        for tile in range(num_tiles):  # as even as can be
+            count = (num_rows - row) // (num_tiles - tile)
+            column = first
+            while column < last:
+                column = min(column, last - TILE_WEIGHTS)
                 call(
                     load_long(tiles, count - 1),
-                    (rows + row * row_stride, start, row_stride, weight_stride, num_channels,
-                     target + row * (UNIT_WEIGHTS * 4)),
+                    (rows + row * row_stride, weight + column * weight_stride, row_stride,
+                     weight_stride, num_channels,
+                     scratch + row * (UNIT_WEIGHTS * 4) + (column - first) * 4),
                 )  # fmt: skip
-            column += TILE_WEIGHTS
+                column += TILE_WEIGHTS
+            row += count
         weight, second, scratch = second, 0, scratch + SCRATCH_BYTES // 2
 
 
@@ -349,13 +354,13 @@ def has_bfloat16_unit() -> bool:
 
 
 def kind_of(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return KINDS[tensor.dtype]
 
 
 def is_served(weight: Tensor) -> bool:
     """Whether a weight [N, K] can be multiplied here."""
     return (
-        weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        weight.dtype in KINDS
         and weight.device.type == "cpu"
         and weight.ndim == 2
         and weight.stride(1) == 1
@@ -378,12 +383,6 @@ def gated_linear(rows: Tensor, gate: Weight, up: Weight, activation: str) -> Ten
     Both have a bias or none has.
     """
     return DenseLayer([gate, up], activation)(rows)[0]
-
-
-def is_for_torch(rows: Tensor, weight: Weight) -> bool:
-    """Of many rows of bfloat16: the products of torch are blocked for the caches."""
-    is_many = rows.shape[0] > MAX_PAIRED_ROWS and has_bfloat16_unit()
-    return is_many and rows.dtype is weight.matrix.dtype is torch.bfloat16
 
 
 @cache
@@ -416,8 +415,6 @@ class DenseLayer:
 
     def __call__(self, rows: Tensor) -> list[Tensor]:
         precision = rows.dtype
-        if is_for_torch(rows, self.weights[0]):
-            return self._by_torch(rows)
         is_paired = precision is torch.bfloat16 and self._kind == "bfloat16" and has_bfloat16_unit()
         if not is_paired:
             rows = rows.to(torch.float32)
@@ -485,15 +482,6 @@ class DenseLayer:
             )
             first_column += num_columns
         return (ctypes.c_int64 * len(fields))(*fields)
-
-    def _by_torch(self, rows: Tensor) -> list[Tensor]:
-        outputs = [functional.linear(rows, *weight) for weight in self.weights]
-        if self.activation is None:
-            return outputs
-        first, second = outputs
-        if self.activation == "silu":
-            return [functional.silu(first).mul_(second)]
-        return [functional.gelu(first, approximate="tanh").mul_(second)]
 
 
 def addresses(weight: Weight) -> tuple[int, int]:

@@ -7,7 +7,7 @@ the addresses of up to four matrices whose rows belong together.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import gcd
 from struct import Struct
@@ -77,15 +77,24 @@ def row_worker() -> int:
     return int(worker(run_rows_of).address)
 
 
-def run_on_rows(kernel: int, matrices: Sequence[tuple[int, int]], num_rows: int) -> None:
-    """Call a kernel for all rows; `matrices` are four addresses and strides in bytes."""
+def run_on_rows(kernel: int, matrices: Sequence[int], row_bytes: int, num_rows: int) -> None:
+    """Call a kernel for all rows; `matrices` are four addresses, each with its stride in bytes."""
+    num_units = min(row_bytes * num_rows // MIN_THREAD_BYTES, -(-num_rows // ROWS_AT_ONCE))
+    num_threads = min(torch.get_num_threads(), num_units)
+    if num_threads <= 1:
+        row_function(kernel)(*matrices[::2], num_rows)
+        return
     counter = ctypes.c_int64(0)
-    places = [number for matrix in matrices for number in matrix]
-    fields = CallFields(ctypes.addressof(counter), kernel, num_rows, *places)
+    fields = CallFields(ctypes.addressof(counter), kernel, num_rows, *matrices)
     record = ctypes.create_string_buffer(CALL_STRUCT.pack(*fields))
-    num_units = min(matrices[0][1] * num_rows // MIN_THREAD_BYTES, -(-num_rows // ROWS_AT_ONCE))
-    num_threads = max(min(torch.get_num_threads(), num_units), 1)
     run_worker(row_worker(), ctypes.addressof(record), num_threads)
+
+
+@cache
+def row_function(kernel: int) -> Callable[..., None]:
+    """A kernel as a Python function."""
+    function: Callable[..., None] = ctypes.CFUNCTYPE(None, *(ctypes.c_int64,) * 5)(kernel)
+    return function
 
 
 # -- RMS norms ------------------------------------------------------------------------------------
@@ -143,8 +152,8 @@ def rms_norm(rows: Tensor, weight: Tensor, epsilon: float, *, is_offset: bool = 
     output = torch.empty_like(rows)
     kernel = norm_kernel(num_channels, kind_of(rows), kind_of(weight), epsilon, is_offset)
     stride = num_channels * rows.element_size()
-    matrices = [(rows.data_ptr(), stride), (output.data_ptr(), stride), (weight.data_ptr(), 0)]
-    run_on_rows(kernel.address, [*matrices, (0, 0)], rows.numel() // num_channels)
+    matrices = (rows.data_ptr(), stride, output.data_ptr(), stride, weight.data_ptr(), 0, 0, 0)
+    run_on_rows(kernel.address, matrices, stride, rows.numel() // num_channels)
     return output
 
 
@@ -198,6 +207,7 @@ def turn(queries: Tensor, keys: Tensor, cosines: Tensor, sines: Tensor) -> None:
     num_tokens, num_heads, head_dim = queries.shape
     heads, num_turned = (num_heads, keys.shape[1]), cosines.shape[-1]
     kernel = turn_kernel(heads, head_dim, num_turned, kind_of(queries), kind_of(cosines))
-    rows = [(one.data_ptr(), one.stride(0) * one.element_size()) for one in (queries, keys)]
-    angles = [(one.data_ptr(), num_turned * one.element_size()) for one in (cosines, sines)]
-    run_on_rows(kernel.address, [*rows, *angles], num_tokens)
+    size, angle_bytes = head_dim * queries.element_size(), num_turned * cosines.element_size()
+    rows = (queries.data_ptr(), heads[0] * size, keys.data_ptr(), heads[1] * size)
+    angles = (cosines.data_ptr(), angle_bytes, sines.data_ptr(), angle_bytes)
+    run_on_rows(kernel.address, (*rows, *angles), rows[1], num_tokens)

@@ -38,14 +38,14 @@ class Probe:
         value: Tensor,
         settings: Mapping[str, object],
     ) -> Tensor:
-        """Instead of attention [1, T, heads, value_dim], of query, key and value [1, H, T, D]."""
+        """Instead of attention [T, heads, value_dim]; query, key and value are [T, heads, dim]."""
         layer_idx = cast(int, module.layer_idx)
         if layer_idx in self.shapes:
             raise UnsupportedModelError(f"layer {layer_idx} calls attention more than once")
-        self.shapes[layer_idx] = (key.shape[1], key.shape[3], value.shape[3])
+        self.shapes[layer_idx] = (key.shape[1], key.shape[2], value.shape[2])
         self.windows.add(settings["sliding_window"])
-        self.tokens[layer_idx] = query[0].transpose(0, 1), key[0].transpose(0, 1)
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+        self.tokens[layer_idx] = query, key
+        return query.new_zeros(*query.shape[:2], value.shape[2])
 
 
 @dataclass(frozen=True)

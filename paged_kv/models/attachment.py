@@ -61,7 +61,7 @@ def widen_once(model: PreTrainedModel, fingerprint: bytes) -> None:
 
 
 def fuse_once(
-    model: PreTrainedModel, run: Callable[[], object], attend: Callable[..., tuple[Tensor, None]]
+    model: PreTrainedModel, run: Callable[[], object], attend: Callable[..., Tensor]
 ) -> None:
     """Let an attached model compute faster where that can be, until it is detached."""
     try:

@@ -51,7 +51,7 @@ ACTIVATIONS: Final = {
 }
 
 Forward = Callable[..., Any]
-Attention = Callable[..., tuple[Tensor, None]]  # what transformers calls for each layer
+Attention = Callable[..., Tensor]  # of a layer's queries, keys and values [T, heads, dim]
 
 
 class Replacement(Protocol):
@@ -177,7 +177,8 @@ class TurnedAttention:
     ) -> Any:
         module, size = self.module, self.module.head_dim
         query, key, value, last = (module._modules.get(name) for name in PROJECTIONS)
-        is_usual = position_embeddings is not None and past_key_values is None
+        is_usual = position_embeddings is not None
+        is_usual = is_usual and attention_mask is None and past_key_values is None
         is_usual = is_usual and served(hidden_states)
         if not (is_usual and is_untouched(query, key, value, last)):
             return self.original(
@@ -190,9 +191,8 @@ class TurnedAttention:
             heads[place] = module._modules[norm](heads[place])
         assert position_embeddings is not None
         turn(heads[0], heads[1], *(rows_of(one) for one in position_embeddings))
-        batch = [one.transpose(0, 1)[None] for one in heads]
-        output, _ = self._attend(module, *batch, attention_mask, **self.settings)
-        output = self._outer.layer(last)(output.view(projected[0].shape[0], -1))[0]
+        output = self._attend(module, *heads, **self.settings)
+        output = self._outer.layer(last)(output.view(output.shape[0], -1))[0]
         return output.view(*hidden_states.shape[:-1], output.shape[1]), None
 
 
@@ -216,9 +216,9 @@ class Rehearsal(Probe):
         settings: Mapping[str, object],
     ) -> Tensor:
         self.calls.append(((query.clone(), key.clone(), value.clone()), settings))
-        shape = (1, query.shape[2], query.shape[1], value.shape[3])
-        numbers = torch.arange(query.shape[2] * query.shape[1] * value.shape[3])
-        return torch.sin(numbers.double()).to(query.dtype).view(shape)
+        output = query.new_empty(*query.shape[:2], value.shape[2])
+        numbers = torch.arange(output.numel(), dtype=torch.float64)
+        return torch.sin(numbers).to(query.dtype).view_as(output)
 
 
 @dataclass

@@ -69,25 +69,48 @@ def paged_attention_forward(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """What transformers calls for each layer: query, key and value are [1, heads, T, dim]."""
+    check_attention_call(module, query, attention_mask, sliding_window, kwargs)
+    tokens = (one[0].transpose(0, 1) for one in (query, key, value))
+    output = attend_tokens(
+        module,
+        *tokens,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        s_aux=s_aux,
+    )
+    return output.unsqueeze(0), None
+
+
+def attend_tokens(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """The attention of a layer: query, key and value are [T, heads, dim]."""
     active = running_step()
+    if isinstance(active, Probe):
+        settings = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+        return active.attend(module, query, key, value, {**settings, "s_aux": s_aux})
     if active is None:
         raise PagedKVError(
             "this model is attached to a paged_kv LLM; close() that first to call it directly"
         )
-    check_attention_call(module, query, attention_mask, sliding_window, kwargs)
-    if isinstance(active, Probe):
-        settings = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-        return active.attend(module, query, key, value, {**settings, "s_aux": s_aux}), None
-    layer_idx = cast(int, module.layer_idx)
-    queries, keys, sink_queries = query[0].transpose(0, 1), key[0].transpose(0, 1), None
+    layer_idx, sink_query = cast(int, module.layer_idx), None
     if active.turns is not None:
-        queries, keys, sink_queries = active.turns.apply(layer_idx, queries, keys)
+        query, key, sink_query = active.turns.apply(layer_idx, query, key)
     if active.observe is not None:
-        active.observe(active.cache_layer[layer_idx], queries, keys)
-    output = paged_attention(
-        queries,
-        keys,
-        value[0].transpose(0, 1),
+        active.observe(active.cache_layer[layer_idx], query, key)
+    return paged_attention(
+        query,
+        key,
+        value,
         active.cache,
         active.cache_layer[layer_idx],
         active.step,
@@ -96,9 +119,8 @@ def paged_attention_forward(
         sliding_window=sliding_window,
         attention_chunk=attention_chunk_of(module),
         sink_logits=s_aux,
-        sink_query=sink_queries,
+        sink_query=sink_query,
     )
-    return output.unsqueeze(0), None
 
 
 def check_attention_call(
@@ -162,7 +184,7 @@ class PagedModel:
                 widen_once(model, self.fingerprint())
             self.layer_shapes, self.vocab_size = self._probe()
             self._cache_layer = {layer: place for place, layer in enumerate(self.layer_shapes)}
-            fuse_once(model, self._rehearse, paged_attention_forward)
+            fuse_once(model, self._rehearse, attend_tokens)
             self._dtype = attachments[model].dtype
         except BaseException:
             self.close()

@@ -112,17 +112,6 @@ def test_a_weight_is_served_only_where_its_rows_are_whole_vectors():
     assert not is_served(torch.zeros(64, 64, dtype=torch.float32, device="meta"))
 
 
-def test_many_and_few_rows_of_bfloat16_agree(monkeypatch):
-    rows = torch.randn(200, CHANNELS).bfloat16()
-    matrix = torch.randn(64, CHANNELS).bfloat16()
-    by_torch = linear(rows, [Weight(matrix)])[0]
-    monkeypatch.setattr(dense, "MAX_PAIRED_ROWS", 1000)
-    ours = linear(rows, [Weight(matrix)])[0]
-    exact = exact_linear(rows, Weight(matrix))
-    assert error_of(ours, exact) < 4e-3
-    assert error_of(by_torch, exact) < 4e-3
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_channels", [8, 32, 96, 576])
 @pytest.mark.parametrize("is_offset", [False, True])
