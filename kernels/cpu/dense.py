@@ -9,17 +9,25 @@ bfloat16, rows of bfloat16 stay such.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from functools import cache
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
 import torch
-from llvmlite import ir
 from torch import Tensor
+from torch.nn import functional
 
-from .microkernels import ELEMENT_BYTES, decode, load_raw
+from .dense_kernels import (
+    SCRATCH_BYTES,
+    TILE_ROWS,
+    TILE_WEIGHTS,
+    UNIT_ROWS,
+    UNIT_WEIGHTS,
+    finish_kernel,
+    tile_kernel,
+)
+from .microkernels import ELEMENT_BYTES
 from .native_code import (
     address_of,
     address_or_0,
@@ -31,21 +39,17 @@ from .native_code import (
     worker,
 )
 from .threads import run_worker
-from .vectors import FLOAT, INT, SHORT, Emitter, MachineCode, host_features, host_width
+from .vectors import host_features, host_width
 
-TILE_WEIGHTS: Final = 4  # rows of a weight that a tile multiplies at once ...
-TILE_ROWS: Final = {16: 6, 8: 3, 4: 2}  # ... with so many rows, by lanes of a vector
-UNIT_WEIGHTS: Final = 32  # a thread's unit of work: rows of a weight ...
-UNIT_ROWS: Final = 48  # ... with rows; both stay in the second cache
-PREFETCHED_ROWS: Final = 4  # so few take less time than their weights take to come
-SCRATCH_BYTES: Final = 2 * UNIT_ROWS * UNIT_WEIGHTS * 4  # sums of a unit, for two weights
+ROW_BYTES_AT_ONCE: Final = 4096  # of a row: a tile's rows stay in the first cache
+MAX_PAIRED_ROWS: Final = 64  # of more rows of bfloat16 torch's products are faster
 KINDS: Final = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-ACTIVATIONS: Final = ("silu", "gelu_tanh")
-LOG2_E: Final = 1 / math.log(2)
+# Whether this processor multiplies pairs of bfloat16 as fast as it multiplies floats.
+HAS_PAIRS: Final = host_width() == 16 and "+avx512bf16" in host_features()
 
 
 class Weight(NamedTuple):
@@ -73,8 +77,12 @@ class LayerFields(NamedTuple):
     num_outputs: int
     num_channels: int
     item_bytes: int  # of an output's element
+    channels_at_once: int
     tile_rows: int
-    tiles: int  # the first of `tile_rows` addresses of microkernels
+    tiles: int  # addresses of microkernels for 1 to `tile_rows` rows; then of those that add
+    row_bytes: int  # of an element of rows
+    weight_bytes: int  # of an element of a weight
+    weight_stride: int
     lanes: int
 
 
@@ -83,7 +91,6 @@ class OutputFields(NamedTuple):
 
     first_column: int  # among those of all outputs
     num_columns: int
-    weight_stride: int
     weight: int
     bias: int
     second_weight: int  # 0 but for gated outputs
@@ -100,189 +107,58 @@ NUM_LAYER, NUM_OUTPUT = len(LAYER), len(OUTPUT)
 CALL_STRUCT: Final = Struct(f"={len(CALL)}q")
 
 
-# -- microkernels ---------------------------------------------------------------------------------
-
-
-@cache
-def tile_kernel(kind: str, rows: int, is_paired: bool) -> MachineCode:
-    """Sums of products of `rows` rows with `TILE_WEIGHTS` rows of a weight of `kind`.
-
-    Arguments: rows, weight (addresses), their strides in bytes, number of channels, target
-    [rows][UNIT_WEIGHTS] in float32. `is_paired`: rows are bfloat16, as the weight.
-    """
-    lanes = host_width() * (2 if is_paired else 1)  # channels at once
-    emitter = Emitter("linear", 6)
-    source, weight, row_stride, weight_stride, num_channels, target = emitter.arguments
-    builder = emitter.builder
-    zero = emitter.constant(0.0, host_width())
-    sums = [[emitter.variable(zero) for _ in range(TILE_WEIGHTS)] for _ in range(rows)]
-    row_bytes = 2 if is_paired else 4
-    row_starts = [
-        builder.add(source, builder.mul(row_stride, emitter.long(row))) for row in range(rows)
-    ]
-    weight_starts = [
-        builder.add(weight, builder.mul(weight_stride, emitter.long(column)))
-        for column in range(TILE_WEIGHTS)
-    ]
-    with emitter.loop(emitter.long(0), num_channels, lanes) as channel:
-        at_row = emitter.times(channel, row_bytes)
-        at_weight = emitter.times(channel, ELEMENT_BYTES[kind])
-        for start in weight_starts if rows <= PREFETCHED_ROWS else ():
-            ahead = builder.mul(weight_stride, emitter.long(TILE_WEIGHTS))
-            emitter.prefetch(emitter.offset(start, at_weight, ahead))
-        columns = [
-            load_raw(emitter, builder.add(start, at_weight), kind, lanes) for start in weight_starts
-        ]
-        if not is_paired:
-            columns = [decode(emitter, raw, kind)[0] for raw in columns]
-        for row, start in enumerate(row_starts):
-            element = SHORT if is_paired else FLOAT
-            vector = emitter.load(builder.add(start, at_row), element, lanes)
-            for column, place in zip(columns, sums[row], strict=True):
-                product = multiply_pairs if is_paired else Emitter.fma
-                builder.store(product(emitter, vector, column, builder.load(place)), place)
-    for row, places in enumerate(sums):
-        total = sum_lanes(emitter, [builder.load(place) for place in places])
-        emitter.store(total, emitter.offset(target, row * UNIT_WEIGHTS * 4))
-    return MachineCode("linear", emitter.finish())
-
-
-def multiply_pairs(emitter: Emitter, a: Any, b: Any, c: Any) -> Any:
-    """The products of pairs of bfloat16, added to the lanes of `c`: VDPBF16PS."""
-    return emitter.call("llvm.x86.avx512bf16.dpbf16ps.512", c.type, c, a, b)
-
-
-def sum_lanes(emitter: Emitter, vectors: Sequence[Any]) -> Any:
-    """The sums of four vectors, as one of four lanes; pairs within 128 bits come first."""
-    builder = emitter.builder
-
-    def added(a: Any, b: Any, places: Sequence[int]) -> Any:
-        """The sum of two arrangements of lanes, given for each four of `a` and then of `b`."""
-        count = a.type.count
-        halves = [
-            [
-                group + place if place < 4 else count + group + place - 4
-                for group in range(0, count, 4)
-                for place in places[start : start + 4]
-            ]
-            for start in (0, 4)
-        ]
-        shuffled = [
-            builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, count), half))
-            for half in halves
-        ]
-        return builder.fadd(*shuffled)
-
-    first, second = (added(a, b, (0, 4, 1, 5, 2, 6, 3, 7)) for a, b in (vectors[:2], vectors[2:]))
-    return emitter.halved(added(first, second, (0, 1, 4, 5, 2, 3, 6, 7)), 4)
-
-
-@cache
-def finish_kernel(
-    activation: str | None, bias_kind: str | None, kind: str, lanes: int
-) -> MachineCode:
-    """A unit's sums as outputs of `kind`: biases added, the second of two multiplied.
-
-    Arguments: sums [2][UNIT_ROWS][UNIT_WEIGHTS], bias and second bias (addresses), outputs, their
-    stride in bytes, number of rows, number of columns, not fewer than lanes. Columns behind the
-    last whole vector are computed with those before them once more.
-    """
-    emitter = Emitter("finish", 7)
-    sums, bias, second_bias, target, target_stride, num_rows, num_columns = emitter.arguments
-    builder, last = emitter.builder, emitter.variable(emitter.long(0))
-    builder.store(builder.sub(num_columns, emitter.long(lanes)), last)
-
-    def biased(vector: Any, start: Any, column: Any) -> Any:
-        if bias_kind is None:
-            return vector
-        at = builder.add(start, emitter.times(column, ELEMENT_BYTES[bias_kind]))
-        return builder.fadd(
-            vector, decode(emitter, load_raw(emitter, at, bias_kind, lanes), bias_kind)[0]
-        )
-
-    with emitter.loop(emitter.long(0), num_rows, 1) as row:
-        line = builder.add(sums, emitter.times(row, UNIT_WEIGHTS * 4))
-        output = builder.add(target, builder.mul(row, target_stride))
-        with emitter.loop(emitter.long(0), num_columns, lanes) as position:
-            behind = builder.icmp_signed(">", position, builder.load(last))
-            column = builder.select(behind, builder.load(last), position)
-            at = builder.add(line, emitter.times(column, 4))
-            vector = biased(emitter.load(at, FLOAT, lanes), bias, column)
-            if activation is not None:
-                second = emitter.load(emitter.offset(at, SCRATCH_BYTES // 2), FLOAT, lanes)
-                second = biased(second, second_bias, column)
-                vector = builder.fmul(activated(emitter, vector, activation), second)
-            at = builder.add(output, emitter.times(column, ELEMENT_BYTES[kind]))
-            emitter.store(rounded(emitter, vector, kind), at)
-    return MachineCode("finish", emitter.finish())
-
-
-def activated(emitter: Emitter, vector: Any, activation: str) -> Any:
-    """x / (1 + e**-t): of SiLU t is x, of GELU by tanh 2 sqrt(2/pi) (x + 0.044715 x**3)."""
-    builder, lanes = emitter.builder, vector.type.count
-    exponent = vector
-    if activation == "gelu_tanh":
-        slope = 2 * math.sqrt(2 / math.pi)
-        factor = emitter.fma(
-            builder.fmul(vector, vector),
-            emitter.constant(0.044715 * slope, lanes),
-            emitter.constant(slope, lanes),
-        )
-        exponent = builder.fmul(vector, factor)
-    is_negative = builder.fcmp_ordered("<", exponent, emitter.constant(0.0, lanes))
-    scaled = builder.fmul(emitter.absolute(exponent), emitter.constant(-LOG2_E, lanes))
-    power = emitter.exp2(scaled)  # at most 1: nothing overflows
-    numerator = builder.select(is_negative, builder.fmul(vector, power), vector)
-    return builder.fdiv(numerator, builder.fadd(emitter.constant(1.0, lanes), power))
-
-
-def rounded(emitter: Emitter, vector: Any, kind: str) -> Any:
-    """A float vector as float32, or as the nearest bfloat16, to even."""
-    if kind == "float32":
-        return vector
-    builder, lanes = emitter.builder, vector.type.count
-    bits = builder.bitcast(vector, ir.VectorType(INT, lanes))
-    odd = builder.and_(
-        builder.lshr(bits, emitter.integers(16, INT, lanes)), emitter.integers(1, INT, lanes)
-    )
-    up = builder.add(builder.add(bits, emitter.integers(0x7FFF, INT, lanes)), odd)
-    quiet = emitter.integers(0x7FC00000, INT, lanes)  # not a number stays so
-    up = builder.select(builder.fcmp_unordered("uno", vector, vector), quiet, up)
-    return builder.trunc(
-        builder.lshr(up, emitter.integers(16, INT, lanes)), ir.VectorType(SHORT, lanes)
-    )
-
-
 # -- the worker -----------------------------------------------------------------------------------
+
+
+@native
+def multiply_tiles(p: int, places: tuple[int, int, int, int], sizes: tuple[int, int, int]) -> None:
+    """All tiles of a unit over some channels.
+
+    `places` are the addresses of rows, weight, microkernels and sums; `sizes` number of rows, of
+    columns and of channels.
+    """
+    (rows, weight, tiles, sums), (num_rows, num_columns, num_channels) = places, sizes
+    row_stride, layer = load_long(p, CALL.row_stride), load_long(p, CALL.layer)
+    weight_stride = load_long(layer, LAYER.weight_stride)
+    tile_rows, row = load_long(layer, LAYER.tile_rows), 0
+    num_tiles = -(-num_rows // tile_rows)
+    for tile in range(num_tiles):  # as even as can be
+        count = (num_rows - row) // (num_tiles - tile)
+        column = 0
+        while column < num_columns:
+            column = min(column, num_columns - TILE_WEIGHTS)
+            call(
+                load_long(tiles, count - 1),
+                (rows + row * row_stride, weight + column * weight_stride, row_stride,
+                 weight_stride, num_channels, sums + (row * UNIT_WEIGHTS + column) * 4),
+            )  # fmt: skip
+            column += TILE_WEIGHTS
+        row += count
 
 
 @native
 def multiply_unit(
     p: int, output: int, scratch: int, first_row: int, num_rows: int, first: int, last: int
 ) -> None:
-    """Sums of one unit: rows with the columns from `first` to `last`, four at a time."""
-    layer, row_stride = load_long(p, CALL.layer), load_long(p, CALL.row_stride)
+    """Sums of one unit: rows with the columns from `first` to `last`, some channels at a time."""
+    layer = load_long(p, CALL.layer)
     num_channels = load_long(layer, LAYER.num_channels)
-    rows = load_long(p, CALL.rows) + first_row * row_stride
-    weight_stride = load_long(output, OUTPUT.weight_stride)
+    at_once, tiles = load_long(layer, LAYER.channels_at_once), load_long(layer, LAYER.tiles)
+    row_bytes, weight_bytes = (
+        load_long(layer, LAYER.row_bytes),
+        load_long(layer, LAYER.weight_bytes),
+    )
+    rows = load_long(p, CALL.rows) + first_row * load_long(p, CALL.row_stride)
+    before = first * load_long(layer, LAYER.weight_stride)
     weight, second = load_long(output, OUTPUT.weight), load_long(output, OUTPUT.second_weight)
-    tile_rows, tiles = load_long(layer, LAYER.tile_rows), load_long(layer, LAYER.tiles)
-    num_tiles = -(-num_rows // tile_rows)
     while weight:
-        row = 0
-        for tile in range(num_tiles):  # as even as can be
-            count = (num_rows - row) // (num_tiles - tile)
-            column = first
-            while column < last:
-                column = min(column, last - TILE_WEIGHTS)
-                call(
-                    load_long(tiles, count - 1),
-                    (rows + row * row_stride, weight + column * weight_stride, row_stride,
-                     weight_stride, num_channels,
-                     scratch + row * (UNIT_WEIGHTS * 4) + (column - first) * 4),
-                )  # fmt: skip
-                column += TILE_WEIGHTS
-            row += count
+        kernels = tiles
+        for channel in range(0, num_channels, at_once):
+            start = weight + before + channel * weight_bytes
+            places = (rows + channel * row_bytes, start, kernels, scratch)
+            count = min(at_once, num_channels - channel)
+            multiply_tiles(p, places, (num_rows, last - first, count))
+            kernels = tiles + 8 * load_long(layer, LAYER.tile_rows)  # those that add
         weight, second, scratch = second, 0, scratch + SCRATCH_BYTES // 2
 
 
@@ -348,11 +224,6 @@ def linear_worker() -> int:
 # -- calls ----------------------------------------------------------------------------------------
 
 
-def has_bfloat16_unit() -> bool:
-    """Whether this processor multiplies pairs of bfloat16 as fast as it multiplies floats."""
-    return host_width() == 16 and "+avx512bf16" in host_features()
-
-
 def kind_of(tensor: Tensor) -> str:
     return KINDS[tensor.dtype]
 
@@ -363,7 +234,7 @@ def is_served(weight: Tensor) -> bool:
         weight.dtype in KINDS
         and weight.device.type == "cpu"
         and weight.ndim == 2
-        and weight.stride(1) == 1
+        and weight.is_contiguous()
         and weight.shape[0] >= TILE_WEIGHTS
         and weight.shape[1] % (2 * host_width()) == 0
     )
@@ -388,8 +259,12 @@ def gated_linear(rows: Tensor, gate: Weight, up: Weight, activation: str) -> Ten
 @cache
 def tile_addresses(kind: str, is_paired: bool) -> tuple[int, ctypes.Array[Any]]:
     count = TILE_ROWS[host_width()]
-    addresses = [tile_kernel(kind, rows + 1, is_paired).address for rows in range(count)]
-    array = (ctypes.c_int64 * count)(*addresses)
+    addresses = [
+        tile_kernel(kind, rows + 1, is_paired, adds).address
+        for adds in (False, True)
+        for rows in range(count)
+    ]
+    array = (ctypes.c_int64 * len(addresses))(*addresses)
     return ctypes.addressof(array), array
 
 
@@ -415,7 +290,9 @@ class DenseLayer:
 
     def __call__(self, rows: Tensor) -> list[Tensor]:
         precision = rows.dtype
-        is_paired = precision is torch.bfloat16 and self._kind == "bfloat16" and has_bfloat16_unit()
+        is_paired = precision is torch.bfloat16 and self._kind == "bfloat16" and HAS_PAIRS
+        if is_paired and rows.shape[0] > MAX_PAIRED_ROWS:
+            return self._by_torch(rows)
         if not is_paired:
             rows = rows.to(torch.float32)
         if rows.stride(1) != 1:
@@ -428,6 +305,15 @@ class DenseLayer:
             return [output.view(num_rows, columns[0])]
         parts = torch.split(output, [num_rows * count for count in columns])
         return [part.view(num_rows, n) for part, n in zip(parts, columns, strict=True)]
+
+    def _by_torch(self, rows: Tensor) -> list[Tensor]:
+        outputs = [functional.linear(rows, *weight) for weight in self.weights]
+        if self.activation is None:
+            return outputs
+        first, second = outputs
+        if self.activation == "silu":
+            return [functional.silu(first).mul_(second)]
+        return [functional.gelu(first, approximate="tanh").mul_(second)]
 
     def _multiply(self, rows: Tensor, output: Tensor, is_paired: bool) -> None:
         layer = self._records.get(is_paired)
@@ -450,13 +336,21 @@ class DenseLayer:
     def _record(self, is_paired: bool) -> ctypes.Array[Any]:
         """What the worker reads of this layer."""
         lanes, kind = host_width(), "bfloat16" if is_paired else "float32"
+        matrix = self.weights[0].matrix
+        channels_at_once = ROW_BYTES_AT_ONCE // ELEMENT_BYTES[kind]
+        if any(count % TILE_WEIGHTS for count in self._columns):
+            channels_at_once = matrix.shape[1]  # the last tile shares columns with that before it
         fields: list[int] = [
             *LayerFields(
                 num_outputs=len(self._columns),
-                num_channels=self.weights[0].matrix.shape[1],
+                num_channels=matrix.shape[1],
                 item_bytes=ELEMENT_BYTES[kind],
+                channels_at_once=channels_at_once,
                 tile_rows=TILE_ROWS[lanes],
                 tiles=tile_addresses(self._kind, is_paired)[0],
+                row_bytes=ELEMENT_BYTES[kind],
+                weight_bytes=matrix.element_size(),
+                weight_stride=matrix.shape[1] * matrix.element_size(),
                 lanes=lanes,
             )
         ]
@@ -471,7 +365,6 @@ class DenseLayer:
             fields += OutputFields(
                 first_column=first_column,
                 num_columns=num_columns,
-                weight_stride=matrix.stride(0) * matrix.element_size(),
                 weight=matrix.data_ptr(),
                 bias=address_or_0(bias),
                 second_weight=address_or_0(second and second.matrix),

@@ -17,7 +17,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from .dense import kind_of, rounded
+from .dense import kind_of
+from .dense_kernels import rounded
 from .microkernels import ELEMENT_BYTES, decode, load_raw
 from .native_code import address_of, call, fetch_add, load_long, native, worker
 from .threads import run_worker

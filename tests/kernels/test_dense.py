@@ -9,8 +9,8 @@ from torch.nn import functional
 
 pytest.importorskip("numba")
 
-from paged_kv.kernels.cpu import dense
 from paged_kv.kernels.cpu.dense import Weight, gated_linear, is_served, linear
+from paged_kv.kernels.cpu.dense_kernels import ACTIVATIONS
 from paged_kv.kernels.cpu.token_rows import rms_norm, turn
 from paged_kv.kernels.cpu.vectors import host_width
 
@@ -61,7 +61,7 @@ def test_linear_layers_are_torchs(precision, stored, has_bias):
 
 @pytest.mark.parametrize(("precision", "stored"), PRECISIONS)
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("activation", dense.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_linear_layers_are_torchs(precision, stored, has_bias, activation):
     activate = {
         "silu": functional.silu,
@@ -76,7 +76,7 @@ def test_gated_linear_layers_are_torchs(precision, stored, has_bias, activation)
             assert error_of(given, exact) < 2 * TOLERANCE[precision], (num_rows, columns)
 
 
-@pytest.mark.parametrize("activation", dense.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_neither_overflow_nor_hide_what_is_no_number(activation):
     sizes = [0.0, 1e-30, 1e-3, 1.0, 30.0, 100.0, 1e4]
     wanted = torch.tensor([sign * size for size in sizes for sign in (1, -1)] + [torch.nan] * 2)
@@ -93,9 +93,21 @@ def test_activations_neither_overflow_nor_hide_what_is_no_number(activation):
     torch.testing.assert_close(given, exact, rtol=2e-5, atol=1e-30, equal_nan=True)
 
 
-def test_rows_need_not_lie_close_nor_weights_be_whole():
+@pytest.mark.parametrize(("precision", "stored"), PRECISIONS)
+@pytest.mark.parametrize("columns", [33, 64])
+def test_many_channels_are_added_up_in_parts(precision, stored, columns):
+    """Also where the last tile of a weight shares columns with the one before it."""
+    for channels in (1024, 2048 + 32, 5024):
+        rows, matrix = torch.randn(7, channels).to(precision), torch.randn(columns, channels)
+        weight = Weight(matrix.to(stored))
+        assert error_of(linear(rows, [weight])[0], exact_linear(rows, weight)) < 4e-3
+        if precision is torch.float32:
+            assert error_of(linear(rows, [weight])[0], exact_linear(rows, weight)) < 1e-6
+
+
+def test_rows_need_not_lie_close():
     rows = torch.randn(9, 3 * CHANNELS)[:, CHANNELS : 2 * CHANNELS]
-    matrix = torch.randn(40, 2 * CHANNELS)[:, :CHANNELS]
+    matrix = torch.randn(40, CHANNELS)
     given = linear(rows, [Weight(matrix)])[0]
     assert error_of(given, exact_linear(rows, Weight(matrix))) < 1e-6
     given = linear(torch.randn(CHANNELS, 9).t(), [Weight(matrix)])[0]
@@ -108,6 +120,7 @@ def test_a_weight_is_served_only_where_its_rows_are_whole_vectors():
     assert not is_served(torch.zeros(3, 2 * host_width()))
     assert not is_served(torch.zeros(4, 2 * host_width() + 1))
     assert not is_served(torch.zeros(64, 64).t().contiguous().t())
+    assert not is_served(torch.zeros(64, 128)[:, :64])
     assert not is_served(torch.zeros(64, 64, dtype=torch.float64))
     assert not is_served(torch.zeros(64, 64, dtype=torch.float32, device="meta"))
 

@@ -1,0 +1,180 @@
+"""The inner loops of linear layers on a CPU as machine code: sums of products, and what ends them.
+
+Knows addresses and element kinds, no layers. Rows and weights are both read along their channels;
+sums lie in the lanes and are added up at the end of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Final
+
+from llvmlite import ir
+
+from .microkernels import ELEMENT_BYTES, decode, load_raw
+from .vectors import FLOAT, INT, SHORT, Emitter, MachineCode, host_width
+
+TILE_WEIGHTS: Final = 4  # rows of a weight that a tile multiplies at once ...
+TILE_ROWS: Final = {16: 6, 8: 3, 4: 2}  # ... with so many rows, by lanes of a vector
+UNIT_WEIGHTS: Final = 32  # a thread's unit of work: rows of a weight ...
+UNIT_ROWS: Final = 48  # ... with rows; both stay in the second cache
+SCRATCH_BYTES: Final = 2 * UNIT_ROWS * UNIT_WEIGHTS * 4  # sums of a unit, for two weights
+PREFETCHED_ROWS: Final = 4  # so few take less time than their weights take to come
+ACTIVATIONS: Final = ("silu", "gelu_tanh")
+LOG2_E: Final = 1 / math.log(2)
+
+
+@cache
+def tile_kernel(kind: str, rows: int, is_paired: bool, adds: bool) -> MachineCode:
+    """Sums of products of `rows` rows with `TILE_WEIGHTS` rows of a weight of `kind`.
+
+    Arguments: rows, weight (addresses), their strides in bytes, number of channels, target
+    [rows][UNIT_WEIGHTS] in float32, to which the sums are added if it `adds`. `is_paired`: rows are
+    bfloat16, as the weight.
+    """
+    lanes = host_width() * (2 if is_paired else 1)  # channels at once
+    emitter = Emitter("linear", 6)
+    source, weight, row_stride, weight_stride, num_channels, target = emitter.arguments
+    builder = emitter.builder
+    zero = emitter.constant(0.0, host_width())
+    sums = [[emitter.variable(zero) for _ in range(TILE_WEIGHTS)] for _ in range(rows)]
+    row_bytes = 2 if is_paired else 4
+    row_starts = [
+        builder.add(source, builder.mul(row_stride, emitter.long(row))) for row in range(rows)
+    ]
+    weight_starts = [
+        builder.add(weight, builder.mul(weight_stride, emitter.long(column)))
+        for column in range(TILE_WEIGHTS)
+    ]
+    with emitter.loop(emitter.long(0), num_channels, lanes) as channel:
+        at_row = emitter.times(channel, row_bytes)
+        at_weight = emitter.times(channel, ELEMENT_BYTES[kind])
+        for start in weight_starts if rows <= PREFETCHED_ROWS else ():
+            ahead = builder.mul(weight_stride, emitter.long(TILE_WEIGHTS))
+            emitter.prefetch(emitter.offset(start, at_weight, ahead))
+        columns = [
+            load_raw(emitter, builder.add(start, at_weight), kind, lanes) for start in weight_starts
+        ]
+        if not is_paired:
+            columns = [decode(emitter, raw, kind)[0] for raw in columns]
+        for row, start in enumerate(row_starts):
+            element = SHORT if is_paired else FLOAT
+            vector = emitter.load(builder.add(start, at_row), element, lanes)
+            for column, place in zip(columns, sums[row], strict=True):
+                product = multiply_pairs if is_paired else Emitter.fma
+                builder.store(product(emitter, vector, column, builder.load(place)), place)
+    for row, places in enumerate(sums):
+        total = sum_lanes(emitter, [builder.load(place) for place in places])
+        at = emitter.offset(target, row * UNIT_WEIGHTS * 4)
+        if adds:
+            total = builder.fadd(total, emitter.load(at, FLOAT, TILE_WEIGHTS))
+        emitter.store(total, at)
+    return MachineCode("linear", emitter.finish())
+
+
+def multiply_pairs(emitter: Emitter, a: Any, b: Any, c: Any) -> Any:
+    """The products of pairs of bfloat16, added to the lanes of `c`: VDPBF16PS."""
+    return emitter.call("llvm.x86.avx512bf16.dpbf16ps.512", c.type, c, a, b)
+
+
+def sum_lanes(emitter: Emitter, vectors: Sequence[Any]) -> Any:
+    """The sums of four vectors, as one of four lanes; pairs within 128 bits come first."""
+    builder = emitter.builder
+
+    def added(a: Any, b: Any, places: Sequence[int]) -> Any:
+        """The sum of two arrangements of lanes, given for each four of `a` and then of `b`."""
+        count = a.type.count
+        halves = [
+            [
+                group + place if place < 4 else count + group + place - 4
+                for group in range(0, count, 4)
+                for place in places[start : start + 4]
+            ]
+            for start in (0, 4)
+        ]
+        shuffled = [
+            builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, count), half))
+            for half in halves
+        ]
+        return builder.fadd(*shuffled)
+
+    first, second = (added(a, b, (0, 4, 1, 5, 2, 6, 3, 7)) for a, b in (vectors[:2], vectors[2:]))
+    return emitter.halved(added(first, second, (0, 1, 4, 5, 2, 3, 6, 7)), 4)
+
+
+@cache
+def finish_kernel(
+    activation: str | None, bias_kind: str | None, kind: str, lanes: int
+) -> MachineCode:
+    """A unit's sums as outputs of `kind`: biases added, the second of two multiplied.
+
+    Arguments: sums [2][UNIT_ROWS][UNIT_WEIGHTS], bias and second bias (addresses), outputs, their
+    stride in bytes, number of rows, number of columns, not fewer than lanes. Columns behind the
+    last whole vector are computed with those before them once more.
+    """
+    emitter = Emitter("finish", 7)
+    sums, bias, second_bias, target, target_stride, num_rows, num_columns = emitter.arguments
+    builder, last = emitter.builder, emitter.variable(emitter.long(0))
+    builder.store(builder.sub(num_columns, emitter.long(lanes)), last)
+
+    def biased(vector: Any, start: Any, column: Any) -> Any:
+        if bias_kind is None:
+            return vector
+        at = builder.add(start, emitter.times(column, ELEMENT_BYTES[bias_kind]))
+        return builder.fadd(
+            vector, decode(emitter, load_raw(emitter, at, bias_kind, lanes), bias_kind)[0]
+        )
+
+    with emitter.loop(emitter.long(0), num_rows, 1) as row:
+        line = builder.add(sums, emitter.times(row, UNIT_WEIGHTS * 4))
+        output = builder.add(target, builder.mul(row, target_stride))
+        with emitter.loop(emitter.long(0), num_columns, lanes) as position:
+            behind = builder.icmp_signed(">", position, builder.load(last))
+            column = builder.select(behind, builder.load(last), position)
+            at = builder.add(line, emitter.times(column, 4))
+            vector = biased(emitter.load(at, FLOAT, lanes), bias, column)
+            if activation is not None:
+                second = emitter.load(emitter.offset(at, SCRATCH_BYTES // 2), FLOAT, lanes)
+                second = biased(second, second_bias, column)
+                vector = builder.fmul(activated(emitter, vector, activation), second)
+            at = builder.add(output, emitter.times(column, ELEMENT_BYTES[kind]))
+            emitter.store(rounded(emitter, vector, kind), at)
+    return MachineCode("finish", emitter.finish())
+
+
+def activated(emitter: Emitter, vector: Any, activation: str) -> Any:
+    """x / (1 + e**-t): of SiLU t is x, of GELU by tanh 2 sqrt(2/pi) (x + 0.044715 x**3)."""
+    builder, lanes = emitter.builder, vector.type.count
+    exponent = vector
+    if activation == "gelu_tanh":
+        slope = 2 * math.sqrt(2 / math.pi)
+        factor = emitter.fma(
+            builder.fmul(vector, vector),
+            emitter.constant(0.044715 * slope, lanes),
+            emitter.constant(slope, lanes),
+        )
+        exponent = builder.fmul(vector, factor)
+    is_negative = builder.fcmp_ordered("<", exponent, emitter.constant(0.0, lanes))
+    scaled = builder.fmul(emitter.absolute(exponent), emitter.constant(-LOG2_E, lanes))
+    power = emitter.exp2(scaled)  # at most 1: nothing overflows
+    numerator = builder.select(is_negative, builder.fmul(vector, power), vector)
+    return builder.fdiv(numerator, builder.fadd(emitter.constant(1.0, lanes), power))
+
+
+def rounded(emitter: Emitter, vector: Any, kind: str) -> Any:
+    """A float vector as float32, or as the nearest bfloat16, to even."""
+    if kind == "float32":
+        return vector
+    builder, lanes = emitter.builder, vector.type.count
+    bits = builder.bitcast(vector, ir.VectorType(INT, lanes))
+    odd = builder.and_(
+        builder.lshr(bits, emitter.integers(16, INT, lanes)), emitter.integers(1, INT, lanes)
+    )
+    up = builder.add(builder.add(bits, emitter.integers(0x7FFF, INT, lanes)), odd)
+    quiet = emitter.integers(0x7FC00000, INT, lanes)  # not a number stays so
+    up = builder.select(builder.fcmp_unordered("uno", vector, vector), quiet, up)
+    return builder.trunc(
+        builder.lshr(up, emitter.integers(16, INT, lanes)), ir.VectorType(SHORT, lanes)
+    )
