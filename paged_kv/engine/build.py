@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..blocks.warming import warm_up
 from ..cache.device_memory import free_memory
 from ..cache.formats import KVFormat, resolve_format
 from ..cache.key_calibration import KeyCalibration
@@ -93,6 +94,7 @@ def engine_where_it_is(
         max_prefill_tokens=config.max_prefill_tokens,
         swap_cost=swap_cost(model, cache),
     )
+    warm_up()
     runner = ModelRunner(model, cache)
     return Engine(runner, scheduler, end_token_ids(model.model), config.sink_window)
 

@@ -60,9 +60,8 @@ def serve(prepare: Callable[[Job], Callable[[], Round]]) -> None:
     """Read a job, prepare an engine for it, and run a round for each line that follows."""
     job = Job(**json.loads(sys.stdin.readline()))
     os.environ["OMP_NUM_THREADS"] = str(job.num_threads)
-    began = time.perf_counter()
     run = prepare(job)
-    say({"seconds": time.perf_counter() - began})
+    say({})
     for _ in sys.stdin:
         done = run()
         done.rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
