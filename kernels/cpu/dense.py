@@ -272,13 +272,15 @@ class DenseLayer:
     """Weights [N, K] that multiply the same rows, all of one dtype: an output [M, N] for each.
 
     With an `activation` there are two, and the one output is that of the first, activated, times
-    that of the second.
+    that of the second. Each has to be served (`is_served`). A call raises `ValueError` for rows of
+    other channels.
     """
 
     def __init__(self, weights: Sequence[Weight], activation: str | None = None) -> None:
         assert activation is None or len({weight.bias is None for weight in weights}) == 1
         self.weights, self.activation = list(weights), activation
-        self._places = [addresses(weight) for weight in self.weights]
+        self._places = [place_of(weight) for weight in self.weights]
+        self._num_channels = self.weights[0].matrix.shape[1]
         self._kind = kind_of(self.weights[0].matrix)
         step = 1 if activation is None else 2
         self._columns = [len(weight.matrix) for weight in self.weights[::step]]
@@ -286,10 +288,12 @@ class DenseLayer:
 
     def is_of(self, weights: Sequence[Weight]) -> bool:
         """Whether it was made of these weights, and they are where they were."""
-        return [addresses(weight) for weight in weights] == self._places
+        return [place_of(weight) for weight in weights] == self._places
 
     def __call__(self, rows: Tensor) -> list[Tensor]:
         precision = rows.dtype
+        if rows.shape[1] != self._num_channels:
+            raise ValueError(f"rows of {rows.shape[1]} channels, weights of {self._num_channels}")
         is_paired = precision is torch.bfloat16 and self._kind == "bfloat16" and HAS_PAIRS
         if is_paired and rows.shape[0] > MAX_PAIRED_ROWS:
             return self._by_torch(rows)
@@ -339,11 +343,13 @@ class DenseLayer:
         matrix = self.weights[0].matrix
         channels_at_once = ROW_BYTES_AT_ONCE // ELEMENT_BYTES[kind]
         if any(count % TILE_WEIGHTS for count in self._columns):
-            channels_at_once = matrix.shape[1]  # the last tile shares columns with that before it
+            channels_at_once = (
+                self._num_channels
+            )  # the last tile shares columns with that before it
         fields: list[int] = [
             *LayerFields(
                 num_outputs=len(self._columns),
-                num_channels=matrix.shape[1],
+                num_channels=self._num_channels,
                 item_bytes=ELEMENT_BYTES[kind],
                 channels_at_once=channels_at_once,
                 tile_rows=TILE_ROWS[lanes],
@@ -377,5 +383,7 @@ class DenseLayer:
         return (ctypes.c_int64 * len(fields))(*fields)
 
 
-def addresses(weight: Weight) -> tuple[int, int]:
-    return weight.matrix.data_ptr(), address_or_0(weight.bias)
+def place_of(weight: Weight) -> tuple[object, ...]:
+    """Where a weight lies, and as what."""
+    matrix, bias = weight
+    return matrix.data_ptr(), matrix.dtype, matrix.shape, address_or_0(bias)

@@ -99,8 +99,8 @@ def run_formats(
         for llm in llms.values():
             llm.generate(demo_prompts(), SamplingParams(max_tokens=2), show_progress=False)
         for turn in range(NUM_TURNS):
+            show(f"turn {turn + 1} of {NUM_TURNS}: {', '.join(llms)}")
             for name, llm in llms.items():
-                show(f"[bold]{name}[/]: decoding {len(params)} requests at once, turn {turn + 1}")
                 started = time.perf_counter()
                 outputs = llm.generate(demo_prompts(), params)
                 seconds = time.perf_counter() - started

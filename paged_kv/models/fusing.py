@@ -24,6 +24,8 @@ from .widening import WideLinear
 # How far two ways to compute the same may be apart, as a relative norm.
 TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
+ROW_DTYPES: Final = (torch.float32, torch.bfloat16)  # of rows that are normed
+
 PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED_PARTS: Final = ("gate_proj", "up_proj", "down_proj", "act_fn")
 ATTENTION_NAMES: Final = frozenset(
@@ -85,12 +87,17 @@ class Dense:
         self._activation = activation
         self._layer: DenseLayer | None = None
 
-    def layer(self, *modules: nn.Linear) -> DenseLayer:
+    def layer(self, *modules: nn.Linear) -> DenseLayer | None:
+        """None where a weight has become one that is not served."""
         weights = [
             Weight(cast(Tensor, parameters["weight"]), parameters["bias"])
             for parameters in (module._parameters for module in modules)
         ]
         if self._layer is None or not self._layer.is_of(weights):
+            matrices = [weight.matrix for weight in weights]
+            is_one = len({(matrix.dtype, matrix.shape[1:]) for matrix in matrices}) == 1
+            if not (is_one and all(map(is_served, matrices))):
+                return None
             self._layer = DenseLayer(weights, self._activation)
         return self._layer
 
@@ -119,9 +126,10 @@ class FastLinear:
         self._dense = Dense()
 
     def __call__(self, input: Tensor) -> Tensor:
-        if not served(input) or self.module.weight.device.type != "cpu":
+        layer = self._dense.layer(self.module) if served(input) else None
+        if layer is None:
             return self.original(input)  # type: ignore[no-any-return]
-        output = self._dense.layer(self.module)(rows_of(input))[0]
+        output = layer(rows_of(input))[0]
         return output.view(*input.shape[:-1], output.shape[1])
 
 
@@ -134,11 +142,13 @@ class FastNorm:
     is_offset: bool
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        if not served(hidden_states) or hidden_states.dtype is torch.float16:
+        module, weight = self.module, self.module._parameters["weight"]
+        fits = hidden_states.shape[-1:] == weight.shape and weight.is_contiguous()
+        fits = fits and hidden_states.dtype in ROW_DTYPES and weight.dtype in ROW_DTYPES
+        if not (fits and served(hidden_states)):
             return self.original(hidden_states)  # type: ignore[no-any-return]
-        module = self.module
         epsilon = getattr(module, "variance_epsilon", None) or module.eps
-        return rms_norm(hidden_states, module.weight, epsilon, is_offset=self.is_offset)
+        return rms_norm(hidden_states, weight, epsilon, is_offset=self.is_offset)
 
 
 class GatedLinear:
@@ -151,10 +161,12 @@ class GatedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         gate, up, down, act_fn = (cast(Any, self.module._modules.get(n)) for n in GATED_PARTS)
         is_heard = act_fn is None or act_fn._forward_hooks or act_fn._forward_pre_hooks
-        if is_heard or not (served(x) and is_untouched(gate, up, down)):
+        inner = outer = None
+        if not is_heard and served(x) and is_untouched(gate, up, down):
+            inner, outer = self._inner.layer(gate, up), self._outer.layer(down)
+        if inner is None or outer is None:
             return self.original(x)  # type: ignore[no-any-return]
-        inner = self._inner.layer(gate, up)(rows_of(x))[0]
-        output = self._outer.layer(down)(inner)[0]
+        output = outer(inner(rows_of(x))[0])[0]
         return output.view(*x.shape[:-1], output.shape[1])
 
 
@@ -177,22 +189,28 @@ class TurnedAttention:
     ) -> Any:
         module, size = self.module, self.module.head_dim
         query, key, value, last = (module._modules.get(name) for name in PROJECTIONS)
-        is_usual = position_embeddings is not None
-        is_usual = is_usual and attention_mask is None and past_key_values is None
-        is_usual = is_usual and served(hidden_states)
-        if not (is_usual and is_untouched(query, key, value, last)):
+        inner = outer = None
+        is_usual = (
+            position_embeddings is not None
+            and position_embeddings[0].shape[:-1] == hidden_states.shape[:-1]
+            and attention_mask is None
+            and past_key_values is None
+            and served(hidden_states)
+        )
+        if is_usual and is_untouched(query, key, value, last):
+            inner, outer = self._inner.layer(query, key, value), self._outer.layer(last)
+        if inner is None or outer is None or position_embeddings is None:
             return self.original(
                 hidden_states, position_embeddings=position_embeddings,
                 attention_mask=attention_mask, past_key_values=past_key_values, **options,
             )  # fmt: skip
-        projected = self._inner.layer(query, key, value)(rows_of(hidden_states))
+        projected = inner(rows_of(hidden_states))
         heads = [one.view(one.shape[0], one.shape[1] // size, size) for one in projected]
         for place, norm in enumerate(self._norms):
-            heads[place] = module._modules[norm](heads[place])
-        assert position_embeddings is not None
+            heads[place] = module._modules[norm](heads[place]).contiguous()
         turn(heads[0], heads[1], *(rows_of(one) for one in position_embeddings))
         output = self._attend(module, *heads, **self.settings)
-        output = self._outer.layer(last)(output.view(output.shape[0], -1))[0]
+        output = outer(output.view(output.shape[0], -1))[0]
         return output.view(*hidden_states.shape[:-1], output.shape[1]), None
 
 
@@ -277,11 +295,9 @@ def candidates_of(module: Any, attend: Attention) -> list[Replacement]:
     ):
         activation = ACTIVATIONS.get(type(module.act_fn).__name__)
         has_bias = {getattr(module, name).bias is not None for name in GATED_PARTS[:2]}
-        return (
-            []
-            if activation is None or len(has_bias) > 1
-            else [GatedLinear(module, original, activation)]
-        )
+        if activation is None or len(has_bias) > 1:
+            return []
+        return [GatedLinear(module, original, activation)]
     weight = getattr(module, "weight", None)
     if is_plain(module, NORM_NAMES) and isinstance(weight, Tensor) and weight.ndim == 1:
         return [FastNorm(module, original, is_offset) for is_offset in (False, True)]

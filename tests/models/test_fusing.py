@@ -106,6 +106,31 @@ def test_weights_are_read_where_they_are():
     paged.close()
 
 
+def test_weights_that_cannot_be_served_any_more_are_the_modules_own_business():
+    model = copy.deepcopy(zoo.model("llama"))
+    paged = PagedModel(model)
+    layer, hidden = model.model.layers[0], torch.randn(1, 2, 64)
+    with torch.inference_mode():
+        expected = layer.mlp(hidden)
+        for linear in (layer.mlp.up_proj, layer.mlp.down_proj, layer.self_attn.k_proj):
+            linear.weight.data = linear.weight.data.t().contiguous().t()
+        torch.testing.assert_close(layer.mlp(hidden), expected, rtol=1e-4, atol=1e-4)
+        with running(fusing.Rehearsal()):
+            paged._rehearse()
+        layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data.double()
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer.mlp(hidden)
+    paged.close()
+
+
+def test_rows_of_other_channels_are_refused():
+    model = zoo.model("llama")
+    paged = PagedModel(model)
+    with torch.inference_mode(), pytest.raises(ValueError, match="rows of 32 channels"):
+        model.model.layers[0].mlp(torch.ones(1, 2, 32))
+    paged.close()
+
+
 def test_gradients_are_for_the_modules_own_code():
     model = zoo.model("llama")
     paged = PagedModel(model)
