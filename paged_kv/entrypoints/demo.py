@@ -162,7 +162,7 @@ def results_table(runs: dict[str, FormatRun], qualities: dict[str, Quality]) -> 
     """One row a format."""
     native = runs["native"]
     table = Table(title="32 requests at once on quantized paged blocks", caption=CAPTION)
-    table.add_column("KV format")
+    table.add_column("KV format", no_wrap=True)
     for heading in ("tokens/s", "peak KV", "ratio", "B/token", "ratio", "KL mnat", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, run in runs.items():
