@@ -62,7 +62,10 @@ def python(*arguments: str, stdout: int) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("generate", "The captain", "Her sister", "--max-tokens", "4"), ("generate", "--help")],
+    [
+        ("generate", "The captain", "Her sister", "--max-tokens", "4", "--dtype", "float32"),
+        ("generate", "--help"),
+    ],
 )
 def test_a_reader_that_has_gone_ends_it_quietly(arguments: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
