@@ -32,7 +32,7 @@ from .microkernels import (
     widen_kernel,
 )
 from .native_attention import attention_worker
-from .native_code import address_or_0, row_addresses
+from .native_code import address_or_0, kind_of, row_addresses
 from .per_layer import PerLayer
 from .plan import CpuPlan
 from .quantize import copy_kernel
@@ -139,7 +139,7 @@ def layer_bytes(layer: LayerBlocks, *, has_softcap: bool) -> bytes:
         softmax=softmax_kernel("none", "none", 0.0, has_softcap, host_width()).address,
         softmax_sealed=softmax_kernel(*scaling_of(layer), has_softcap, host_width()).address,
         item_bytes=itemsize,
-        round_to_open=copy_kernel("float32", str(keys.dtype).removeprefix("torch.")).address,
+        round_to_open=copy_kernel("float32", kind_of(keys)).address,
     )
     return LAYER_STRUCT.pack(*fields, *chain.from_iterable(row_kernels(layer)))
 
@@ -196,7 +196,7 @@ def open_piece(layer: LayerBlocks) -> int:
 def row_kernels(layer: LayerBlocks) -> list[list[int]]:
     """Addresses of the microkernels [Kernel.COUNT][NUM_VARIANTS]; 0 where there is no such."""
     sealed, value_dim = layer.sealed, layer.open_values.shape[3]
-    dtype = str(layer.open_keys.dtype).removeprefix("torch.")
+    dtype = kind_of(layer.open_keys)
     none = [0] * NUM_VARIANTS
     score_sealed, score_wide, value_sealed, value_upper = none, none, none, none
     if sealed is not None:

@@ -29,10 +29,12 @@ from .dense_kernels import (
 )
 from .microkernels import ELEMENT_BYTES
 from .native_code import (
+    KINDS,
     address_of,
     address_or_0,
     call,
     fetch_add,
+    kind_of,
     load_long,
     native,
     thread_scratch,
@@ -43,11 +45,6 @@ from .vectors import host_features, host_width
 
 ROW_BYTES_AT_ONCE: Final = 4096  # of a row: a tile's rows stay in the first cache
 MAX_PAIRED_ROWS: Final = 64  # of more rows of bfloat16 torch's products are faster
-KINDS: Final = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
 # Whether this processor multiplies pairs of bfloat16 as fast as it multiplies floats.
 HAS_PAIRS: Final = host_width() == 16 and "+avx512bf16" in host_features()
 
@@ -76,11 +73,10 @@ class LayerFields(NamedTuple):
 
     num_outputs: int
     num_channels: int
-    item_bytes: int  # of an output's element
+    item_bytes: int  # of an element of rows and outputs
     channels_at_once: int
     tile_rows: int
     tiles: int  # addresses of microkernels for 1 to `tile_rows` rows; then of those that add
-    row_bytes: int  # of an element of rows
     weight_bytes: int  # of an element of a weight
     weight_stride: int
     lanes: int
@@ -144,10 +140,8 @@ def multiply_unit(
     layer = load_long(p, CALL.layer)
     num_channels = load_long(layer, LAYER.num_channels)
     at_once, tiles = load_long(layer, LAYER.channels_at_once), load_long(layer, LAYER.tiles)
-    row_bytes, weight_bytes = (
-        load_long(layer, LAYER.row_bytes),
-        load_long(layer, LAYER.weight_bytes),
-    )
+    item_bytes = load_long(layer, LAYER.item_bytes)
+    weight_bytes = load_long(layer, LAYER.weight_bytes)
     rows = load_long(p, CALL.rows) + first_row * load_long(p, CALL.row_stride)
     before = first * load_long(layer, LAYER.weight_stride)
     weight, second = load_long(output, OUTPUT.weight), load_long(output, OUTPUT.second_weight)
@@ -155,7 +149,7 @@ def multiply_unit(
         kernels = tiles
         for channel in range(0, num_channels, at_once):
             start = weight + before + channel * weight_bytes
-            places = (rows + channel * row_bytes, start, kernels, scratch)
+            places = (rows + channel * item_bytes, start, kernels, scratch)
             count = min(at_once, num_channels - channel)
             multiply_tiles(p, places, (num_rows, last - first, count))
             kernels = tiles + 8 * load_long(layer, LAYER.tile_rows)  # those that add
@@ -168,10 +162,8 @@ def finish_unit(
 ) -> None:
     """The outputs of one unit."""
     layer = load_long(p, CALL.layer)
-    item_bytes, bias_bytes = (
-        load_long(layer, LAYER.item_bytes),
-        load_long(output, OUTPUT.bias_bytes),
-    )
+    item_bytes = load_long(layer, LAYER.item_bytes)
+    bias_bytes = load_long(output, OUTPUT.bias_bytes)
     stride = load_long(output, OUTPUT.num_columns) * item_bytes
     before = load_long(output, OUTPUT.first_column) * load_long(p, CALL.num_rows) * item_bytes
     target = load_long(p, CALL.outputs) + before + first_row * stride + first * item_bytes
@@ -222,10 +214,6 @@ def linear_worker() -> int:
 
 
 # -- calls ----------------------------------------------------------------------------------------
-
-
-def kind_of(tensor: Tensor) -> str:
-    return KINDS[tensor.dtype]
 
 
 def is_served(weight: Tensor) -> bool:
@@ -343,9 +331,7 @@ class DenseLayer:
         matrix = self.weights[0].matrix
         channels_at_once = ROW_BYTES_AT_ONCE // ELEMENT_BYTES[kind]
         if any(count % TILE_WEIGHTS for count in self._columns):
-            channels_at_once = (
-                self._num_channels
-            )  # the last tile shares columns with that before it
+            channels_at_once = self._num_channels  # the last two tiles share columns
         fields: list[int] = [
             *LayerFields(
                 num_outputs=len(self._columns),
@@ -354,7 +340,6 @@ class DenseLayer:
                 channels_at_once=channels_at_once,
                 tile_rows=TILE_ROWS[lanes],
                 tiles=tile_addresses(self._kind, is_paired)[0],
-                row_bytes=ELEMENT_BYTES[kind],
                 weight_bytes=matrix.element_size(),
                 weight_stride=matrix.shape[1] * matrix.element_size(),
                 lanes=lanes,

@@ -14,6 +14,7 @@ from typing import Any, Final
 from llvmlite import ir
 
 from .microkernels import ELEMENT_BYTES, decode, load_raw
+from .quantize import encode
 from .vectors import FLOAT, INT, SHORT, Emitter, MachineCode, host_width
 
 TILE_WEIGHTS: Final = 4  # rows of a weight that a tile multiplies at once ...
@@ -140,7 +141,7 @@ def finish_kernel(
                 second = biased(second, second_bias, column)
                 vector = builder.fmul(activated(emitter, vector, activation), second)
             at = builder.add(output, emitter.times(column, ELEMENT_BYTES[kind]))
-            emitter.store(rounded(emitter, vector, kind), at)
+            emitter.store(encode(emitter, vector, kind), at)
     return MachineCode("finish", emitter.finish())
 
 
@@ -161,20 +162,3 @@ def activated(emitter: Emitter, vector: Any, activation: str) -> Any:
     power = emitter.exp2(scaled)  # at most 1: nothing overflows
     numerator = builder.select(is_negative, builder.fmul(vector, power), vector)
     return builder.fdiv(numerator, builder.fadd(emitter.constant(1.0, lanes), power))
-
-
-def rounded(emitter: Emitter, vector: Any, kind: str) -> Any:
-    """A float vector as float32, or as the nearest bfloat16, to even."""
-    if kind == "float32":
-        return vector
-    builder, lanes = emitter.builder, vector.type.count
-    bits = builder.bitcast(vector, ir.VectorType(INT, lanes))
-    odd = builder.and_(
-        builder.lshr(bits, emitter.integers(16, INT, lanes)), emitter.integers(1, INT, lanes)
-    )
-    up = builder.add(builder.add(bits, emitter.integers(0x7FFF, INT, lanes)), odd)
-    quiet = emitter.integers(0x7FC00000, INT, lanes)  # not a number stays so
-    up = builder.select(builder.fcmp_unordered("uno", vector, vector), quiet, up)
-    return builder.trunc(
-        builder.lshr(up, emitter.integers(16, INT, lanes)), ir.VectorType(SHORT, lanes)
-    )

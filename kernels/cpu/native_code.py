@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from ctypes import addressof, c_char
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -24,6 +25,12 @@ from ...code_cache import keep_on_disk
 from .vectors import CACHE_LINE, FLOAT, LONG
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+KINDS: Final = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 _local = threading.local()
 
@@ -54,6 +61,11 @@ def row_addresses(tensor: Tensor) -> tuple[int, int, int]:
     size = tensor.element_size()
     token_stride, head_stride, _ = tensor.stride()
     return tensor.data_ptr(), size * token_stride, size * head_stride
+
+
+def kind_of(tensor: Tensor) -> str:
+    """A tensor's dtype as microkernels name it: "float32", "bfloat16", "float16"."""
+    return KINDS[tensor.dtype]
 
 
 def address_or_0(tensor: Tensor | None) -> int:

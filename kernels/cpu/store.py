@@ -23,6 +23,7 @@ from .native_code import (
     address_or_0,
     call,
     fetch_add,
+    kind_of,
     load_long,
     native,
     row_addresses,
@@ -285,7 +286,7 @@ def layer_bytes(layer: LayerBlocks) -> bytes:
     """The part of the worker's record that describes a layer."""
     keys, values = layer.open_keys, layer.open_values
     assert keys.stride(2) == 1, "open keys are channel-major on a CPU"
-    size, dtype = keys.element_size(), str(keys.dtype).removeprefix("torch.")
+    size, dtype = keys.element_size(), kind_of(keys)
     fields = LayerFields(
         num_kv_heads=keys.shape[1],
         key_dim=keys.shape[3],

@@ -17,10 +17,9 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from .dense import kind_of
-from .dense_kernels import rounded
 from .microkernels import ELEMENT_BYTES, decode, load_raw
-from .native_code import address_of, call, fetch_add, load_long, native, worker
+from .native_code import address_of, call, fetch_add, kind_of, load_long, native, worker
+from .quantize import encode
 from .threads import run_worker
 from .vectors import FLOAT, Emitter, MachineCode, host_width
 
@@ -131,9 +130,9 @@ def norm_kernel(
             if is_offset:
                 scale = builder.fadd(scale, emitter.constant(1.0, lanes))
             else:  # the weight is multiplied in the rows' precision
-                vector = decode(emitter, rounded(emitter, vector, kind), kind)[0]
+                vector = decode(emitter, encode(emitter, vector, kind), kind)[0]
             at = builder.add(output, emitter.times(channel, item))
-            emitter.store(rounded(emitter, builder.fmul(vector, scale), kind), at)
+            emitter.store(encode(emitter, builder.fmul(vector, scale), kind), at)
     return MachineCode("norm", emitter.finish())
 
 
@@ -195,7 +194,7 @@ def turn_kernel(
                     across = emitter.fma(far, far_cosine, builder.fmul(near, far_sine))
                     for channels, vector in ((channel, turned), (opposite, across)):
                         at = builder.add(place, emitter.times(channels, item))
-                        emitter.store(rounded(emitter, vector, kind), at)
+                        emitter.store(encode(emitter, vector, kind), at)
     return MachineCode("turn", emitter.finish())
 
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from .replacements import Replacements
 from .widening import WidenedModel
-
-if TYPE_CHECKING:
-    from .fusing import FusedModel
 
 
 @dataclass
@@ -31,7 +28,7 @@ class Attachment:
     dtype: torch.dtype
     fingerprint: bytes | None = None  # of the model before it was widened
     widened: WidenedModel | None = None
-    fused: FusedModel | None = None
+    fused: Replacements | None = None
 
 
 attachments: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()

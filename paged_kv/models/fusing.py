@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..kernels.cpu.dense import DenseLayer, Weight, is_served
 from ..kernels.cpu.token_rows import rms_norm, turn
 from .active_step import Probe, running
+from .replacements import Forward, Replacements
 from .widening import WideLinear
 
 # How far two ways to compute the same may be apart, as a relative norm.
@@ -52,7 +53,6 @@ ACTIVATIONS: Final = {
     "PytorchGELUTanh": "gelu_tanh",
 }
 
-Forward = Callable[..., Any]
 Attention = Callable[..., Tensor]  # of a layer's queries, keys and values [T, heads, dim]
 
 
@@ -307,33 +307,12 @@ def candidates_of(module: Any, attend: Attention) -> list[Replacement]:
 # -- the whole model ------------------------------------------------------------------------------
 
 
-class FusedModel:
-    """What was replaced in a model; `undo` gives all modules their own forward back."""
-
-    def __init__(self) -> None:
-        self._replaced: list[tuple[nn.Module, Forward, Forward | None]] = []
-
-    def replace(self, module: nn.Module, forward: Forward) -> None:
-        self._replaced.append((module, forward, module.__dict__.get("forward")))
-        module.forward = forward
-
-    def undo(self) -> None:
-        while self._replaced:
-            module, forward, before = self._replaced.pop()
-            if module.__dict__.get("forward") is not forward:
-                continue  # somebody has set another since
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
-
-
-def fuse(model: nn.Module, run: Callable[[], object], attend: Attention) -> FusedModel:
+def fuse(model: nn.Module, run: Callable[[], object], attend: Attention) -> Replacements:
     """Replace what can be replaced; `run` computes a few tokens, `attend` is their attention.
 
     Nothing is replaced of a model that is not on a CPU, nor where `run` raises anything.
     """
-    fused, trials = FusedModel(), FusedModel()
+    fused, trials = Replacements(), Replacements()
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return fused
     rehearsal = Rehearsal()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..cache.device_memory import require_device
+from .replacements import Replacements
 
 logger = logging.getLogger("paged_kv")
 
@@ -81,7 +82,7 @@ class WidenedModel:
     """A model that computes in float32 until `undo`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._forwards: list[nn.Module] = []
+        self._forwards = Replacements()
         self._narrow: list[tuple[Tensor, Tensor]] = []
         kinds: dict[type, Any] = {nn.Linear: WideLinear, nn.Embedding: WideEmbedding}
         kept: set[int] = set()
@@ -93,8 +94,7 @@ class WidenedModel:
         try:
             for module in model.modules():
                 if type(module) in kinds and "forward" not in module.__dict__:
-                    module.forward = kinds[type(module)](module)
-                    self._forwards.append(module)
+                    self._forwards.replace(module, kinds[type(module)](module))
             for tensor in [*model.parameters(), *model.buffers()]:
                 is_kept = id(tensor) in kept - others
                 if tensor.is_floating_point() and not is_kept:
@@ -108,5 +108,4 @@ class WidenedModel:
         while self._narrow:
             tensor, data = self._narrow.pop()
             tensor.data = data
-        while self._forwards:
-            self._forwards.pop().__dict__.pop("forward", None)
+        self._forwards.undo()
