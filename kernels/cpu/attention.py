@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from .microkernels import (
 from .native_attention import attention_worker
 from .native_code import address_or_0, kind_of, row_addresses
 from .per_layer import PerLayer
-from .plan import CpuPlan
+from .plan import CpuPlan, WorkItems
 from .quantize import copy_kernel
 from .records import (
     LAYER_BYTES,
@@ -57,6 +57,13 @@ SEALED_NAMES: Final = (
 )
 
 
+class Prepared(NamedTuple):
+    """A call that is ready to run."""
+
+    work: WorkItems
+    memory: tuple[Tensor | None, ...]  # that is kept for the record's addresses
+
+
 def attend(
     new: NewTokens,
     layer: LayerBlocks,
@@ -69,13 +76,29 @@ def attend(
 
     With `appends`, those new tokens that the step stores in open blocks are written there.
     """
+    output = new.query.new_empty(*new.query.shape[:2], new.value.shape[2])
+    if len(new.query):
+        work, _kept = prepare(new, layer, plan, rules, output, appends=appends)
+        run_worker(attention_worker(), work.record_address, work.num_threads)
+    return output
+
+
+def prepare(
+    new: NewTokens,
+    layer: LayerBlocks,
+    plan: CpuPlan,
+    rules: ScoreRules,
+    output: Tensor,
+    *,
+    appends: bool,
+) -> Prepared:
+    """Fill the worker's record for a call of `attend` that writes to `output`, contiguous.
+
+    A step's calls share the record: one is run before the next is prepared.
+    """
     query, key, value, sink_query = new
-    output = torch.empty(*query.shape[:2], value.shape[2], dtype=torch.float32)
-    if not len(query):
-        return output.to(query.dtype)
     num_kv_heads = key.shape[1]
     work = plan.items(num_kv_heads, query.shape[1] // num_kv_heads)
-    # Whatever a field has the address of must live until the worker ends.
     rows, keys = as_rows(query, torch.float32), as_rows(key, torch.float32)
     values = as_rows(value, torch.float32)
     sink_rows = None if sink_query is None else as_rows(sink_query, torch.float32)
@@ -91,7 +114,8 @@ def attend(
         call.sink_query, call.sink_query_token_stride, call.sink_query_head_stride = strides
     call.channel_major_keys = channel_major.data_ptr()
     call.padded_tokens = channel_major.shape[-1]
-    call.output = output.data_ptr()
+    call.output, call.output_bytes = output.data_ptr(), output.element_size()
+    call.write = affine_kernel(kind_of(output)).address
     call.sliding_window = rules.sliding_window or 0
     call.attention_chunk = rules.attention_chunk or 0
     call.sink_logits = 0 if sinks is None else sinks.data_ptr()
@@ -103,8 +127,7 @@ def attend(
         work.record[LAYER_BYTES] = capped_layer(layer)
         call.factor, call.softcap = rules.scale / rules.softcap, rules.softcap * LOG2_E
     work.counters[:] = work.zeros
-    run_worker(attention_worker(), work.record_address, work.num_threads)
-    return output if query.dtype is torch.float32 else output.to(query.dtype)
+    return Prepared(work, (rows, keys, values, sink_rows, channel_major, sinks))
 
 
 def channel_major_keys(keys: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from ..block_views import LayerBlocks
 from ..new_tokens import NewTokens
 from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
-from .attention import attend
+from .attention import Prepared, attend, prepare
+from .decoder_layer import DecoderLayer
 from .plan import CpuPlan
 from .rotation import rotate
 from .store import seal_blocks, store_tokens
@@ -49,3 +50,26 @@ class CpuBackend:
         if len(plan.step.seal_block_ids):
             seal_blocks(new, layer, plan.step)
         return output
+
+    def run_layer(
+        self,
+        decoder: DecoderLayer,
+        rules: ScoreRules,
+        hidden: Tensor,
+        angles: Sequence[Tensor],
+        layer: LayerBlocks,
+        plan: KernelPlan,
+        *,
+        rotates_values: bool = False,
+    ) -> Tensor:
+        """`attend_and_store` with all of a decoder layer around it; one new token a sequence."""
+        assert isinstance(plan, CpuPlan)
+        cpu_plan = plan
+
+        def prepare_attention(new: NewTokens, output: Tensor) -> Prepared:
+            return prepare(new, layer, cpu_plan, rules, output, appends=True)
+
+        hidden, new = decoder(hidden, angles, prepare_attention, rotates_values=rotates_values)
+        if len(plan.step.seal_block_ids):
+            seal_blocks(new, layer, plan.step)
+        return hidden

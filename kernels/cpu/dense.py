@@ -27,7 +27,7 @@ from .dense_kernels import (
     finish_kernel,
     tile_kernel,
 )
-from .microkernels import ELEMENT_BYTES
+from .elements import ELEMENT_BYTES
 from .native_code import (
     KINDS,
     address_of,
@@ -65,6 +65,7 @@ class CallFields(NamedTuple):
     row_stride: int
     num_rows: int
     outputs: int  # one behind the other
+    residual: int  # what outputs are added to, as they lie; 0: nothing
     layer: int  # its fields
 
 
@@ -73,7 +74,8 @@ class LayerFields(NamedTuple):
 
     num_outputs: int
     num_channels: int
-    item_bytes: int  # of an element of rows and outputs
+    row_bytes: int  # of an element of rows
+    output_bytes: int  # of an element of outputs
     channels_at_once: int
     tile_rows: int
     tiles: int  # addresses of microkernels for 1 to `tile_rows` rows; then of those that add
@@ -140,7 +142,7 @@ def multiply_unit(
     layer = load_long(p, CALL.layer)
     num_channels = load_long(layer, LAYER.num_channels)
     at_once, tiles = load_long(layer, LAYER.channels_at_once), load_long(layer, LAYER.tiles)
-    item_bytes = load_long(layer, LAYER.item_bytes)
+    row_bytes = load_long(layer, LAYER.row_bytes)
     weight_bytes = load_long(layer, LAYER.weight_bytes)
     rows = load_long(p, CALL.rows) + first_row * load_long(p, CALL.row_stride)
     before = first * load_long(layer, LAYER.weight_stride)
@@ -149,7 +151,7 @@ def multiply_unit(
         kernels = tiles
         for channel in range(0, num_channels, at_once):
             start = weight + before + channel * weight_bytes
-            places = (rows + channel * item_bytes, start, kernels, scratch)
+            places = (rows + channel * row_bytes, start, kernels, scratch)
             count = min(at_once, num_channels - channel)
             multiply_tiles(p, places, (num_rows, last - first, count))
             kernels = tiles + 8 * load_long(layer, LAYER.tile_rows)  # those that add
@@ -162,17 +164,18 @@ def finish_unit(
 ) -> None:
     """The outputs of one unit."""
     layer = load_long(p, CALL.layer)
-    item_bytes = load_long(layer, LAYER.item_bytes)
+    item_bytes = load_long(layer, LAYER.output_bytes)
     bias_bytes = load_long(output, OUTPUT.bias_bytes)
     stride = load_long(output, OUTPUT.num_columns) * item_bytes
     before = load_long(output, OUTPUT.first_column) * load_long(p, CALL.num_rows) * item_bytes
-    target = load_long(p, CALL.outputs) + before + first_row * stride + first * item_bytes
+    before += first_row * stride + first * item_bytes
     is_narrow = last - first < load_long(layer, LAYER.lanes)
     call(
         load_long(output, OUTPUT.finish_narrow if is_narrow else OUTPUT.finish),
         (scratch, load_long(output, OUTPUT.bias) + first * bias_bytes,
          load_long(output, OUTPUT.second_bias) + first * bias_bytes,
-         target, stride, num_rows, last - first),
+         load_long(p, CALL.residual) + before, load_long(p, CALL.outputs) + before, stride,
+         num_rows, last - first),
     )  # fmt: skip
 
 
@@ -271,27 +274,32 @@ class DenseLayer:
         self._num_channels = self.weights[0].matrix.shape[1]
         self._kind = kind_of(self.weights[0].matrix)
         step = 1 if activation is None else 2
-        self._columns = [len(weight.matrix) for weight in self.weights[::step]]
-        self._records: dict[bool, ctypes.Array[Any]] = {}
+        self.columns = [len(weight.matrix) for weight in self.weights[::step]]  # of each output
+        self._records: dict[tuple[str, str, bool], ctypes.Array[Any]] = {}
 
     def is_of(self, weights: Sequence[Weight]) -> bool:
         """Whether it was made of these weights, and they are where they were."""
         return [place_of(weight) for weight in weights] == self._places
 
+    def row_kind(self, dtype: torch.dtype) -> str:
+        """What rows of a precision are multiplied as: pairs of bfloat16, or float32."""
+        is_paired = dtype is torch.bfloat16 and self._kind == "bfloat16" and HAS_PAIRS
+        return "bfloat16" if is_paired else "float32"
+
     def __call__(self, rows: Tensor) -> list[Tensor]:
         precision = rows.dtype
         if rows.shape[1] != self._num_channels:
             raise ValueError(f"rows of {rows.shape[1]} channels, weights of {self._num_channels}")
-        is_paired = precision is torch.bfloat16 and self._kind == "bfloat16" and HAS_PAIRS
-        if is_paired and rows.shape[0] > MAX_PAIRED_ROWS:
+        kind = self.row_kind(precision)
+        if kind == "bfloat16" and rows.shape[0] > MAX_PAIRED_ROWS:
             return self._by_torch(rows)
-        if not is_paired:
+        if kind == "float32":
             rows = rows.to(torch.float32)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        num_rows, columns = rows.shape[0], self._columns
+        num_rows, columns = rows.shape[0], self.columns
         output = rows.new_empty(num_rows * sum(columns))
-        self._multiply(rows, output, is_paired)
+        self._multiply(rows, output)
         output = output.to(precision)
         if len(columns) == 1:
             return [output.view(num_rows, columns[0])]
@@ -307,10 +315,7 @@ class DenseLayer:
             return [functional.silu(first).mul_(second)]
         return [functional.gelu(first, approximate="tanh").mul_(second)]
 
-    def _multiply(self, rows: Tensor, output: Tensor, is_paired: bool) -> None:
-        layer = self._records.get(is_paired)
-        if layer is None:
-            layer = self._records[is_paired] = self._record(is_paired)
+    def _multiply(self, rows: Tensor, output: Tensor) -> None:
         num_threads = torch.get_num_threads()
         counters = ctypes.create_string_buffer(2 * 8)
         fields = CallFields(
@@ -320,23 +325,31 @@ class DenseLayer:
             rows.stride(0) * rows.element_size(),
             rows.shape[0],
             output.data_ptr(),
-            ctypes.addressof(layer),
+            0,
+            self.record(*(kind_of(each) for each in (rows, output))),
         )
         record = ctypes.create_string_buffer(CALL_STRUCT.pack(*fields))
         run_worker(linear_worker(), ctypes.addressof(record), num_threads)
 
-    def _record(self, is_paired: bool) -> ctypes.Array[Any]:
-        """What the worker reads of this layer."""
-        lanes, kind = host_width(), "bfloat16" if is_paired else "float32"
+    def record(self, row_kind: str, output_kind: str, *, has_residual: bool = False) -> int:
+        """The address of `LayerFields` for rows of a kind; valid as long as this object."""
+        key = row_kind, output_kind, has_residual
+        if key not in self._records:
+            self._records[key] = self._record(*key)
+        return ctypes.addressof(self._records[key])
+
+    def _record(self, row_kind: str, output_kind: str, has_residual: bool) -> ctypes.Array[Any]:
+        lanes, is_paired = host_width(), row_kind == "bfloat16"
         matrix = self.weights[0].matrix
-        channels_at_once = ROW_BYTES_AT_ONCE // ELEMENT_BYTES[kind]
-        if any(count % TILE_WEIGHTS for count in self._columns):
+        channels_at_once = ROW_BYTES_AT_ONCE // ELEMENT_BYTES[row_kind]
+        if any(count % TILE_WEIGHTS for count in self.columns):
             channels_at_once = self._num_channels  # the last two tiles share columns
         fields: list[int] = [
             *LayerFields(
-                num_outputs=len(self._columns),
+                num_outputs=len(self.columns),
                 num_channels=self._num_channels,
-                item_bytes=ELEMENT_BYTES[kind],
+                row_bytes=ELEMENT_BYTES[row_kind],
+                output_bytes=ELEMENT_BYTES[output_kind],
                 channels_at_once=channels_at_once,
                 tile_rows=TILE_ROWS[lanes],
                 tiles=tile_addresses(self._kind, is_paired)[0],
@@ -346,11 +359,12 @@ class DenseLayer:
             )
         ]
         first_column = 0
-        for place, num_columns in enumerate(self._columns):
+        for place, num_columns in enumerate(self.columns):
             matrix, bias = self.weights[place]
             second = None if self.activation is None else self.weights[1]
+            bias_kind = None if bias is None else kind_of(bias)
             finish = [
-                finish_kernel(self.activation, bias if bias is None else kind_of(bias), kind, n)
+                finish_kernel(self.activation, bias_kind, output_kind, has_residual, n)
                 for n in (lanes, TILE_WEIGHTS)
             ]
             fields += OutputFields(

@@ -13,8 +13,7 @@ from typing import Any, Final
 
 from llvmlite import ir
 
-from .microkernels import ELEMENT_BYTES, decode, load_raw
-from .quantize import encode
+from .elements import ELEMENT_BYTES, decode, encode, load_raw
 from .vectors import FLOAT, INT, SHORT, Emitter, MachineCode, host_width
 
 TILE_WEIGHTS: Final = 4  # rows of a weight that a tile multiplies at once ...
@@ -107,16 +106,17 @@ def sum_lanes(emitter: Emitter, vectors: Sequence[Any]) -> Any:
 
 @cache
 def finish_kernel(
-    activation: str | None, bias_kind: str | None, kind: str, lanes: int
+    activation: str | None, bias_kind: str | None, kind: str, has_residual: bool, lanes: int
 ) -> MachineCode:
     """A unit's sums as outputs of `kind`: biases added, the second of two multiplied.
 
-    Arguments: sums [2][UNIT_ROWS][UNIT_WEIGHTS], bias and second bias (addresses), outputs, their
-    stride in bytes, number of rows, number of columns, not fewer than lanes. Columns behind the
-    last whole vector are computed with those before them once more.
+    Arguments: sums [2][UNIT_ROWS][UNIT_WEIGHTS], bias and second bias (addresses), residual, which
+    an output is added to, outputs, the stride in bytes of both, number of rows, number of columns,
+    not fewer than lanes. Columns behind the last whole vector are computed with those before them
+    once more, so that outputs and residual must not share memory.
     """
-    emitter = Emitter("finish", 7)
-    sums, bias, second_bias, target, target_stride, num_rows, num_columns = emitter.arguments
+    emitter = Emitter("finish", 8)
+    sums, bias, second_bias, residual, target, stride, num_rows, num_columns = emitter.arguments
     builder, last = emitter.builder, emitter.variable(emitter.long(0))
     builder.store(builder.sub(num_columns, emitter.long(lanes)), last)
 
@@ -130,7 +130,7 @@ def finish_kernel(
 
     with emitter.loop(emitter.long(0), num_rows, 1) as row:
         line = builder.add(sums, emitter.times(row, UNIT_WEIGHTS * 4))
-        output = builder.add(target, builder.mul(row, target_stride))
+        before = builder.mul(row, stride)
         with emitter.loop(emitter.long(0), num_columns, lanes) as position:
             behind = builder.icmp_signed(">", position, builder.load(last))
             column = builder.select(behind, builder.load(last), position)
@@ -140,8 +140,12 @@ def finish_kernel(
                 second = emitter.load(emitter.offset(at, SCRATCH_BYTES // 2), FLOAT, lanes)
                 second = biased(second, second_bias, column)
                 vector = builder.fmul(activated(emitter, vector, activation), second)
-            at = builder.add(output, emitter.times(column, ELEMENT_BYTES[kind]))
-            emitter.store(encode(emitter, vector, kind), at)
+            at = builder.add(before, emitter.times(column, ELEMENT_BYTES[kind]))
+            if has_residual:  # rounded before, as it would be in a tensor of its own
+                vector = decode(emitter, encode(emitter, vector, kind), kind)[0]
+                raw = load_raw(emitter, builder.add(residual, at), kind, lanes)
+                vector = builder.fadd(vector, decode(emitter, raw, kind)[0])
+            emitter.store(encode(emitter, vector, kind), builder.add(target, at))
     return MachineCode("finish", emitter.finish())
 
 

@@ -16,14 +16,13 @@ from typing import Any, Final
 
 from llvmlite import ir
 
+from .elements import ELEMENT_BYTES, NUM_PLANES, decode, encode, load_raw
 from .vectors import (
-    BYTE,
     CACHE_LINE,
     FLOAT,
     HALF,
     INT,
     LONG,
-    SHORT,
     Emitter,
     MachineCode,
     host_width,
@@ -41,53 +40,9 @@ MAX_KEY_GROUPS: Final = 4
 STATE_LANES: Final = 16  # partial sums of the softmax are kept by lane
 MASKED: Final = -1e30  # a score that is not seen; below any real one
 
-CODE_BITS: Final = {"int8": 8, "int4": 4, "int2": 2, "int1": 1}
-ELEMENT_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, **dict.fromkeys(CODE_BITS, 1)}
-NUM_PLANES: Final = {
-    **dict.fromkeys(("float32", "bfloat16", "float16"), 1),
-    **{kind: 8 // bits for kind, bits in CODE_BITS.items()},
-}
-ELEMENT_TYPES: Final = {"float32": FLOAT, "bfloat16": SHORT, "float16": HALF}
 # Accumulators that fit the vector registers beside operands, by lanes of a vector.
 NUM_ACCUMULATORS: Final = {16: 16, 8: 8, 4: 16}
 MIN_ACCUMULATORS: Final = 8  # fewer cannot hide the latency of an FMA
-
-
-def decode(emitter: Emitter, raw: Any, kind: str, shift: int = 0) -> list[Any]:
-    """The float vectors, one a plane, in a raw vector of keys or values.
-
-    Codes of fewer than 8 bits count 2**shift times.
-    """
-    builder, lanes = emitter.builder, raw.type.count
-    floats, ints = ir.VectorType(FLOAT, lanes), ir.VectorType(INT, lanes)
-    if kind == "float32":
-        return [raw]
-    if kind == "float16":
-        return [emitter.half_to_float(raw)]
-    if kind == "bfloat16":
-        bits = builder.shl(builder.zext(raw, ints), emitter.integers(16, INT, lanes))
-        return [builder.bitcast(bits, floats)]
-    if kind == "int8":  # offset 128 to two's complement
-        signed = builder.xor(raw, emitter.integers(0x80, BYTE, lanes))
-        return [builder.sitofp(builder.sext(signed, ints), floats)]
-    bits = CODE_BITS[kind]
-    wide = builder.zext(raw, ints)
-    if shift:
-        wide = builder.shl(wide, emitter.integers(shift, INT, lanes))
-    planes = []
-    for plane in range(NUM_PLANES[kind]):
-        codes = wide
-        if plane:
-            codes = builder.lshr(wide, emitter.integers(plane * bits, INT, lanes))
-        if shift or plane + 1 < NUM_PLANES[kind]:
-            mask = (1 << bits) - 1 << shift
-            codes = builder.and_(codes, emitter.integers(mask, INT, lanes))
-        planes.append(builder.sitofp(codes, floats))
-    return planes
-
-
-def load_raw(emitter: Emitter, address: Any, kind: str, lanes: int) -> Any:
-    return emitter.load(address, ELEMENT_TYPES.get(kind, BYTE), lanes)
 
 
 def prefetch_lines(emitter: Emitter, address: Any, num_bytes: int) -> None:
@@ -452,8 +407,8 @@ def widen_kernel(bits: int) -> MachineCode:
 
 
 @cache
-def affine_kernel() -> MachineCode:
-    """target = (source + shift) * factor over `count` floats.
+def affine_kernel(kind: str = "float32") -> MachineCode:
+    """target = (source + shift) * factor over `count` floats; the target is of `kind`.
 
     Arguments: source, target, count (a multiple of 8), address of shift and factor.
     """
@@ -464,9 +419,10 @@ def affine_kernel() -> MachineCode:
     shift = emitter.splat(emitter.load(numbers, FLOAT), lanes)
     factor = emitter.splat(emitter.load(emitter.offset(numbers, 4), FLOAT), lanes)
     with emitter.loop(emitter.long(0), count, lanes) as index:
-        at = emitter.times(index, 4)
-        value = builder.fadd(emitter.load(builder.add(source, at), FLOAT, lanes), shift)
-        emitter.store(builder.fmul(value, factor), builder.add(target, at))
+        value = emitter.load(builder.add(source, emitter.times(index, 4)), FLOAT, lanes)
+        value = builder.fmul(builder.fadd(value, shift), factor)
+        at = builder.add(target, emitter.times(index, ELEMENT_BYTES[kind]))
+        emitter.store(encode(emitter, value, kind), at)
     return MachineCode("affine", emitter.finish())
 
 

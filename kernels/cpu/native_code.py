@@ -6,6 +6,7 @@ every thread runs, with the address of its parameters.
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable
 from ctypes import addressof, c_char
@@ -161,6 +162,41 @@ def fetch_add(typing_context: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", pointer, ir.Constant(LONG, 1), "seq_cst")
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def load_shared(typing_context: Any, address: Any) -> Any:
+    """Read what other threads write; what they wrote before is then seen."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(values[0], LONG.as_pointer()), "seq_cst", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def breathe(typing_context: Any) -> Any:
+    """Tell the processor that this is a loop that waits, where it can be told."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            nothing = ir.FunctionType(ir.VoidType(), [])
+            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", fnty=nothing), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def exchange(typing_context: Any, address: Any, expected: Any, wanted: Any) -> Any:
+    """Replace what other threads write, if it is what is expected; whether it was."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = builder.inttoptr(values[0], LONG.as_pointer())
+        result = builder.cmpxchg(pointer, values[1], values[2], "seq_cst")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic

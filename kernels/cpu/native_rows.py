@@ -253,8 +253,9 @@ def write_output(
     store_float(numbers, 1, factor / total)
     dim = load_long(p, LAYER.value_dim)
     num_heads = load_long(p, CALL.num_query_heads)
-    target = load_long(p, CALL.output) + 4 * dim * (token * num_heads + query_head)
-    call(load_long(p, LAYER.affine), (source, target, dim, numbers))
+    row_bytes = dim * load_long(p, CALL.output_bytes)
+    target = load_long(p, CALL.output) + row_bytes * (token * num_heads + query_head)
+    call(load_long(p, CALL.write), (source, target, dim, numbers))
 
 
 @native

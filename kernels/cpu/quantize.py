@@ -15,14 +15,14 @@ from llvmlite import ir
 
 from ..code_bits import WIDE_BITS, lower_bits, upper_bits
 from ..eager.quantize import FP16_MAX, INT8_LIMIT, INT8_OFFSET
-from .microkernels import ELEMENT_TYPES, MAX_DIM, decode
+from .elements import ELEMENT_TYPES, decode, encode
+from .microkernels import MAX_DIM
 from .vectors import (
     BYTE,
     FLOAT,
     HALF,
     INT,
     LONG,
-    SHORT,
     Emitter,
     MachineCode,
     host_width,
@@ -33,7 +33,6 @@ KEY_ROW_BYTES: Final = (MAX_BLOCK_SIZE + 16) * 4  # of a channel's tokens in scr
 VALUE_ROW_BYTES: Final = (MAX_DIM + 16) * 4  # of a token's channels in scratch
 COPY_UNROLL: Final = 8  # dims are multiples of 8
 FEEDBACK_TOKENS: Final = 64  # of a channel, kept in registers: blocks are multiples of it
-NAN_BITS: Final = 0x7FC00000  # of a float32
 
 
 @cache
@@ -56,25 +55,6 @@ def copy_kernel(source_kind: str, target_kind: str) -> MachineCode:
             emitter.store(element, end)
             start, end = builder.add(start, source_stride), builder.add(end, target_stride)
     return MachineCode("copy", emitter.finish())
-
-
-def encode(emitter: Emitter, floats: Any, kind: str) -> Any:
-    """A float32 vector as elements of open blocks, rounded to even; the inverse of `decode`."""
-    builder, lanes = emitter.builder, floats.type.count
-    if kind == "float32":
-        return floats
-    if kind == "float16":
-        return builder.fptrunc(floats, ir.VectorType(HALF, lanes))
-    ints = ir.VectorType(INT, lanes)
-    bits = builder.bitcast(floats, ints)
-    is_odd = builder.and_(
-        builder.lshr(bits, emitter.integers(16, INT, lanes)), emitter.integers(1, INT, lanes)
-    )
-    rounded = builder.add(bits, builder.add(is_odd, emitter.integers(0x7FFF, INT, lanes)))
-    is_number = builder.fcmp_ordered("ord", floats, floats)
-    rounded = builder.select(is_number, rounded, emitter.integers(NAN_BITS, INT, lanes))
-    high = builder.lshr(rounded, emitter.integers(16, INT, lanes))
-    return builder.trunc(high, ir.VectorType(SHORT, lanes))
 
 
 def clamp(emitter: Emitter, vector: Any, low: float, high: float | Any) -> Any:

@@ -109,6 +109,8 @@ class CallFields(Structure):
     channel_major_keys: int  # [H, key_dim, padded_tokens], where a sequence has several new tokens
     padded_tokens: int
     output: int
+    output_bytes: int  # of an element
+    write: int  # the microkernel for a row of the output
     num_query_heads: int
     sliding_window: int  # 0: none
     attention_chunk: int  # 0: none

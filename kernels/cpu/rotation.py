@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
@@ -13,26 +11,33 @@ from llvmlite import ir
 from torch import Tensor
 
 from ..eager.rotation import pieces_of
+from .elements import ELEMENT_BYTES, decode, encode, load_raw
+from .native_code import kind_of
+from .token_rows import run_on_rows
 from .vectors import FLOAT, INT, Emitter, MachineCode
 
 LANES: Final = 8  # channels come in multiples of it
 
 
 @cache
-def rotate_kernel(num_channels: int) -> MachineCode:
-    """Arguments: source and target [rows][num_channels] (addresses), number of rows."""
-    emitter = Emitter("rotate", 3)
-    source, target, num_rows = emitter.arguments
+def rotate_kernel(num_channels: int, kind: str = "float32") -> MachineCode:
+    """Arguments: source and target, rows of `kind` (addresses), two of no meaning, number of rows.
+
+    Source and target may be the same.
+    """
+    emitter, item = Emitter("rotate", 5), ELEMENT_BYTES[kind]
+    source, target, _, _, num_rows = emitter.arguments
     with emitter.loop(emitter.long(0), num_rows, 1) as row:
-        at_row = emitter.times(row, num_channels * 4)
+        at_row = emitter.times(row, num_channels * item)
         for start, size in pieces_of(num_channels):
-            places = [4 * channel for channel in range(start, start + size, LANES)]
-            vectors = [
-                emitter.load(emitter.offset(source, at_row, at), FLOAT, LANES) for at in places
+            places = [item * channel for channel in range(start, start + size, LANES)]
+            raw = [
+                load_raw(emitter, emitter.offset(source, at_row, at), kind, LANES) for at in places
             ]
+            vectors = [decode(emitter, each, kind)[0] for each in raw]
             factor = emitter.constant(1 / math.sqrt(size), LANES)
             for at, vector in zip(places, rotated(emitter, vectors), strict=True):
-                product = emitter.builder.fmul(vector, factor)
+                product = encode(emitter, emitter.builder.fmul(vector, factor), kind)
                 emitter.store(product, emitter.offset(target, at_row, at))
     return MachineCode("rotate", emitter.finish())
 
@@ -60,19 +65,12 @@ def rotated(emitter: Emitter, vectors: list[Any]) -> list[Any]:
     return vectors
 
 
-@cache
-def rotate_function(num_channels: int) -> Callable[[int, int, int], None]:
-    """The kernel, to be called from Python."""
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-    function: Callable[[int, int, int], None] = kind(rotate_kernel(num_channels).address)
-    return function
-
-
 def rotate(rows: Tensor) -> Tensor:
-    """As `eager.rotation.rotate`, for rows of up to float32."""
-    source = rows.to(torch.float32).contiguous()
-    target = torch.empty_like(source)
-    num_channels = rows.shape[-1]
-    num_rows = source.numel() // num_channels
-    rotate_function(num_channels)(source.data_ptr(), target.data_ptr(), num_rows)
-    return target if rows.dtype is torch.float32 else target.to(rows.dtype)
+    """As `eager.rotation.rotate`."""
+    source = rows.contiguous()
+    target, num_channels = torch.empty_like(source), rows.shape[-1]
+    row_bytes = num_channels * source.element_size()
+    matrices = (source.data_ptr(), row_bytes, target.data_ptr(), row_bytes, 0, 0, 0, 0)
+    kernel = rotate_kernel(num_channels, kind_of(source))
+    run_on_rows(kernel.address, matrices, row_bytes, source.numel() // num_channels)
+    return target

@@ -17,13 +17,12 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from .microkernels import ELEMENT_BYTES, decode, load_raw
+from .elements import ELEMENT_BYTES, decode, encode, load_raw
 from .native_code import address_of, call, fetch_add, kind_of, load_long, native, worker
-from .quantize import encode
 from .threads import run_worker
 from .vectors import FLOAT, Emitter, MachineCode, host_width
 
-ROWS_AT_ONCE: Final = 16  # that a thread takes
+ROWS_AT_ONCE: Final = 8  # that a thread takes
 MIN_THREAD_BYTES: Final = 1 << 17  # fewer are not worth another thread
 
 
@@ -100,6 +99,14 @@ def row_function(kernel: int) -> Callable[..., None]:
 # -- RMS norms ------------------------------------------------------------------------------------
 
 
+class Norm(NamedTuple):
+    """x / sqrt(mean(x**2) + epsilon) * weight, or * (1 + weight) with `is_offset`."""
+
+    weight: Tensor  # float32 or bfloat16
+    epsilon: float
+    is_offset: bool = False
+
+
 @cache
 def norm_kernel(
     num_channels: int, kind: str, weight_kind: str, epsilon: float, is_offset: bool
@@ -142,15 +149,12 @@ def loaded(emitter: Emitter, line: Any, channel: Any, kind: str, lanes: int) -> 
     return decode(emitter, load_raw(emitter, at, kind, lanes), kind)[0]
 
 
-def rms_norm(rows: Tensor, weight: Tensor, epsilon: float, *, is_offset: bool = False) -> Tensor:
-    """rows / sqrt(mean(rows**2) + epsilon) * weight, or * (1 + weight), over the last dimension.
-
-    Rows are float32 or bfloat16, and so is the weight.
-    """
-    rows = rows.contiguous()
+def rms_norm(rows: Tensor, norm: Norm) -> Tensor:
+    """A norm of the last dimension of rows, which are float32 or bfloat16."""
+    rows, weight = rows.contiguous(), norm.weight
     num_channels = rows.shape[-1]
     output = torch.empty_like(rows)
-    kernel = norm_kernel(num_channels, kind_of(rows), kind_of(weight), epsilon, is_offset)
+    kernel = norm_kernel(num_channels, kind_of(rows), kind_of(weight), norm.epsilon, norm.is_offset)
     stride = num_channels * rows.element_size()
     matrices = (rows.data_ptr(), stride, output.data_ptr(), stride, weight.data_ptr(), 0, 0, 0)
     run_on_rows(kernel.address, matrices, stride, rows.numel() // num_channels)

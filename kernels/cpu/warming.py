@@ -12,8 +12,11 @@ from hashlib import sha256
 from ...code_cache import read_code, write_code
 from ..block_views import LayerBlocks
 from .attention import plain_layer
+from .microkernels import affine_kernel
 from .native_attention import attention_worker
+from .native_code import KINDS
 from .native_plan import plan_worker
+from .stages import stages_worker
 from .store import store_worker, stored_layer
 from .vectors import host_features, host_name
 
@@ -29,6 +32,9 @@ def warm_up(layers: Sequence[LayerBlocks]) -> None:
     attention_worker()
     store_worker()
     plan_worker()
+    stages_worker()
+    for kind in KINDS.values():
+        affine_kernel(kind)
     for layer in layers:
         plain_layer(layer)
         stored_layer(layer)

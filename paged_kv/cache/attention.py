@@ -6,7 +6,7 @@ Many arguments because those of `paged_attention`, most of them optional, are wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from reprlib import repr as short_repr
 
 import torch
@@ -71,6 +71,15 @@ def paged_attention(
         ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits),
         cache.backend,
     )
+    step.stored_layers.add(layer)
+    return output
+
+
+def attend_by(run: Callable[..., Tensor], cache: PagedKVCache, layer: int, step: Step) -> Tensor:
+    """Let `run(blocks, plan, rotates_values=...)` attend and store; it knows that all fits."""
+    cache.require_step(step, layer)
+    rotates_values = cache.layers[layer].kv_format.rotates_values
+    output = run(cache.records[layer], step.plan, rotates_values=rotates_values)
     step.stored_layers.add(layer)
     return output
 

@@ -5,6 +5,7 @@ Knows models and what they were before, never steps.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ class Attachment:
 
 
 attachments: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
+
+# Held while a model is attached: nobody else finds it half replaced.
+attaching = threading.RLock()
 
 
 def attach(model: PreTrainedModel, implementation: str) -> None:
@@ -72,9 +76,11 @@ def fuse_once(
 
 def detach(model: PreTrainedModel) -> None:
     """Undo one `attach`."""
-    attachment = attachments[model]
-    attachment.count -= 1
-    if attachment.count == 0:
+    with attaching:
+        attachment = attachments[model]
+        attachment.count -= 1
+        if attachment.count:
+            return
         del attachments[model]
         for change in (attachment.fused, attachment.widened):
             if change is not None:

@@ -28,7 +28,7 @@ from ..cache.kv_cache import PagedKVCache, Step
 from ..cache.layer_spec import LayerSpec
 from ..errors import ConfigError, PagedKVError, UnsupportedModelError
 from .active_step import ActiveStep, Observer, Probe, running, running_step
-from .attachment import attach, attachments, detach, fuse_once, widen_once
+from .attachment import attach, attaching, attachments, detach, fuse_once, widen_once
 from .rotary import Rotation, StepTurns, find_rotation
 
 # Not containing "flash", "sdpa", "flex_attention" or "/": transformers treats those specially.
@@ -173,6 +173,10 @@ class PagedModel:
 
     def __init__(self, model: PreTrainedModel, *, widens: bool = False) -> None:
         refuse_unsupported(model)
+        with attaching:
+            self._attach(model, widens)
+
+    def _attach(self, model: PreTrainedModel, widens: bool) -> None:
         self.model = model
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         attach(model, IMPLEMENTATION)

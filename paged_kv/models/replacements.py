@@ -10,6 +10,13 @@ from torch import nn
 Forward = Callable[..., Any]
 
 
+class Replacement:
+    """Takes the place of a module's forward."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        raise NotImplementedError
+
+
 class Replacements:
     """What computes in place of modules; `undo` gives each the forward back that it had."""
 

@@ -11,7 +11,7 @@ pytest.importorskip("numba")
 
 from paged_kv.kernels.cpu.dense import Weight, gated_linear, is_served, linear
 from paged_kv.kernels.cpu.dense_kernels import ACTIVATIONS
-from paged_kv.kernels.cpu.token_rows import rms_norm, turn
+from paged_kv.kernels.cpu.token_rows import Norm, rms_norm, turn
 from paged_kv.kernels.cpu.vectors import host_width
 
 CHANNELS = 96
@@ -134,7 +134,7 @@ def test_rms_norms_are_their_formula(dtype, num_channels, is_offset):
         scale = scale.to(dtype)
         exact = rows.double() * torch.rsqrt(rows.double().square().mean(-1, keepdim=True) + 1e-5)
         exact *= scale.double() + is_offset
-        given = rms_norm(rows, scale, 1e-5, is_offset=is_offset)
+        given = rms_norm(rows, Norm(scale, 1e-5, is_offset))
         assert error_of(given, exact) < 1.5 * TOLERANCE[dtype]
 
 
