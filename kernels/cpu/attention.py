@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
-from typing import Final, NamedTuple
+from operator import is_
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from .records import (
     LAYER_STRUCT,
     NEW_TOKEN_ROWS,
     NUM_VARIANTS,
+    CallFields,
     LayerFields,
 )
 from .threads import run_worker
@@ -57,13 +59,6 @@ SEALED_NAMES: Final = (
 )
 
 
-class Prepared(NamedTuple):
-    """A call that is ready to run."""
-
-    work: WorkItems
-    memory: tuple[Tensor | None, ...]  # that is kept for the record's addresses
-
-
 def attend(
     new: NewTokens,
     layer: LayerBlocks,
@@ -78,7 +73,7 @@ def attend(
     """
     output = new.query.new_empty(*new.query.shape[:2], new.value.shape[2])
     if len(new.query):
-        work, _kept = prepare(new, layer, plan, rules, output, appends=appends)
+        work = prepare(new, layer, plan, rules, output, appends=appends)
         run_worker(attention_worker(), work.record_address, work.num_threads)
     return output
 
@@ -91,20 +86,34 @@ def prepare(
     output: Tensor,
     *,
     appends: bool,
-) -> Prepared:
-    """Fill the worker's record for a call of `attend` that writes to `output`, contiguous.
+) -> WorkItems:
+    """Items and record for a call of `attend` that writes to `output`, contiguous.
 
-    A step's calls share the record: one is run before the next is prepared.
+    A step's calls share them: one is run before the next is prepared.
     """
+    num_kv_heads = new.key.shape[1]
+    work = plan.items(num_kv_heads, new.query.shape[1] // num_kv_heads)
+    sources = [*new, rules, output, appends]
+    if not (work.sources and all(map(is_, work.sources, sources))):  # layers may share their rows
+        kept = fill_call(work.call, new, rules, output, has_prefills=plan.has_prefills)
+        work.call.appends = appends
+        is_copied = not set(map(id, kept)) <= set(map(id, (*new, None)))
+        work.kept[:], work.sources[:] = kept, [] if is_copied else sources
+    work.record[LAYER_BYTES] = (plain_layer if rules.softcap is None else capped_layer)(layer)
+    work.counters[:] = work.zeros
+    return work
+
+
+def fill_call(
+    call: CallFields, new: NewTokens, rules: ScoreRules, output: Tensor, *, has_prefills: bool
+) -> list[Tensor | None]:
+    """Fill in what does not depend on the layer; what is returned has to live as long."""
     query, key, value, sink_query = new
-    num_kv_heads = key.shape[1]
-    work = plan.items(num_kv_heads, query.shape[1] // num_kv_heads)
     rows, keys = as_rows(query, torch.float32), as_rows(key, torch.float32)
     values = as_rows(value, torch.float32)
     sink_rows = None if sink_query is None else as_rows(sink_query, torch.float32)
-    channel_major = channel_major_keys(keys) if plan.has_prefills else keys
+    channel_major = channel_major_keys(keys) if has_prefills else keys
     sinks = None if rules.sink_logits is None else rules.sink_logits.float() * LOG2_E
-    call = work.call
     call.query, call.query_token_stride, call.query_head_stride = row_addresses(rows)
     call.key, call.key_token_stride, call.key_head_stride = row_addresses(keys)
     call.value, call.value_token_stride, call.value_head_stride = row_addresses(values)
@@ -119,15 +128,11 @@ def prepare(
     call.sliding_window = rules.sliding_window or 0
     call.attention_chunk = rules.attention_chunk or 0
     call.sink_logits = 0 if sinks is None else sinks.data_ptr()
-    call.appends = appends
     if rules.softcap is None:
-        work.record[LAYER_BYTES] = plain_layer(layer)
         call.factor, call.softcap = rules.scale * LOG2_E, 0.0
     else:  # scores are bounded in units of the softcap and then turned into powers of 2
-        work.record[LAYER_BYTES] = capped_layer(layer)
         call.factor, call.softcap = rules.scale / rules.softcap, rules.softcap * LOG2_E
-    work.counters[:] = work.zeros
-    return Prepared(work, (rows, keys, values, sink_rows, channel_major, sinks))
+    return [rows, keys, values, sink_rows, channel_major, sinks]
 
 
 def channel_major_keys(keys: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from ..block_views import LayerBlocks
 from ..new_tokens import NewTokens
 from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
-from .attention import Prepared, attend, prepare
+from .attention import attend, prepare
 from .decoder_layer import DecoderLayer
-from .plan import CpuPlan
+from .plan import CpuPlan, WorkItems
 from .rotation import rotate
 from .store import seal_blocks, store_tokens
 from .warming import warm_up
@@ -66,7 +66,7 @@ class CpuBackend:
         assert isinstance(plan, CpuPlan)
         cpu_plan = plan
 
-        def prepare_attention(new: NewTokens, output: Tensor) -> Prepared:
+        def prepare_attention(new: NewTokens, output: Tensor) -> WorkItems:
             return prepare(new, layer, cpu_plan, rules, output, appends=True)
 
         hidden, new = decoder(hidden, angles, prepare_attention, rotates_values=rotates_values)

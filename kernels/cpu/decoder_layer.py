@@ -6,6 +6,7 @@ Python and torch do between operations would take as long as some of them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -16,17 +17,18 @@ from torch import Tensor
 
 from ..new_tokens import NewTokens
 from . import dense, token_rows
-from .attention import Prepared
 from .dense import DenseLayer, linear_worker
 from .dense_kernels import SCRATCH_BYTES
 from .elements import ELEMENT_BYTES
 from .native_attention import attention_worker
 from .native_code import KINDS, address_of_array, address_or_0, kind_of, thread_scratch
+from .plan import WorkItems
 from .rotation import rotate_kernel
 from .stages import Stage, Stages
 from .token_rows import Norm, norm_kernel, row_worker, turn_kernel
 
 MAX_STAGES: Final = 13
+MAX_ROWS: Final = 64  # for more, what is around the products takes little of the time
 COUNTER_LONGS: Final = 8  # a stage's counters have a cache line of their own
 
 
@@ -54,6 +56,66 @@ class Shape(NamedTuple):
     num_threads: int
 
 
+class Rows(NamedTuple):
+    """What the stages of a layer of T tokens hand on."""
+
+    normed: Tensor  # [T, K]
+    projected: Tensor  # queries, then keys, then values, in float32
+    new: NewTokens  # the same
+    attended: Tensor  # [T, Hq, value_dim]
+    middle: Tensor  # [T, K] hidden states behind attention
+    inner: Tensor  # [T, I]
+
+
+class Sizes(NamedTuple):
+    """Of the rows of a layer."""
+
+    projected: tuple[int, ...]  # channels of queries, keys and values
+    head_dim: int
+    hidden: int
+    inner: int
+    dtype: torch.dtype
+
+
+class Workspace:
+    """Rows that layers of the same sizes use one after another, so that they stay in the cache."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        item = sizes.dtype.itemsize
+        others = (sizes.hidden, sizes.projected[0], sizes.hidden, sizes.inner)
+        self._widths = [4 * sum(sizes.projected), *(item * each for each in others)]
+        self._memory = torch.empty(MAX_ROWS * sum(self._widths), dtype=torch.uint8)
+        self._rows: dict[int, Rows] = {}
+
+    def rows(self, count: int) -> Rows:
+        """Those of `count` tokens; what others have is overwritten."""
+        if count not in self._rows:
+            self._rows[count] = self._cut(count)
+        return self._rows[count]
+
+    def _cut(self, count: int) -> Rows:
+        sizes, parts = self._sizes, torch.split(self._memory, [MAX_ROWS * n for n in self._widths])
+        floats, *rest = (p[: count * n] for p, n in zip(parts, self._widths, strict=True))
+        projected = floats.view(torch.float32)
+        normed, attended, middle, inner = (one.view(sizes.dtype).view(count, -1) for one in rest)
+        heads = torch.split(projected, [count * each for each in sizes.projected])
+        new = NewTokens(*(one.view(count, -1, sizes.head_dim) for one in heads))
+        attended = attended.view(count, -1, sizes.head_dim)
+        return Rows(normed, projected, new, attended, middle, inner)
+
+
+_local = threading.local()
+
+
+def workspace(sizes: Sizes) -> Workspace:
+    """The running thread's."""
+    kept: dict[Sizes, Workspace] = _local.__dict__.setdefault("workspaces", {})
+    if sizes not in kept:
+        kept[sizes] = Workspace(sizes)
+    return kept[sizes]
+
+
 class DecoderLayer:
     """h + attention(norm(h)), then h + down(gate(norm(h))); each thread that calls has its own.
 
@@ -62,13 +124,13 @@ class DecoderLayer:
 
     def __init__(self, parts: LayerParts) -> None:
         self.parts = parts
-        self._records: LayerRecords | None = None
+        self._records: dict[Shape, LayerRecords] = {}
 
     def __call__(
         self,
         hidden: Tensor,
         angles: Sequence[Tensor],
-        prepare_attention: Callable[[NewTokens, Tensor], Prepared],
+        prepare_attention: Callable[[NewTokens, Tensor], WorkItems],
         *,
         rotates_values: bool = False,
     ) -> tuple[Tensor, NewTokens]:
@@ -78,10 +140,10 @@ class DecoderLayer:
         numbers are not known yet, and what attention writes to, [T, Hq, value_dim].
         """
         records = self.records(hidden, angles, rotates_values=rotates_values)
-        output = torch.empty_like(hidden)
-        prepared = prepare_attention(records.new, records.attended)
-        records.run(hidden, angles, prepared.work.record_address, output)
-        return output, records.new
+        rows, output = records.rows, torch.empty_like(hidden)
+        work = prepare_attention(rows.new, rows.attended)
+        records.run(hidden, angles, work.record_address, output)
+        return output, rows.new
 
     def records(
         self, hidden: Tensor, angles: Sequence[Tensor], *, rotates_values: bool
@@ -95,10 +157,9 @@ class DecoderLayer:
             rotates_values=rotates_values,
             num_threads=torch.get_num_threads(),
         )
-        records = self._records
-        if records is None or records.shape != shape:
-            records = self._records = LayerRecords(self.parts, shape)
-        return records
+        if shape not in self._records:
+            self._records[shape] = LayerRecords(self.parts, shape)
+        return self._records[shape]
 
 
 class LayerRecords:
@@ -111,35 +172,36 @@ class LayerRecords:
         self._scratch = thread_scratch("linear", shape.num_threads, SCRATCH_BYTES)
         self._kept: list[NDArray[np.int64]] = []
         self._list: list[Stage] = []
-        count, dtype, columns = shape.num_rows, shape.dtype, parts.projections.columns
-        self._normed = torch.empty(count, parts.down.columns[0], dtype=dtype)
-        self._middle = torch.empty_like(self._normed)
-        self._inner = torch.empty(count, parts.gate.columns[0], dtype=dtype)
-        self._projected = torch.empty(count * sum(columns))
-        tokens = torch.split(self._projected, [count * each for each in columns])
-        self.new = NewTokens(*(one.view(count, -1, parts.head_dim) for one in tokens))
-        self.attended = torch.empty(self.new.query.shape, dtype=dtype)
+        sizes = Sizes(
+            projected=tuple(parts.projections.columns),
+            head_dim=parts.head_dim,
+            hidden=parts.down.columns[0],
+            inner=parts.gate.columns[0],
+            dtype=shape.dtype,
+        )
+        self._workspace = workspace(sizes)
+        self.rows = self._workspace.rows(shape.num_rows)
         self._add_stages(parts)
         self._stages = Stages(self._list)
 
     def _add_stages(self, parts: LayerParts) -> None:
         """Before attention and behind it; what a call alone knows is filled in by `run`."""
-        normed, middle, inner = self._normed, self._middle, self._inner
+        normed, projected, new, attended, middle, inner = self.rows
         self._first = self._add_norm(parts.attention_norm, middle, normed)
-        self._add_linear(parts.projections, normed, self._projected)
-        for norm, heads in zip(parts.head_norms, (self.new.query, self.new.key), strict=True):
+        self._add_linear(parts.projections, normed, projected)
+        for norm, heads in zip(parts.head_norms, (new.query, new.key), strict=True):
             if norm is not None:
                 rows = heads.view(-1, parts.head_dim)
                 self._add_norm(norm, rows, rows)
-        self._turn = self._add_turn()
+        self._turn = self._add_turn(new.query, new.key)
         if self.shape.rotates_values:
-            self._add_rotation(self.new.value)
+            self._add_rotation(new.value)
         self._attention = len(self._list)
         self._list.append(Stage(attention_worker(), 0))
         if self.shape.rotates_values:
-            self._add_rotation(self.attended)
-        attended = self.attended.view(len(middle), -1)
-        self._output = self._add_linear(parts.attention_output, attended, middle, middle)
+            self._add_rotation(attended)
+        rows = attended.view(len(middle), -1)
+        self._output = self._add_linear(parts.attention_output, rows, middle, middle)
         self._add_norm(parts.gate_norm, middle, normed)
         self._add_linear(parts.gate, normed, inner)
         self._last = self._add_linear(parts.down, inner, middle, middle)
@@ -175,8 +237,7 @@ class LayerRecords:
         call = (self._next_counters(), kernel.address, len(source), *matrices, 0, 0)
         return self._add(row_worker(), token_rows.CallFields(*call))
 
-    def _add_turn(self) -> memoryview:
-        query, key = self.new.query, self.new.key
+    def _add_turn(self, query: Tensor, key: Tensor) -> memoryview:
         num_turned, angle_kind = self.shape.num_turned, KINDS[self.shape.angle_dtype]
         heads = query.shape[1], key.shape[1]
         kernel = turn_kernel(heads, query.shape[2], num_turned, kind_of(query), angle_kind)

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from .dense_kernels import (
     SCRATCH_BYTES,
+    SUM_BYTES,
     TILE_ROWS,
     TILE_WEIGHTS,
     UNIT_ROWS,
@@ -28,6 +29,7 @@ from .dense_kernels import (
     tile_kernel,
 )
 from .elements import ELEMENT_BYTES
+from .microkernels import prefetch_kernel
 from .native_code import (
     KINDS,
     address_of,
@@ -37,6 +39,7 @@ from .native_code import (
     kind_of,
     load_long,
     native,
+    store_long,
     thread_scratch,
     worker,
 )
@@ -82,6 +85,7 @@ class LayerFields(NamedTuple):
     weight_bytes: int  # of an element of a weight
     weight_stride: int
     lanes: int
+    prefetch: int  # a microkernel's address
 
 
 class OutputFields(NamedTuple):
@@ -98,9 +102,20 @@ class OutputFields(NamedTuple):
     finish_narrow: int  # of fewer columns than lanes
 
 
+class UnitFields(NamedTuple):
+    """A unit of work, in a thread's scratch."""
+
+    output: int  # the address of its fields; 0: no unit
+    first_row: int
+    num_rows: int
+    first: int  # column of the output ...
+    last: int  # ... and one past the last
+
+
 CALL: Final = CallFields(*range(len(CallFields._fields)))
 LAYER: Final = LayerFields(*range(len(LayerFields._fields)))
 OUTPUT: Final = OutputFields(*range(len(OutputFields._fields)))
+UNIT: Final = UnitFields(*range(len(UnitFields._fields)))
 NUM_LAYER, NUM_OUTPUT = len(LAYER), len(OUTPUT)
 CALL_STRUCT: Final = Struct(f"={len(CALL)}q")
 
@@ -109,101 +124,149 @@ CALL_STRUCT: Final = Struct(f"={len(CALL)}q")
 
 
 @native
-def multiply_tiles(p: int, places: tuple[int, int, int, int], sizes: tuple[int, int, int]) -> None:
+def fetch_rows(p: int, weight: int, first: int, last: int, num_channels: int) -> None:
+    """Bring some channels of some rows of a weight towards the processor."""
+    layer = load_long(p, CALL.layer)
+    stride = load_long(layer, LAYER.weight_stride)
+    num_bytes = num_channels * load_long(layer, LAYER.weight_bytes)
+    for row in range(first, last):
+        call(load_long(layer, LAYER.prefetch), (weight + row * stride, num_bytes))
+
+
+@native
+def multiply_tiles(
+    p: int, places: tuple[int, int, int, int], sizes: tuple[int, int, int], ahead: int
+) -> None:
     """All tiles of a unit over some channels.
 
     `places` are the addresses of rows, weight, microkernels and sums; `sizes` number of rows, of
-    columns and of channels.
+    columns and of channels. The weights of the next unit, at `ahead`, are fetched between tiles:
+    they come from far.
     """
     (rows, weight, tiles, sums), (num_rows, num_columns, num_channels) = places, sizes
     row_stride, layer = load_long(p, CALL.row_stride), load_long(p, CALL.layer)
     weight_stride = load_long(layer, LAYER.weight_stride)
     tile_rows, row = load_long(layer, LAYER.tile_rows), 0
     num_tiles = -(-num_rows // tile_rows)
+    turn, num_turns = 0, num_tiles * -(-num_columns // TILE_WEIGHTS)
     for tile in range(num_tiles):  # as even as can be
         count = (num_rows - row) // (num_tiles - tile)
         column = 0
         while column < num_columns:
             column = min(column, num_columns - TILE_WEIGHTS)
+            if ahead:
+                first, last = (
+                    turn * UNIT_WEIGHTS // num_turns,
+                    (turn + 1) * UNIT_WEIGHTS // num_turns,
+                )
+                fetch_rows(p, ahead, first, last, num_channels)
             call(
                 load_long(tiles, count - 1),
                 (rows + row * row_stride, weight + column * weight_stride, row_stride,
                  weight_stride, num_channels, sums + (row * UNIT_WEIGHTS + column) * 4),
             )  # fmt: skip
             column += TILE_WEIGHTS
+            turn += 1
         row += count
 
 
 @native
-def multiply_unit(
-    p: int, output: int, scratch: int, first_row: int, num_rows: int, first: int, last: int
-) -> None:
-    """Sums of one unit: rows with the columns from `first` to `last`, some channels at a time."""
-    layer = load_long(p, CALL.layer)
+def find_unit(p: int, index: int, unit: int) -> None:
+    """Where the unit of an index is; no output if there are not so many."""
+    layer, num_rows = load_long(p, CALL.layer), load_long(p, CALL.num_rows)
+    row_units = -(-num_rows // UNIT_ROWS)
+    output = layer + 8 * NUM_LAYER
+    for _ in range(load_long(layer, LAYER.num_outputs)):
+        num_columns = load_long(output, OUTPUT.num_columns)
+        num_units = -(-num_columns // UNIT_WEIGHTS) * row_units
+        if index < num_units:
+            column_unit, row_unit = divmod(index, row_units)
+            first = min(column_unit * UNIT_WEIGHTS, num_columns - TILE_WEIGHTS)
+            store_long(unit, UNIT.output, output)
+            store_long(unit, UNIT.first_row, row_unit * UNIT_ROWS)
+            store_long(unit, UNIT.num_rows, min(UNIT_ROWS, num_rows - row_unit * UNIT_ROWS))
+            store_long(unit, UNIT.first, first)
+            store_long(unit, UNIT.last, min(first + UNIT_WEIGHTS, num_columns))
+            return
+        index -= num_units
+        output += 8 * NUM_OUTPUT
+    store_long(unit, UNIT.output, 0)
+
+
+@native
+def weights_of(p: int, unit: int) -> int:
+    """The address of the first weights of a unit; 0 for none."""
+    output = load_long(unit, UNIT.output)
+    if not output:
+        return 0
+    stride = load_long(load_long(p, CALL.layer), LAYER.weight_stride)
+    return load_long(output, OUTPUT.weight) + load_long(unit, UNIT.first) * stride
+
+
+@native
+def multiply_unit(p: int, unit: int, following: int, scratch: int) -> None:
+    """Sums of one unit, some channels at a time; `following` is the next one."""
+    layer, output = load_long(p, CALL.layer), load_long(unit, UNIT.output)
+    first, first_row = load_long(unit, UNIT.first), load_long(unit, UNIT.first_row)
+    num_rows, num_columns = load_long(unit, UNIT.num_rows), load_long(unit, UNIT.last) - first
     num_channels = load_long(layer, LAYER.num_channels)
     at_once, tiles = load_long(layer, LAYER.channels_at_once), load_long(layer, LAYER.tiles)
     row_bytes = load_long(layer, LAYER.row_bytes)
     weight_bytes = load_long(layer, LAYER.weight_bytes)
     rows = load_long(p, CALL.rows) + first_row * load_long(p, CALL.row_stride)
     before = first * load_long(layer, LAYER.weight_stride)
-    weight, second = load_long(output, OUTPUT.weight), load_long(output, OUTPUT.second_weight)
+    weight, second = weights_of(p, unit), load_long(output, OUTPUT.second_weight)
+    if second:
+        second += before
     while weight:
-        kernels = tiles
+        kernels, behind = tiles, second
+        if not second:
+            behind = weights_of(p, following)
         for channel in range(0, num_channels, at_once):
-            start = weight + before + channel * weight_bytes
+            start = weight + channel * weight_bytes
             places = (rows + channel * row_bytes, start, kernels, scratch)
             count = min(at_once, num_channels - channel)
-            multiply_tiles(p, places, (num_rows, last - first, count))
+            ahead = behind
+            if channel + at_once < num_channels:
+                ahead = start + at_once * weight_bytes
+            multiply_tiles(p, places, (num_rows, num_columns, count), ahead)
             kernels = tiles + 8 * load_long(layer, LAYER.tile_rows)  # those that add
-        weight, second, scratch = second, 0, scratch + SCRATCH_BYTES // 2
+        weight, second, scratch = second, 0, scratch + SUM_BYTES
 
 
 @native
-def finish_unit(
-    p: int, output: int, scratch: int, first_row: int, num_rows: int, first: int, last: int
-) -> None:
+def finish_unit(p: int, unit: int, scratch: int) -> None:
     """The outputs of one unit."""
-    layer = load_long(p, CALL.layer)
+    layer, output = load_long(p, CALL.layer), load_long(unit, UNIT.output)
+    first, last = load_long(unit, UNIT.first), load_long(unit, UNIT.last)
     item_bytes = load_long(layer, LAYER.output_bytes)
     bias_bytes = load_long(output, OUTPUT.bias_bytes)
     stride = load_long(output, OUTPUT.num_columns) * item_bytes
     before = load_long(output, OUTPUT.first_column) * load_long(p, CALL.num_rows) * item_bytes
-    before += first_row * stride + first * item_bytes
+    before += load_long(unit, UNIT.first_row) * stride + first * item_bytes
     is_narrow = last - first < load_long(layer, LAYER.lanes)
     call(
         load_long(output, OUTPUT.finish_narrow if is_narrow else OUTPUT.finish),
         (scratch, load_long(output, OUTPUT.bias) + first * bias_bytes,
          load_long(output, OUTPUT.second_bias) + first * bias_bytes,
          load_long(p, CALL.residual) + before, load_long(p, CALL.outputs) + before, stride,
-         num_rows, last - first),
+         load_long(unit, UNIT.num_rows), last - first),
     )  # fmt: skip
 
 
 @native
 def run_linear(p: int) -> None:
     """Take units of all outputs until none is left."""
-    counters, layer = load_long(p, CALL.counters), load_long(p, CALL.layer)
+    counters = load_long(p, CALL.counters)
     scratch = load_long(p, CALL.scratch) + SCRATCH_BYTES * fetch_add(counters + 8)
-    num_rows, num_outputs = load_long(p, CALL.num_rows), load_long(layer, LAYER.num_outputs)
-    row_units = -(-num_rows // UNIT_ROWS)
-    index, before, output = 0, 0, layer + 8 * NUM_LAYER
-    unit = fetch_add(counters)
-    while index < num_outputs:
-        num_columns = load_long(output, OUTPUT.num_columns)
-        num_units = -(-num_columns // UNIT_WEIGHTS) * row_units
-        if unit - before >= num_units:
-            before += num_units
-            index += 1
-            output += 8 * NUM_OUTPUT
-            continue
-        column_unit, row_unit = divmod(unit - before, row_units)
-        first = min(column_unit * UNIT_WEIGHTS, num_columns - TILE_WEIGHTS)
-        last = min(first + UNIT_WEIGHTS, num_columns)
-        first_row = row_unit * UNIT_ROWS
-        count = min(UNIT_ROWS, num_rows - first_row)
-        multiply_unit(p, output, scratch, first_row, count, first, last)
-        finish_unit(p, output, scratch, first_row, count, first, last)
-        unit = fetch_add(counters)
+    unit, following = scratch + 2 * SUM_BYTES, scratch + 2 * SUM_BYTES + 8 * len(UNIT)
+    find_unit(p, fetch_add(counters), unit)
+    while load_long(unit, UNIT.output):
+        # The next unit is drawn before this one runs, so that its weights can be fetched ahead.
+        find_unit(p, fetch_add(counters), following)
+        multiply_unit(p, unit, following, scratch)
+        finish_unit(p, unit, scratch)
+        unit, following = following, unit
 
 
 def run_linear_of(parameters: Any) -> None:
@@ -356,6 +419,7 @@ class DenseLayer:
                 weight_bytes=matrix.element_size(),
                 weight_stride=matrix.shape[1] * matrix.element_size(),
                 lanes=lanes,
+                prefetch=prefetch_kernel().address,
             )
         ]
         first_column = 0

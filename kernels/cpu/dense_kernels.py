@@ -20,7 +20,8 @@ TILE_WEIGHTS: Final = 4  # rows of a weight that a tile multiplies at once ...
 TILE_ROWS: Final = {16: 6, 8: 3, 4: 2}  # ... with so many rows, by lanes of a vector
 UNIT_WEIGHTS: Final = 32  # a thread's unit of work: rows of a weight ...
 UNIT_ROWS: Final = 48  # ... with rows; both stay in the second cache
-SCRATCH_BYTES: Final = 2 * UNIT_ROWS * UNIT_WEIGHTS * 4  # sums of a unit, for two weights
+SUM_BYTES: Final = UNIT_ROWS * UNIT_WEIGHTS * 4  # of a unit, for one weight
+SCRATCH_BYTES: Final = 2 * SUM_BYTES + 1024  # of a thread: sums for two weights, then units
 PREFETCHED_ROWS: Final = 4  # so few take less time than their weights take to come
 ACTIVATIONS: Final = ("silu", "gelu_tanh")
 LOG2_E: Final = 1 / math.log(2)
@@ -137,7 +138,7 @@ def finish_kernel(
             at = builder.add(line, emitter.times(column, 4))
             vector = biased(emitter.load(at, FLOAT, lanes), bias, column)
             if activation is not None:
-                second = emitter.load(emitter.offset(at, SCRATCH_BYTES // 2), FLOAT, lanes)
+                second = emitter.load(emitter.offset(at, SUM_BYTES), FLOAT, lanes)
                 second = biased(second, second_bias, column)
                 vector = builder.fmul(activated(emitter, vector, activation), second)
             at = builder.add(before, emitter.times(column, ELEMENT_BYTES[kind]))

@@ -5,7 +5,7 @@ Knows lengths and counts of heads, nothing of formats: a step is planned once fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -46,6 +46,8 @@ class WorkItems:
     counters: memoryview  # [2 + rows in parts] 64-bit, to be zeroed before each call
     zeros: bytes
     memory: tuple[NDArray[np.generic], ...]  # that is kept for the record's addresses
+    kept: list[object] = field(default_factory=list)  # what its fields of a call point to
+    sources: list[object] = field(default_factory=list)  # and what they were filled from
 
 
 class CpuPlan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..cache.attention import attend_by
 from ..kernels.cpu.backend import CpuBackend
-from ..kernels.cpu.decoder_layer import DecoderLayer, LayerParts
+from ..kernels.cpu.decoder_layer import MAX_ROWS, DecoderLayer, LayerParts
 from ..kernels.cpu.native_code import KINDS
 from ..kernels.cpu.plan import CpuPlan
 from ..kernels.cpu.token_rows import Norm
@@ -31,10 +31,10 @@ from .fused_modules import (
     rows_of,
     served,
 )
+from .module_snapshot import ModuleSnapshot
 from .replacements import Forward, Replacement
 
 LAYER_PARTS: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-MAX_ROWS: Final = 64  # for more, time is spent in products
 
 
 class WholeLayer(Replacement):
@@ -70,22 +70,15 @@ class WholeLayer(Replacement):
                 decoder[0].records(rows_of(hidden), angles, rotates_values=rotates_values)
 
     def _decoder(self, hidden: Tensor) -> tuple[DecoderLayer, ScoreRules] | None:
-        """What computes this layer in the running thread; None where a part has changed."""
-        parts = parts_of(self.module)
-        if parts is None or not multiplies(parts, hidden.dtype):
-            return None
-        identity, kept = identity_of(parts), self._local.__dict__
-        if kept.get("identity") != identity:
-            attention = self.module.self_attn
-            settings = attention.forward.settings
-            rules = ScoreRules(
-                scale=settings["scaling"] or attention.head_dim**-0.5,
-                softcap=settings["softcap"],
-                sliding_window=settings["sliding_window"],
-                sink_logits=settings["s_aux"],
-            )
-            kept["identity"], kept["decoder"] = identity, (DecoderLayer(parts), rules)
-        return cast("tuple[DecoderLayer, ScoreRules]", kept["decoder"])
+        """What computes this layer in the running thread; None where that cannot be."""
+        kept = self._local.__dict__
+        if not (kept and kept["dtype"] is hidden.dtype and kept["snapshot"].holds()):
+            parts = parts_of(self.module)
+            kept["dtype"], kept["snapshot"] = hidden.dtype, ModuleSnapshot(self.module)
+            kept["decoder"] = None
+            if parts is not None and multiplies(parts, hidden.dtype):
+                kept["decoder"] = DecoderLayer(parts), rules_of(self.module.self_attn)
+        return cast("tuple[DecoderLayer, ScoreRules] | None", kept["decoder"])
 
     def _run(
         self,
@@ -152,11 +145,18 @@ def norm_of(module: Any) -> Norm | None:
     return None if not isinstance(forward, FastNorm) or is_heard(module) else forward.norm()
 
 
-def identity_of(parts: LayerParts) -> tuple[object, ...]:
-    """What differs where a part has been replaced, or lies elsewhere."""
-    norms = [norm for norm in (parts.attention_norm, parts.gate_norm, *parts.head_norms) if norm]
-    layers = parts.projections, parts.attention_output, parts.gate, parts.down
-    return (*layers, *((n.weight.data_ptr(), n.weight.dtype, n.epsilon) for n in norms))
+def rules_of(attention: Any) -> ScoreRules:
+    """What attention was called with on trial; layers with the same share their rules."""
+    settings = attention.forward.settings
+    scale = settings["scaling"] or attention.head_dim**-0.5
+    rules = shared_rules(scale, settings["softcap"], settings["sliding_window"])
+    sinks = settings["s_aux"]
+    return rules if sinks is None else rules._replace(sink_logits=sinks)
+
+
+@cache
+def shared_rules(scale: float, softcap: float | None, sliding_window: int | None) -> ScoreRules:
+    return ScoreRules(scale, softcap, sliding_window)
 
 
 def multiplies(parts: LayerParts, dtype: torch.dtype) -> bool:
