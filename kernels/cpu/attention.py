@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
+from math import gcd
 from operator import is_
 from typing import Final
 
@@ -20,8 +21,10 @@ from ..code_bits import WIDE_BITS, lower_bits, upper_bits
 from ..eager.quantize import centre
 from ..new_tokens import NewTokens
 from ..rules import ScoreRules
+from .dense_kernels import HAS_PAIRS
 from .microkernels import (
     MAX_ROWS,
+    SCORE_STRIDE,
     TILE_TOKENS,
     affine_kernel,
     fold_kernel,
@@ -34,6 +37,19 @@ from .microkernels import (
 )
 from .native_attention import attention_worker
 from .native_code import address_or_0, kind_of, row_addresses
+from .pair_kernels import (
+    LANES,
+    QUERY_BYTES,
+    WEIGHT_BYTES,
+    float_keys_kernel,
+    float_values_kernel,
+    pair_keys_kernel,
+    pair_rows_kernel,
+    pair_scores_kernel,
+    pair_sums_kernel,
+    pair_values_kernel,
+    wide_keys_kernel,
+)
 from .per_layer import PerLayer
 from .plan import CpuPlan, WorkItems
 from .quantize import copy_kernel
@@ -44,6 +60,7 @@ from .records import (
     NUM_VARIANTS,
     CallFields,
     LayerFields,
+    PairFields,
 )
 from .threads import run_worker
 from .vectors import host_width
@@ -92,7 +109,8 @@ def prepare(
     A step's calls share them: one is run before the next is prepared.
     """
     num_kv_heads = new.key.shape[1]
-    work = plan.items(num_kv_heads, new.query.shape[1] // num_kv_heads)
+    has_pairs = plan.has_prefills and is_paired(new, layer, plan)
+    work = plan.items(num_kv_heads, new.query.shape[1] // num_kv_heads, has_pairs=has_pairs)
     sources = [*new, rules, output, appends]
     if not (work.sources and all(map(is_, work.sources, sources))):  # layers may share their rows
         kept = fill_call(work.call, new, rules, output, has_prefills=plan.has_prefills)
@@ -102,6 +120,17 @@ def prepare(
     work.record[LAYER_BYTES] = (plain_layer if rules.softcap is None else capped_layer)(layer)
     work.counters[:] = work.zeros
     return work
+
+
+def is_paired(new: NewTokens, layer: LayerBlocks, plan: CpuPlan) -> bool:
+    """Whether products may be of pairs of bfloat16: sinks have queries of their own in windows."""
+    is_half = new.query.dtype is torch.bfloat16 and new.key.dtype is torch.bfloat16
+    return is_half and has_pair_kernels(layer) and plan.step.window_sizes is None
+
+
+def has_pair_kernels(layer: LayerBlocks) -> bool:
+    dims = layer.open_keys.shape[3], layer.open_values.shape[3]
+    return HAS_PAIRS and not any(dim % LANES for dim in dims)
 
 
 def fill_call(
@@ -169,7 +198,9 @@ def layer_bytes(layer: LayerBlocks, *, has_softcap: bool) -> bytes:
         item_bytes=itemsize,
         round_to_open=copy_kernel("float32", kind_of(keys)).address,
     )
-    return LAYER_STRUCT.pack(*fields, *chain.from_iterable(row_kernels(layer)))
+    return LAYER_STRUCT.pack(
+        *fields, *chain.from_iterable(row_kernels(layer)), *pair_kernels(layer)
+    )
 
 
 plain_layer: Final = PerLayer(partial(layer_bytes, has_softcap=False))
@@ -265,3 +296,41 @@ def value_kernels(kind: str, value_dim: int, shift: int = 0) -> list[int]:
     return [
         value_kernel(kind, rows, value_dim, shift, host_width()).address for rows in ROW_VARIANTS
     ]
+
+
+def pair_kernels(layer: LayerBlocks) -> PairFields:
+    """Addresses of the microkernels for pairs; 0 where there is no such."""
+    if not has_pair_kernels(layer):
+        return PairFields(*(0 for _ in PairFields._fields))
+    kind, value_dim = kind_of(layer.open_keys), layer.open_values.shape[3]
+    fields = PairFields(
+        open_keys=pair_keys_kernel(kind, gcd(LANES, open_piece(layer))).address,
+        open_values=pair_values_kernel(kind, value_dim).address,
+        new_keys=pair_keys_kernel("float32", LANES).address,
+        new_values=pair_values_kernel("float32", value_dim).address,
+        float_keys=0,
+        wide_keys=0,
+        float_values=0,
+        upper_values=0,
+        queries=pair_rows_kernel(0, QUERY_BYTES).address,
+        scores=pair_scores_kernel().address,
+        weights=pair_rows_kernel(4 * SCORE_STRIDE, WEIGHT_BYTES).address,
+        sums=pair_sums_kernel(value_dim).address,
+    )
+    sealed = layer.sealed
+    if sealed is None:
+        return fields
+    groups, kind, rows = sealed.num_key_groups, f"int{layer.key_bits}", sealed.key_codes.shape[2]
+    _, scaling, centre = scaling_of(layer)
+    lower, upper = lower_bits(layer.value_bits), upper_bits(layer.value_bits)
+    fields = fields._replace(
+        float_keys=float_keys_kernel(kind, rows, groups).address,
+        float_values=float_values_kernel(f"int{lower}", value_dim, 0, scaling, centre).address,
+    )
+    if sealed.wide_codes is not None:
+        wide = f"int{WIDE_BITS}", layer.key_bits, sealed.wide_codes.shape[2], groups
+        fields = fields._replace(wide_keys=wide_keys_kernel(*wide).address)
+    if upper:
+        values = f"int{upper}", value_dim, lower, scaling, centre
+        fields = fields._replace(upper_values=float_values_kernel(*values).address)
+    return fields

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .dense_kernels import (
+    HAS_PAIRS,
     SCRATCH_BYTES,
     SUM_BYTES,
     TILE_ROWS,
@@ -44,12 +45,10 @@ from .native_code import (
     worker,
 )
 from .threads import run_worker
-from .vectors import host_features, host_width
+from .vectors import host_width
 
 ROW_BYTES_AT_ONCE: Final = 4096  # of a row: a tile's rows stay in the first cache
 MAX_PAIRED_ROWS: Final = 64  # of more rows of bfloat16 torch's products are faster
-# Whether this processor multiplies pairs of bfloat16 as fast as it multiplies floats.
-HAS_PAIRS: Final = host_width() == 16 and "+avx512bf16" in host_features()
 
 
 class Weight(NamedTuple):

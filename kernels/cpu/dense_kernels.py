@@ -14,7 +14,7 @@ from typing import Any, Final
 from llvmlite import ir
 
 from .elements import ELEMENT_BYTES, decode, encode, load_raw
-from .vectors import FLOAT, INT, SHORT, Emitter, MachineCode, host_width
+from .vectors import FLOAT, INT, SHORT, Emitter, MachineCode, host_features, host_width
 
 TILE_WEIGHTS: Final = 4  # rows of a weight that a tile multiplies at once ...
 TILE_ROWS: Final = {16: 6, 8: 3, 4: 2}  # ... with so many rows, by lanes of a vector
@@ -23,6 +23,8 @@ UNIT_ROWS: Final = 48  # ... with rows; both stay in the second cache
 SUM_BYTES: Final = UNIT_ROWS * UNIT_WEIGHTS * 4  # of a unit, for one weight
 SCRATCH_BYTES: Final = 2 * SUM_BYTES + 1024  # of a thread: sums for two weights, then units
 PREFETCHED_ROWS: Final = 4  # so few take less time than their weights take to come
+# Whether this processor multiplies pairs of bfloat16 as fast as it multiplies floats.
+HAS_PAIRS: Final = host_width() == 16 and "+avx512bf16" in host_features()
 ACTIVATIONS: Final = ("silu", "gelu_tanh")
 LOG2_E: Final = 1 / math.log(2)
 

@@ -20,6 +20,14 @@ from .native_code import (
     store_long,
     worker,
 )
+from .native_pairs import (
+    attend_pairs,
+    has_pairs,
+    lay_floats,
+    lay_open,
+    lay_sealed,
+    pair_queries,
+)
 from .native_rows import (
     finish_rows,
     kernel_for,
@@ -40,6 +48,8 @@ from .records import (
     NEW_TOKEN_ROWS,
     NEXT_ITEM,
     NUM_TOKEN_SECTIONS,
+    PAIR_BYTES,
+    PAIR_PLACE,
     SCORES,
     SCRATCH_FLOATS,
     STEP,
@@ -109,6 +119,16 @@ def attend_open(p: int, item: int, scratch: int, position: int, num_tokens: int)
     value_stride = load_long(p, LAYER.open_value_stride)
     key_dim = load_long(p, LAYER.key_dim)
     num_pieces = -(-num_tokens // piece)
+    if has_pairs(p, item):
+        for index in range(num_pieces):
+            block, offset = divmod(position + index * piece, size)
+            record = load_long(table, block) * block_stride
+            at_key = keys + record + offset * (key_stride // size)
+            at_value = values + record + offset * value_stride
+            count = min(num_tokens - index * piece, piece)
+            lay_open(p, scratch, index * piece, at_key, at_value, count)
+        attend_pairs(p, item, scratch, position, num_tokens)
+        return
     for tile in range(-(-load_long(item, Item.NUM_ROWS) // MAX_ROWS)):
         if not set_ranges(p, item, scratch, tile, position, num_tokens):
             continue
@@ -205,6 +225,12 @@ def attend_sealed(p: int, item: int, scratch: int, position: int, num_blocks: in
     codes, value_dim = load_long(p, LAYER.value_codes), load_long(p, LAYER.value_dim)
     num_value_rows = load_long(p, LAYER.num_value_rows)
     num_upper_rows = load_long(p, LAYER.num_upper_rows)
+    if has_pairs(p, item):
+        for index in range(num_blocks):
+            record = sealed_record(p, item, position + index * num_tokens)
+            lay_sealed(p, item, scratch, index * num_tokens, record)
+        attend_pairs(p, item, scratch, position, end - position)
+        return
     for tile in range(-(-load_long(item, Item.NUM_ROWS) // MAX_ROWS)):
         if not set_ranges(p, item, scratch, tile, position, end - position):
             continue
@@ -264,6 +290,10 @@ def attend_new(p: int, item: int, scratch: int, start: int, num_tokens: int) -> 
         + token * value_stride
         + kv_head * load_long(p, CALL.value_head_stride)
     )
+    if has_pairs(p, item):
+        lay_floats(p, scratch, 0, (keys, 4 * padded), (values, value_stride), num_tokens)
+        attend_pairs(p, item, scratch, position, num_tokens)
+        return
     for tile in range(-(-load_long(item, Item.NUM_ROWS) // MAX_ROWS)):
         if not set_ranges(p, item, scratch, tile, position, num_tokens):
             continue
@@ -360,6 +390,8 @@ def run_item(p: int, item: int, scratch: int) -> None:
     is_last_part = load_long(item, Item.END) == context_len
     load_queries(p, item, scratch, p + 8 * CALL.query)
     start_rows(p, item, scratch)
+    if has_pairs(p, item):
+        pair_queries(p, item, scratch)
     if is_last_part and num_new == 1:
         start_with_new_token(p, item, scratch)
     attend_context(p, item, scratch)
@@ -386,6 +418,7 @@ def run_items(p: int) -> None:
     counters = load_long(p, STEP.counters)
     thread = fetch_add(counters + 8)
     scratch = load_long(p, CALL.scratch) + 4 * SCRATCH_FLOATS * thread
+    store_long(scratch + 4 * PAIR_PLACE, 0, load_long(p, CALL.pair_scratch) + PAIR_BYTES * thread)
     items, num_items = load_long(p, STEP.items), load_long(p, STEP.num_items)
     index = fetch_add(counters)
     while index < num_items:

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from .microkernels import TILE_TOKENS
 from .native_code import address_of, load_long, native, store_long, worker
-from .records import MAX_ITEM_ROWS, Item
+from .records import ITEM_ROWS, Item
 
 ITEMS_PER_THREAD: Final = 8  # so that threads end at nearly the same time
 
@@ -31,6 +31,7 @@ class PlanFields(NamedTuple):
     query_group_size: int
     num_threads: int
     min_split_tokens: int  # a smaller part is not worth merging
+    item_rows: int  # query rows of an item at most
     stored_starts: int  # [N + 1] written by the first call, as are the next two
     num_parts: int  # [N] parts that a sequence's context is cut into
     totals: int  # [len(Totals)]
@@ -80,7 +81,7 @@ def split_tokens(p: int) -> int:
     """Tokens of context in a part, so that all threads have work."""
     context_lens, total = load_long(p, PLAN.context_lens), 0
     for sequence in range(load_long(p, PLAN.num_seqs)):
-        num_row_tiles = -(-num_rows_of(p, sequence) // MAX_ITEM_ROWS)
+        num_row_tiles = -(-num_rows_of(p, sequence) // load_long(p, PLAN.item_rows))
         total += load_long(context_lens, sequence) * num_row_tiles
     total *= load_long(p, PLAN.num_kv_heads)
     num_wanted = ITEMS_PER_THREAD * load_long(p, PLAN.num_threads)
@@ -96,9 +97,9 @@ def count_items(p: int) -> None:
     num_items, num_partials, num_tokens = 0, 0, 0
     for sequence in range(load_long(p, PLAN.num_seqs)):
         context_len = load_long(load_long(p, PLAN.context_lens), sequence)
-        num_row_tiles = -(-num_rows_of(p, sequence) // MAX_ITEM_ROWS)
+        num_row_tiles = -(-num_rows_of(p, sequence) // load_long(p, PLAN.item_rows))
         num_parts = 1
-        if can_split and num_row_tiles == 1:
+        if can_split and num_rows_of(p, sequence) <= ITEM_ROWS:
             _, num_units = units_of(p, sequence)
             num_parts = max(min(-(-context_len // share), num_units), 1)
         store_long(load_long(p, PLAN.num_parts), sequence, num_parts)
@@ -144,11 +145,12 @@ def write_range(p: int, item: int, sequence: int, part: int) -> None:
 def write_items(p: int) -> None:
     """By sequence, query rows, kv head, and part of the context."""
     item, num_partials, counter = load_long(p, PLAN.items), 0, 1
+    item_rows = load_long(p, PLAN.item_rows)
     for sequence in range(load_long(p, PLAN.num_seqs)):
         num_rows = num_rows_of(p, sequence)
         num_parts = load_long(load_long(p, PLAN.num_parts), sequence)
         is_split = num_parts > 1
-        for first_row in range(0, num_rows, MAX_ITEM_ROWS):
+        for first_row in range(0, num_rows, item_rows):
             for kv_head in range(load_long(p, PLAN.num_kv_heads)):
                 first_partial = num_partials
                 if is_split:
@@ -157,7 +159,7 @@ def write_items(p: int) -> None:
                     store_long(item, Item.SEQUENCE, sequence)
                     store_long(item, Item.KV_HEAD, kv_head)
                     store_long(item, Item.FIRST_ROW, first_row)
-                    store_long(item, Item.NUM_ROWS, min(num_rows - first_row, MAX_ITEM_ROWS))
+                    store_long(item, Item.NUM_ROWS, min(num_rows - first_row, item_rows))
                     write_range(p, item, sequence, part)
                     store_long(item, Item.PARTIAL, num_partials)
                     store_long(item, Item.NUM_PARTS, num_parts)

@@ -12,9 +12,9 @@ from .native_code import call, load_float, load_long, native, store_float, store
 from .records import (
     CALL,
     CALL_NUMBERS,
+    ITEM_ROWS,
     KERNELS,
     LAYER,
-    MAX_ITEM_ROWS,
     MAXIMA,
     NUM_VARIANTS,
     NUMBERS,
@@ -272,7 +272,7 @@ def finish_rows(p: int, item: int, scratch: int) -> None:
         if is_whole:
             write_output(p, item, scratch, row, source, shift, top, total)
             continue
-        place = partial * MAX_ITEM_ROWS + row
+        place = partial * ITEM_ROWS + row
         target = load_long(p, STEP.partials) + 4 * place * PARTIAL_FLOATS
         for channel in range(dim):
             store_float(target, channel, load_float(source, channel) + shift)
@@ -284,11 +284,11 @@ def finish_rows(p: int, item: int, scratch: int) -> None:
 def merge_parts(p: int, item: int, scratch: int) -> None:
     """Put the parts of the item's rows together; the thread that ends the last part does it."""
     dim, num_parts = load_long(p, LAYER.value_dim), load_long(item, Item.NUM_PARTS)
-    first = load_long(item, Item.FIRST_PARTIAL) * MAX_ITEM_ROWS
+    first = load_long(item, Item.FIRST_PARTIAL) * ITEM_ROWS
     merged = scratch + 4 * OUTPUTS
     for row in range(load_long(item, Item.NUM_ROWS)):
         parts = load_long(p, STEP.partials) + 4 * (first + row) * PARTIAL_FLOATS
-        part_stride = MAX_ITEM_ROWS * PARTIAL_FLOATS
+        part_stride = ITEM_ROWS * PARTIAL_FLOATS
         top, total = np.float32(MASKED), np.float32(0)
         for part in range(num_parts):
             top = max(top, load_float(parts, part * part_stride + PARTIAL_MAXIMUM))

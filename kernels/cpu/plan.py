@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from ..step_inputs import StepInputs
-from .native_code import address_of_array, thread_scratch
+from .native_code import Scratch, address_of_array, thread_scratch
 from .native_plan import PLAN_STRUCT, PlanFields, Totals, plan_worker
 from .records import (
     CALL_BYTE,
-    MAX_ITEM_ROWS,
+    ITEM_ROWS,
+    PAIR_BYTES,
+    PAIR_ITEM_ROWS,
     PARTIAL_FLOATS,
     RECORD_BYTES,
     SCRATCH_FLOATS,
@@ -39,7 +41,7 @@ class WorkItems:
 
     num_threads: int
     items: Longs  # [items, Item.COUNT], long ones first
-    partials: NDArray[np.float32]  # [partials, MAX_ITEM_ROWS, PARTIAL_FLOATS]
+    partials: NDArray[np.float32]  # [partials, ITEM_ROWS, PARTIAL_FLOATS]
     record: memoryview  # the attention worker's, the fields of the step filled in
     record_address: int
     call: CallFields  # a view of the record's fields of a call
@@ -57,13 +59,20 @@ class CpuPlan:
         self.step = step
         self.num_threads = torch.get_num_threads()
         self.scratch = thread_scratch("attention", self.num_threads, 4 * SCRATCH_FLOATS)
+        self.pair_scratch: Scratch | None = None
         self.has_prefills = int(step.query_lens.max(initial=0)) > 1
-        self._items: dict[tuple[int, int], WorkItems] = {}
+        self._items: dict[tuple[int, int, bool], WorkItems] = {}
 
-    def items(self, num_kv_heads: int, query_group_size: int) -> WorkItems:
-        key = num_kv_heads, query_group_size
+    def items(self, num_kv_heads: int, query_group_size: int, *, has_pairs: bool) -> WorkItems:
+        """`has_pairs`: products are of pairs of bfloat16, where an item has rows enough."""
+        key = num_kv_heads, query_group_size, has_pairs
         if key not in self._items:
-            work = plan_items(self.step, num_kv_heads, query_group_size, self.num_threads)
+            rows = PAIR_ITEM_ROWS if has_pairs else ITEM_ROWS
+            heads = num_kv_heads, query_group_size
+            work = plan_items(self.step, *heads, self.num_threads, item_rows=rows)
+            if has_pairs:
+                self.pair_scratch = thread_scratch("pairs", self.num_threads, PAIR_BYTES)
+                work.call.pair_scratch = self.pair_scratch.address
             work.call.num_query_heads = num_kv_heads * query_group_size
             work.call.scratch = self.scratch.address
             self._items[key] = work
@@ -71,7 +80,12 @@ class CpuPlan:
 
 
 def plan_items(
-    step: StepInputs, num_kv_heads: int, query_group_size: int, num_threads: int
+    step: StepInputs,
+    num_kv_heads: int,
+    query_group_size: int,
+    num_threads: int,
+    *,
+    item_rows: int = ITEM_ROWS,
 ) -> WorkItems:
     """Cut a step into items: by sequence, kv head, query rows, and long contexts into parts."""
     num_seqs = len(step.query_lens)
@@ -92,6 +106,7 @@ def plan_items(
         query_group_size=query_group_size,
         num_threads=num_threads,
         min_split_tokens=MIN_SPLIT_TOKENS,
+        item_rows=item_rows,
         stored_starts=address,
         num_parts=address + 8 * (num_seqs + 1),
         totals=address + 8 * first_total,
@@ -120,7 +135,7 @@ def with_record(
 ) -> WorkItems:
     """Items and the record that the attention worker reads; `memory` begins with stored starts."""
     counters = np.empty(2 + totals.num_partials, dtype=np.int64)
-    partials = np.empty((totals.num_partials, MAX_ITEM_ROWS, PARTIAL_FLOATS), dtype=np.float32)
+    partials = np.empty((totals.num_partials, ITEM_ROWS, PARTIAL_FLOATS), dtype=np.float32)
     record = np.zeros(-(-RECORD_BYTES // 8), dtype=np.int64)
     record_address = address_of_array(record)
     sinks, windows = step.num_sink_tokens, step.window_sizes

@@ -14,6 +14,7 @@ from struct import Struct
 from typing import Final, NamedTuple, cast
 
 from .microkernels import (
+    MAX_DIM,
     MAX_KEY_GROUPS,
     MAX_ROWS,
     ROW_STRIDE,
@@ -21,8 +22,10 @@ from .microkernels import (
     STATE_LANES,
     TILE_TOKENS,
 )
+from .pair_kernels import KEY_PAIR_BYTES, QUERY_BYTES, WEIGHT_BYTES
 
-MAX_ITEM_ROWS: Final = 32  # query rows of one work item
+ITEM_ROWS: Final = 32  # query rows of one work item ...
+PAIR_ITEM_ROWS: Final = 96  # ... and where they are multiplied as pairs of bfloat16
 NEW_TOKEN_ROWS: Final = 32  # new tokens whose scores are computed at once
 NUM_VARIANTS: Final = 4  # microkernels for 1, 2, 4 and 8 query rows
 
@@ -91,6 +94,23 @@ class LayerFields(NamedTuple):
     round_to_open: int  # from float32 to elements of open blocks
 
 
+class PairFields(NamedTuple):
+    """Of a layer: microkernels for pairs of bfloat16; 0 where the processor has no such."""
+
+    open_keys: int
+    open_values: int
+    new_keys: int  # also of sealed blocks, once they are floats
+    new_values: int
+    float_keys: int
+    wide_keys: int
+    float_values: int
+    upper_values: int
+    queries: int
+    scores: int
+    weights: int
+    sums: int
+
+
 class CallFields(Structure):
     """Of a call, set one by one in the record: float32 rows and their strides in bytes."""
 
@@ -117,6 +137,7 @@ class CallFields(Structure):
     sink_logits: int  # 0: none
     appends: int  # whether new tokens are written to open blocks
     scratch: int
+    pair_scratch: int  # 0: products are of floats
     # `affine` reads the first two of these floats, softmax the last.
     shift: float  # of queries: 0
     factor: float
@@ -151,14 +172,17 @@ NUM_KERNELS: Final = Kernel.COUNT * NUM_VARIANTS
 STEP: Final = StepFields(*range(NUM_STEP))
 LAYER: Final = LayerFields(*range(NUM_STEP, NUM_STEP + NUM_LAYER))
 KERNELS: Final = NUM_STEP + NUM_LAYER  # [Kernel.COUNT, NUM_VARIANTS] addresses, of the layer too
-FIRST_CALL: Final = KERNELS + NUM_KERNELS
+FIRST_PAIR: Final = KERNELS + NUM_KERNELS
+NUM_PAIR: Final = len(PairFields._fields)
+PAIR: Final = PairFields(*range(FIRST_PAIR, FIRST_PAIR + NUM_PAIR))
+FIRST_CALL: Final = FIRST_PAIR + NUM_PAIR
 CALL: Final = cast(
     CallFields,
     namedtuple("CallPlaces", CALL_INTEGERS)(*range(FIRST_CALL, FIRST_CALL + len(CALL_INTEGERS))),
 )
 CALL_NUMBERS: Final = FIRST_CALL + len(CALL_INTEGERS)
 STEP_STRUCT: Final = Struct(f"={NUM_STEP}q")
-LAYER_STRUCT: Final = Struct(f"={NUM_LAYER + NUM_KERNELS}q")
+LAYER_STRUCT: Final = Struct(f"={NUM_LAYER + NUM_KERNELS + NUM_PAIR}q")
 CALL_BYTE: Final = 8 * FIRST_CALL
 LAYER_BYTES: Final = slice(8 * NUM_STEP, CALL_BYTE)
 RECORD_BYTES: Final = CALL_BYTE + sizeof(CallFields)
@@ -182,21 +206,30 @@ class Item(IntEnum):
 
 
 # A thread's scratch, in floats from its start; sums and states are kept by tiles of MAX_ROWS rows.
-NUM_TILES: Final = MAX_ITEM_ROWS // MAX_ROWS
+NUM_TILES: Final = PAIR_ITEM_ROWS // MAX_ROWS
 QUERIES: Final = 0
-OUTPUTS: Final = QUERIES + MAX_ITEM_ROWS * ROW_STRIDE
-FOLDED: Final = OUTPUTS + MAX_ITEM_ROWS * ROW_STRIDE
+OUTPUTS: Final = QUERIES + PAIR_ITEM_ROWS * ROW_STRIDE
+FOLDED: Final = OUTPUTS + PAIR_ITEM_ROWS * ROW_STRIDE
 ZERO_DOTS: Final = FOLDED + MAX_KEY_GROUPS * MAX_ROWS * ROW_STRIDE
 SCORES: Final = ZERO_DOTS + MAX_KEY_GROUPS * MAX_ROWS
 SUMS: Final = SCORES + MAX_ROWS * SCORE_STRIDE
 MAXIMA: Final = SUMS + NUM_TILES * 2 * MAX_ROWS * STATE_LANES
-NUMBERS: Final = MAXIMA + MAX_ITEM_ROWS
+NUMBERS: Final = MAXIMA + PAIR_ITEM_ROWS
 RANGES: Final = NUMBERS + 4  # [2][MAX_ROWS] 64-bit: first visible token and one past the last
 NEXT_ITEM: Final = RANGES + 4 * MAX_ROWS  # 64-bit address
+PAIR_PLACE: Final = NEXT_ITEM + 2  # 64-bit address of the thread's scratch for pairs
 # Key scale, key zero point, value scale, value zero point, as in `LayerFields`: halves [4][tile].
 NUM_TOKEN_SECTIONS: Final = 4
-TOKEN_SCALES: Final = NEXT_ITEM + 4
+TOKEN_SCALES: Final = PAIR_PLACE + 2
 SCRATCH_FLOATS: Final = -(-(TOKEN_SCALES + 2 * TILE_TOKENS) // 1024) * 1024
 PARTIAL_FLOATS: Final = ROW_STRIDE  # output, then maximum and sum behind it
 PARTIAL_MAXIMUM: Final = ROW_STRIDE - 2
 PARTIAL_SUM: Final = ROW_STRIDE - 1
+
+# A thread's scratch for pairs, in bytes from its start.
+PAIR_QUERIES: Final = 0
+PAIR_WEIGHTS: Final = PAIR_QUERIES + PAIR_ITEM_ROWS * QUERY_BYTES
+PAIR_KEYS: Final = PAIR_WEIGHTS + MAX_ROWS * WEIGHT_BYTES
+PAIR_VALUES: Final = PAIR_KEYS + MAX_DIM // 2 * KEY_PAIR_BYTES
+PAIR_FLOATS: Final = PAIR_VALUES + TILE_TOKENS // 2 * MAX_DIM * 4
+PAIR_BYTES: Final = PAIR_FLOATS + MAX_DIM * TILE_TOKENS * 4

@@ -65,10 +65,12 @@ def test_ragged_decode_matches_the_oracle(kv_format, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @ALL_FORMATS
-def test_chunks_beside_decodes_match_the_oracle(kv_format, dtype):
+def test_chunks_beside_decodes_match_the_oracle(kv_format, dtype, backend):
     fleet, seq_ids = ragged_fleet(layer_of(kv_format), RAGGED, dtype=dtype, new_tokens=400)
     counts = dict(zip(seq_ids, (300, 1, 33, 1, 129, 1, 64), strict=True))
-    check_step(fleet, counts, limit=tolerance(dtype))
+    # A CPU that multiplies pairs of bfloat16 rounds to it more than the output: test_pairs.py.
+    is_paired = backend == "cpu" and dtype is torch.bfloat16
+    check_step(fleet, counts, limit=tolerance(dtype) * (2 if is_paired else 1))
     check_step(fleet, dict.fromkeys(seq_ids, 5), limit=tolerance(dtype))
 
 

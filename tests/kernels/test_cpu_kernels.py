@@ -159,8 +159,8 @@ def test_layers_of_one_shape_and_different_formats_share_a_plan():
 def test_scratch_may_hold_anything(kv_format, num_threads, monkeypatch, plans):
     """NaN in scratch, in partial results and in new tensors; Fleet fills unused blocks with it."""
 
-    def poisoned_plan(*args: Any) -> WorkItems:
-        work = plan_items(*args)
+    def poisoned_plan(*args: Any, **options: Any) -> WorkItems:
+        work = plan_items(*args, **options)
         work.partials.fill(np.nan)
         return work
 

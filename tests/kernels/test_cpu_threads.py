@@ -18,7 +18,7 @@ from paged_kv.kernels.cpu import plan as cpu_plan
 from paged_kv.kernels.cpu import threads as cpu_threads
 from paged_kv.kernels.cpu.microkernels import TILE_TOKENS
 from paged_kv.kernels.cpu.plan import WorkItems, plan_items
-from paged_kv.kernels.cpu.records import MAX_ITEM_ROWS, Item
+from paged_kv.kernels.cpu.records import ITEM_ROWS, Item
 from paged_kv.kernels.step_inputs import StepInputs
 from tests.support import cpu_kernels
 from tests.support.attention_oracle import layer_of, ragged_fleet, relative_error
@@ -166,10 +166,10 @@ def check_items(step: StepInputs, num_kv_heads: int, group_size: int, work: Work
     for item in items:
         groups.setdefault(tuple(item[list(keys)].tolist()), []).append(item)
     expected = {
-        (sequence, head, first, min(length * group_size - first, MAX_ITEM_ROWS))
+        (sequence, head, first, min(length * group_size - first, ITEM_ROWS))
         for sequence, length in enumerate(step.query_lens)
         for head in range(num_kv_heads)
-        for first in range(0, length * group_size, MAX_ITEM_ROWS)
+        for first in range(0, length * group_size, ITEM_ROWS)
     }
     assert groups.keys() == expected
     for (sequence, *_), parts in groups.items():

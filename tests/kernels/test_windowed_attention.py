@@ -121,8 +121,8 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Two threads; short contexts are cut too. Into how many parts the longest of each step is."""
     numbers: list[int] = []
 
-    def plan(*args: Any) -> WorkItems:
-        work = plan_items(*args)
+    def plan(*args: Any, **options: Any) -> WorkItems:
+        work = plan_items(*args, **options)
         numbers.append(int(work.items[:, Item.NUM_PARTS].max()))
         return work
 

@@ -94,8 +94,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[WorkItems]:
     """Short contexts are cut into parts too, and every plan made is kept for a look."""
     made: list[WorkItems] = []
 
-    def plan(*args: Any) -> WorkItems:
-        made.append(plan_items(*args))
+    def plan(*args: Any, **options: Any) -> WorkItems:
+        made.append(plan_items(*args, **options))
         return made[-1]
 
     monkeypatch.setattr(cpu_plan, "MIN_SPLIT_TOKENS", TILE_TOKENS)
