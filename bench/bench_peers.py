@@ -1,10 +1,12 @@
 """Throughput and latency of a real model on a CPU, beside the engines that people use there.
 
-    python bench/bench_peers.py --model FOLDER --vllm PYTHON --openvino PYTHON --gguf FILE
+    python bench/bench_peers.py --model FOLDER --vllm PYTHON --openvino PYTHON --gguf FILE \
+        --llama PYTHON --llama-gguf FOLDER --transformers PYTHON
 
-Each engine runs in an environment of its own (`bench/peers/README.md`), as a process that stays for
-all rounds of a workload; rounds go in turns and the first does not count. All get the same token
-ids, the same threads, all requests at once, greedy, to their full length:
+Engines whose Python is not given are left out. Each runs in an environment of its own
+(`bench/peers/engines/README.md`), as a process that stays for all rounds of a workload; rounds go
+in turns and the first does not count. All get the same token ids, the same threads, all requests at
+once, greedy, to their full length:
 
 - short: 32 requests of 128 + 128 tokens;
 - long: 16 of 1500 + 64;
@@ -249,6 +251,19 @@ def engines_of(arguments: argparse.Namespace) -> list[Engine]:
             peers.append(
                 Engine(name, "openvino_genai_cpu.py", arguments.openvino, precision, "u8", extra)
             )
+        if arguments.llama:
+            extra = {"gguf": str(Path(arguments.llama_gguf).resolve())}
+            for kv in ("f16", "q8_0"):
+                name = f"llama.cpp {kv} {precision}"
+                peers.append(
+                    Engine(name, "llama_cpp_cpu.py", arguments.llama, precision, kv, extra)
+                )
+        if arguments.transformers:
+            for kv in ("static", "batching"):
+                name = f"transformers {kv} {precision}"
+                peers.append(
+                    Engine(name, "transformers_cpu.py", arguments.transformers, precision, kv)
+                )
     return ours + peers
 
 
@@ -258,6 +273,9 @@ def main() -> None:
     parser.add_argument("--vllm", help="the Python of its environment")
     parser.add_argument("--openvino", help="the Python of its environment")
     parser.add_argument("--gguf", help="the model for OpenVINO, which writes its own beside it")
+    parser.add_argument("--llama", help="the Python of its environment")
+    parser.add_argument("--llama-gguf", help="a folder with float32.gguf and bfloat16.gguf")
+    parser.add_argument("--transformers", help="the Python of its environment")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workloads", nargs="*")
