@@ -86,7 +86,9 @@ def attend(
 ) -> Tensor:
     """As `naive.attend`; sums are float32 whatever the dtype of the query.
 
-    With `appends`, those new tokens that the step stores in open blocks are written there.
+    Many new tokens in bfloat16 are multiplied as such, where the processor can: keys, values and
+    weights are rounded to it. With `appends`, those new tokens that the step stores in open blocks
+    are written there.
     """
     output = new.query.new_empty(*new.query.shape[:2], new.value.shape[2])
     if len(new.query):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 class ModuleSnapshot:
     """A module and all in it, as they are now: forwards, hooks, and where parameters lie.
 
-    What is written to a parameter where it lies is no change.
+    Hooks of the module itself do not count, and what is written to a parameter where it lies is no
+    change.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -25,7 +26,8 @@ class ModuleSnapshot:
             self._held.append((own, "forward", own.get("forward")))
             for kind in ("_modules", "_parameters"):
                 self._held += [(own[kind], name, held) for name, held in own[kind].items()]
-            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+            if module is not root:
+                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             self._places += [
                 (parameter, parameter.data_ptr())
                 for parameter in module._parameters.values()

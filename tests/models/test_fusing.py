@@ -124,6 +124,17 @@ def test_weights_that_cannot_be_served_any_more_are_the_modules_own_business():
     paged.close()
 
 
+def test_another_activation_is_the_one_that_computes():
+    model = copy.deepcopy(zoo.model("llama"))
+    paged = PagedModel(model)
+    mlp, hidden = model.model.layers[0].mlp, torch.randn(1, 2, 64)
+    mlp.act_fn = nn.Tanh()
+    with torch.inference_mode():
+        expected = mlp.down_proj(torch.tanh(mlp.gate_proj(hidden)) * mlp.up_proj(hidden))
+        torch.testing.assert_close(mlp(hidden), expected, rtol=1e-4, atol=1e-4)
+    paged.close()
+
+
 def test_rows_of_other_channels_are_refused():
     model = zoo.model("llama")
     paged = PagedModel(model)

@@ -78,6 +78,17 @@ def test_a_part_that_somebody_listens_to_is_called(name):
     handle.remove()
 
 
+def test_a_layer_that_somebody_listens_to_is_whole_and_heard(num_calls):
+    model = copy.deepcopy(zoo.model("llama"))
+    expected = tokens_of(model)
+    num_calls.clear()
+    heard: list[nn.Module] = []
+    model.model.layers[1].register_forward_hook(lambda module, *_: heard.append(module))
+    assert tokens_of(model) == expected
+    assert len(heard) >= 12
+    assert len(num_calls) == 3 * 11
+
+
 def test_a_part_that_is_wrapped_while_it_runs_is_the_one_that_computes(num_calls):
     model = copy.deepcopy(zoo.model("llama"))
     with LLM(model, kv_format="native", kv_memory="8MiB", max_model_len=512) as llm:

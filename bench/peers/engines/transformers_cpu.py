@@ -1,6 +1,6 @@
 """Hugging Face transformers on a CPU, in the two ways it has of running many requests.
 
-`kv` chooses: "static" is `generate()` on padded batches, "batching" its continuous batching.
+`kv` chooses: "padded" is `generate()` on padded batches, "batching" its continuous batching.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def prepare(job: Job) -> Callable[[], Round]:
     torch.set_num_threads(job.num_threads)
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.precision))
     model.generation_config.eos_token_id = None
-    return {"static": padded_batches, "batching": continuous_batching}[job.kv](model, job)
+    return {"padded": padded_batches, "batching": continuous_batching}[job.kv](model, job)
 
 
 def padded_batches(model: torch.nn.Module, job: Job) -> Callable[[], Round]:
