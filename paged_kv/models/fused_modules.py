@@ -127,13 +127,13 @@ class GatedLinear(Replacement):
     def __init__(self, module: nn.Module, original: Forward, activation: str) -> None:
         self.module, self.original = module, original
         self._inner, self._outer = Dense(activation), Dense()
-        self._act_fn = module._modules.get("act_fn")
+        self._act_fn: Any = module.act_fn
 
     def layers(self) -> tuple[DenseLayer, DenseLayer] | None:
         """The inner part and what is behind it; None where somebody has changed a module."""
         gate, up, down, act_fn = (cast(Any, self.module._modules.get(n)) for n in GATED_PARTS)
-        is_other = act_fn is None or act_fn is not self._act_fn or is_heard(act_fn)
-        if is_other or not is_untouched(gate, up, down):
+        is_the_same = act_fn is self._act_fn and not is_heard(act_fn)
+        if not (is_the_same and is_untouched(gate, up, down)):
             return None
         inner, outer = self._inner.layer(gate, up), self._outer.layer(down)
         return None if inner is None or outer is None else (inner, outer)
