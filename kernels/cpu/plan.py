@@ -32,6 +32,7 @@ from .threads import run_worker
 
 MIN_SPLIT_TOKENS: Final = 1024  # a smaller part is not worth merging
 MIN_THREAD_TOKENS: Final = 512  # of all kv heads; fewer are not worth waking another thread
+MIN_LARGE_ITEMS: Final = 4  # for each thread; fewer would leave some of them waiting
 Longs = NDArray[np.int64]
 
 
@@ -67,8 +68,8 @@ class CpuPlan:
         """`has_pairs`: products are of pairs of bfloat16, where an item has rows enough."""
         key = num_kv_heads, query_group_size, has_pairs
         if key not in self._items:
-            rows = PAIR_ITEM_ROWS if has_pairs else ITEM_ROWS
             heads = num_kv_heads, query_group_size
+            rows = self._pair_item_rows(*heads) if has_pairs else ITEM_ROWS
             work = plan_items(self.step, *heads, self.num_threads, item_rows=rows)
             if has_pairs:
                 self.pair_scratch = thread_scratch("pairs", self.num_threads, PAIR_BYTES)
@@ -77,6 +78,12 @@ class CpuPlan:
             work.call.scratch = self.scratch.address
             self._items[key] = work
         return self._items[key]
+
+    def _pair_item_rows(self, num_kv_heads: int, query_group_size: int) -> int:
+        """Large items, where there are enough of them for all threads."""
+        num_large = -(-self.step.query_lens * query_group_size // PAIR_ITEM_ROWS)
+        is_enough = num_kv_heads * int(num_large.sum()) >= MIN_LARGE_ITEMS * self.num_threads
+        return PAIR_ITEM_ROWS if is_enough else ITEM_ROWS
 
 
 def plan_items(

@@ -106,6 +106,12 @@ def test_items_are_as_large_as_scratch_has_room_for(plans):
     assert plans[-1].items[:, Item.NUM_ROWS].max() == PAIR_ITEM_ROWS
 
 
+def test_few_rows_are_cut_into_small_items_for_all_threads(plans, two_threads):
+    fleet, slots = ragged_fleet(layer_of(INT8), (500,), dtype=torch.bfloat16, new_tokens=60)
+    check(fleet, {slots[0]: 48}, plans)
+    assert plans[-1].items[:, Item.NUM_ROWS].max() == 32
+
+
 def test_pairs_and_floats_give_the_same(monkeypatch):
     """Within what rounding to bfloat16 does, at one scale of keys: an error of 2**-9 of each."""
     outputs = []
