@@ -34,6 +34,13 @@ def draw(report: dict[str, Any], picture: Path, precision: str = "bfloat16") -> 
         for name, engines in by_metric["throughput"].items()
         if any(engine.endswith(precision) for engine in engines)
     ]
+    every = dict.fromkeys(
+        engine.removesuffix(f" {precision}")
+        for workload in workloads
+        for engine in by_metric["throughput"][workload]
+        if engine.endswith(precision)
+    )
+    names = list(every)[::-1]  # a workload may lack some
     figure, axes = pyplot.subplots(
         len(METRICS), len(workloads), figsize=(2.9 * len(workloads), 5.4), layout="constrained"
     )
@@ -44,10 +51,10 @@ def draw(report: dict[str, Any], picture: Path, precision: str = "bfloat16") -> 
                 for engine, value in by_metric[metric][workload].items()
                 if engine.endswith(precision)
             }
-            names = list(engines)[::-1]
             colors = [OURS if name.startswith("ours") else PEERS for name in names]
-            bars = axis.barh(names, [engines[name] for name in names], color=colors)
-            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+            bars = axis.barh(names, [engines.get(name, 0.0) for name in names], color=colors)
+            labels = [f"{engines[name]:.3g}" if name in engines else "" for name in names]
+            axis.bar_label(bars, labels, padding=2, fontsize=7)
             axis.margins(x=0.2)
             axis.tick_params(labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
