@@ -956,10 +956,27 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
                 "builder.fsub(builder.load(total), builder.fmul(error, weight)), total",
                 "builder.fadd(builder.load(total), builder.fmul(error, weight)), total",
             ),
+        ],
+    ),
+    *faults_in(
+        "kernels/cpu/elements.py",
+        "kernels/test_cpu_store",
+        [
             Fault(
                 "cpu-rounds-halves-up",
                 "emitter.integers(0x7FFF, INT, lanes)",
                 "emitter.integers(0x8000, INT, lanes)",
+            ),
+        ],
+    ),
+    *faults_in(
+        "kernels/cpu/stages.py",
+        "kernels/test_stages",
+        [
+            Fault(
+                "cpu-stages-do-not-wait-for-each-other",
+                "            meet(p, stage)",
+                "            pass",
             ),
         ],
     ),

@@ -125,8 +125,8 @@ def attend_open(p: int, item: int, scratch: int, position: int, num_tokens: int)
             record = load_long(table, block) * block_stride
             at_key = keys + record + offset * (key_stride // size)
             at_value = values + record + offset * value_stride
-            count = min(num_tokens - index * piece, piece)
-            lay_open(p, scratch, index * piece, at_key, at_value, count)
+            num_laid = min(num_tokens - index * piece, piece)
+            lay_open(p, scratch, index * piece, at_key, at_value, num_laid)
         attend_pairs(p, item, scratch, position, num_tokens)
         return
     for tile in range(-(-load_long(item, Item.NUM_ROWS) // MAX_ROWS)):
