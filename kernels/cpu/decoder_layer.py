@@ -179,8 +179,7 @@ class LayerRecords:
             inner=parts.gate.columns[0],
             dtype=shape.dtype,
         )
-        self._workspace = workspace(sizes)
-        self.rows = self._workspace.rows(shape.num_rows)
+        self.rows = workspace(sizes).rows(shape.num_rows)
         self._add_stages(parts)
         self._stages = Stages(self._list)
 
