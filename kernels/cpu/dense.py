@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Parameter, functional
 
 from .dense_kernels import (
     HAS_PAIRS,
@@ -282,9 +282,10 @@ def linear_worker() -> int:
 
 
 def is_served(weight: Tensor) -> bool:
-    """Whether a weight [N, K] can be multiplied here."""
+    """Whether a weight [N, K] can be multiplied here; a tensor of another class lies elsewhere."""
     return (
-        weight.dtype in KINDS
+        type(weight) in (Tensor, Parameter)
+        and weight.dtype in KINDS
         and weight.device.type == "cpu"
         and weight.ndim == 2
         and weight.is_contiguous()

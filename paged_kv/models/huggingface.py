@@ -30,6 +30,7 @@ from ..errors import ConfigError, PagedKVError, UnsupportedModelError
 from .active_step import ActiveStep, Observer, Probe, running, running_step
 from .attachment import attach, attaching, attachments, detach, fuse_once, widen_once
 from .rotary import Rotation, StepTurns, find_rotation
+from .wrapped_weights import stored_tensors
 
 # Not containing "flash", "sdpa", "flex_attention" or "/": transformers treats those specially.
 IMPLEMENTATION: Final = "paged_kv"
@@ -218,10 +219,11 @@ class PagedModel:
             return attachment.fingerprint
         digest = sha256(type(self.model).__name__.encode())
         for name, weight in self.model.state_dict().items():
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            flat = weight.flatten()
-            samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
-            digest.update(samples.view(torch.uint8).numpy().tobytes())
+            for tensor in stored_tensors(weight):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                flat = tensor.flatten()
+                samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
+                digest.update(samples.view(torch.uint8).numpy().tobytes())
         return digest.digest()
 
     def layers(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..cache.device_memory import require_device
 from .replacements import Replacements
+from .wrapped_weights import has_wrapped_weights
 
 logger = logging.getLogger("paged_kv")
 
@@ -32,9 +33,13 @@ def usual_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 def computes_wide(model: PreTrainedModel, device: torch.device | str | None) -> bool:
-    """Whether to compute in float32 what is stored in half precision; says so."""
+    """Whether to compute in float32 what is stored in half precision; says so.
+
+    Quantized weights take what comes in as they were made to, and are left so.
+    """
     device_type = model.device.type if device is None else require_device(device).type
     is_wide = usual_dtype(model.dtype, device_type) is not model.dtype
+    is_wide = is_wide and not has_wrapped_weights(model)
     if is_wide:
         name = str(model.dtype).removeprefix("torch.")
         logger.warning(
