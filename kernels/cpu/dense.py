@@ -3,7 +3,8 @@
 Knows matrices, nothing of models. Rows and weights are both read along their channels, and sums lie
 in the lanes, to be added up at the end of a tile: so weights need neither packing nor a second
 copy, and those of half precision are widened in registers. Where the processor multiplies pairs of
-bfloat16, rows of bfloat16 stay such.
+bfloat16, rows of bfloat16 stay such. Weights of 8 bits are widened for each unit of work, or in
+registers for few rows, and their sums scaled.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from torch.nn import Parameter, functional
 
 from .dense_kernels import (
     HAS_PAIRS,
+    ROW_BYTES_AT_ONCE,
     SCRATCH_BYTES,
     SUM_BYTES,
     TILE_ROWS,
     TILE_WEIGHTS,
     UNIT_ROWS,
     UNIT_WEIGHTS,
+    WIDE_BYTES,
     finish_kernel,
     tile_kernel,
+    widen_kernel,
 )
 from .elements import ELEMENT_BYTES
 from .microkernels import prefetch_kernel
@@ -47,15 +51,20 @@ from .native_code import (
 from .threads import run_worker
 from .vectors import host_width
 
-ROW_BYTES_AT_ONCE: Final = 4096  # of a row: a tile's rows stay in the first cache
+PAIRED_KINDS: Final = ("bfloat16", "int8")  # of weights that bfloat16 holds
+WEIGHT_KINDS: Final = {**KINDS, torch.int8: "int8"}
 MAX_PAIRED_ROWS: Final = 64  # of more rows of bfloat16 torch's products are faster
 
 
 class Weight(NamedTuple):
-    """Of a linear layer: [N, K] with K contiguous, and what is added, [N]."""
+    """Of a linear layer: [N, K] with K contiguous, what is added, [N], and factors of its rows.
+
+    A matrix of int8 has factors, [N] contiguous in float32, and no other has.
+    """
 
     matrix: Tensor
     bias: Tensor | None = None
+    scale: Tensor | None = None
 
 
 class CallFields(NamedTuple):
@@ -81,6 +90,8 @@ class LayerFields(NamedTuple):
     channels_at_once: int
     tile_rows: int
     tiles: int  # addresses of microkernels for 1 to `tile_rows` rows; then of those that add
+    widen: int  # a microkernel's address; 0: weights are multiplied as they are
+    wide_tiles: int  # as tiles, of widened weights
     weight_bytes: int  # of an element of a weight
     weight_stride: int
     lanes: int
@@ -93,8 +104,10 @@ class OutputFields(NamedTuple):
     first_column: int  # among those of all outputs
     num_columns: int
     weight: int
+    scale: int
     bias: int
     second_weight: int  # 0 but for gated outputs
+    second_scale: int
     second_bias: int
     bias_bytes: int  # of an element; 0 without a bias
     finish: int
@@ -134,17 +147,17 @@ def fetch_rows(p: int, weight: int, first: int, last: int, num_channels: int) ->
 
 @native
 def multiply_tiles(
-    p: int, places: tuple[int, int, int, int], sizes: tuple[int, int, int], ahead: int
+    p: int, places: tuple[int, int, int, int], sizes: tuple[int, int, int, int], ahead: int
 ) -> None:
     """All tiles of a unit over some channels.
 
     `places` are the addresses of rows, weight, microkernels and sums; `sizes` number of rows, of
-    columns and of channels. The weights of the next unit, at `ahead`, are fetched between tiles:
-    they come from far.
+    columns and of channels, and the weight's stride. The weights of the next unit, at `ahead`, are
+    fetched between tiles: they come from far.
     """
-    (rows, weight, tiles, sums), (num_rows, num_columns, num_channels) = places, sizes
+    rows, weight, tiles, sums = places
+    num_rows, num_columns, num_channels, weight_stride = sizes
     row_stride, layer = load_long(p, CALL.row_stride), load_long(p, CALL.layer)
-    weight_stride = load_long(layer, LAYER.weight_stride)
     tile_rows, row = load_long(layer, LAYER.tile_rows), 0
     num_tiles = -(-num_rows // tile_rows)
     turn, num_turns = 0, num_tiles * -(-num_columns // TILE_WEIGHTS)
@@ -215,22 +228,32 @@ def multiply_unit(p: int, unit: int, following: int, scratch: int) -> None:
     rows = load_long(p, CALL.rows) + first_row * load_long(p, CALL.row_stride)
     before = first * load_long(layer, LAYER.weight_stride)
     weight, second = weights_of(p, unit), load_long(output, OUTPUT.second_weight)
+    stride, wide, widen = load_long(layer, LAYER.weight_stride), scratch + 2 * SUM_BYTES, 0
+    if num_rows > load_long(layer, LAYER.tile_rows):  # each weight is read by several tiles
+        widen = load_long(layer, LAYER.widen)
+    if widen:
+        tiles = load_long(layer, LAYER.wide_tiles)
     if second:
         second += before
+    sums = scratch
     while weight:
         kernels, behind = tiles, second
         if not second:
             behind = weights_of(p, following)
         for channel in range(0, num_channels, at_once):
             start = weight + channel * weight_bytes
-            places = (rows + channel * row_bytes, start, kernels, scratch)
             count = min(at_once, num_channels - channel)
             ahead = behind
             if channel + at_once < num_channels:
                 ahead = start + at_once * weight_bytes
-            multiply_tiles(p, places, (num_rows, num_columns, count), ahead)
+            if widen:
+                call(widen, (start, stride, num_columns, count, wide))
+                start = wide
+            places = (rows + channel * row_bytes, start, kernels, sums)
+            sizes = (num_rows, num_columns, count, count * row_bytes if widen else stride)
+            multiply_tiles(p, places, sizes, ahead)
             kernels = tiles + 8 * load_long(layer, LAYER.tile_rows)  # those that add
-        weight, second, scratch = second, 0, scratch + SUM_BYTES
+        weight, second, sums = second, 0, sums + SUM_BYTES
 
 
 @native
@@ -246,7 +269,9 @@ def finish_unit(p: int, unit: int, scratch: int) -> None:
     is_narrow = last - first < load_long(layer, LAYER.lanes)
     call(
         load_long(output, OUTPUT.finish_narrow if is_narrow else OUTPUT.finish),
-        (scratch, load_long(output, OUTPUT.bias) + first * bias_bytes,
+        (scratch, load_long(output, OUTPUT.scale) + first * 4,
+         load_long(output, OUTPUT.bias) + first * bias_bytes,
+         load_long(output, OUTPUT.second_scale) + first * 4,
          load_long(output, OUTPUT.second_bias) + first * bias_bytes,
          load_long(p, CALL.residual) + before, load_long(p, CALL.outputs) + before, stride,
          load_long(unit, UNIT.num_rows), last - first),
@@ -258,7 +283,8 @@ def run_linear(p: int) -> None:
     """Take units of all outputs until none is left."""
     counters = load_long(p, CALL.counters)
     scratch = load_long(p, CALL.scratch) + SCRATCH_BYTES * fetch_add(counters + 8)
-    unit, following = scratch + 2 * SUM_BYTES, scratch + 2 * SUM_BYTES + 8 * len(UNIT)
+    unit = scratch + 2 * SUM_BYTES + WIDE_BYTES
+    following = unit + 8 * len(UNIT)
     find_unit(p, fetch_add(counters), unit)
     while load_long(unit, UNIT.output):
         # The next unit is drawn before this one runs, so that its weights can be fetched ahead.
@@ -285,12 +311,13 @@ def is_served(weight: Tensor) -> bool:
     """Whether a weight [N, K] can be multiplied here; a tensor of another class lies elsewhere."""
     return (
         type(weight) in (Tensor, Parameter)
-        and weight.dtype in KINDS
+        and weight.dtype in WEIGHT_KINDS
         and weight.device.type == "cpu"
         and weight.ndim == 2
         and weight.is_contiguous()
         and weight.shape[0] >= TILE_WEIGHTS
         and weight.shape[1] % (2 * host_width()) == 0
+        and not (weight.dtype is torch.int8 and weight.shape[0] % TILE_WEIGHTS)
     )
 
 
@@ -308,6 +335,14 @@ def gated_linear(rows: Tensor, gate: Weight, up: Weight, activation: str) -> Ten
     Both have a bias or none has.
     """
     return DenseLayer([gate, up], activation)(rows)[0]
+
+
+def linear_by_torch(rows: Tensor, weight: Weight) -> Tensor:
+    matrix, bias, scale = weight
+    if scale is None:
+        return functional.linear(rows, matrix, bias)
+    output = functional.linear(rows, matrix.to(rows.dtype)).mul_(scale)
+    return output if bias is None else output.add_(bias)
 
 
 @cache
@@ -335,7 +370,7 @@ class DenseLayer:
         self.weights, self.activation = list(weights), activation
         self._places = [place_of(weight) for weight in self.weights]
         self._num_channels = self.weights[0].matrix.shape[1]
-        self._kind = kind_of(self.weights[0].matrix)
+        self._kind = WEIGHT_KINDS[self.weights[0].matrix.dtype]
         step = 1 if activation is None else 2
         self.columns = [len(weight.matrix) for weight in self.weights[::step]]  # of each output
         self._records: dict[tuple[str, str, bool], ctypes.Array[Any]] = {}
@@ -346,7 +381,7 @@ class DenseLayer:
 
     def row_kind(self, dtype: torch.dtype) -> str:
         """What rows of a precision are multiplied as: pairs of bfloat16, or float32."""
-        is_paired = dtype is torch.bfloat16 and self._kind == "bfloat16" and HAS_PAIRS
+        is_paired = dtype is torch.bfloat16 and self._kind in PAIRED_KINDS and HAS_PAIRS
         return "bfloat16" if is_paired else "float32"
 
     def __call__(self, rows: Tensor) -> list[Tensor]:
@@ -370,7 +405,7 @@ class DenseLayer:
         return [part.view(num_rows, n) for part, n in zip(parts, columns, strict=True)]
 
     def _by_torch(self, rows: Tensor) -> list[Tensor]:
-        outputs = [functional.linear(rows, *weight) for weight in self.weights]
+        outputs = [linear_by_torch(rows, weight) for weight in self.weights]
         if self.activation is None:
             return outputs
         first, second = outputs
@@ -416,6 +451,8 @@ class DenseLayer:
                 channels_at_once=channels_at_once,
                 tile_rows=TILE_ROWS[lanes],
                 tiles=tile_addresses(self._kind, is_paired)[0],
+                widen=widen_kernel("int8", is_paired).address if self._kind == "int8" else 0,
+                wide_tiles=tile_addresses(row_kind, is_paired)[0],
                 weight_bytes=matrix.element_size(),
                 weight_stride=matrix.shape[1] * matrix.element_size(),
                 lanes=lanes,
@@ -424,19 +461,23 @@ class DenseLayer:
         ]
         first_column = 0
         for place, num_columns in enumerate(self.columns):
-            matrix, bias = self.weights[place]
+            matrix, bias, scale = self.weights[place]
             second = None if self.activation is None else self.weights[1]
             bias_kind = None if bias is None else kind_of(bias)
             finish = [
-                finish_kernel(self.activation, bias_kind, output_kind, has_residual, n)
+                finish_kernel(
+                    self.activation, bias_kind, output_kind, has_residual, scale is not None, n
+                )
                 for n in (lanes, TILE_WEIGHTS)
             ]
             fields += OutputFields(
                 first_column=first_column,
                 num_columns=num_columns,
                 weight=matrix.data_ptr(),
+                scale=address_or_0(scale),
                 bias=address_or_0(bias),
                 second_weight=address_or_0(second and second.matrix),
+                second_scale=address_or_0(second and second.scale),
                 second_bias=address_or_0(second and second.bias),
                 bias_bytes=0 if bias is None else bias.element_size(),
                 finish=finish[0].address,
@@ -448,5 +489,6 @@ class DenseLayer:
 
 def place_of(weight: Weight) -> tuple[object, ...]:
     """Where a weight lies, and as what."""
-    matrix, bias = weight
-    return matrix.data_ptr(), matrix.dtype, matrix.shape, address_or_0(bias)
+    matrix, bias, scale = weight
+    place = matrix.data_ptr(), matrix.dtype, matrix.shape
+    return *place, address_or_0(bias), address_or_0(scale)

@@ -21,7 +21,10 @@ TILE_ROWS: Final = {16: 6, 8: 3, 4: 2}  # ... with so many rows, by lanes of a v
 UNIT_WEIGHTS: Final = 32  # a thread's unit of work: rows of a weight ...
 UNIT_ROWS: Final = 48  # ... with rows; both stay in the second cache
 SUM_BYTES: Final = UNIT_ROWS * UNIT_WEIGHTS * 4  # of a unit, for one weight
-SCRATCH_BYTES: Final = 2 * SUM_BYTES + 1024  # of a thread: sums for two weights, then units
+ROW_BYTES_AT_ONCE: Final = 4096  # of a row: a tile's rows stay in the first cache
+WIDE_BYTES: Final = UNIT_WEIGHTS * ROW_BYTES_AT_ONCE
+# Of a thread: sums for two weights, codes of a unit widened, then units.
+SCRATCH_BYTES: Final = 2 * SUM_BYTES + WIDE_BYTES + 1024
 PREFETCHED_ROWS: Final = 4  # so few take less time than their weights take to come
 # Whether this processor multiplies pairs of bfloat16 as fast as it multiplies floats.
 HAS_PAIRS: Final = host_width() == 16 and "+avx512bf16" in host_features()
@@ -58,10 +61,9 @@ def tile_kernel(kind: str, rows: int, is_paired: bool, adds: bool) -> MachineCod
             ahead = builder.mul(weight_stride, emitter.long(TILE_WEIGHTS))
             emitter.prefetch(emitter.offset(start, at_weight, ahead))
         columns = [
-            load_raw(emitter, builder.add(start, at_weight), kind, lanes) for start in weight_starts
+            load_weights(emitter, builder.add(start, at_weight), kind, is_paired)
+            for start in weight_starts
         ]
-        if not is_paired:
-            columns = [decode(emitter, raw, kind)[0] for raw in columns]
         for row, start in enumerate(row_starts):
             element = SHORT if is_paired else FLOAT
             vector = emitter.load(builder.add(start, at_row), element, lanes)
@@ -75,6 +77,48 @@ def tile_kernel(kind: str, rows: int, is_paired: bool, adds: bool) -> MachineCod
             total = builder.fadd(total, emitter.load(at, FLOAT, TILE_WEIGHTS))
         emitter.store(total, at)
     return MachineCode("linear", emitter.finish())
+
+
+def load_weights(emitter: Emitter, address: Any, kind: str, is_paired: bool) -> Any:
+    """A vector of weights as rows are: floats, or bfloat16, which hold every code of 8 bits."""
+    builder, lanes = emitter.builder, host_width() * (2 if is_paired else 1)
+    raw = load_raw(emitter, address, kind, lanes)
+    if kind != "int8":
+        return raw if is_paired else decode(emitter, raw, kind)[0]
+    parts = [raw]
+    if is_paired:
+        undefined, half = ir.Constant(raw.type, ir.Undefined), lanes // 2
+        places = [
+            ir.Constant(ir.VectorType(INT, half), list(range(n, n + half))) for n in (half, 0)
+        ]
+        parts = [builder.shuffle_vector(raw, undefined, each) for each in places]
+    ints = [builder.sext(part, ir.VectorType(INT, part.type.count)) for part in parts]
+    floats = [builder.sitofp(each, ir.VectorType(FLOAT, each.type.count)) for each in ints]
+    if not is_paired:
+        return floats[0]
+    kind = ir.VectorType(SHORT, lanes)
+    return emitter.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind, *floats)
+
+
+@cache
+def widen_kernel(kind: str, is_paired: bool) -> MachineCode:
+    """Rows of a weight of `kind` as rows of what they are multiplied with, one behind the other.
+
+    Arguments: weight, its stride in bytes, number of its rows, number of channels, target.
+    """
+    emitter = Emitter("widen", 5)
+    weight, stride, num_rows, num_channels, target = emitter.arguments
+    builder, lanes = emitter.builder, host_width() * (2 if is_paired else 1)
+    row_bytes = 2 if is_paired else 4
+    with emitter.loop(emitter.long(0), num_rows, 1) as row:
+        source = builder.add(weight, builder.mul(row, stride))
+        start = builder.mul(emitter.times(row, row_bytes), num_channels)
+        with emitter.loop(emitter.long(0), num_channels, lanes) as channel:
+            at = builder.add(source, emitter.times(channel, ELEMENT_BYTES[kind]))
+            weights = load_weights(emitter, at, kind, is_paired)
+            place = emitter.offset(target, start, emitter.times(channel, row_bytes))
+            emitter.store(weights, place)
+    return MachineCode("widen", emitter.finish())
 
 
 def multiply_pairs(emitter: Emitter, a: Any, b: Any, c: Any) -> Any:
@@ -109,21 +153,30 @@ def sum_lanes(emitter: Emitter, vectors: Sequence[Any]) -> Any:
 
 @cache
 def finish_kernel(
-    activation: str | None, bias_kind: str | None, kind: str, has_residual: bool, lanes: int
+    activation: str | None,
+    bias_kind: str | None,
+    kind: str,
+    has_residual: bool,
+    has_scale: bool,
+    lanes: int,
 ) -> MachineCode:
-    """A unit's sums as outputs of `kind`: biases added, the second of two multiplied.
+    """A unit's sums as outputs of `kind`: scaled, biases added, the second of two multiplied.
 
-    Arguments: sums [2][UNIT_ROWS][UNIT_WEIGHTS], bias and second bias (addresses), residual, which
-    an output is added to, outputs, the stride in bytes of both, number of rows, number of columns,
-    not fewer than lanes. Columns behind the last whole vector are computed with those before them
-    once more, so that outputs and residual must not share memory.
+    Arguments: sums [2][UNIT_ROWS][UNIT_WEIGHTS], of each weight scales and bias (addresses),
+    residual, which an output is added to, outputs, the stride in bytes of both, number of rows,
+    number of columns, not fewer than lanes. Columns behind the last whole vector are computed with
+    those before them once more, so that outputs and residual must not share memory.
     """
-    emitter = Emitter("finish", 8)
-    sums, bias, second_bias, residual, target, stride, num_rows, num_columns = emitter.arguments
+    emitter = Emitter("finish", 10)
+    sums, *factors_and_biases, residual, target, stride, num_rows, num_columns = emitter.arguments
+    scale, bias, second_scale, second_bias = factors_and_biases
     builder, last = emitter.builder, emitter.variable(emitter.long(0))
     builder.store(builder.sub(num_columns, emitter.long(lanes)), last)
 
-    def biased(vector: Any, start: Any, column: Any) -> Any:
+    def biased(vector: Any, factors: Any, start: Any, column: Any) -> Any:
+        if has_scale:
+            at = builder.add(factors, emitter.times(column, 4))
+            vector = builder.fmul(vector, emitter.load(at, FLOAT, lanes))
         if bias_kind is None:
             return vector
         at = builder.add(start, emitter.times(column, ELEMENT_BYTES[bias_kind]))
@@ -138,10 +191,10 @@ def finish_kernel(
             behind = builder.icmp_signed(">", position, builder.load(last))
             column = builder.select(behind, builder.load(last), position)
             at = builder.add(line, emitter.times(column, 4))
-            vector = biased(emitter.load(at, FLOAT, lanes), bias, column)
+            vector = biased(emitter.load(at, FLOAT, lanes), scale, bias, column)
             if activation is not None:
                 second = emitter.load(emitter.offset(at, SUM_BYTES), FLOAT, lanes)
-                second = biased(second, second_bias, column)
+                second = biased(second, second_scale, second_bias, column)
                 vector = builder.fmul(activated(emitter, vector, activation), second)
             at = builder.add(before, emitter.times(column, ELEMENT_BYTES[kind]))
             if has_residual:  # rounded before, as it would be in a tensor of its own

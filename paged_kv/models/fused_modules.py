@@ -19,6 +19,7 @@ from ..kernels.cpu.dense import DenseLayer, Weight, is_served
 from ..kernels.cpu.token_rows import Norm, rms_norm, turn
 from .replacements import Forward, Replacement
 from .widening import WideLinear
+from .wrapped_weights import codes_and_factors, has_known_codes
 
 ROW_DTYPES: Final = (torch.float32, torch.bfloat16)  # of rows that are normed
 
@@ -38,6 +39,18 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def weight_of(module: nn.Linear) -> Weight | None:
+    """A linear layer's weight as it is now; None where it is one that nobody but itself knows."""
+    parameters = module._parameters
+    weight, bias = cast(Tensor, parameters["weight"]), parameters["bias"]
+    if type(weight) in (Tensor, nn.Parameter):
+        return Weight(weight, bias)
+    if not has_known_codes(weight):
+        return None
+    codes, factors = codes_and_factors(weight)
+    return Weight(codes, bias, factors)
+
+
 class Dense:
     """Linear layers that read the same rows, computed together: as their weights are now."""
 
@@ -47,10 +60,10 @@ class Dense:
 
     def layer(self, *modules: nn.Linear) -> DenseLayer | None:
         """None where a weight has become one that is not served."""
-        weights = [
-            Weight(cast(Tensor, parameters["weight"]), parameters["bias"])
-            for parameters in (module._parameters for module in modules)
-        ]
+        found = [weight_of(module) for module in modules]
+        weights = [weight for weight in found if weight is not None]
+        if len(weights) < len(found):
+            return None
         if self._layer is None or not self._layer.is_of(weights):
             matrices = [weight.matrix for weight in weights]
             is_one = len({(matrix.dtype, matrix.shape[1:]) for matrix in matrices}) == 1
@@ -65,7 +78,8 @@ def is_linear(module: Any) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear:
         return False
     is_itself = isinstance(module.__dict__.get("forward"), (WideLinear, NoneType))
-    return is_itself and is_served(module.weight)
+    weight = weight_of(module) if is_itself else None
+    return weight is not None and is_served(weight.matrix)
 
 
 def is_heard(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch.nn import functional
 pytest.importorskip("numba")
 
 from paged_kv.kernels.cpu.dense import Weight, gated_linear, is_served, linear
-from paged_kv.kernels.cpu.dense_kernels import ACTIVATIONS
+from paged_kv.kernels.cpu.dense_kernels import ACTIVATIONS, TILE_WEIGHTS
 from paged_kv.kernels.cpu.token_rows import Norm, rms_norm, turn
 from paged_kv.kernels.cpu.vectors import host_width
 
@@ -21,6 +21,8 @@ PRECISIONS = [
     (torch.float32, torch.float16),
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
+    (torch.float32, torch.int8),
+    (torch.bfloat16, torch.int8),
 ]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 NUM_ROWS = (1, 2, 5, 6, 7, 48, 49, 200)
@@ -32,13 +34,25 @@ def error_of(given: Tensor, exact: Tensor) -> float:
 
 
 def weight(columns: int, dtype: torch.dtype, *, has_bias: bool) -> Weight:
+    if dtype is torch.int8:
+        columns -= columns % TILE_WEIGHTS
+        bias = torch.randn(columns).to(torch.bfloat16) if has_bias else None
+        return codes(columns, CHANNELS)._replace(bias=bias)
     bias = torch.randn(columns).to(dtype) if has_bias else None
     return Weight(torch.randn(columns, CHANNELS).to(dtype), bias)
 
 
+def codes(columns: int, channels: int) -> Weight:
+    matrix = torch.randint(-128, 128, (columns, channels)).to(torch.int8)
+    return Weight(matrix, scale=torch.rand(columns) / 64)
+
+
 def exact_linear(rows: Tensor, weight: Weight) -> Tensor:
     bias = None if weight.bias is None else weight.bias.double()
-    return functional.linear(rows.double(), weight.matrix.double(), bias)
+    matrix = weight.matrix.double()
+    if weight.scale is not None:
+        matrix *= weight.scale.double()[:, None]
+    return functional.linear(rows.double(), matrix, bias)
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +114,8 @@ def test_many_channels_are_added_up_in_parts(precision, stored, columns):
     for channels in (1024, 2048 + 32, 5024):
         rows, matrix = torch.randn(7, channels).to(precision), torch.randn(columns, channels)
         weight = Weight(matrix.to(stored))
+        if stored is torch.int8:
+            weight = codes(columns - columns % TILE_WEIGHTS, channels)
         assert error_of(linear(rows, [weight])[0], exact_linear(rows, weight)) < 4e-3
         if precision is torch.float32:
             assert error_of(linear(rows, [weight])[0], exact_linear(rows, weight)) < 1e-6
@@ -123,6 +139,8 @@ def test_a_weight_is_served_only_where_its_rows_are_whole_vectors():
     assert not is_served(torch.zeros(64, 128)[:, :64])
     assert not is_served(torch.zeros(64, 64, dtype=torch.float64))
     assert not is_served(torch.zeros(64, 64, dtype=torch.float32, device="meta"))
+    assert is_served(torch.zeros(32, 64, dtype=torch.int8))
+    assert not is_served(torch.zeros(33, 64, dtype=torch.int8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from paged_kv import LLM, SamplingParams
 from paged_kv.models import widening
 from paged_kv.models.huggingface import PagedModel
+from paged_kv.models.wrapped_weights import has_known_codes
 from tests.support import zoo
 
 
@@ -45,16 +46,45 @@ class ScaledCodes(Tensor):
         raise NotImplementedError(function)
 
 
-def quantized(model: nn.Module) -> nn.Module:
+class Int8Tensor(ScaledCodes):
+    """As torchao's: what else it may have changes what is computed."""
+
+    zero_point: Tensor | None = None
+    act_quant_kwargs: object = None
+    act_quant_scale: Tensor | None = None
+    act_pre_scale: Tensor | None = None
+
+    @property
+    def qdata(self) -> Tensor:
+        return self.codes
+
+
+def quantized(model: nn.Module, kind: type[ScaledCodes] = ScaledCodes) -> nn.Module:
     """A copy whose layers, but for the last, have codes."""
     model = copy.deepcopy(model)
     for module in model.model.modules():
         if type(module) is nn.Linear:
             weight = module.weight.detach()
-            scale = weight.abs().amax(1, keepdim=True) / 127
+            scale = weight.float().abs().amax(1, keepdim=True) / 127
             codes = (weight / scale).round().to(torch.int8)
-            module.weight = nn.Parameter(ScaledCodes(codes, scale), requires_grad=False)
+            module.weight = nn.Parameter(kind(codes, scale), requires_grad=False)
     return model
+
+
+def with_its_numbers(model: nn.Module) -> nn.Module:
+    """The model that the codes of a quantized one stand for."""
+    expected = copy.deepcopy(zoo.model("llama"))
+    for name, module in expected.model.named_modules():
+        if type(module) is nn.Linear:
+            weight = model.model.get_submodule(name).weight
+            module.weight = nn.Parameter(weight.codes * weight.scale, requires_grad=False)
+    return expected
+
+
+def tokens_of(model: nn.Module) -> list[list[int]]:
+    prompts, params = [[3, 5, 7, 11], list(range(40))], SamplingParams(max_tokens=12)
+    with LLM(model, kv_format="native") as llm:
+        return [output.token_ids for output in llm.generate(prompts, params)]
 
 
 @pytest.fixture
@@ -71,18 +101,41 @@ def test_linear_layers_with_wrapped_weights_stay_their_own(model):
     paged.close()
 
 
-def test_a_model_with_wrapped_weights_generates_what_its_numbers_generate(model):
-    expected = copy.deepcopy(zoo.model("llama"))
-    for name, module in expected.model.named_modules():
-        if type(module) is nn.Linear:
-            weight = model.model.get_submodule(name).weight
-            module.weight = nn.Parameter(weight.codes * weight.scale, requires_grad=False)
-    prompts, params = [[3, 5, 7, 11], list(range(40))], SamplingParams(max_tokens=12)
-    tokens = []
-    for each in (model, expected):
-        with LLM(each, kv_format="native") as llm:
-            tokens.append([out.token_ids for out in llm.generate(prompts, params)])
-    assert tokens[0] == tokens[1]
+@pytest.mark.parametrize("kind", [ScaledCodes, Int8Tensor])
+def test_a_model_with_wrapped_weights_generates_what_its_numbers_generate(kind):
+    model = quantized(zoo.model("llama"), kind)
+    assert tokens_of(model) == tokens_of(with_its_numbers(model))
+
+
+def test_codes_of_eight_bits_are_multiplied_here():
+    pytest.importorskip("numba")
+    model = quantized(zoo.model("llama"), Int8Tensor)
+    paged = PagedModel(model)
+    kinds = [type(module.__dict__.get("forward")).__name__ for module in model.modules()]
+    assert kinds.count("WholeLayer") == len(model.model.layers)
+    assert kinds.count("FastLinear") == 7 * len(model.model.layers) + 1
+    paged.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"act_quant_kwargs": object()},
+        {"act_quant_scale": torch.ones(1)},
+        {"act_pre_scale": torch.ones(1)},
+        {"zero_point": torch.ones(1, dtype=torch.int8)},
+        {"scale": torch.ones(1, 1)},
+        {"scale": torch.ones(64, 1, dtype=torch.bfloat16)},
+        {"codes": torch.ones(64, 64, dtype=torch.uint8)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_codes_that_mean_more_are_not_known(changes):
+    weight = Int8Tensor(torch.ones(64, 64, dtype=torch.int8), torch.ones(64, 1))
+    assert has_known_codes(weight)
+    for name, value in changes.items():
+        setattr(weight, name, value)
+    assert not has_known_codes(weight)
 
 
 def test_a_fingerprint_looks_into_wrapped_weights(model):
