@@ -105,6 +105,11 @@ class Case:
         return f"contiguous {'bf16' if self.is_half else 'fp32'} SDPA"
 
     @property
+    def tolerance(self) -> dict[str, float]:
+        """Of two ways to compute the same."""
+        return {"rtol": 2e-2, "atol": 2e-3} if self.is_half else {"rtol": 1e-3, "atol": 1e-4}
+
+    @property
     def num_layers(self) -> int:
         if not self.is_cold:
             return 2
@@ -378,8 +383,7 @@ def fastest_contiguous(
     variants = contiguous_variants(case, contents)
     outputs = [attention(0) for attention in variants.values()]
     for output in outputs[1:]:
-        near = dict(rtol=2e-2, atol=2e-3) if case.is_half else dict(rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(output, outputs[0], **near)
+        torch.testing.assert_close(output, outputs[0], **case.tolerance)
     if len(variants) == 1:
         return next(iter(variants.items()))
     timings = take_turns({**variants}, case.num_layers, sampling)
@@ -689,8 +693,7 @@ class Bench:
         for label in self.labels:
             ours, fallback = self.fill(case, contents, label)
             if label == "native fp32":
-                near = dict(rtol=2e-2, atol=2e-3) if case.is_half else dict(rtol=1e-3, atol=1e-4)
-                torch.testing.assert_close(ours.attend(0), contiguous(0), **near)
+                torch.testing.assert_close(ours.attend(0), contiguous(0), **case.tolerance)
             sides = {OURS: ours.attend, **functions, TORCH: fallback.attend}
             timings = take_turns(sides, case.num_layers, self.sampling)
             title = f"{name}, {label}"

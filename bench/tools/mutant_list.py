@@ -981,6 +981,22 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         ],
     ),
     *faults_in(
+        "kernels/cpu/dense.py",
+        "kernels/test_dense",
+        [
+            Fault(
+                "cpu-widened-codes-are-read-with-the-strides-of-codes",
+                "count * row_bytes if widen else stride",
+                "stride",
+            ),
+            Fault(
+                "cpu-second-weights-have-the-factors-of-the-first",
+                "address_or_0(second and second.scale)",
+                "address_or_0(scale)",
+            ),
+        ],
+    ),
+    *faults_in(
         "kernels/cpu/native_rows.py",
         "kernels/test_cpu_kernels kernels/test_cpu_threads kernels/test_windowed_attention",
         [

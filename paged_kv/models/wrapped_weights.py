@@ -44,7 +44,7 @@ def has_known_codes(weight: Any) -> bool:
         and codes.dtype is torch.int8
         and codes.ndim == 2
         and scale.dtype is torch.float32
+        and scale.shape == (len(codes), 1)
         and scale.is_contiguous()
-        and scale.numel() == len(codes)
         and (zero_point is None or not zero_point.any())
     )

@@ -125,6 +125,7 @@ def test_codes_of_eight_bits_are_multiplied_here():
         {"act_pre_scale": torch.ones(1)},
         {"zero_point": torch.ones(1, dtype=torch.int8)},
         {"scale": torch.ones(1, 1)},
+        {"scale": torch.ones(1, 64)},
         {"scale": torch.ones(64, 1, dtype=torch.bfloat16)},
         {"codes": torch.ones(64, 64, dtype=torch.uint8)},
     ],
