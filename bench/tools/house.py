@@ -51,6 +51,7 @@ FOLDERS = {
     "tests/entrypoints": "Tests of `paged_kv/entrypoints`.",
     "tests/integrations": "Tests of `paged_kv/integrations`, in an environment of their own.",
     "tests/support": "Oracles, drivers and fleets that tests share.",
+    "tests/support/ptx": "A GPU emulated: Triton's kernels as PTX, on a CPU.",
     "tests/soak": "What runs for hours (`make soak`), not with the tests.",
 }
 
