@@ -58,9 +58,10 @@ def to_codes(numbers, scale, low, high, OFFSET: tl.constexpr):
 def scale_and_zero(low, high, clip, top_code, BITS: tl.constexpr):
     """fp16 scale and zero point of a range that is shrunk about its middle.
 
-    The zero point of 8 bits is the middle, that of fewer the lower end.
+    The zero point of 8 bits is the middle, that of fewer the lower end. Products halve exactly;
+    `/` is a division that may be off by 2 ulp.
     """
-    middle, half_range = (low + high) / 2, (high - low) / 2 * clip
+    middle, half_range = (low + high) * 0.5, (high - low) * 0.5 * clip
     scale = to_metadata(tl.div_rn(2 * half_range, top_code + tl.zeros_like(low)))
     if BITS == 8:
         return scale, to_metadata(middle)
