@@ -9,10 +9,10 @@ demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
 
 # Triton's kernels are interpreted where there is no GPU; what the compiler makes of them is looked
-# at in a second run.
+# at, and run on an emulated GPU, in a second run.
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py tests/kernels/test_ptx.py
 
 # Inside vLLM's CPU engine, in an environment of its own: its pins are not ours. What it brings beside
 # torch is built for another torch and fails on import; and vLLM asks for a distribution of its name.

@@ -79,10 +79,10 @@ def stored_context(fleet: Fleet, seq_id: int, num_new: int) -> tuple[Tensor, Ten
     return keys, values
 
 
-def check_step(
-    fleet: Fleet, counts: dict[int, int], windows: dict[int, SinkWindow | None], limit: float
-) -> None:
-    """Run a step, and hold each token to what it sees of what is stored."""
+def expected_of_windows(
+    fleet: Fleet, counts: dict[int, int], windows: dict[int, SinkWindow | None]
+) -> dict[int, NDArray]:
+    """What the next step has to return for each sequence: each token, of what it sees."""
     expected = {}
     for seq_id, count in counts.items():
         keys, values = stored_context(fleet, seq_id, count)
@@ -99,6 +99,14 @@ def check_step(
             else:
                 rows.append(softmax_output(query, scored, values[seen]))
         expected[seq_id] = np.stack(rows)
+    return expected
+
+
+def check_step(
+    fleet: Fleet, counts: dict[int, int], windows: dict[int, SinkWindow | None], limit: float
+) -> None:
+    """Run a step, and hold each token to what it sees of what is stored."""
+    expected = expected_of_windows(fleet, counts, windows)
     outputs = fleet.step(counts)
     for seq_id in counts:
         error = relative_error(outputs[seq_id][0], expected[seq_id])

@@ -1,0 +1,51 @@
+"""What the compiler makes of Triton's kernels, run on an emulated GPU: whole attention calls.
+
+A covering set: every format, with head dims, groups of query heads, dtypes and rules spread over
+them. `make test-ptx` runs all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from paged_kv.cache.formats import INT2, INT8
+from tests.support.ptx.attention_case import CASES, Case, run_case
+from tests.support.ptx.settings import Settings
+from tests.support.ptx.triton_emulation import emulated_gpu
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="kernels are interpreted")
+KERNELS = {"attend_open", "attend_sealed", "attend_prefill", "merge_parts", "seal_blocks"}
+
+
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.mark.parametrize(
+    ("arch", "case"), [pytest.param(arch, case, id=f"sm{arch}-{case}") for arch, case in CASES]
+)
+def test_attention_is_that_of_the_oracle_and_bytes_those_of_the_reference(
+    arch: int, case: Case, cache_folder: Path
+) -> None:
+    with emulated_gpu(arch, cache_folder) as gpu:
+        outcome = run_case(case)
+    assert outcome.error <= outcome.limit
+    assert not outcome.differing
+    if not case.kv_format.is_native:
+        assert outcome.num_sealed
+        assert gpu.launches.keys() - {"rotate_rows"} == KERNELS
+    assert ("rotate_rows" in gpu.launches) == case.kv_format.rotates_values
+
+
+@pytest.mark.parametrize(("arch", "sums"), [(80, "ampere"), (90, "hopper")])
+def test_there_is_room_for_the_hardware_s_own_rounding(arch, sums, cache_folder):
+    for kv_format in (INT8, INT2):
+        with emulated_gpu(arch, cache_folder, Settings(sums=sums, noise=0)):
+            outcome = run_case(Case(kv_format, head_dim=64, gqa_group=1, dtype=torch.float16))
+        assert outcome.error <= outcome.limit
+        assert not outcome.differing
