@@ -3,16 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-vllm soak soak-short mutants structure lint clean
+.PHONY: demo test test-emulated test-vllm soak soak-short mutants structure lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
 
 # Triton's kernels are interpreted where there is no GPU; what the compiler makes of them is looked
-# at, and run on an emulated GPU, in a second run.
+# at in a second run.
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py tests/kernels/test_ptx.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
+
+# What the compiler makes of Triton's kernels for two kinds of GPU, run on an emulated one: some
+# whole attention calls in every format.
+test-emulated: $(VENV)/.installed
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 --dist loadgroup -q tests/kernels/test_ptx.py
 
 # Inside vLLM's CPU engine, in an environment of its own: its pins are not ours. What it brings beside
 # torch is built for another torch and fails on import; and vLLM asks for a distribution of its name.
