@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 # at, and run on an emulated GPU, in a second run.
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py tests/kernels/test_ptx.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py tests/kernels/test_ptx.py tests/kernels/test_ptx_faults.py
 
 # Inside vLLM's CPU engine, in an environment of its own: its pins are not ours. What it brings beside
 # torch is built for another torch and fails on import; and vLLM asks for a distribution of its name.
