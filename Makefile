@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-vllm soak soak-short mutants structure lint clean
+.PHONY: demo test test-ptx test-vllm soak soak-short mutants structure lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -13,6 +13,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py tests/kernels/test_ptx.py tests/kernels/test_ptx_faults.py
+
+# Every format with many shapes and rules on an emulated GPU, on two cores; QUICK=--quick: a few.
+test-ptx: $(VENV)/.installed
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 PYTHONPATH=bench:. $(BIN)/python -m tests.soak.ptx_matrix $(QUICK) --json bench/results/ptx.json
 
 # Inside vLLM's CPU engine, in an environment of its own: its pins are not ours. What it brings beside
 # torch is built for another torch and fails on import; and vLLM asks for a distribution of its name.

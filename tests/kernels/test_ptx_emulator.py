@@ -198,6 +198,12 @@ def test_what_is_not_known_is_refused():
 # -- numbers --------------------------------------------------------------------------------------
 
 
+def test_upper_halves_of_products():
+    body = ".reg .b16 %h; cvt.u16.u32 %h, %t; mul.hi.u16 %h, %h, -21845; cvt.u32.u16 %r2, %h;"
+    found = run(f"{body} st.global.b32 [ %at + 0 ], %r2;", words())
+    assert (found == (np.arange(64) * 43691) >> 16).all()
+
+
 @pytest.mark.parametrize(
     ("operation", "function"),
     [
