@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-emulated test-vllm soak soak-short mutants structure lint clean
+.PHONY: demo test test-emulated test-ptx test-vllm soak soak-short mutants structure lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -14,10 +14,14 @@ test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
 
-# What the compiler makes of Triton's kernels for two kinds of GPU, run on an emulated one: some
-# whole attention calls in every format.
+# What the compiler makes of Triton's kernels for two kinds of GPU, run on an emulated one: some whole
+# attention calls in every format, and faults planted in every kernel. `test-ptx`: every format with
+# many shapes and rules; QUICK=--quick: a few.
 test-emulated: $(VENV)/.installed
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 --dist loadgroup -q tests/kernels/test_ptx.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 --dist loadgroup -q tests/kernels/test_ptx.py tests/kernels/test_ptx_faults.py
+
+test-ptx: $(VENV)/.installed
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 PYTHONPATH=bench:. $(BIN)/python -m tests.soak.ptx_matrix $(QUICK) --json bench/results/ptx.json
 
 # Inside vLLM's CPU engine, in an environment of its own: its pins are not ours. What it brings beside
 # torch is built for another torch and fails on import; and vLLM asks for a distribution of its name.

@@ -17,6 +17,7 @@ NEEDED_PACKAGE = {
     "kernels/test_cpu_threads.py": "numba",
     "kernels/test_machine_code.py": "triton",
     "kernels/test_ptx.py": "triton",
+    "kernels/test_ptx_faults.py": "triton",
     "kernels/test_triton_kernels.py": "triton",
     "kernels/test_triton_machine_code.py": "triton",
     "kernels/test_triton_windowed.py": "triton",

@@ -85,7 +85,7 @@ def multiply(batch: Batch, instr: Instr, qualifiers: list[str]) -> Run | None:
         return batch.in_place(instr, kind, np.multiply)
     if part not in ("wide", "hi"):
         return binary(np.multiply)(batch, instr, qualifiers)
-    if part == "hi" and kind[1:] != "32":
+    if part == "hi" and kind[1:] == "64":
         return None
     dtype, bits = dtype_of(wider(kind)), int(kind[1:])
 

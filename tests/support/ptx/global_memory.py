@@ -53,8 +53,8 @@ class Buffer:
         if (race := (seen == SEVERAL) | ((seen >= 0) & (seen != ctas))).any():
             j = np.flatnonzero(race)[0]
             raise PtxError(
-                f"race: CTA {ctas[j]} writes {self.name}+{granules[j] * GRANULE}, which CTA "
-                f"{seen[j]} reads in the same launch"
+                f"race: CTA {ctas[j]} writes {self.name}+{granules[j] * GRANULE}, which another "
+                "CTA reads in the same launch"
             )
         written = self.writer[granules]
         if changes and ((written >= 0) & (written != ctas)).any():
