@@ -7,6 +7,7 @@ a random part of what the manual allows them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -34,11 +35,15 @@ def binary(function: Any) -> Maker:
         if kind in ("f16", "bf16"):
             return halves(batch, instr, kind, function)
         if "ftz" in flags:
-            flushed = lambda a, b: flush(function(flush(a), flush(b)))  # noqa: E731
-            return batch.elementwise(instr, kind, flushed)
+            return batch.elementwise(instr, kind, partial(flushed, function))
         return batch.in_place(instr, kind, function)
 
     return make
+
+
+def flushed(function: Any, a: Any, b: Any) -> Any:
+    """Of two numbers, with zero in place of what is subnormal on either side."""
+    return flush(function(flush(a), flush(b)))
 
 
 def unary(function: Any) -> Maker:
