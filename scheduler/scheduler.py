@@ -354,9 +354,46 @@ class Scheduler(Roster):
             seq_ids = np.concatenate([seq_ids, forked_seq_ids])
             tokens = np.concatenate([tokens, as_token_ids([fork.token_id for fork in started])])
         self.manager.append_tokens(seq_ids, tokens)
-        at_limit = self.manager.num_tokens[seq_ids] >= self._running.max_tokens[seq_ids]
-        requests: list[Request] = self._running.by_seq_id[seq_ids[at_limit]].tolist()
-        return requests + [fork.child for fork in forks if fork.child.waits_at_limit]
+        waiting = [fork.child for fork in forks if fork.child.waits_at_limit]
+        return self._at_limit(seq_ids) + waiting
+
+    def _at_limit(self, seq_ids: IntArray) -> list[Request]:
+        is_at_limit = self.manager.num_tokens[seq_ids] >= self._running.max_tokens[seq_ids]
+        requests: list[Request] = self._running.by_seq_id[seq_ids[is_at_limit]].tolist()
+        return requests
+
+    def may_advance(self, step: ScheduledStep) -> bool:
+        """Whether the step after this one can be scheduled before its tokens are known.
+
+        All that run have one token computed in it, and whatever the next step computes fits beside
+        them: what is preempted would take its tokens along.
+        """
+        running, num_free = self._running, self.manager.num_free_blocks
+        most_new = 2 * len(running)  # each takes an open block and a sealed one at most
+        return (
+            len(step.sampled_seq_ids) == step.plan.num_tokens == len(running)
+            and not (running.branching or running.paused)
+            and num_free >= most_new
+        )
+
+    def advance(self, step: ScheduledStep) -> list[Request]:
+        """As `update`, but the tokens are not known yet: `settle` tells them.
+
+        For a step that `may_advance`; before the one after it, which may be scheduled, ends.
+        """
+        self._require_step(step)
+        with self._change:
+            self.manager.commit(step.plan)
+            self.manager.append_tokens(step.sampled_seq_ids, None)
+            at_limit = self._at_limit(step.sampled_seq_ids)
+            self._end_step()
+        return [request for request in at_limit if request.status is not RequestStatus.FINISHED]
+
+    def settle(self, seq_ids: IntArray, token_ids: ArrayLike) -> None:
+        """The tokens [M] of sequences that run and got them by `advance`."""
+        tokens = as_token_ids(token_ids)
+        with self._change:
+            self.manager.settle_tokens(seq_ids, tokens)
 
     def _check_forks(self, step: ScheduledStep, forks: Sequence[Fork]) -> None:
         """Raise before anything has changed."""

@@ -117,6 +117,7 @@ GOOD: dict[Callable[..., object], dict[str, object]] = {
         "prefix_caching": True,
         "swap_space": 0,
         "num_threads": None,
+        "enforce_eager": False,
         "sink_window": None,
     },
     PagedKVCache: {

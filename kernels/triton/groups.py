@@ -65,8 +65,28 @@ class OpenBlocks(NamedTuple):
 class Seals(NamedTuple):
     """See `StepInputs`."""
 
-    block_ids: Tensor
+    block_ids: Tensor  # -1: there is none
     sources: Tensor
+
+
+class DecodeRows(NamedTuple):
+    """[B] each: sequences of a decode step, those of its rows that are empty -1, and lengths."""
+
+    seq_ids: Tensor
+    token_ids: Tensor
+    sources: Tensor  # where among those drawn last the token is; -1: in `token_ids`
+    context_lens: Tensor
+    num_sealed: Tensor
+    seal_block_ids: Tensor | None  # -1: the row's sequence seals none
+
+
+class DecodeInputs(NamedTuple):
+    """What a decode step's tables and lengths mean, see `StepInputs`."""
+
+    token_ids: Tensor  # [B]
+    block_table: Tensor
+    slots: Tensor  # [B] where new tokens are appended; -1: nowhere
+    seal_sources: Tensor | None
 
 
 class Coding(NamedTuple):
@@ -149,6 +169,16 @@ class Layout(NamedTuple):
     WIDE_STRIDES: tuple[int, ...] = ()
     UPPER_VALUE_STRIDES: tuple[int, ...] = ()  # where values have bits that are packed apart
     TILE: int = 0  # rows of codes that sealing makes at once
+
+
+class Tables(NamedTuple):
+    """Sizes of blocks, and of the rows of block tables."""
+
+    WIDTH: int
+    BLOCK_SIZE: int
+    OPEN_BLOCK_SIZE: int
+    NUM_HEAD_TOKENS: int
+    TILE: int  # places that are copied at once
 
 
 class Split(NamedTuple):

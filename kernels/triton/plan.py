@@ -8,8 +8,8 @@ can be replayed on other lengths.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Final
+from functools import cache, lru_cache
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -37,13 +37,16 @@ class RowGroup:
 
 
 class TritonPlan:
-    """What the layers of a step share; made when the first layer asks for it."""
+    """What the layers of a step share; made when the first layer asks for it.
 
-    def __init__(self, step: StepInputs) -> None:
+    `slots` are made of the step's stored tokens unless they are given.
+    """
+
+    def __init__(self, step: StepInputs, slots: Tensor | None = None) -> None:
         self.step = step
         self._groups: dict[tuple[int, int, TileRows], list[RowGroup]] = {}
         self._partials: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self._slots: Tensor | None = None
+        self._slots = slots
 
     @property
     def slots(self) -> Tensor:
@@ -74,30 +77,54 @@ class TritonPlan:
         return self._partials[shape]
 
 
+class Cut(NamedTuple):
+    """What query rows are cut by."""
+
+    query_group_size: int
+    num_kv_heads: int
+    tile_rows: TileRows
+    num_programs: int  # that are wanted
+    device: torch.device
+
+
 def plan_rows(
     step: StepInputs, num_kv_heads: int, query_group_size: int, tile_rows: TileRows
 ) -> list[RowGroup]:
     """The sequences with few new tokens, and those with many."""
-    num_rows = step.query_lens * query_group_size
+    num_programs = PROGRAMS_PER_PROCESSOR * num_processors(step.device)
+    cut = Cut(query_group_size, num_kv_heads, tile_rows, num_programs, step.device)
+    num_seqs = len(step.query_lens)
+    if num_seqs and (step.query_lens == 1).all():
+        return plan_decode(num_seqs, cut)
+    return plan_lens(step.query_lens, cut)
+
+
+@lru_cache(maxsize=1024)
+def plan_decode(num_seqs: int, cut: Cut) -> list[RowGroup]:
+    """Of one new token each: nothing is sent to the device for it but once."""
+    return plan_lens(np.ones(num_seqs, dtype=np.int64), cut)
+
+
+def plan_lens(query_lens: NDArray[np.int64], cut: Cut) -> list[RowGroup]:
+    """Groups of sequences with so many new tokens each."""
+    num_rows = query_lens * cut.query_group_size
     is_few = num_rows <= FEW_ROWS
     groups = []
     for chosen in (is_few, ~is_few):
         sequences = np.flatnonzero(chosen & (num_rows > 0))
         if len(sequences):
-            rows = num_rows[sequences]
-            groups.append(plan_group(step, sequences, rows, num_kv_heads, tile_rows))
+            groups.append(plan_group(query_lens, sequences, num_rows[sequences], cut))
     return groups
 
 
 def plan_group(
-    step: StepInputs,
+    query_lens: NDArray[np.int64],
     sequences: NDArray[np.int64],
     num_rows: NDArray[np.int64],
-    num_kv_heads: int,
-    sizes: TileRows,
+    cut: Cut,
 ) -> RowGroup:
     """Tiles for the query rows of sequences [N], which have `num_rows` [N] for each kv head."""
-    most = int(num_rows.max())
+    most, sizes = int(num_rows.max()), cut.tile_rows
     is_prefill = most > FEW_ROWS
     tile_rows = sizes.large
     if not is_prefill:
@@ -109,24 +136,30 @@ def plan_group(
         axis=1,
     )
     tiles[:, 1] *= tile_rows
-    num_tokens = step.query_lens
-    starts = (np.cumsum(num_tokens) - num_tokens)[sequences]
-    num_tokens = num_tokens[sequences]
+    starts = (np.cumsum(query_lens) - query_lens)[sequences]
+    num_tokens = query_lens[sequences]
     first_of_group = np.cumsum(num_tokens) - num_tokens
     indices = np.arange(num_tokens.sum()) - np.repeat(first_of_group, num_tokens)
     places = np.stack(
         [np.repeat(starts, num_tokens) + indices, np.repeat(first_tiles, num_tokens), indices],
         axis=1,
     )
-    wanted = PROGRAMS_PER_PROCESSOR * num_processors(step.device)
-    num_splits = -(-wanted // (len(tiles) * num_kv_heads))
+    num_splits = -(-cut.num_programs // (len(tiles) * cut.num_kv_heads))
     return RowGroup(
         tile_rows=tile_rows,
         is_prefill=is_prefill,
         num_splits=min(1 << (num_splits - 1).bit_length(), MAX_SPLITS),
-        tiles=torch.from_numpy(tiles).to(step.device),
-        places=torch.from_numpy(places).to(step.device),
+        tiles=sent(tiles, cut.device),
+        places=sent(places, cut.device),
     )
+
+
+def sent(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
+    """On the device; a GPU's stream waits for it, the host does not."""
+    tensor = torch.from_numpy(numbers)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @cache

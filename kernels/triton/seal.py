@@ -124,10 +124,13 @@ def seal_blocks(
 ):
     """One kv head of one block: grid (blocks, kv heads). TILE rows of codes are made at once.
 
-    `sources` [blocks, BLOCK_SIZE]: open slot, or ~index of a new token.
+    `sources` [blocks, BLOCK_SIZE]: open slot, or ~index of a new token. There may be no block.
     """
     seal, kv_head = tl.program_id(0), tl.program_id(1)
-    record = (tl.load(seals.block_ids + seal) * SHAPE.NUM_KV_HEADS + kv_head) * LAYOUT.RECORD_SIZE
+    block_id = tl.load(seals.block_ids + seal)
+    if block_id < 0:
+        return
+    record = (block_id * SHAPE.NUM_KV_HEADS + kv_head) * LAYOUT.RECORD_SIZE
     place = record, kv_head, seals.sources + seal * LAYOUT.BLOCK_SIZE
     if LAYOUT.NUM_KEY_GROUPS == 0:
         seal_token_keys(place, new.key, open_keys, sections, SHAPE, LAYOUT)

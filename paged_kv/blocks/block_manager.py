@@ -33,7 +33,7 @@ from .sequences import NO_ROWS, integer_array
 from .sink_window import SinkWindow
 from .step_plan import StepPlan
 from .step_request import StepRequest, checked_request
-from .token_chain import ExtraKey, TokenChain, as_token_ids, root_hash
+from .token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids, root_hash
 
 
 class BlockManager(Holdings):
@@ -170,26 +170,27 @@ class BlockManager(Holdings):
             self._sharing.publish(np.array([seq_id]))
 
     def append_tokens(
-        self, seq_ids: ArrayLike, token_ids: ArrayLike, counts: ArrayLike | None = None
+        self, seq_ids: ArrayLike, token_ids: ArrayLike | None, counts: ArrayLike | None = None
     ) -> None:
         """One more token for each of these distinct sequences: `seq_ids` [M], `token_ids` [M].
 
         With `counts` [M], so many for each: `token_ids` are those of one sequence after another.
+        None are not known yet: the step that computes them may begin, `settle_tokens` has to come
+        before it is committed. A sequence that ends before that ends with 0.
         """
         sequences = self.sequences
         seq_ids = sequences.distinct(seq_ids)
         lengths = sequences.num_tokens[seq_ids]
-        num_expected, new_lengths = len(seq_ids), lengths
-        if counts is None:
-            new_lengths = lengths + 1
-        else:
+        num_expected, new_lengths = len(seq_ids), lengths + 1
+        if counts is not None:
             counts = integer_array("counts", counts)
             if counts.shape != seq_ids.shape or np.count_nonzero(counts < 0):
                 raise InvalidStepError(
                     f"counts must be {len(seq_ids)} numbers, got {counts.tolist()}"
                 )
             num_expected, new_lengths = int(counts.sum()), lengths + counts
-        token_ids = np.asarray(token_ids)
+        is_known = token_ids is not None
+        token_ids = np.asarray(token_ids) if is_known else np.zeros(num_expected, dtype=np.int32)
         if token_ids.dtype != np.int32 or np.count_nonzero(token_ids < 0):
             token_ids = as_token_ids(token_ids)
         if token_ids.shape != (num_expected,):
@@ -201,6 +202,15 @@ class BlockManager(Holdings):
             sequences.check_new_lengths(seq_ids[rows], new_lengths[rows])
         with self._change:
             sequences.write_tokens(seq_ids, lengths, new_lengths, token_ids, counts)
+            if len(rows) and is_known:
+                self._sharing.tokens_came(seq_ids[rows])
+
+    def settle_tokens(self, seq_ids: IntArray, token_ids: TokenIds) -> None:
+        """The last tokens [M] of sequences, which were appended before they were known."""
+        sequences, lengths = self.sequences, self.num_tokens[seq_ids]
+        rows = (lengths > sequences.token_capacity[seq_ids]).nonzero()[0]
+        with self._change:
+            sequences.write_tokens(seq_ids, lengths - 1, lengths, token_ids, None)
             if len(rows):
                 self._sharing.tokens_came(seq_ids[rows])
 

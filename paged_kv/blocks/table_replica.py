@@ -5,7 +5,7 @@ It may run in another process than the block manager, or some steps behind it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,12 @@ from ..errors import InvalidStepError
 from .geometry import BlockGeometry, BlockIds, IntArray, ragged_arange
 from .growth import COPIED, SEALED, place_blocks
 from .step_plan import StepPlan
+
+NO_CHANGES: Final = (
+    np.empty(0, dtype=np.int64),
+    np.empty(0, dtype=np.int64),
+    np.empty(0, dtype=np.int32),
+)
 
 
 class _Seals(NamedTuple):
@@ -39,6 +45,7 @@ class TableReplica:
         self._block_table: BlockIds = np.zeros((0, 0), dtype=np.int32)
         self._num_applied = 0  # plans, of those rolled back none or the last
         self._seals: _Seals | None = None  # of the last of these; they take effect with the next
+        self._changed: list[tuple[IntArray, IntArray]] | None = None  # rows and places
 
     def apply(self, plan: StepPlan) -> None:
         """Take over what the step before sealed, and what the plan tells.
@@ -59,6 +66,8 @@ class TableReplica:
         if len(update.seq_ids):
             width = update.block_table.shape[1]
             self._make_room(int(update.seq_ids.max()) + 1, width)
+            places = np.tile(np.arange(width), len(update.seq_ids))
+            self._note(np.repeat(update.seq_ids, width), places)
             self._num_sealed[update.seq_ids] = update.num_sealed
             self._block_table[update.seq_ids, :width] = update.block_table
         seals = None
@@ -73,12 +82,14 @@ class TableReplica:
         after = before + plan.num_scheduled_tokens[rows]
         self._make_room(0, geometry.table_width(int(after.max())))
         num_sealed, num_seals = self._num_sealed[seq_ids], len(plan.seal_block_ids)
+        self._note_new_places(seq_ids, before, after)
         open_ids = plan.new_block_ids[num_seals : len(plan.new_block_ids) - len(plan.copy_targets)]
         table = self._block_table
         place_blocks(seq_ids, before, num_sealed, counts, open_ids, table, geometry.sizes)
         if len(plan.copy_targets):
             is_copied = counts[:, COPIED] > 0
             last_places = (before[is_copied] - 1) // geometry.open_block_size
+            self._note(seq_ids[is_copied], last_places)
             table[seq_ids[is_copied], last_places] = plan.copy_targets
         if not num_seals:
             return None
@@ -91,8 +102,48 @@ class TableReplica:
         """Let what the step before sealed take effect; twice is as good as once."""
         seals = self._seals
         if seals is not None:
+            self._note(seals.block_seq_ids, seals.places)
             self._num_sealed[seals.seq_ids] = seals.num_sealed
             self._block_table[seals.block_seq_ids, seals.places] = seals.block_ids
+
+    # -- another replica ------------------------------------------------------------------------
+
+    def note_changes(self) -> None:
+        """From now on `changes` tells what changed, and all that there is to begin with."""
+        num_rows, width = self._block_table.shape
+        every_row, every_place = np.divmod(np.arange(num_rows * width), max(width, 1))
+        self._changed = [(every_row, every_place)]
+
+    def changes(self) -> tuple[IntArray, IntArray, BlockIds]:
+        """Rows, places and ids that differ, or may, from what was told before `forget_changes`."""
+        assert self._changed is not None, "nobody asked for changes to be noted"
+        if not self._changed:
+            return NO_CHANGES
+        rows, places = (np.concatenate(parts) for parts in zip(*self._changed, strict=True))
+        return rows, places, self._block_table[rows, places]
+
+    def forget_changes(self) -> None:
+        """They were told, and arrived."""
+        self._changed = []
+
+    def _note(self, rows: IntArray, places: IntArray) -> None:
+        """Before it changes: an exception later leaves too much noted, never too little."""
+        if self._changed is not None:
+            self._changed.append((rows, places))
+
+    def _note_new_places(self, seq_ids: IntArray, before: IntArray, after: IntArray) -> None:
+        """Those that hold no token yet."""
+        if self._changed is not None:
+            size = self._geometry.open_block_size
+            first = -(-before // size)
+            rows, offsets = ragged_arange(-(-after // size) - first)
+            self._note(seq_ids[rows], first[rows] + offsets)
+
+    # -------------------------------------------------------------------------------------------
+
+    def num_sealed(self, plan: StepPlan) -> IntArray:
+        """[N] body blocks of a plan's sequences."""
+        return self._num_sealed[plan.seq_ids]
 
     def rows(self, plan: StepPlan) -> tuple[IntArray, IntArray]:
         """Copies for the N sequences of a plan: `num_sealed` [N] and `block_table` [N, W].

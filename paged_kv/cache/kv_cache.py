@@ -31,6 +31,7 @@ from ..kernels.step_inputs import KernelPlan, StepInputs
 from ..validation import require, require_count, require_instance
 from .backend import choose_backend
 from .block_views import layer_blocks
+from .decode_tables import DecodeBatch, DecodeTables, Drawn
 from .device_memory import free_memory, require_device
 from .layer_spec import LayerSpec, block_bytes, cache_geometry
 from .memory_stats import MemoryStats, measure_memory
@@ -52,7 +53,7 @@ class Step:
     logit_tokens: Tensor  # [M] those that `begin` was given
     extra: dict[str, Tensor]  # those and all others that `begin` was given
     # Of a step with windowed sequences:
-    is_windowed: Tensor | None  # [T]
+    is_windowed: Tensor | None  # [T] 0 or 1
     head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`; None where all are 0
     stored_layers: set[int] = field(default_factory=set)  # whose tokens are stored
 
@@ -214,10 +215,7 @@ class PagedKVCache:
         `extra` arrays travel along. Raises `InvalidStepError`, changing nothing, for a plan that is
         over, out of turn, or of another manager than the plans before.
         """
-        self._require_own(plan)
-        self._require_whole_step(plan.source, plan.number)
-        self._tables.apply(plan)
-        self._source, self._step = plan.source, None
+        self._take_over(plan)
         arrays = StepArrays.from_plan(self.geometry, plan, self._tables)
         sent = {"token_ids": token_ids, "logit_tokens": logit_tokens, **extra}
         staged = stage(self.geometry, plan, arrays, sent, self.device)
@@ -235,6 +233,56 @@ class PagedKVCache:
             head_shifts=staged.head_shifts,
         )
         return self._step
+
+    def decode_tables(self, manager: BlockManager) -> DecodeTables:
+        """Block tables on the device for `begin_decode`; any that were made before are stale."""
+        self.require_manager(manager)
+        self._tables.note_changes()
+        return DecodeTables(
+            self.geometry,
+            self.device,
+            max_num_seqs=manager.max_num_seqs,
+            max_model_len=manager.max_model_len,
+        )
+
+    def begin_decode(
+        self,
+        plan: StepPlan,
+        batch: DecodeBatch,
+        *,
+        token_ids: IntArray,
+        drawn: Drawn | None = None,
+        extra: Mapping[str, StagedArray] = NO_ARRAYS,
+    ) -> Step:
+        """As `begin`, for a plan of a batch's kind that `DecodeTables.holds`.
+
+        Of tokens that are `drawn` the host has no `token_ids` [N]. The step has the batch's rows,
+        all of whose logits are wanted, and is whole once `batch.step.refresh` has run. Batches are
+        made of this cache's `decode_tables`.
+        """
+        self._take_over(plan)
+        staged = batch.send(plan, self._tables, token_ids, drawn, extra)
+        if len(plan.copy_sources):
+            self._copy(staged.copy_sources, staged.copy_targets)
+        self._step = Step(
+            source=plan,
+            inputs=batch.step.plan.step,
+            plan=batch.step.plan,
+            token_ids=staged.token_ids,
+            positions=staged.positions,
+            logit_tokens=batch.logit_tokens,
+            extra=staged.extra,
+            is_windowed=staged.is_windowed,
+            head_shifts=staged.head_shifts,
+        )
+        return self._step
+
+    def _take_over(self, plan: StepPlan) -> None:
+        """A plan begins: from here on no earlier step can go on."""
+        self._require_own(plan)
+        self._require_whole_step(plan.source, plan.number)
+        self._tables.apply(plan)
+        self._source, self._step = plan.source, None
 
     def _require_own(self, plan: StepPlan) -> None:
         """Raise `InvalidStepError` for what is no plan, is over, or of another manager."""

@@ -20,7 +20,8 @@ class MemoryStats:
 
     Blocks that several sequences share count once. `used` counts the records of sealed blocks and
     the tokens that open blocks hold; the rest of the open blocks' records is `wasted`. `cached`, a
-    part of `free`, still holds prefixes that can be hit.
+    part of `free`, still holds prefixes that can be hit. `decode_graphs` is beside the pool: what a
+    GPU's captured decode steps take.
     """
 
     total: int
@@ -32,6 +33,7 @@ class MemoryStats:
     body: int
     tail: int
     cached: int
+    decode_graphs: int = 0
 
 
 def measure_memory(cache: PagedKVCache, manager: BlockManager) -> MemoryStats:

@@ -62,7 +62,7 @@ class StagedStep:
     copy_sources: Tensor  # [C] blocks to copy before anything is written ...
     copy_targets: Tensor  # [C] ... and where to
     # Of a step with windowed sequences:
-    is_windowed: Tensor | None  # [T]
+    is_windowed: Tensor | None  # [T] 0 or 1
     head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`; None where all are 0
     extra: dict[str, Tensor]
 
@@ -78,14 +78,13 @@ def stage(
     sent = step_arrays(arrays) | plan_arrays(plan)
     assert not sent.keys() & extra.keys(), "two arrays of one name"
     on_device = to_device(sent | dict(extra), device)
-    is_windowed = on_device.get("is_windowed")
     inputs = step_inputs(geometry, arrays, on_device)
     return StagedStep(
         inputs=inputs,
         positions=on_device.get("positions", inputs.cache_positions),
         copy_sources=on_device["copy_sources"],
         copy_targets=on_device["copy_targets"],
-        is_windowed=None if is_windowed is None else is_windowed.bool(),
+        is_windowed=on_device.get("is_windowed"),
         head_shifts=on_device.get("head_shifts"),
         extra={name: on_device[name] for name in extra},
     )

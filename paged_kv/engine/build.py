@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..blocks.warming import warm_up
+from ..cache.backend import TORCH_BACKEND
 from ..cache.device_memory import free_memory
 from ..cache.formats import KVFormat, resolve_format
 from ..cache.key_calibration import KeyCalibration
@@ -22,6 +23,7 @@ from ..scheduler.scheduler import Scheduler
 from ..units import parse_memory
 from ..validation import require
 from .config import USUAL, EngineConfig
+from .decode_graphs import DecodeGraphs
 from .engine import Engine
 from .model_runner import ModelRunner
 
@@ -95,7 +97,10 @@ def engine_where_it_is(
         swap_cost=swap_cost(model, cache),
     )
     warm_up()
-    runner = ModelRunner(model, cache)
+    graphs = None
+    if cache.device.type == "cuda" and cache.backend is not TORCH_BACKEND:
+        graphs = None if config.enforce_eager else DecodeGraphs(model, cache, manager)
+    runner = ModelRunner(model, cache, graphs)
     return Engine(runner, scheduler, end_token_ids(model.model), config.sink_window)
 
 

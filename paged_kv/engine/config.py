@@ -48,6 +48,7 @@ class EngineConfig:
     prefix_caching: bool = True
     swap_space: int | str = 0
     num_threads: int | None = None
+    enforce_eager: bool = False
     sink_window: SinkWindow | None = None
 
     def __post_init__(self) -> None:
@@ -68,9 +69,8 @@ class EngineConfig:
                 f"got {self.kv_memory!r} and {self.num_blocks}"
             )
         parse_memory(self.swap_space, "swap_space", least=0)
-        require(
-            "prefix_caching", self.prefix_caching, is_flag(self.prefix_caching), "True or False"
-        )
+        for name in ("prefix_caching", "enforce_eager"):
+            require(name, getattr(self, name), is_flag(getattr(self, name)), "True or False")
         for name, most in MOST.items():
             value = getattr(self, name)
             is_valid = value is None and name in OPTIONAL

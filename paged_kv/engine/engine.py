@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..blocks.sink_window import SinkWindow
+from ..cache.decode_tables import Drawn
 from ..change import Change
 from ..errors import (
     InvalidRequestError,
@@ -25,6 +26,7 @@ from ..errors import (
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import Fork, ScheduledStep
 from .beam_search import BeamSearch, BeamSearchParams
+from .flight import Flight
 from .intake import Intake
 from .live_request import (
     BeamShortlist,
@@ -32,9 +34,11 @@ from .live_request import (
     SearchUpdate,
     SequenceUpdate,
     TokenDraw,
+    draws_of,
+    shortlists_of,
 )
 from .model_runner import ModelRunner
-from .sampler import sample, sampling_arrays, uniform_numbers
+from .sampler import Sampling, sampling_arrays
 from .sampling_params import SamplingParams
 
 
@@ -60,7 +64,8 @@ class Engine:
         self._searches: dict[str, BeamSearch] = {}
         self._aborted: deque[str] = deque()  # ids whose requests are still to be taken out
         self._ended: list[str] = []  # ids, as `take_ended` tells them
-        self._last_step: ScheduledStep | None = None
+        self._last_names: list[str] = []  # of the step that was launched last
+        self._flight: Flight | None = None  # a step that the next one finds under way
         self._change = Change("engine")
         self._lock = Lock()
         self._owner: int | None = None  # the thread that holds the lock
@@ -102,12 +107,13 @@ class Engine:
         """Undo what was cut off: a step that was not updated, or else everything but the tokens."""
         if self._change.is_unfinished or not self.scheduler.is_whole:
             self._recover()
-        elif self.scheduler.step is not None:
+        elif self.scheduler.step is not None and self._flight is None:
             self.scheduler.cancel(self.scheduler.step)
 
     def _recover(self) -> None:
         """Start from an empty pool: every request computes the tokens that it has once more."""
         self._change.is_unfinished = True
+        self._flight = None
         self.scheduler.recover()
         for request_id in self._aborted:
             self._searches.pop(request_id, None)
@@ -256,7 +262,7 @@ class Engine:
         its `LiveRequest` tells.
         """
         with self._turn():
-            self._last_step = None
+            self._last_names = []
             return self._step()
 
     def take_ended(self) -> list[str]:
@@ -270,11 +276,8 @@ class Engine:
         None where it failed before it was known which they are.
         """
         with self._turn():
-            scheduled, self._last_step = self._last_step, None
-            if scheduled is None:
-                return 0
-            found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
-            names = dict.fromkeys(request.request_id for request in found if request is not None)
+            names = dict.fromkeys(self._last_names)
+            self._last_names = []
             leaders = [self._live[name] for name in names if name in self._live]
             lives = [live for leader in leaders for live in (leader, *leader.siblings)]
             searches = [self._searches[name] for name in names if name in self._searches]
@@ -289,11 +292,29 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> list[SequenceUpdate | SearchUpdate]:
-        scheduled = self.scheduler.schedule()
-        if scheduled is None:
-            return []
-        self._last_step = scheduled
-        draws, shortlists = self._draws_of(scheduled), self._shortlists_of(scheduled)
+        flight, self._flight = self._flight, None
+        if flight is None:
+            scheduled = self.scheduler.schedule()
+            if scheduled is None:
+                return []
+            flight = self._launch(scheduled)
+        if not self._may_step_ahead(flight):
+            return self._land(flight)
+        updates = self._step_ahead(flight)
+        if self._flight is not None and not self._live:  # nobody comes to wait for it
+            flight, self._flight = self._flight, None
+            self._land(flight)
+        return updates
+
+    def _launch(self, scheduled: ScheduledStep, drawn: Drawn | None = None) -> Flight:
+        """Begin a step: the device may still be computing it when this returns.
+
+        Last tokens that the host does not know are `drawn`.
+        """
+        found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
+        self._last_names = [request.request_id for request in found if request is not None]
+        draws = draws_of(scheduled, self._live)
+        shortlists = shortlists_of(scheduled, self._searches)
         if scheduled.swap_outs or scheduled.swap_ins:
             with self._change:  # blocks that are copied in part are nobody's
                 self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
@@ -302,59 +323,58 @@ class Engine:
             scheduled.token_ids,
             scheduled.sampled_token_index,
             sampling_arrays(draws, shortlists),
+            drawn,
         )
-        sample(logits, inputs, draws, shortlists)
+        return Flight(scheduled, draws, shortlists, Sampling(logits, inputs, draws, shortlists))
+
+    def _land(self, flight: Flight) -> list[SequenceUpdate | SearchUpdate]:
+        """Wait for a step and do what follows from it."""
+        flight.sampling.settle()
         with self._change:
-            return self._update(scheduled, draws, shortlists)
+            return self._update(flight.scheduled, flight.draws, flight.shortlists)
 
-    def _draws_of(self, scheduled: ScheduledStep) -> list[TokenDraw]:
-        """The tokens to draw: of every request whose tokens are computed, then of siblings."""
-        draws: list[TokenDraw] = []
-        first_draws: list[TokenDraw] = []
-        for row, request in enumerate(scheduled.sampled_requests):
-            live = self._live.get(request.request_id)
-            if live is None:  # a beam search
-                continue
-            params = live.params
-            has_few = params.min_tokens > 0 and request.num_output_tokens < params.min_tokens
-            draws.append(
-                TokenDraw(
-                    row=row,
-                    params=params,
-                    live=live,
-                    token_ids=request.token_ids if params.logits_processors else None,
-                    forbidden_ids=list(live.end_token_ids) if has_few else (),
-                )
-            )
-            first_draws += [
-                TokenDraw(row=row, params=params, live=sibling, leader=live)
-                for sibling in live.siblings
+    # -- steps ahead ----------------------------------------------------------------------------
+
+    def _may_step_ahead(self, flight: Flight) -> bool:
+        """Whether the next step can begin before it is known what this one draws."""
+        return (
+            self.runner.graphs is not None
+            and not self._searches
+            and flight.is_simple
+            and self.scheduler.may_advance(flight.scheduled)
+        )
+
+    def _step_ahead(self, flight: Flight) -> list[SequenceUpdate | SearchUpdate]:
+        """Schedule and begin the step after this one, then wait for this one.
+
+        Who turns out to be over has a token computed in vain. What is not finite comes too late
+        to tell who has shared it: all begins again from the tokens that are known.
+        """
+        sampled_seq_ids, following = flight.scheduled.sampled_seq_ids, None
+        with self._change:
+            for request in self.scheduler.advance(flight.scheduled):
+                self.scheduler.finish(request)
+            self.num_steps += 1
+            goes_on = flight.goes_on
+            scheduled = self.scheduler.schedule()
+            if scheduled is not None:
+                drawn = flight.drawn_for(scheduled.plan.seq_ids, self.manager.max_num_seqs)
+                if self.runner.takes_drawn(scheduled.plan, scheduled.sampled_token_index):
+                    following = self._launch(scheduled, drawn)
+            flight.sampling.settle()
+            self.scheduler.settle(sampled_seq_ids[goes_on], flight.token_ids[goes_on])
+            if scheduled is not None and following is None:
+                flight.tell(scheduled, drawn.sources)
+                following = self._launch(scheduled)
+            updates: list[SequenceUpdate | SearchUpdate] = [
+                self._advance(draw)
+                for draw in flight.draws
+                if draw.live.is_unfinished and not draw.is_tried_again
             ]
-        draws += first_draws
-        random = [draw for draw in draws if not draw.params.is_greedy]
-        if random:
-            uniforms = uniform_numbers(
-                [draw.live.seed for draw in random],
-                [draw.live.sample_index for draw in random],
-                [draw.live.request.num_output_tokens for draw in random],
-            )
-            for draw, uniform in zip(random, uniforms.tolist(), strict=True):
-                draw.uniform = uniform
-        return draws
-
-    def _shortlists_of(self, scheduled: ScheduledStep) -> list[BeamShortlist]:
-        """Of every beam whose tokens are computed."""
-        if not self._searches:
-            return []
-        shortlists = []
-        seq_ids = scheduled.sampled_seq_ids.tolist()
-        for row, request in enumerate(scheduled.sampled_requests):
-            search = self._searches.get(request.request_id)
-            if search is not None:
-                beam = search.beams[request.seq_ids.index(seq_ids[row])]
-                count = search.num_candidates
-                shortlists.append(BeamShortlist(row=row, count=count, search=search, beam=beam))
-        return shortlists
+            self._flight = following
+        if not all(draw.is_finite for draw in flight.draws):
+            self._recover()
+        return updates
 
     def _update(
         self,
@@ -364,7 +384,11 @@ class Engine:
     ) -> list[SequenceUpdate | SearchUpdate]:
         """Commit the step: requests get their tokens, siblings start, who is done is finished."""
         aborted = set(self._aborted)
-        wanted = [draw for draw in draws if draw.live.request_id not in aborted]
+        wanted = [
+            draw
+            for draw in draws
+            if draw.live.is_unfinished and draw.live.request_id not in aborted
+        ]
         token_ids = np.zeros(len(scheduled.sampled_seq_ids), dtype=np.int64)
         is_spoilt = np.zeros(len(token_ids), dtype=np.bool_)
         forks: list[Fork] = []
@@ -431,6 +455,7 @@ class Engine:
         self._finish(live)
 
     def _finish(self, live: LiveRequest) -> None:
-        if live.request.has_arrived:  # or it is a sibling that never started
-            self.scheduler.finish(live.request)
+        request = live.request
+        if request.has_arrived and request.is_unfinished:  # or a sibling that never started
+            self.scheduler.finish(request)
         del self._live[live.request_id]

@@ -7,13 +7,15 @@ exception finds it there, and the engine goes on from there.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..errors import PagedKVError
 from ..scheduler.request import Request, RequestStatus
+from ..scheduler.step import ScheduledStep
 from .beam_search import Beam, BeamOutput, BeamSearch
-from .sampler import Draw, Shortlist
+from .sampler import Draw, Shortlist, uniform_numbers
 from .sampling_params import SamplingParams
 
 
@@ -65,6 +67,10 @@ class LiveRequest:
         self.token_ids.append(token_id)
 
     @property
+    def is_unfinished(self) -> bool:
+        return self.finish_reason is None
+
+    @property
     def end(self) -> str | None:
         """How its tokens end it: "stop", "length", or not at all."""
         num_tokens = len(self.token_ids)
@@ -107,6 +113,14 @@ class TokenDraw(Draw):
         drawn_from = self.live if self.leader is None else self.leader
         return drawn_from.request.status is RequestStatus.PREEMPTED
 
+    @property
+    def is_tried_again(self) -> bool:
+        """Whether nothing was drawn because of what others computed; it is tried no third time."""
+        if self.is_finite or not self.live.request.may_be_retried:
+            return False
+        self.live.request.is_retried = True
+        return True
+
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class BeamShortlist(Shortlist):
@@ -114,3 +128,56 @@ class BeamShortlist(Shortlist):
 
     search: BeamSearch
     beam: Beam
+
+
+def draws_of(scheduled: ScheduledStep, lives: Mapping[str, LiveRequest]) -> list[TokenDraw]:
+    """The tokens to draw: of every request whose tokens are computed, then of siblings."""
+    draws: list[TokenDraw] = []
+    first_draws: list[TokenDraw] = []
+    for row, request in enumerate(scheduled.sampled_requests):
+        live = lives.get(request.request_id)
+        if live is None:  # a beam search
+            continue
+        params = live.params
+        has_few = params.min_tokens > 0 and request.num_output_tokens < params.min_tokens
+        draws.append(
+            TokenDraw(
+                row=row,
+                params=params,
+                live=live,
+                token_ids=request.token_ids if params.logits_processors else None,
+                forbidden_ids=list(live.end_token_ids) if has_few else (),
+            )
+        )
+        first_draws += [
+            TokenDraw(row=row, params=params, live=sibling, leader=live)
+            for sibling in live.siblings
+        ]
+    draws += first_draws
+    random = [draw for draw in draws if not draw.params.is_greedy]
+    if random:
+        uniforms = uniform_numbers(
+            [draw.live.seed for draw in random],
+            [draw.live.sample_index for draw in random],
+            [draw.live.request.num_output_tokens for draw in random],
+        )
+        for draw, uniform in zip(random, uniforms.tolist(), strict=True):
+            draw.uniform = uniform
+    return draws
+
+
+def shortlists_of(
+    scheduled: ScheduledStep, searches: Mapping[str, BeamSearch]
+) -> list[BeamShortlist]:
+    """Of every beam whose tokens are computed."""
+    if not searches:
+        return []
+    shortlists = []
+    seq_ids = scheduled.sampled_seq_ids.tolist()
+    for row, request in enumerate(scheduled.sampled_requests):
+        search = searches.get(request.request_id)
+        if search is not None:
+            beam = search.beams[request.seq_ids.index(seq_ids[row])]
+            count = search.num_candidates
+            shortlists.append(BeamShortlist(row=row, count=count, search=search, beam=beam))
+    return shortlists

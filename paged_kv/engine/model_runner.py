@@ -13,18 +13,23 @@ from torch import Tensor
 
 from ..blocks.geometry import IntArray
 from ..blocks.step_plan import StepPlan
+from ..cache.decode_tables import Drawn
 from ..cache.kv_cache import NO_ARRAYS, PagedKVCache
 from ..cache.step_staging import StagedArray
 from ..models.huggingface import PagedModel
 from ..scheduler.step import BlockCopy
+from .decode_graphs import DecodeGraphs
 
 
 class ModelRunner:
-    """A model on the blocks of a cache."""
+    """A model on the blocks of a cache; with `graphs`, its decode steps are captured."""
 
-    def __init__(self, model: PagedModel, cache: PagedKVCache) -> None:
+    def __init__(
+        self, model: PagedModel, cache: PagedKVCache, graphs: DecodeGraphs | None = None
+    ) -> None:
         self.model = model
         self.cache = cache
+        self.graphs = graphs
 
     def copy_swapped(self, swap_outs: Sequence[BlockCopy], swap_ins: Sequence[BlockCopy]) -> None:
         """Copy blocks to the host, then from it, before anything is written to the pool."""
@@ -33,6 +38,10 @@ class ModelRunner:
         for copy in swap_ins:
             self.cache.swap_in(copy.device_block_ids, copy.host_block_ids)
 
+    def takes_drawn(self, plan: StepPlan, logit_tokens: IntArray) -> bool:
+        """Whether a plan can be run with tokens that are only on the device."""
+        return self.graphs is not None and self.graphs.fits(plan, logit_tokens)
+
     @torch.inference_mode()
     def run(
         self,
@@ -40,12 +49,17 @@ class ModelRunner:
         token_ids: IntArray,
         logit_tokens: IntArray,
         extra: Mapping[str, StagedArray] = NO_ARRAYS,
+        drawn: Drawn | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute a plan's tokens [T] and store their keys and values.
 
         Returns logits [M, V] in float32 of the tokens at the places `logit_tokens` [M] among them,
-        and the `extra` arrays on the device, where they arrive together with the plan.
+        and the `extra` arrays on the device, where they arrive together with the plan. The next
+        step may overwrite the logits. Last tokens that the host does not know are `drawn`, for a
+        plan that `takes_drawn`.
         """
+        if self.graphs is not None and self.graphs.fits(plan, logit_tokens):
+            return self.graphs.run(plan, token_ids, extra, drawn)
         step = self.cache.begin(plan, token_ids=token_ids, logit_tokens=logit_tokens, extra=extra)
         logits = self.model.forward(
             step.token_ids, step.positions, step.logit_tokens, self.cache, step

@@ -105,63 +105,105 @@ def sampling_arrays(
     return arrays
 
 
-def sample(
-    logits: Tensor,
-    inputs: Mapping[str, Tensor],
-    draws: Sequence[Draw],
-    shortlists: Sequence[Shortlist] = (),
-) -> None:
-    """Draw every token and find every shortlist: what comes of it is written into them.
+class Sampling:
+    """Draws and shortlists of one step, begun on the device; nobody has waited for them.
 
     `logits` [M, V] float32 may be changed; `inputs` are `sampling_arrays` of the same draws. One
     uniform number through the inverse of the cumulative distribution decides a token, so it depends
     on nothing but its own row, params and number.
     """
-    if not draws and not shortlists:
-        return
-    flags = [find_unusable_rows(logits)]
-    failures = apply_processors(logits, draws)
-    if "forbidden" in inputs:
-        logits.index_put_(inputs["forbidden"].unbind(), logits.new_full((), -torch.inf))
-    if "forbidden" in inputs or any(draw.token_ids is not None for draw in draws):
-        flags.append(find_unusable_rows(logits))  # most steps need no second look
-    listed = find_likeliest(logits, inputs, shortlists) if shortlists else []
-    num_candidates = NUM_CANDIDATES
-    if "limited_rows" in inputs:  # one more than may be kept, to see that it is excluded
-        num_candidates = max(num_candidates, *((draw.params.top_k or 0) + 1 for draw in draws))
-    while True:
-        chosen = choose(logits, inputs, len(draws), num_candidates)
-        *results, token_ids, scores, is_open = read_back([*flags, *listed, *chosen])
-        if not is_open.any():
-            break
-        num_candidates = logits.shape[1]  # some row may keep more than the candidates
-    scored, is_unusable = iter(scores.tolist()), [flag.tolist() for flag in results[: len(flags)]]
-    for draw, token_id in zip(draws, token_ids.tolist(), strict=True):
-        draw.token_id = int(token_id)
-        if draw.params.best_of is not None:
-            draw.log_probability = next(scored)
-        draw.is_finite = not is_unusable[0][draw.row]
-        if not draw.is_finite:
-            draw.error = NonFiniteLogitsError(NOT_FINITE)
-        elif draw.row in failures:
-            draw.error = failures[draw.row]
-        elif is_unusable[-1][draw.row]:
-            draw.error = NonFiniteLogitsError(NOTHING_LEFT)
-    if shortlists:
-        values, ids = results[-2].tolist(), results[-1].astype(np.int64).tolist()
-        for place, shortlist in enumerate(shortlists):
-            shortlist.log_probabilities, shortlist.token_ids = values[place], ids[place]
-            shortlist.is_finite = not is_unusable[0][shortlist.row]
-            if not shortlist.is_finite:
-                shortlist.error = NonFiniteLogitsError(NOT_FINITE)
+
+    def __init__(
+        self,
+        logits: Tensor,
+        inputs: Mapping[str, Tensor],
+        draws: Sequence[Draw],
+        shortlists: Sequence[Shortlist] = (),
+    ) -> None:
+        self.draws, self.shortlists = draws, shortlists
+        self._logits, self._inputs = logits, inputs
+        self._reading: ReadBack | None = None
+        self.token_ids = logits.new_empty(0, dtype=torch.int64)  # [len(draws)] on the device
+        if draws or shortlists:
+            self._begin()
+
+    def _begin(self) -> None:
+        logits, inputs, draws = self._logits, self._inputs, self.draws
+        self._flags = [find_unusable_rows(logits)]
+        self._failures = apply_processors(logits, draws)
+        if "forbidden" in inputs:
+            logits.index_put_(inputs["forbidden"].unbind(), logits.new_full((), -torch.inf))
+        if "forbidden" in inputs or any(draw.token_ids is not None for draw in draws):
+            self._flags.append(find_unusable_rows(logits))  # most steps need no second look
+        self._listed = []
+        if self.shortlists:
+            self._listed = find_likeliest(logits, inputs, self.shortlists)
+        num_candidates = NUM_CANDIDATES
+        if self.may_be_open:  # one more than may be kept, to see that it is excluded
+            num_candidates = max(num_candidates, *((draw.params.top_k or 0) + 1 for draw in draws))
+        self._choose(num_candidates)
+
+    @property
+    def may_be_open(self) -> bool:
+        """Whether `settle` may need the logits once more, and choose other tokens."""
+        return "limited_rows" in self._inputs
+
+    def _choose(self, num_candidates: int) -> None:
+        self.token_ids, *rest = choose(self._logits, self._inputs, len(self.draws), num_candidates)
+        self._reading = ReadBack([*self._flags, *self._listed, self.token_ids, *rest])
+
+    def settle(self) -> None:
+        """Wait for what was drawn, and write it into the draws and shortlists."""
+        if self._reading is None:
+            return
+        *results, token_ids, scores, is_open = self._reading.wait()
+        if is_open.any():  # some row may keep more than the candidates
+            self._choose(self._logits.shape[1])
+            *results, token_ids, scores, is_open = self._reading.wait()
+        scored = iter(scores.tolist())
+        is_unusable = [flag.tolist() for flag in results[: len(self._flags)]]
+        for draw, token_id in zip(self.draws, token_ids.tolist(), strict=True):
+            draw.token_id = int(token_id)
+            if draw.params.best_of is not None:
+                draw.log_probability = next(scored)
+            draw.is_finite = not is_unusable[0][draw.row]
+            if not draw.is_finite:
+                draw.error = NonFiniteLogitsError(NOT_FINITE)
+            elif draw.row in self._failures:
+                draw.error = self._failures[draw.row]
+            elif is_unusable[-1][draw.row]:
+                draw.error = NonFiniteLogitsError(NOTHING_LEFT)
+        if self.shortlists:
+            values, ids = results[-2].tolist(), results[-1].astype(np.int64).tolist()
+            for place, shortlist in enumerate(self.shortlists):
+                shortlist.log_probabilities, shortlist.token_ids = values[place], ids[place]
+                shortlist.is_finite = not is_unusable[0][shortlist.row]
+                if not shortlist.is_finite:
+                    shortlist.error = NonFiniteLogitsError(NOT_FINITE)
 
 
-def read_back(tensors: Sequence[Tensor]) -> list[NDArray[np.float64]]:
-    """Tensors as float64 arrays of the same shapes, in one transfer; token ids are exact in it."""
-    together = torch.cat([tensor.reshape(-1).double() for tensor in tensors]).cpu().numpy()
-    ends = np.cumsum([tensor.numel() for tensor in tensors])
-    parts = np.split(together, ends[:-1])
-    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
+class ReadBack:
+    """Tensors on their way to the host, in one transfer, as float64: token ids are exact in it."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._shapes = [tensor.shape for tensor in tensors]
+        together = torch.cat([tensor.reshape(-1).double() for tensor in tensors])
+        self._arrived: torch.cuda.Event | None = None
+        if together.device.type == "cuda":
+            self._numbers = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
+            self._numbers.copy_(together, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(together.device))
+        else:
+            self._numbers = together.cpu()
+
+    def wait(self) -> list[NDArray[np.float64]]:
+        """Arrays of the same shapes as the tensors."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        ends = np.cumsum([shape.numel() for shape in self._shapes])
+        parts = np.split(self._numbers.numpy(), ends[:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
 def find_unusable_rows(logits: Tensor) -> Tensor:

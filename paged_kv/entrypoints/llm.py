@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock, get_ident
 from typing import Final, NamedTuple, cast
@@ -85,7 +86,8 @@ class LLM:
     that begin alike share their blocks, also with earlier ones. Sequences that must make room go to
     `swap_space` bytes of host memory where that is cheaper than computing
     them again. On a CPU model and kernels share torch's threads; `num_threads` sets how many there
-    are, for the whole process. With a `sink_window` every request is windowed: it keeps attention
+    are, for the whole process. On a GPU decode steps are captured as graphs, which
+    `enforce_eager` leaves out. With a `sink_window` every request is windowed: it keeps attention
     sinks and a window of newest tokens, and may go on beyond the model's length, for ever, in
     constant memory. Several threads may use one LLM: their requests are decoded together, and each
     waits while another one steps the engine.
@@ -109,6 +111,7 @@ class LLM:
         prefix_caching: bool = True,
         swap_space: int | str = 0,
         num_threads: int | None = None,
+        enforce_eager: bool = False,
         sink_window: SinkWindow | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -126,6 +129,7 @@ class LLM:
             prefix_caching=prefix_caching,
             swap_space=swap_space,
             num_threads=num_threads,
+            enforce_eager=enforce_eager,
             sink_window=sink_window,
         )
         model, tokenizer = loaded(model, tokenizer, dtype, gguf_file)
@@ -162,7 +166,10 @@ class LLM:
         return self.engine.manager.max_model_len
 
     def memory_stats(self) -> MemoryStats:
-        return self.engine.cache.memory_stats(self.engine.manager)
+        """What the pool holds now, and what captured decode steps take beside it."""
+        stats = self.engine.cache.memory_stats(self.engine.manager)
+        graphs = self.engine.runner.graphs
+        return stats if graphs is None else replace(stats, decode_graphs=graphs.num_bytes)
 
     def statistics(self) -> SchedulerStatistics:
         """Requests, blocks, preemptions and the prefix cache's hits: now, and so far."""

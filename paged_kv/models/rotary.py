@@ -95,7 +95,7 @@ class StepTurns:
     """What one step turns: of windowed sequences, the tokens that the model could not place."""
 
     positions: Tensor  # [T] in each token's sequence
-    is_windowed: Tensor  # [T] whether a token belongs to a windowed sequence
+    is_windowed: Tensor  # [T] 1 where a token belongs to a windowed sequence, else 0
     head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`
     rotations: dict[int, Rotation]  # by layer
     known_phases: dict[tuple[int, str], Tensor]  # layers share frequencies
@@ -109,7 +109,7 @@ class StepTurns:
     def turns(self) -> Tensor:
         """[T] positions by which tokens are moved after the model's own embedding."""
         whole = self.positions // MODEL_PERIOD * MODEL_PERIOD
-        return torch.where(self.is_windowed, whole, 0)
+        return whole * self.is_windowed
 
     def apply(self, layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Query and key [T, H, D] at their true positions, and the query that scores sinks."""

@@ -27,6 +27,7 @@ from paged_kv.cache.step_staging import to_device
 from paged_kv.engine import sampler
 from paged_kv.engine.sampler import (
     Draw,
+    Sampling,
     Shortlist,
     find_unusable_rows,
     process_logits,
@@ -55,7 +56,7 @@ def sample(
         for row, (p, uniform) in enumerate(zip(params, uniforms.tolist(), strict=True))
     ]
     inputs = to_device(sampling_arrays(draws), torch.device(device))
-    sampler.sample(logits.clone(), inputs, draws)
+    Sampling(logits.clone(), inputs, draws).settle()
     assert not any(draw.error for draw in draws)
     return np.array([draw.token_id for draw in draws])
 
@@ -351,7 +352,7 @@ def test_a_row_that_cannot_be_sampled_fails_alone():
     draws = [Draw(row=row, params=p, uniform=0.4) for row, p in enumerate(params)]
     looks = [Shortlist(row=row, count=4) for row in (0, 4, 8)]
     inputs = to_device(sampling_arrays(draws, looks), torch.device("cpu"))
-    sampler.sample(logits.clone(), inputs, draws, looks)
+    Sampling(logits.clone(), inputs, draws, looks).settle()
     for row, draw in enumerate(draws):
         assert (str(draw.error) == sampler.NOT_FINITE) == (row in (1, 4, 7))
         if draw.error is None:
@@ -382,7 +383,7 @@ def test_one_transfer_brings_everything_back(vocab_size):
     looks = [Shortlist(row=row, count=row) for row in (4, 5)]
     with TransferCounter() as counter:
         inputs = to_device(sampling_arrays(draws, looks), torch.device("meta"))
-        sampler.sample(torch.empty(6, vocab_size, device="meta"), inputs, draws, looks)
+        Sampling(torch.empty(6, vocab_size, device="meta"), inputs, draws, looks).settle()
     assert len(counter.to_device) == 1
     assert len(counter.to_host) == 1
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from paged_kv import LLM, SamplingParams
 from paged_kv.engine.engine import Engine
 from paged_kv.engine.live_request import SequenceUpdate
-from paged_kv.engine.sampler import sample, uniform_numbers
+from paged_kv.engine.sampler import Sampling, uniform_numbers
 from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.outputs import Completion
 from paged_kv.errors import (
@@ -265,11 +265,11 @@ def test_a_sample_may_be_aborted_while_the_first_tokens_are_drawn(
     """As when a stream is closed by the garbage collector, at any moment."""
     llm = make_llm()
 
-    def abort_and_sample(*args: Any) -> None:
+    def abort_and_sample(*args: Any) -> Sampling:
         llm.engine.abort(name)
-        sample(*args)
+        return Sampling(*args)
 
-    monkeypatch.setattr("paged_kv.engine.engine.sample", abort_and_sample)
+    monkeypatch.setattr("paged_kv.engine.engine.Sampling", abort_and_sample)
     params = sampling(seed=SEED, n=NUM_SAMPLES, max_tokens=NUM_TOKENS)
     llm.engine.add_request(NAMES, prompts[2], params)
     found: dict[str, list[int]] = {}

@@ -22,7 +22,7 @@ from paged_kv import LLM, SamplingParams
 from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.blocks.step_plan import StepPlan
-from paged_kv.engine.sampler import Draw
+from paged_kv.engine.sampler import Draw, Sampling
 from paged_kv.errors import PagedKVError, UnsupportedModelError
 from paged_kv.models.huggingface import IMPLEMENTATION, PagedModel
 from paged_kv.scheduler.request import Request
@@ -96,14 +96,13 @@ def test_every_step_sees_the_logits_of_a_full_forward_pass(
     params = [SamplingParams(max_tokens=zoo.NUM_NEW_TOKENS) for _ in prompts]
     seen: list[list[Tensor]] = [[] for _ in prompts]
     prompt_of = {id(p): index for index, p in enumerate(params)}
-    sample = paged_kv.engine.engine.sample
 
-    def record(logits: Tensor, inputs: Any, draws: Sequence[Draw], *rest: Any) -> None:
+    def record(logits: Tensor, inputs: Any, draws: Sequence[Draw], *rest: Any) -> Sampling:
         for draw in draws:
             seen[prompt_of[id(draw.params)]].append(logits[draw.row].clone())
-        sample(logits, inputs, draws, *rest)
+        return Sampling(logits, inputs, draws, *rest)
 
-    monkeypatch.setattr(paged_kv.engine.engine, "sample", record)
+    monkeypatch.setattr(paged_kv.engine.engine, "Sampling", record)
     model = zoo.model(name)
     with open_llm(model, token_budget=40, num_blocks=SMALL_POOL) as llm:
         outputs = [output.token_ids for output in llm.generate(prompts, params)]
