@@ -1105,17 +1105,6 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         "entrypoints/test_failures",
         [
             Fault(
-                "min-tokens-forbid-one-end-too-many",
-                "request.num_output_tokens < params.min_tokens",
-                "request.num_output_tokens <= params.min_tokens",
-                "entrypoints/test_llm",
-            ),
-            Fault(
-                "all-samples-draw-the-same-numbers",
-                "[draw.live.sample_index for draw in random]",
-                "[0 for draw in random]",
-            ),
-            Fault(
                 "a-failed-step-stays-scheduled",
                 "self.scheduler.cancel(self.scheduler.step)",
                 "self.scheduler.step",
@@ -1203,6 +1192,103 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
                 "a-length-penalty-is-a-factor",
                 "log_probability / math.pow(length, self.length_penalty)",
                 "log_probability / (length * self.length_penalty)",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/live_request.py",
+        "entrypoints/test_sharing_llm",
+        [
+            Fault(
+                "min-tokens-forbid-one-end-too-many",
+                "request.num_output_tokens < params.min_tokens",
+                "request.num_output_tokens <= params.min_tokens",
+                "entrypoints/test_llm",
+            ),
+            Fault(
+                "all-samples-draw-the-same-numbers",
+                "[draw.live.sample_index for draw in random]",
+                "[0 for draw in random]",
+            ),
+        ],
+    ),
+    # -- decode steps on a GPU --------------------------------------------------------------------
+    *faults_in(
+        "paged_kv/blocks/table_replica.py",
+        "cache/test_decode_tables",
+        [
+            Fault(
+                "sealed-blocks-are-not-told-to-the-device",
+                "self._note(seals.block_seq_ids, seals.places)",
+                "pass",
+            ),
+            Fault(
+                "copied-blocks-are-not-told-to-the-device",
+                "self._note(seq_ids[is_copied], last_places)",
+                "pass",
+            ),
+            Fault(
+                "told-rows-are-not-told-to-the-device",
+                "self._note(np.repeat(update.seq_ids, width), places)",
+                "pass",
+            ),
+        ],
+    ),
+    *faults_in(
+        "kernels/triton/decode_step.py",
+        "cache/test_decode_tables",
+        [
+            Fault(
+                "a-sealed-token-is-stored-too",
+                "is_stored & (context_len >= body_start + TABLES.BLOCK_SIZE)",
+                "is_stored",
+            ),
+            Fault(
+                "an-empty-row-stores-its-token",
+                "is_stored = is_there",
+                "is_stored = seq_id < (1 << 30)",
+            ),
+            Fault(
+                "a-new-token-is-sealed-from-its-slot",
+                "tl.where(is_old, slot, -1 - row)",
+                "slot",
+            ),
+            Fault(
+                "the-last-place-is-not-copied",
+                "tl.cdiv(context_len + 1, OPEN_BLOCK_SIZE), 0)",
+                "tl.cdiv(context_len, OPEN_BLOCK_SIZE), 0)",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/decode_graphs.py",
+        "engine/test_decode_graphs",
+        [
+            Fault(
+                "a-graph-holds-no-inputs",
+                "        batch.step.refresh()",
+                "        if not batch.step.token_ids.any(): batch.step.refresh()",
+            ),
+            Fault(
+                "steps-that-seal-replay-those-that-do-not",
+                "seals=len(plan.seal_block_ids) > 0,",
+                "seals=False,",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/flight.py",
+        "engine/test_decode_graphs",
+        [
+            Fault(
+                "a-request-takes-the-token-of-one-that-ended",
+                "places[self.scheduled.sampled_seq_ids[self.goes_on]] = self.goes_on.nonzero()[0]",
+                "places[self.scheduled.sampled_seq_ids] = np.arange(len(self.goes_on))",
+            ),
+            Fault(
+                "a-step-is-not-told-what-was-drawn",
+                "following.token_ids[last] = self.token_ids[sources[is_ours]]",
+                "pass",
             ),
         ],
     ),

@@ -7,7 +7,6 @@ its rows, in tensors that stay where they are, and everything else is made of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
@@ -18,8 +17,6 @@ from torch import Tensor
 from ..step_inputs import StepInputs
 from .groups import DecodeInputs, DecodeRows, Tables
 from .plan import TritonPlan
-
-TILE: Final = 128  # places of a table, or tokens of a block, that are taken at once
 
 
 @triton.jit
@@ -73,6 +70,7 @@ class DecodeStep:
     rows: DecodeRows
     table: Tensor  # [max_num_seqs, WIDTH] int32
     drawn: Tensor  # [max_num_seqs] tokens
+    sizes: Tables
 
     @classmethod
     def empty(
@@ -81,10 +79,8 @@ class DecodeStep:
         table: Tensor,
         drawn: Tensor,
         block_table: Tensor,
+        sizes: Tables,
         *,
-        block_size: int,
-        open_block_size: int,
-        num_head_tokens: int,
         num_sink_tokens: Tensor | None = None,
         window_sizes: Tensor | None = None,
     ) -> DecodeStep:
@@ -104,15 +100,15 @@ class DecodeStep:
             stored_tokens=numbers[:num_rows],
             stored_slots=new(num_rows),
             seal_block_ids=new(0) if rows.seal_block_ids is None else rows.seal_block_ids,
-            seal_sources=new(num_rows if seals else 0, block_size),
-            block_size=block_size,
-            open_block_size=open_block_size,
-            num_head_tokens=num_head_tokens,
+            seal_sources=new(num_rows if seals else 0, sizes.BLOCK_SIZE),
+            block_size=sizes.BLOCK_SIZE,
+            open_block_size=sizes.OPEN_BLOCK_SIZE,
+            num_head_tokens=sizes.NUM_HEAD_TOKENS,
             num_sink_tokens=num_sink_tokens,
             window_sizes=window_sizes,
         )
         plan = TritonPlan(step, slots=step.stored_slots)
-        return cls(plan, new(num_rows), rows, table, drawn)
+        return cls(plan, new(num_rows), rows, table, drawn, sizes)
 
     def refresh(self) -> None:
         """Make the inputs of the step that `rows`, `table` and `drawn` tell of now."""
@@ -123,12 +119,6 @@ class DecodeStep:
             self.table,
             self.drawn,
             DecodeInputs(self.token_ids, step.block_table, step.stored_slots, seal_sources),
-            TABLES=Tables(
-                WIDTH=self.table.shape[1],
-                BLOCK_SIZE=step.block_size,
-                OPEN_BLOCK_SIZE=step.open_block_size,
-                NUM_HEAD_TOKENS=step.num_head_tokens,
-                TILE=TILE,
-            ),
+            TABLES=self.sizes,
             num_warps=1,
         )

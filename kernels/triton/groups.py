@@ -178,7 +178,7 @@ class Tables(NamedTuple):
     BLOCK_SIZE: int
     OPEN_BLOCK_SIZE: int
     NUM_HEAD_TOKENS: int
-    TILE: int  # places that are copied at once
+    TILE: int = 128  # places of a table, or tokens of a block, that are taken at once
 
 
 class Split(NamedTuple):

@@ -127,7 +127,7 @@ class DecodeBatch:
     @cached_property
     def step(self) -> DecodeStep:
         from ..kernels.triton.decode_step import DecodeStep
-        from ..kernels.triton.groups import DecodeRows
+        from ..kernels.triton.groups import DecodeRows, Tables
 
         rows, geometry = self._rows, self.tables.geometry
         return DecodeStep.empty(
@@ -142,9 +142,12 @@ class DecodeBatch:
             self.tables.ids,
             self.tables.drawn,
             self.tables.block_table[: self.kind.num_rows],
-            block_size=geometry.block_size,
-            open_block_size=geometry.open_block_size,
-            num_head_tokens=geometry.num_head_tokens,
+            Tables(
+                WIDTH=self.tables.ids.shape[1],
+                BLOCK_SIZE=geometry.block_size,
+                OPEN_BLOCK_SIZE=geometry.open_block_size,
+                NUM_HEAD_TOKENS=geometry.num_head_tokens,
+            ),
             num_sink_tokens=rows.get("num_sink_tokens"),
             window_sizes=rows.get("window_sizes"),
         )
