@@ -297,6 +297,9 @@ class Engine:
             scheduled = self.scheduler.schedule()
             if scheduled is None:
                 return []
+            if scheduled.swap_outs or scheduled.swap_ins:
+                with self._change:  # blocks that are copied in part are nobody's
+                    self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
             flight = self._launch(scheduled)
         if not self._may_step_ahead(flight):
             return self._land(flight)
@@ -315,9 +318,6 @@ class Engine:
         self._last_names = [request.request_id for request in found if request is not None]
         draws = draws_of(scheduled, self._live)
         shortlists = shortlists_of(scheduled, self._searches)
-        if scheduled.swap_outs or scheduled.swap_ins:
-            with self._change:  # blocks that are copied in part are nobody's
-                self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
         logits, inputs = self.runner.run(
             scheduled.plan,
             scheduled.token_ids,
@@ -338,7 +338,7 @@ class Engine:
     def _may_step_ahead(self, flight: Flight) -> bool:
         """Whether the next step can begin before it is known what this one draws."""
         return (
-            self.runner.graphs is not None
+            self.runner.runs_ahead
             and not self._searches
             and flight.is_simple
             and self.scheduler.may_advance(flight.scheduled)
@@ -358,6 +358,7 @@ class Engine:
             goes_on = flight.goes_on
             scheduled = self.scheduler.schedule()
             if scheduled is not None:
+                self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
                 drawn = flight.drawn_for(scheduled.plan.seq_ids, self.manager.max_num_seqs)
                 if self.runner.takes_drawn(scheduled.plan, scheduled.sampled_token_index):
                     following = self._launch(scheduled, drawn)

@@ -38,6 +38,11 @@ class ModelRunner:
         for copy in swap_ins:
             self.cache.swap_in(copy.device_block_ids, copy.host_block_ids)
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a device computes steps while the host goes on."""
+        return self.graphs is not None
+
     def takes_drawn(self, plan: StepPlan, logit_tokens: IntArray) -> bool:
         """Whether a plan can be run with tokens that are only on the device."""
         return self.graphs is not None and self.graphs.fits(plan, logit_tokens)

@@ -193,6 +193,24 @@ def test_an_interrupted_step_is_computed_again(gpu: PretendGpu) -> None:
         assert tokens == expected[0]
 
 
+def test_the_next_step_begins_before_the_host_waits(gpu: PretendGpu) -> None:
+    """Steps whose tokens are read late end at the same tokens, and their blocks are found again."""
+    prompt = prompts_of(14)
+    with llm_of(tiny_model()) as llm:
+        tokens = tokens_of(llm, prompt, greedy(24))
+        params = [SamplingParams(max_tokens=24, stop_token_ids=[tokens[0][17]])]
+        expected = tokens_of(llm, prompt, params)
+    with on_gpu() as llm:
+        assert tokens_of(llm, prompt, params) == expected
+        waits = [name for name in gpu.log if name.startswith("waited")]
+        for number in range(3, len(waits) - 1):
+            launched, waited = f"launched {number + 1}", f"waited {number}"
+            assert gpu.log.index(launched) < gpu.log.index(waited)
+        before = llm.statistics().num_hit_tokens
+        tokens_of(llm, [prompt[0] + expected[0]], greedy(1))
+        assert llm.statistics().num_hit_tokens - before == 16
+
+
 def test_few_rows_stay_empty() -> None:
     sizes = [rounded_up(count, 300) for count in range(1, 301)]
     assert sizes == sorted(sizes)

@@ -20,6 +20,29 @@ def test_requests_end_as_they_would_alone_whatever_strikes(seed):
     assert traffic.tally.faults.total() == traffic.tally.num_recovered > 10
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_steps_that_begin_before_the_last_one_is_read(seed):
+    """Without faults but what is not finite, so that many do; then whatever strikes."""
+    calm = Rates(line_fault=0, runner_fault=0, spoilt=0.02)
+    for rates in (calm, BUSY):
+        traffic = EngineTraffic(seed, rates=rates, runs_ahead=True)
+        num_ahead = count_calls(traffic.engine, "_step_ahead")
+        traffic.serve(30)
+        assert num_ahead["_step_ahead"] > 3
+
+
+def count_calls(engine, name):
+    """How often a method of the engine is called, as a `Counter` that goes on counting."""
+    counts, method = Counter(), getattr(engine, name)
+
+    def count_and_call(*arguments):
+        counts[name] += 1
+        return method(*arguments)
+
+    setattr(engine, name, count_and_call)
+    return counts
+
+
 def test_another_thread_may_abort_meanwhile():
     traffic = EngineTraffic(3, rates=Rates(abort=0.3), has_thread=True)
     traffic.serve(80)

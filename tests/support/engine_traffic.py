@@ -74,8 +74,16 @@ class Sent:
 class EngineTraffic:
     """One engine, what was sent to it, and what must come back."""
 
-    def __init__(self, seed: int, *, rates: Rates | None = None, has_thread: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        rates: Rates | None = None,
+        has_thread: bool = False,
+        runs_ahead: bool = False,
+    ) -> None:
         self.seed = seed
+        self.runs_ahead = runs_ahead
         self.rates = Rates() if rates is None else rates
         self.random = random.Random(seed)
         self.tally = Tally()
@@ -125,7 +133,7 @@ class EngineTraffic:
             watermark=choice([0.0, 0.01, 0.1]),
             swap_cost=choice([0.1, 0.5, 1.0]),
         )
-        self.runner = SimulatedRunner(scheduler)
+        self.runner = SimulatedRunner(scheduler, runs_ahead=self.runs_ahead)
         self.runner.on_run, self.runner.after_run = self._on_run, self._after_run
         self.runner.on_copy = self._after_run
         return Engine(self.runner, scheduler, ENDS)  # type: ignore[arg-type]
@@ -136,7 +144,8 @@ class EngineTraffic:
         return (
             f"seed {self.seed}, {self.shape}, {manager.num_blocks} blocks, {num_host} on the host, "
             f"{manager.max_num_seqs} sequences, token_budget {scheduler.token_budget}, "
-            f"prefix_caching={manager.prefix_cache is not None}, step {self._num_steps}"
+            f"prefix_caching={manager.prefix_cache is not None}, runs_ahead={self.runs_ahead}, "
+            f"step {self._num_steps}"
         )
 
     # -- the whole ------------------------------------------------------------------------------
@@ -295,11 +304,7 @@ class EngineTraffic:
 
     def _names_of_last_step(self) -> list[str]:
         """Of its requests, and of the samples that wait for these to compute their prompt."""
-        scheduled = self.engine._last_step
-        if scheduled is None:
-            return []
-        found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
-        names = [request.request_id for request in found if request is not None]
+        names = list(self.engine._last_names)
         lives = [self.engine._live[name] for name in names if name in self.engine._live]
         names += [sibling.request_id for live in lives for sibling in live.siblings]
         return [name for name in names if name in self.sent]

@@ -109,10 +109,11 @@ class PretendEvent:
         self.gpu = gpu
 
     def record(self, stream: None) -> None:
-        self.gpu.log.append("recorded")
+        self.number = sum(entry.startswith("launched") for entry in self.gpu.log)
+        self.gpu.log.append(f"launched {self.number}")
 
     def synchronize(self) -> None:
-        self.gpu.log.append("waited")
+        self.gpu.log.append(f"waited {self.number}")
 
 
 class PretendGpu(TorchDispatchMode):
@@ -122,7 +123,7 @@ class PretendGpu(TorchDispatchMode):
         super().__init__()
         self.traffic = Traffic()
         self.graphs: list[PretendGraph] = []
-        self.log: list[str] = []  # when the host waited for what it had launched
+        self.log: list[str] = []  # "launched 5" where an event was recorded, "waited 5"
         self._captured: PretendGraph | None = None
         self._pinned: set[int] = set()
 

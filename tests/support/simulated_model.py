@@ -18,6 +18,7 @@ from torch import Tensor
 from paged_kv.blocks.geometry import IntArray
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.blocks.step_plan import StepPlan
+from paged_kv.cache.decode_tables import Drawn
 from paged_kv.engine.beam_search import BeamSearch, BeamSearchParams
 from paged_kv.engine.sampler import Shortlist, uniform_numbers
 from paged_kv.engine.sampling_params import SamplingParams
@@ -81,7 +82,8 @@ class SimulatedRunner:
     everything is written, and may raise; so may `on_copy()`, between two copies.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, *, runs_ahead: bool = False) -> None:
+        self.runs_ahead = runs_ahead
         self.model = SimulatedModel()
         self.cache = None
         self.scheduler = scheduler
@@ -98,14 +100,23 @@ class SimulatedRunner:
             self.contents.swap_in(copy.device_block_ids, copy.host_block_ids)
             self.on_copy()
 
+    def takes_drawn(self, plan: StepPlan, logit_tokens: IntArray) -> bool:
+        """As `ModelRunner.takes_drawn`; some of the plans could not be captured."""
+        return plan.is_decode and len(logit_tokens) == plan.num_tokens and plan.number % 5 < 4
+
     def run(
         self,
         plan: StepPlan,
         token_ids: IntArray,
         logit_tokens: IntArray,
         extra: Mapping[str, NDArray[Any]],
+        drawn: Drawn | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `ModelRunner.run`."""
+        if drawn is not None:
+            assert self.takes_drawn(plan, logit_tokens)
+            is_drawn = drawn.sources >= 0
+            token_ids[is_drawn] = drawn.token_ids.numpy()[drawn.sources[is_drawn]]
         self.contents.poison_free(kept=plan.copy_sources)
         requests: list[Request] = self.scheduler._running.by_seq_id[plan.seq_ids].tolist()
         spoilt_row = self.on_run(requests)
