@@ -16,8 +16,7 @@ test: $(VENV)/.installed lint
 
 # What the compiler makes of Triton's kernels for two kinds of GPU, run on an emulated one: some whole
 # attention calls in every format, faults planted in every kernel, and what is expected of a GPU's
-# arithmetic. `test-ptx`: every format with
-# many shapes and rules; QUICK=--quick: a few.
+# arithmetic. `test-ptx`: every format with many shapes and rules; QUICK=--quick: a few.
 test-emulated: $(VENV)/.installed
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 --dist loadgroup -q tests/kernels/test_ptx.py tests/kernels/test_ptx_faults.py tests/kernels/test_gpu_expectations.py
 
