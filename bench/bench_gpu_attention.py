@@ -8,7 +8,8 @@ second cache; the median counts. Baselines: what a large copy moves (reads and w
 the bytes that the case has to read, metadata included; and those of peers/gpu_attention.py, timed
 in the same way on K/V of the same shape, once each of them has given what SDPA gives. The row of a
 peer that cannot run says why. A case is written as soon as it is measured, and the same command
-goes on behind it, if code and device are the same. --copy measures copies alone, of several sizes.
+goes on behind it, or behind the one that failed, if code and device are the same. --copy measures
+copies alone, of several sizes.
 
 On a CPU with TRITON_INTERPRET=1 only --quick makes sense: it shows that all of it runs.
 """
@@ -28,7 +29,7 @@ from traceback import format_exception_only
 import numpy as np
 import torch
 from peers.gpu_attention import CONTIGUOUS, PEERS, Contents, Peer, relative_error
-from report import Row, add_arguments, kept_rows, write_report
+from report import Row, add_arguments, failure_row, kept_rows, write_report
 from torch import Tensor
 
 from paged_kv.cache.backend import Backend, choose_backend
@@ -271,6 +272,9 @@ def run(quick: bool, json_file: Path | None) -> None:
             rows += rows_of(case, copied)
         except torch.OutOfMemoryError:
             print(f"{case.name}: not enough memory", flush=True)
+        except Exception as error:
+            write_report("attention on a GPU", [*rows, failure_row(case.name, error)], json_file)
+            raise  # a GPU that has failed does nothing more for this process
         write_report("attention on a GPU", rows, json_file)  # as far as it got
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from traceback import format_exception_only
 
 import torch
 
@@ -66,6 +67,12 @@ def kept_rows(json_file: Path | None) -> list[Row]:
     if (report["commit"], report["device"]) != (COMMIT, device()):
         return []
     return [Row(**row) for row in report["rows"]]
+
+
+def failure_row(case: str, error: Exception) -> Row:
+    """In place of a figure, so that whoever goes on with these rows does not fail there again."""
+    reason = format_exception_only(error)[0].splitlines()[0]
+    return Row(case=case, metric=f"failed: {reason}", value=0, unit="")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

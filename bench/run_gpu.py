@@ -85,11 +85,12 @@ def stages(folder: Path) -> list[Stage]:
         uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # so that every bound is seen
         return stage._replace(command=(*uncached, *checker, *stage.command), lacking=lacking)
 
+    workers = ("-n", str(min(12, os.cpu_count() or 1)))  # they compile for most of the time
     answers = ("--answers", str(folder / "expectations.npz"))
     expectations = measuring("expectations", "tools/gpu_expectations.py", *answers)
     plugin = ("--dtype", "bfloat16", "--rounds", "1", "--peers", *VLLM_CACHES)
     return [
-        testing("tests", KERNEL_TESTS, *(("-n", "8") if find_spec("xdist") else ())),
+        testing("tests", KERNEL_TESTS, *(workers if find_spec("xdist") else ())),
         expectations._replace(results=("expectations.json", "expectations.npz"), answers=(0, 1)),
         measuring("copy", "bench_gpu_attention.py", "--copy"),
         measuring("sweep", "bench_gpu_attention.py"),

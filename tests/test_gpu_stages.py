@@ -206,6 +206,25 @@ def test_the_sweep_measures_what_is_missing(tmp_path, monkeypatch):
     assert [row.case for row in kept_rows(file)] == ["copy of 4 MiB", "copy of 16 MiB"]
 
 
+def test_the_sweep_goes_on_behind_what_failed(tmp_path, monkeypatch):
+    first, *others = (case.name for case in bench_gpu_attention.QUICK_CASES)
+
+    def rows_of(case: bench_gpu_attention.Case, copied: float) -> list[Row]:
+        if case.name == first:
+            raise RuntimeError("an illegal memory access\nat length")
+        return [Row(case=case.name, metric="decode us", value=1.0, unit="us")]
+
+    monkeypatch.setattr(bench_gpu_attention, "rows_of", rows_of)
+    monkeypatch.setattr(bench_gpu_attention, "copy_bandwidth", lambda num_bytes: 1e9)
+    file = tmp_path / "sweep.json"
+    with pytest.raises(RuntimeError):
+        bench_gpu_attention.run(True, file)
+    bench_gpu_attention.run(True, file)
+    rows = kept_rows(file)
+    assert [row.case for row in rows] == ["copy", first, *others]
+    assert rows[1].metric == "failed: RuntimeError: an illegal memory access"
+
+
 def sweep_rows() -> list[Row]:
     rows = [Row(case="copy", metric="bytes read and written", value=4000, unit="GB/s")]
     for shape in ("64x32768, 4 queries a head", "1x131072, 8 queries a head"):

@@ -6,7 +6,8 @@ Candidates are what spills no register and fits shared memory on sm_80 and on sm
 is timed through the backend's own call, on layers of `bench_gpu_attention`; where there is none,
 those with the fewest warp-instructions for each K/V byte in the loop over context on sm_90 are
 best. The best of each key is printed as a line of its table, and written as soon as it is known;
-the same command goes on with the next key. Chunks (more query rows) are left out.
+the same command goes on with the next key, also behind one that failed. Chunks (more query rows)
+are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 from bench_gpu_attention import Case, attend_of, make_layer, seconds_of
-from report import Row, add_arguments, kept_rows, write_report
+from report import Row, add_arguments, failure_row, kept_rows, write_report
 from tools.kernel_launches import META, context_loop_density, recorded_kernels
 from tools.machine_code import SHARED_MEMORY_LIMIT
 from triton.runtime.errors import TritonError
@@ -200,10 +201,16 @@ def main() -> None:
             for key in keys
         }
         for key, futures in compiled.items():
-            figures, metric, unit = fitting(futures), "warp-instructions", "/KV byte"
-            if has_gpu:
-                figures, metric, unit = time_on_gpu(key, figures), "decode us", "us"
-            rows += rows_of_best(key, figures, metric, unit)
+            try:
+                figures, metric, unit = fitting(futures), "warp-instructions", "/KV byte"
+                if has_gpu:
+                    figures, metric, unit = time_on_gpu(key, figures), "decode us", "us"
+                rows += rows_of_best(key, figures, metric, unit)
+            except Exception as error:
+                rows.append(failure_row(case_name(key, SHAPES[0]), error))
+                write_report("tune", rows, arguments.json)
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise  # a GPU that has failed does nothing more for this process
             write_report("tune", rows, arguments.json)  # as far as it got
 
 
