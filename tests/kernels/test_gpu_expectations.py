@@ -90,8 +90,10 @@ def test_noise_is_told_beside_the_emulated_gpu(compiled):
     for row in rows_of(emulated, True):  # noise is added to what is rounded already
         assert row.ratio is None or (row.case in APPROXIMATE and row.ratio > 0.5), row
     exact = emulated_answers(True, 90, Settings(), compiled)
-    rows = rows_beside(emulated, dict.fromkeys(("exact", "ampere", "hopper"), exact))
-    assert {row.case for row in rows if row.value} == APPROXIMATE
+    rows = rows_beside(emulated, dict.fromkeys(("exact", "ampere", "hopper"), exact), True)
+    differing = {row.case for row in rows if row.metric.startswith("differ") and row.value}
+    assert differing == APPROXIMATE
+    assert all(row.value == row.baseline_value for row in rows if row.metric == "greatest error")
 
 
 def test_differences_are_told():
