@@ -15,10 +15,10 @@ test: $(VENV)/.installed lint
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
 
 # What the compiler makes of Triton's kernels for two kinds of GPU, run on an emulated one: some whole
-# attention calls in every format, and faults planted in every kernel. `test-ptx`: every format with
-# many shapes and rules; QUICK=--quick: a few.
+# attention calls in every format, faults planted in every kernel, and what is expected of a GPU's
+# arithmetic. `test-ptx`: every format with many shapes and rules; QUICK=--quick: a few.
 test-emulated: $(VENV)/.installed
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 --dist loadgroup -q tests/kernels/test_ptx.py tests/kernels/test_ptx_faults.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 --dist loadgroup -q tests/kernels/test_ptx.py tests/kernels/test_ptx_faults.py tests/kernels/test_gpu_expectations.py
 
 test-ptx: $(VENV)/.installed
 	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 PYTHONPATH=bench:. $(BIN)/python -m tests.soak.ptx_matrix $(QUICK) --json bench/results/ptx.json

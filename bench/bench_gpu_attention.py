@@ -5,9 +5,11 @@
 Each case is one layer of `batch x context` with 8 kv heads of 128 channels: bf16 queries, one new
 token a sequence, block ids shuffled. The call is captured in a graph, and replayed with a cold
 second cache; the median counts. Baselines: what a large copy moves (reads and writes counted), over
-the bytes that the case has to read, metadata included; and the peers of gpu_peers.py, timed in the
-same way on K/V of the same shape, once each of them has given what SDPA gives. The row of a peer
-that cannot run says why.
+the bytes that the case has to read, metadata included; and those of peers/gpu_attention.py, timed
+in the same way on K/V of the same shape, once each of them has given what SDPA gives. The row of a
+peer that cannot run says why. A case is written as soon as it is measured, and the same command
+goes on behind it, or behind the one that failed, if code and device are the same. --copy measures
+copies alone, of several sizes.
 
 On a CPU with TRITON_INTERPRET=1 only --quick makes sense: it shows that all of it runs.
 """
@@ -27,7 +29,7 @@ from traceback import format_exception_only
 import numpy as np
 import torch
 from peers.gpu_attention import CONTIGUOUS, PEERS, Contents, Peer, relative_error
-from report import Row, add_arguments, write_report
+from report import Row, add_arguments, failure_row, kept_rows, write_report
 from torch import Tensor
 
 from paged_kv.cache.backend import Backend, choose_backend
@@ -246,14 +248,33 @@ def rows_of(case: Case, copied: float) -> list[Row]:
     return rows + [peer_row(case, seconds, name, timing) for name, timing in timings.items()]
 
 
+def copy_row(case: str, num_bytes: int) -> Row:
+    copied = copy_bandwidth(num_bytes)
+    return Row(case=case, metric="bytes read and written", value=copied / 1e9, unit="GB/s")
+
+
+def run_copies(quick: bool, json_file: Path | None) -> None:
+    sizes = [1 << 22, 1 << 24] if quick else [1 << 24, 1 << 26, 1 << 28, 1 << 30, COPY_BYTES]
+    rows = [copy_row(f"copy of {size >> 20} MiB", size) for size in sizes]
+    write_report("copies on a GPU", rows, json_file)
+
+
 def run(quick: bool, json_file: Path | None) -> None:
-    copied = copy_bandwidth(1 << 24 if quick else COPY_BYTES)
-    rows = [Row(case="copy", metric="bytes read and written", value=copied / 1e9, unit="GB/s")]
+    """Rows of an earlier start stay; what a copy moves is measured anew, for those to come."""
+    ceiling = copy_row("copy", 1 << 24 if quick else COPY_BYTES)
+    copied = ceiling.value * 1e9
+    rows = [ceiling, *(row for row in kept_rows(json_file) if row.case != ceiling.case)]
+    known = {row.case for row in rows}
     for case in QUICK_CASES if quick else CASES:
+        if case.name in known:
+            continue
         try:
             rows += rows_of(case, copied)
         except torch.OutOfMemoryError:
             print(f"{case.name}: not enough memory", flush=True)
+        except Exception as error:
+            write_report("attention on a GPU", [*rows, failure_row(case.name, error)], json_file)
+            raise  # a GPU that has failed does nothing more for this process
         write_report("attention on a GPU", rows, json_file)  # as far as it got
 
 
@@ -261,9 +282,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--copy", action="store_true", help="copies alone")
     add_arguments(parser)
     arguments = parser.parse_args()
-    run(arguments.quick, arguments.json)
+    (run_copies if arguments.copy else run)(arguments.quick, arguments.json)
 
 
 if __name__ == "__main__":

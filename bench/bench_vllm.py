@@ -324,7 +324,7 @@ def main() -> None:
         once = 1 if case.name == "memory" else rounds
         contestants = run_case(case, names, arguments.model, arguments.dtype, once)
         rows += rows_of(case, contestants, figures)
-    write_report("vllm", rows, arguments.json)
+        write_report("vllm", rows, arguments.json)  # as far as it got
 
 
 if __name__ == "__main__":

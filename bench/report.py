@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from traceback import format_exception_only
 
 import torch
 
@@ -16,11 +19,28 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "numba", "xformers", "vl
 ROOT = Path(__file__).resolve().parent.parent
 
 
+SOURCES = ("bench", "kernels", "paged_kv", "scheduler", "tests")
+
+
 def commit() -> str:
-    """The commit that is checked out, marked when files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+    """The commit that is checked out; a digest of the sources, where that alone does not tell."""
+    name = ""
+    if shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        name = result.stdout.strip()
+    if name and not name.endswith("-dirty"):
+        return name
+    return f"{name or 'unknown'}, sources {digest()}"
+
+
+def digest(root: Path = ROOT) -> str:
+    """Of all Python files, which a folder that was copied without its commits still has."""
+    files = {file.resolve() for folder in SOURCES for file in (root / folder).rglob("*.py")}
+    found = sha256()
+    for file in sorted(files):
+        found.update(f"{file.relative_to(root.resolve())}\0".encode() + file.read_bytes())
+    return found.hexdigest()[:8]
 
 
 COMMIT = commit()  # of the code that runs, even if it is committed on meanwhile
@@ -37,6 +57,22 @@ class Row:
     baseline: str | None = None
     baseline_value: float | None = None
     ratio: float | None = None
+
+
+def kept_rows(json_file: Path | None) -> list[Row]:
+    """What was measured before by the same code on the same device, for who goes on with it."""
+    if json_file is None or not json_file.exists():
+        return []
+    report = json.loads(json_file.read_text())
+    if (report["commit"], report["device"]) != (COMMIT, device()):
+        return []
+    return [Row(**row) for row in report["rows"]]
+
+
+def failure_row(case: str, error: Exception) -> Row:
+    """In place of a figure, so that whoever goes on with these rows does not fail there again."""
+    reason = format_exception_only(error)[0].splitlines()[0]
+    return Row(case=case, metric=f"failed: {reason}", value=0, unit="")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +96,9 @@ def write_report(benchmark: str, rows: list[Row], json_file: Path | None) -> Non
         beside = "" if row.baseline is None else f"  {ratio}{row.baseline}"
         print(f"  {row.case:44} {row.metric:28} {row.value:12.4f} {row.unit}{beside}")
     if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        unfinished = json_file.with_name(f"{json_file.name}.part")
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+        unfinished.replace(json_file)  # whoever is stopped here has the one or the other
 
 
 def device() -> str:

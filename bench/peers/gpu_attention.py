@@ -1,8 +1,10 @@
 """Decode attention of other projects on given numbers, for bench_gpu_attention.py to compare with.
 
 It knows how each of them wants its keys, values and pages, and how it is called; it times nothing.
-Peers are torch itself, xformers 0.0.35 and vLLM 0.33, each imported only when its turn comes, and
-run as its own defaults have it. Their pages are shuffled, and large enough for all of them.
+Peers are torch itself, xformers 0.0.35, FlashInfer 0.6 and vLLM 0.33, each imported only when its
+turn comes, and run as its own defaults have it; but FlashInfer with tensor cores, as it advises for
+groups of query heads, a call that has not been run yet. Their pages are shuffled, and large enough
+for all of them.
 """
 
 from __future__ import annotations
@@ -188,6 +190,34 @@ def prepare_split_k(contents: Contents, stored: Callable[[Tensor], Tensor]) -> D
     return decode
 
 
+# -- FlashInfer -----------------------------------------------------------------------------------
+
+
+def prepare_flashinfer(contents: Contents) -> Decode:
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    query, device = contents.query, contents.query.device
+    batch, num_heads, context, head_dim = contents.keys.shape
+    page_table = shuffled_page_table(contents)
+    num_pages = page_table.shape[1]
+    pages = tuple(into_pages(part, page_table) for part in (contents.keys, contents.values))
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    last_page = context - (num_pages - 1) * PAGE_TOKENS
+    wrapper.plan(
+        torch.arange(batch + 1, dtype=torch.int32, device=device) * num_pages,
+        page_table.flatten(),
+        torch.full((batch,), last_page, dtype=torch.int32, device=device),
+        query.shape[1],
+        num_heads,
+        head_dim,
+        PAGE_TOKENS,
+        q_data_type=query.dtype,
+        kv_data_type=query.dtype,
+    )
+    return lambda: wrapper.run(query, pages)
+
+
 # -- vLLM -----------------------------------------------------------------------------------------
 
 
@@ -242,5 +272,6 @@ PEERS = (
     Peer("paged bf16 flex_attention", prepare_flex_attention),
     Peer("paged bf16 xformers split-K", partial(prepare_split_k, stored=unchanged)),
     Peer("paged int4 xformers split-K", partial(prepare_split_k, stored=int4_rows)),
+    Peer("paged bf16 FlashInfer", prepare_flashinfer),
     Peer("paged bf16 vLLM unified", prepare_unified_attention),
 )

@@ -1,11 +1,13 @@
-"""Re-tunes the launches of decoding in `kernels/triton_launch.py`: tile, warps, pipeline stages.
+"""Re-tunes the launches of decoding in `kernels/triton/launch.py`: tile, warps, pipeline stages.
 
     PYTHONPATH=bench python bench/tools/tune.py --json bench/results/tune.json
 
 Candidates are what spills no register and fits shared memory on sm_80 and on sm_90. On a GPU each
 is timed through the backend's own call, on layers of `bench_gpu_attention`; where there is none,
 those with the fewest warp-instructions for each K/V byte in the loop over context on sm_90 are
-best. The best of each key is printed as a line of its table. Chunks (more query rows) are left out.
+best. The best of each key is printed as a line of its table, and written as soon as it is known;
+the same command goes on with the next key, also behind one that failed. Chunks (more query rows)
+are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 from bench_gpu_attention import Case, attend_of, make_layer, seconds_of
-from report import Row, add_arguments, write_report
+from report import Row, add_arguments, failure_row, kept_rows, write_report
 from tools.kernel_launches import META, context_loop_density, recorded_kernels
 from tools.machine_code import SHARED_MEMORY_LIMIT
 from triton.runtime.errors import TritonError
@@ -147,6 +149,15 @@ def time_on_gpu(key: Key, launches: Collection[Launch]) -> dict[Launch, list[flo
     return times
 
 
+def case_name(key: Key, shape: tuple[int, int]) -> str:
+    return f"{key.case(*shape).name}, D={key.head_dim}"
+
+
+def unmeasured(keys: Collection[Key], rows: Collection[Row]) -> list[Key]:
+    known = {row.case for row in rows}
+    return [key for key in keys if not any(case_name(key, shape) in known for shape in SHAPES)]
+
+
 def rows_of_best(
     key: Key, figures: Mapping[Launch, list[float]], metric: str, unit: str
 ) -> list[Row]:
@@ -157,7 +168,7 @@ def rows_of_best(
     print(f"    {entry}  # {key.table_name} had Launch{tuple(key.present)}", flush=True)
     return [
         Row(
-            case=f"{key.case(*shape).name}, D={key.head_dim}",
+            case=case_name(key, shape),
             metric=metric,
             value=value,
             unit=unit,
@@ -179,20 +190,27 @@ def main() -> None:
     # What is compiled here beforehand, by all cores, is what the GPU will find on disk.
     shapes = SHAPES if has_gpu else SHAPES[:1]
     processors = triton_plan.num_processors(CUDA) if has_gpu else H100_PROCESSORS
-    rows: list[Row] = []
+    rows = kept_rows(arguments.json)
+    keys = unmeasured(KEYS[:1] if arguments.quick else KEYS, rows)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         compiled = {
             key: {
                 launch: pool.submit(instructions, key, launch, shapes, processors)
                 for launch in candidates(key)
             }
-            for key in (KEYS[:1] if arguments.quick else KEYS)
+            for key in keys
         }
         for key, futures in compiled.items():
-            figures, metric, unit = fitting(futures), "warp-instructions", "/KV byte"
-            if has_gpu:
-                figures, metric, unit = time_on_gpu(key, figures), "decode us", "us"
-            rows += rows_of_best(key, figures, metric, unit)
+            try:
+                figures, metric, unit = fitting(futures), "warp-instructions", "/KV byte"
+                if has_gpu:
+                    figures, metric, unit = time_on_gpu(key, figures), "decode us", "us"
+                rows += rows_of_best(key, figures, metric, unit)
+            except Exception as error:
+                rows.append(failure_row(case_name(key, SHAPES[0]), error))
+                write_report("tune", rows, arguments.json)
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise  # a GPU that has failed does nothing more for this process
             write_report("tune", rows, arguments.json)  # as far as it got
 
 

@@ -7,7 +7,15 @@ import torch
 import triton
 from tools import tune
 from tools.kernel_launches import META
-from tools.tune import KEYS, Key, candidates, instructions, rows_of_best, time_on_gpu
+from tools.tune import (
+    KEYS,
+    Key,
+    candidates,
+    instructions,
+    rows_of_best,
+    time_on_gpu,
+    unmeasured,
+)
 
 from paged_kv.kernels.triton.launch import NARROW_LAUNCHES, WIDE_LAUNCHES, Launch, sealed_launch
 
@@ -74,6 +82,7 @@ def test_timing_keeps_what_runs_and_reports_the_best(monkeypatch, capsys):
     assert "Launch(tile=24" in capsys.readouterr().out
     rows = rows_of_best(INT8, times, "decode us", "us")
     assert [(row.value, row.ratio) for row in rows] == [(64e6, 2), (64e6, 2)]
+    assert unmeasured([INT8, INT2], rows) == [INT2]
     assert capsys.readouterr().out.startswith("    (8, 8): Launch(64, 2, 3),  # NARROW_LAUNCHES")
 
 
