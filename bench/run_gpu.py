@@ -95,6 +95,7 @@ def stages(folder: Path) -> list[Stage]:
         measuring("copy", "bench_gpu_attention.py", "--copy"),
         measuring("sweep", "bench_gpu_attention.py"),
         measuring("tune", "tools/tune.py"),
+        measuring("graphs", "bench_decode_graphs.py", lacking=missing("transformers")),
         measuring(
             "serving",
             "bench_throughput.py",

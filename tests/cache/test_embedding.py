@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -190,3 +192,39 @@ def test_tensors_of_another_step_or_precision_are_refused():
 def test_kernels_are_compiled_before_there_is_an_arena():
     for kv_format in (NATIVE, INT2):
         warm_up(layer_of(kv_format), torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("kv_format", [INT8, INT2], ids=lambda kv_format: kv_format.name)
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_gpu_is_given_a_step_in_one_copy_and_waited_for_by_nobody(kv_format):
+    """A prompt, and decode steps of which one seals a block where its own tokens are."""
+    from tests.support.pretend_gpu import GPU, pretend_gpu
+
+    layer, geometry = (
+        layer_of(kv_format, 1),
+        cache_geometry([layer_of(kv_format, 1)], torch.float32),
+    )
+    record_bytes = layer.record_layout(torch.float32).record_bytes
+    sealed_at = geometry.num_head_tokens + geometry.min_tail_tokens + geometry.block_size
+    lengths = [0, sealed_at - 1, sealed_at, sealed_at + 1]
+    table = np.arange(geometry.table_width(lengths[-1]))[None].astype(np.int32)
+    num_seals = []
+    with pretend_gpu() as gpu:
+        arena = torch.zeros(table.size, 1, record_bytes, dtype=torch.uint8, device=GPU)
+        embedded = EmbeddedLayer(arena, layer, torch.float32, geometry)
+        for before, after in pairwise(lengths):
+            count = after - before
+            new = NewTokens(*(torch.ones(count, 1, SIZE, device=GPU) for _ in range(3)))
+            with gpu.watching() as traffic:
+                starts, ends = np.array([0, count]), np.array([after])
+                step = step_from_block_table(geometry, starts, ends, table, GPU)
+                plan = embedded.backend.plan(step)
+                output = embedded.attend_and_store(new, plan, ScoreRules(SIZE**-0.5))
+            num_seals.append(len(step.seal_block_ids))
+            assert traffic.waits == []
+            assert traffic.to_host == 0
+            assert output.cpu().isfinite().all()
+    assert num_seals == [0, 1, 0]
+    assert traffic.to_device == 1
