@@ -55,9 +55,8 @@ def gather_tokens(open_blocks: Tensor, new_tokens: Tensor, sources: Tensor) -> T
     slots = sources.clamp(min=0)
     open_block_size = open_blocks.shape[2]
     stored = open_blocks[slots // open_block_size, :, slots % open_block_size]
-    tokens = torch.where(
-        is_new[:, None, None], tokens, stored
-    )  # no mask: a GPU would be waited for
+    # Without masks, for which a GPU would have to be waited for.
+    tokens = torch.where(is_new[:, None, None], tokens, stored)
     return tokens.reshape(num_blocks, block_size, *tokens.shape[1:]).transpose(1, 2)
 
 
