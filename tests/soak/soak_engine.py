@@ -171,7 +171,10 @@ def soak_simulated(count: int, seed: int, only: int | None, clock: Clock) -> Soa
     """Engines on a simulated model, by turns."""
     soak = Soak("simulated model")
     numbers = range(NUM_ENGINES) if only is None else [only]
-    engines = {n: EngineTraffic(1000 * seed + n, has_thread=n % 4 == 3) for n in numbers}
+    engines = {
+        n: EngineTraffic(1000 * seed + n, has_thread=n % 4 == 3, runs_ahead=n % 4 > 1)
+        for n in numbers
+    }
     done = Tally()  # of engines that failed
     for number in itertools.cycle(numbers):
         if soak.tally.num_requests >= count or not engines or clock.is_over:
