@@ -365,13 +365,13 @@ class Scheduler(Roster):
     def may_advance(self, step: ScheduledStep) -> bool:
         """Whether the step after this one can be scheduled before its tokens are known.
 
-        All that run have one token computed in it, and whatever the next step computes fits beside
-        them: what is preempted would take its tokens along.
+        All that run sample in it, and what they compute in the next step is sure to fit: what is
+        preempted would take its tokens along.
         """
         running, num_free = self._running, self.manager.num_free_blocks
         most_new = 2 * len(running)  # each takes an open block and a sealed one at most
         return (
-            len(step.sampled_seq_ids) == step.plan.num_tokens == len(running)
+            len(step.sampled_seq_ids) == len(running)
             and not (running.branching or running.paused)
             and num_free >= most_new
         )

@@ -1206,6 +1206,12 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
                 "entrypoints/test_llm",
             ),
             Fault(
+                "samples-start-from-a-leader-that-is-gone",
+                "self.live.is_unfinished and self.live.leader is self.leader",
+                "self.live.is_unfinished",
+                "engine/test_steps_ahead",
+            ),
+            Fault(
                 "all-samples-draw-the-same-numbers",
                 "[draw.live.sample_index for draw in random]",
                 "[0 for draw in random]",
@@ -1213,6 +1219,22 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         ],
     ),
     # -- decode steps on a GPU --------------------------------------------------------------------
+    *faults_in(
+        "scheduler/scheduler.py",
+        "engine/test_steps_ahead",
+        [
+            Fault(
+                "a-step-begins-early-though-blocks-are-scarce",
+                "and num_free >= most_new",
+                "and num_free >= 0",
+            ),
+            Fault(
+                "a-step-begins-early-beside-paused-requests",
+                "and not (running.branching or running.paused)",
+                "and not running.branching",
+            ),
+        ],
+    ),
     *faults_in(
         "paged_kv/blocks/table_replica.py",
         "cache/test_decode_tables",
@@ -1278,7 +1300,7 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
     ),
     *faults_in(
         "paged_kv/engine/flight.py",
-        "engine/test_decode_graphs",
+        "engine/test_steps_ahead",
         [
             Fault(
                 "a-request-takes-the-token-of-one-that-ended",

@@ -370,7 +370,7 @@ class Engine:
             updates: list[SequenceUpdate | SearchUpdate] = [
                 self._advance(draw)
                 for draw in flight.draws
-                if draw.live.is_unfinished and not draw.is_tried_again
+                if draw.is_wanted and not draw.is_tried_again
             ]
             self._flight = following
         if not all(draw.is_finite for draw in flight.draws):
@@ -385,11 +385,7 @@ class Engine:
     ) -> list[SequenceUpdate | SearchUpdate]:
         """Commit the step: requests get their tokens, siblings start, who is done is finished."""
         aborted = set(self._aborted)
-        wanted = [
-            draw
-            for draw in draws
-            if draw.live.is_unfinished and draw.live.request_id not in aborted
-        ]
+        wanted = [d for d in draws if d.is_wanted and d.live.request_id not in aborted]
         token_ids = np.zeros(len(scheduled.sampled_seq_ids), dtype=np.int64)
         is_spoilt = np.zeros(len(token_ids), dtype=np.bool_)
         forks: list[Fork] = []

@@ -108,6 +108,11 @@ class TokenDraw(Draw):
     leader: LiveRequest | None = None
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether its request still waits for it: it may be over, or have lost its leader."""
+        return self.live.is_unfinished and self.live.leader is self.leader
+
+    @property
     def is_to_be_retried(self) -> bool:
         """Whether the scheduler started the request again instead of taking what was drawn."""
         drawn_from = self.live if self.leader is None else self.leader

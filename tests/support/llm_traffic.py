@@ -400,12 +400,13 @@ class LLMTraffic:
         return self._jobs[tuple(request.prompt_token_ids.tolist())]  # type: ignore[union-attr]
 
     def _note_failing_step(self, error: Exception) -> int:
-        scheduled = self.llm.engine._last_step
-        if scheduled is not None:
-            found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
-            for request in found:
-                if request is not None:
-                    self._job_of(request).may_fail = True
+        engine = self.llm.engine
+        known = {live.request_id: live.request for live in engine._live.values()}
+        known |= {name: search.request for name, search in engine._searches.items()}
+        names = [name for name in engine._last_names if name in known]
+        if names:
+            for name in names:
+                self._job_of(known[name]).may_fail = True
             self.tally.events["steps that ended their requests"] += 1
         return self._fail_step(error)
 
