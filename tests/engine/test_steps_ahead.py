@@ -110,6 +110,22 @@ def test_a_request_may_be_paused_and_go_on_while_its_step_is_under_way(when: int
         assert live.token_ids.tolist() == alone(live, prompt)
 
 
+def test_a_paused_request_makes_room_with_all_its_tokens() -> None:
+    """Another one takes its only sequence while its last token is on the way."""
+    engine = engine_of(max_num_seqs=1)
+    (first,) = engine.add_request("first", [1, 2], params_of(8))
+    engine.step()
+    assert engine._flight is not None
+    engine.pause("first")
+    (second,) = engine.add_request("second", [3, 4, 5], params_of(3))
+    while second.is_unfinished:
+        engine.step()
+    engine.resume("first")
+    drain(engine)
+    assert engine.scheduler.statistics().num_preemptions == 1
+    assert first.token_ids.tolist() == alone(first, [1, 2])
+
+
 def test_nothing_begins_early_where_a_sequence_might_have_to_make_room() -> None:
     """Its last token would not be known when its tokens are put away."""
     engine = engine_of(num_blocks=14)
