@@ -61,24 +61,14 @@ class DecodeGraphs:
     `num_bytes` of the device's memory were taken by capturing.
     """
 
-    def __init__(
-        self,
-        model: PagedModel,
-        cache: PagedKVCache,
-        manager: BlockManager,
-        capture: Capture | None = None,
-    ) -> None:
+    def __init__(self, model: PagedModel, cache: PagedKVCache, manager: BlockManager) -> None:
         self.model = model
         self.cache = cache
         self.tables = cache.decode_tables(manager)
         self.is_enabled = True
         self.num_bytes = 0
-        self._capture = cuda_capture(cache.device) if capture is None else capture
+        self._capture = cuda_capture(cache.device)
         self._entries: dict[BatchKind, _Entry] = {}
-
-    @property
-    def num_graphs(self) -> int:
-        return sum(entry.graph is not None for entry in self._entries.values())
 
     def fits(self, plan: StepPlan, logit_tokens: IntArray) -> bool:
         """Whether a plan is a decode step all of whose logits are wanted."""
@@ -159,5 +149,6 @@ def cuda_capture(device: torch.device) -> Capture:
 
 
 def reserved_bytes(device: torch.device) -> int:
-    """Of the device's memory, what torch has taken."""
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+    """Of the device's memory, what torch holds and uses."""
+    torch.cuda.empty_cache()  # as capturing does
+    return torch.cuda.memory_reserved(device)
