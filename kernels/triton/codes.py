@@ -99,6 +99,22 @@ def signed_codes(codes):
 
 
 @triton.jit
+def unsigned_codes(codes):
+    """A byte alone is the fp16 number code * CODE_UNIT: half the instructions of `signed_codes`."""
+    if INTERPRETED:
+        return plane_of_codes(codes, 0, 8)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
 def codes_of_plane(codes, shift, BITS: tl.constexpr):
     """The bits of one plane, `shift` of which are below it, as whole fp16 numbers.
 

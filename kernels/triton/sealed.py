@@ -34,6 +34,7 @@ from .codes import (
     planes_of_tiles,
     rounded_to,
     signed_codes,
+    unsigned_codes,
 )
 from .rows import load_channels, load_queries, store_part
 
@@ -227,6 +228,14 @@ def score_token_keys(keys, queries, scales, factor, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def unsigned_planes(tiles):
+    planes = ()
+    for tile in tl.static_range(len(tiles)):
+        planes = planes + (unsigned_codes(tiles[tile]),)
+    return planes
+
+
+@triton.jit
 def score_planes(
     codes,
     queries,
@@ -248,11 +257,14 @@ def score_planes(
     TILES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES // TILE
     PLANES_OF_GROUP: tl.constexpr = max(PLANES // LAYOUT.NUM_KEY_GROUPS, 1)
     IS_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
-    UNIT: tl.constexpr = 1.0 if LAYOUT.KEY_BITS == 8 else 1.0 / CODE_UNIT
+    UNIT: tl.constexpr = 1.0 / CODE_UNIT
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     exists = channel < SHAPE.KEY_DIM
     none = tl.zeros([TILE, queries.shape[1]], tl.float32)
-    planes = planes_of_tiles(keys, None, LAYOUT.KEY_BITS)
+    if LAYOUT.KEY_BITS == 8:
+        planes = unsigned_planes(keys)
+    else:
+        planes = planes_of_tiles(keys, None, LAYOUT.KEY_BITS)
     if LAYOUT.NUM_WIDE > 0:
         wide_queries, wide_channel = wide
         wide_planes = planes_of_tiles(wide_keys, None, LAYOUT.WIDE_BITS)
@@ -266,19 +278,21 @@ def score_planes(
             scales = load_padded(scales_and_zeros[0] + at, exists, IS_PADDED)
             zeros = load_padded(scales_and_zeros[1] + at, exists, IS_PADDED)
             scaled = queries * scales[:, None]
+            if LAYOUT.KEY_BITS == 8:
+                zeros -= 128.0 * scales
             # The same sum for every token: a product is the cheapest way to have it in all rows.
-            zeros = tl.broadcast_to(zeros[None, :], keys[0].shape)
-            zero_scores = dot(zeros, queries, none) * factor
+            units = tl.full(keys[0].shape, CODE_UNIT, tl.float16)
+            zero_products = dot(units, queries * zeros[:, None], none)
             if LAYOUT.NUM_WIDE > 0:
                 scales = tl.load(scales_and_zeros[0] + group * SHAPE.KEY_DIM + wide_channel)
                 wide_scaled = wide_queries * scales[:, None]
-        unit = factor * (UNIT / (1 << bits_below(plane, KEY_TILES, LAYOUT.KEY_BITS)))
-        products = dot(planes[plane], scaled, none)
+        below = 1 << bits_below(plane, KEY_TILES, LAYOUT.KEY_BITS)
+        products = dot(planes[plane], scaled, zero_products * below)
         if LAYOUT.NUM_WIDE > 0:
             # Wide codes of a plane may have more bits below them than its codes.
             if plane % KEY_TILES >= WIDE_TILES:
                 products = dot(wide_planes[plane], wide_scaled * WIDE_UNIT, products)
             else:
                 products = dot(wide_planes[plane], wide_scaled, products)
-        scores = scores + (products * unit + zero_scores,)
+        scores = scores + (products * (factor * (UNIT / below)),)
     return scores
