@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .body import begin_body, load_block_id
+from .body import begin_body, load_block_id, record_of
 from .codes import (
     CODE_UNIT,
     HEADROOM,
@@ -34,10 +34,10 @@ from .codes import (
     planes_of_tiles,
     rounded_to,
     signed_codes,
-    unsigned_codes,
 )
 from .rows import load_channels, load_queries, store_part
 
+SMALL = tl.constexpr(2.0**-6)  # of a query's product with a zero point, fp16 holds 2 ** 22
 LEAST_SCALE = tl.constexpr(2.0**-24)  # the least fp16 number; codes of a scale of 0 are all 0
 
 
@@ -108,7 +108,7 @@ def attend_sealed(
     # The next block is looked up one turn ahead: what waits for another load is not pipelined.
     following = load_block_id(table, start_block, start < end, LAYOUT)
     for index in range(start, end):
-        record = (following * SHAPE.NUM_KV_HEADS + kv_head) * LAYOUT.RECORD_SIZE
+        record = record_of(following, kv_head, SHAPE, LAYOUT)
         following = load_block_id(table, tl.minimum(index + 1, end - 1) // TILES, None, LAYOUT)
         first_row = index % TILES * TILE  # of every plane
         keys = load_tiles(
@@ -162,7 +162,7 @@ def attend_sealed(
         totals = totals * shrink
         zero_part = zero_part * shrink
         output = output * shrink
-        planes = planes_of_tiles(values, upper_values, LAYOUT.LOWER_VALUE_BITS)
+        planes = planes_of_tiles(values, upper_values, LAYOUT.LOWER_VALUE_BITS, IS_SIGNED=True)
         for plane in tl.static_range(PLANES):
             weights = fast_exp2(exponents[plane] - reference[None, :])
             totals += weights * inverse_scales[plane][:, None]
@@ -228,14 +228,6 @@ def score_token_keys(keys, queries, scales, factor, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def unsigned_planes(tiles):
-    planes = ()
-    for tile in tl.static_range(len(tiles)):
-        planes = planes + (unsigned_codes(tiles[tile]),)
-    return planes
-
-
-@triton.jit
 def score_planes(
     codes,
     queries,
@@ -257,17 +249,13 @@ def score_planes(
     TILES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES // TILE
     PLANES_OF_GROUP: tl.constexpr = max(PLANES // LAYOUT.NUM_KEY_GROUPS, 1)
     IS_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
-    UNIT: tl.constexpr = 1.0 / CODE_UNIT
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     exists = channel < SHAPE.KEY_DIM
     none = tl.zeros([TILE, queries.shape[1]], tl.float32)
-    if LAYOUT.KEY_BITS == 8:
-        planes = unsigned_planes(keys)
-    else:
-        planes = planes_of_tiles(keys, None, LAYOUT.KEY_BITS)
+    planes = planes_of_tiles(keys, None, LAYOUT.KEY_BITS, IS_SIGNED=False)
     if LAYOUT.NUM_WIDE > 0:
         wide_queries, wide_channel = wide
-        wide_planes = planes_of_tiles(wide_keys, None, LAYOUT.WIDE_BITS)
+        wide_planes = planes_of_tiles(wide_keys, None, LAYOUT.WIDE_BITS, IS_SIGNED=False)
         WIDE_TILES: tl.constexpr = len(wide_keys)
         WIDE_UNIT: tl.constexpr = 1.0 / (1 << LAYOUT.WIDE_BITS)
     scores = ()
@@ -278,11 +266,12 @@ def score_planes(
             scales = load_padded(scales_and_zeros[0] + at, exists, IS_PADDED)
             zeros = load_padded(scales_and_zeros[1] + at, exists, IS_PADDED)
             scaled = queries * scales[:, None]
-            if LAYOUT.KEY_BITS == 8:
+            if LAYOUT.KEY_BITS == 8:  # codes are around 128
                 zeros -= 128.0 * scales
             # The same sum for every token: a product is the cheapest way to have it in all rows.
-            units = tl.full(keys[0].shape, CODE_UNIT, tl.float16)
-            zero_products = dot(units, queries * zeros[:, None], none)
+            zeros = queries * SMALL * zeros[:, None]
+            units = tl.full(keys[0].shape, CODE_UNIT / SMALL, tl.float16)
+            zero_products = dot(units, zeros, none)
             if LAYOUT.NUM_WIDE > 0:
                 scales = tl.load(scales_and_zeros[0] + group * SHAPE.KEY_DIM + wide_channel)
                 wide_scaled = wide_queries * scales[:, None]
@@ -294,5 +283,5 @@ def score_planes(
                 products = dot(wide_planes[plane], wide_scaled * WIDE_UNIT, products)
             else:
                 products = dot(wide_planes[plane], wide_scaled, products)
-        scores = scores + (products * (factor * (UNIT / below)),)
+        scores = scores + (products * (factor * (1.0 / (CODE_UNIT * below))),)
     return scores
