@@ -60,15 +60,15 @@ def zeros(LENGTH: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def planes_of_codes(codes, BITS: tl.constexpr, IS_SIGNED: tl.constexpr):
+def planes_of_codes(codes, BITS: tl.constexpr):
     """A tuple of all planes of packed codes as fp16, exact.
 
-    8 bits that are signed: code - 128. Else the bits of a plane left where they are, which makes a
-    subnormal number of them: code * 2**(plane * BITS) * CODE_UNIT. Two instructions for four bytes,
-    and one for two numbers; for 8 bits half of what signed ones take.
+    The bits of a plane are left where they are, which makes a subnormal number of them:
+    code * 2**(plane * BITS) * CODE_UNIT. Two instructions for four bytes, and, below 8 bits, one
+    for two numbers.
     """
     if BITS == 8:
-        return (signed_codes(codes) if IS_SIGNED else unsigned_codes(codes),)
+        return (whole_codes(codes),)
     elif BITS == 4:
         return planes_of_4_bits(codes)
     else:
@@ -99,7 +99,7 @@ def signed_codes(codes):
 
 
 @triton.jit
-def unsigned_codes(codes):
+def whole_codes(codes):
     """A byte alone is the fp16 number code * CODE_UNIT."""
     if INTERPRETED:
         return plane_of_codes(codes, 0, 8)
@@ -150,7 +150,7 @@ def codes_of_plane(codes, shift, BITS: tl.constexpr):
 
 
 @triton.jit
-def planes_of_tiles(tiles, upper, BITS: tl.constexpr, IS_SIGNED: tl.constexpr):
+def planes_of_tiles(tiles, upper, BITS: tl.constexpr):
     """A tuple of the planes of all tiles, in the order of their tokens in a block.
 
     Tile i of n holds every n-th plane from the i-th on: where keys have more bits than values, or
@@ -160,7 +160,7 @@ def planes_of_tiles(tiles, upper, BITS: tl.constexpr, IS_SIGNED: tl.constexpr):
     planes_of_tile = ()
     for tile in tl.static_range(len(tiles)):
         if upper is None:
-            planes_of_tile = planes_of_tile + (planes_of_codes(tiles[tile], BITS, IS_SIGNED),)
+            planes_of_tile = planes_of_tile + (planes_of_codes(tiles[tile], BITS),)
         else:
             planes_of_tile = planes_of_tile + (planes_of_3_bits(tiles[tile], upper, tile),)
     planes = ()

@@ -33,10 +33,10 @@ from .codes import (
     load_padded,
     planes_of_tiles,
     rounded_to,
-    signed_codes,
 )
 from .rows import load_channels, load_queries, store_part
 
+MIDDLE_CODE = tl.constexpr(128.0)  # of 8 bits, which stands for a zero point
 SMALL = tl.constexpr(2.0**-6)  # of a query's product with a zero point, fp16 holds 2 ** 22
 LEAST_SCALE = tl.constexpr(2.0**-24)  # the least fp16 number; codes of a scale of 0 are all 0
 
@@ -99,14 +99,21 @@ def attend_sealed(
         wide_offsets = row[:, None] * LAYOUT.WIDE_STRIDES[0]
         wide_offsets += wide_column[None, :] * LAYOUT.WIDE_STRIDES[1]
 
-    reference = tl.full([ROWS], NO_REFERENCE, tl.float32)
+    highest = tl.full([ROWS], NO_REFERENCE, tl.float32)  # exponent, see HEADROOM
     totals = tl.zeros([TILE, ROWS], tl.float32)
     zero_part = tl.zeros([TILE, ROWS], tl.float32)
-    output = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
+    no_output = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
+    output = no_output
+    middle_codes = tl.full([VALUE_COLUMNS, TILE], MIDDLE_CODE * CODE_UNIT, tl.float16)
     factor = rules.scale if SPLIT.HAS_SOFTCAP else rules.scale * LOG2_E
     start, end = start_block * TILES, end_block * TILES
     # The next block is looked up one turn ahead: what waits for another load is not pipelined.
     following = load_block_id(table, start_block, start < end, LAYOUT)
+    near = None
+    base = tl.zeros([ROWS], tl.float32)
+    if LAYOUT.NUM_KEY_GROUPS > 0:
+        near = multiply_zeros(queries, sections, following, kv_head, start < end, SHAPE, LAYOUT)
+        base = tl.sum(near.to(tl.float32), 0) * (factor / SMALL)
     for index in range(start, end):
         record = record_of(following, kv_head, SHAPE, LAYOUT)
         following = load_block_id(table, tl.minimum(index + 1, end - 1) // TILES, None, LAYOUT)
@@ -135,20 +142,22 @@ def attend_sealed(
             scales = sections.key_scale + metadata + first_row
             scores = score_token_keys(keys, queries, scales, factor, LAYOUT)
         else:
-            scales = sections.key_scale + metadata, sections.key_zero + metadata
+            scales = sections.key_scale + metadata, sections.key_zero + metadata, near
             scores = score_planes(
                 (keys, wide_keys), queries, wide, scales, factor, index % TILES, SHAPE, LAYOUT
             )
 
         # Exponents of the weights, and the factors that make sums of p and p * z of them.
-        highest = reference + HEADROOM
+        before = highest
         exponents = ()
         inverse_scales = ()
         for plane in tl.static_range(PLANES):
             plane_row = plane * ROWS_OF_PLANE + first_row + row
             value_scales = tl.load(sections.value_scale + metadata + plane_row).to(tl.float32)
             value_scales = tl.maximum(value_scales, LEAST_SCALE)
-            plane_scores = cap_scores(scores[plane], rules.softcap, SPLIT.HAS_SOFTCAP)
+            plane_scores = scores[plane]
+            if SPLIT.HAS_SOFTCAP:
+                plane_scores = cap_scores(plane_scores + base[None, :], rules.softcap, True)
             plane_exponents = plane_scores + fast_log2(value_scales)[:, None]
             if SPLIT.HIDES_CONTEXT:
                 position = LAYOUT.NUM_HEAD_TOKENS + index // TILES * LAYOUT.BLOCK_SIZE + plane_row
@@ -157,12 +166,12 @@ def attend_sealed(
             highest = tl.maximum(highest, tl.max(plane_exponents, 0))
             exponents = exponents + (plane_exponents,)
             inverse_scales = inverse_scales + (fast_inverse(value_scales),)
-        shrink = fast_exp2(reference + HEADROOM - highest)[None, :]
+        shrink = fast_exp2(before - highest)[None, :]
         reference = highest - HEADROOM
         totals = totals * shrink
         zero_part = zero_part * shrink
         output = output * shrink
-        planes = planes_of_tiles(values, upper_values, LAYOUT.LOWER_VALUE_BITS, IS_SIGNED=True)
+        planes = planes_of_tiles(values, upper_values, LAYOUT.LOWER_VALUE_BITS)
         for plane in tl.static_range(PLANES):
             weights = fast_exp2(exponents[plane] - reference[None, :])
             totals += weights * inverse_scales[plane][:, None]
@@ -176,12 +185,19 @@ def attend_sealed(
             if plane >= VALUE_TILES:
                 below = bits_below(plane, VALUE_TILES, LAYOUT.LOWER_VALUE_BITS)
                 weights = weights * (1.0 / (1 << below))
-            output = dot(planes[plane], rounded_to(weights, tl.float16), output)
+            weights = rounded_to(weights, tl.float16)
+            if LAYOUT.VALUE_BITS == 8:  # tile by tile: in long sums, 128 would leave few digits
+                output = output - dot(middle_codes, weights, no_output)
+            output = dot(planes[plane], weights, output)
+    output = output * (1.0 / CODE_UNIT)
     if LAYOUT.VALUE_BITS < 8:
         zeros = tl.sum(zero_part, 0)
         if not HAS_VALUE_ZEROS:  # codes lie around 0
             zeros = zeros * (-0.5 * ((1 << LAYOUT.VALUE_BITS) - 1))
-        output = output * (1.0 / CODE_UNIT) + zeros[None, :]
+        output += zeros[None, :]
+    reference = highest - HEADROOM
+    if not SPLIT.HAS_SOFTCAP:
+        reference += base
     store_part(parts, part, output, reference, tl.sum(totals, 0), SHAPE, TRANSPOSED=0)
 
 
@@ -192,6 +208,20 @@ def load_tiles(pointers, step, NUM_TILES: tl.constexpr, exists, IS_PADDED: tl.co
     for tile in tl.static_range(NUM_TILES):
         tiles = tiles + (load_padded(pointers + tile * step, exists, IS_PADDED),)
     return tiles
+
+
+@triton.jit
+def multiply_zeros(
+    queries, sections, block_id, kv_head, exists, SHAPE: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """SMALL times queries times zero points of a block, which those of other blocks are near to.
+
+    What all have in common is summed once in float32; the loop in fp16 has only differences.
+    """
+    channel = tl.arange(0, SHAPE.KEY_COLUMNS)
+    at = sections.key_zero + record_of(block_id, kv_head, SHAPE, LAYOUT) // 2 + channel
+    zeros = tl.load(at, mask=exists & (channel < SHAPE.KEY_DIM), other=0)
+    return queries * SMALL * zeros[:, None]
 
 
 @triton.jit
@@ -218,12 +248,14 @@ def load_wide_queries(query, sections, where, SHAPE: tl.constexpr, LAYOUT: tl.co
 def score_token_keys(keys, queries, scales, factor, LAYOUT: tl.constexpr):
     """Scores of each plane of tiles of 8-bit codes of keys, which have one scale for each."""
     row = tl.arange(0, keys[0].shape[0])
-    none = tl.zeros([keys[0].shape[0], queries.shape[1]], tl.float32)
+    middle = tl.sum(queries.to(tl.float32), 0) * (-MIDDLE_CODE * CODE_UNIT)
+    middle = tl.broadcast_to(middle[None, :], [keys[0].shape[0], queries.shape[1]])
+    planes = planes_of_tiles(keys, None, 8)
     scores = ()
     for plane in tl.static_range(len(keys)):
         at = scales + plane * (LAYOUT.BLOCK_SIZE // len(keys)) + row
-        key_scales = tl.load(at).to(tl.float32) * factor
-        scores = scores + (dot(signed_codes(keys[plane]), queries, none) * key_scales[:, None],)
+        key_scales = tl.load(at).to(tl.float32) * (factor * (1.0 / CODE_UNIT))
+        scores = scores + (dot(planes[plane], queries, middle) * key_scales[:, None],)
     return scores
 
 
@@ -232,7 +264,7 @@ def score_planes(
     codes,
     queries,
     wide,
-    scales_and_zeros,
+    scales_and_zeros,  # and what is left out, see `multiply_zeros`
     factor,
     tile,
     SHAPE: tl.constexpr,
@@ -252,10 +284,11 @@ def score_planes(
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     exists = channel < SHAPE.KEY_DIM
     none = tl.zeros([TILE, queries.shape[1]], tl.float32)
-    planes = planes_of_tiles(keys, None, LAYOUT.KEY_BITS, IS_SIGNED=False)
+    near = -scales_and_zeros[2]
+    planes = planes_of_tiles(keys, None, LAYOUT.KEY_BITS)
     if LAYOUT.NUM_WIDE > 0:
         wide_queries, wide_channel = wide
-        wide_planes = planes_of_tiles(wide_keys, None, LAYOUT.WIDE_BITS, IS_SIGNED=False)
+        wide_planes = planes_of_tiles(wide_keys, None, LAYOUT.WIDE_BITS)
         WIDE_TILES: tl.constexpr = len(wide_keys)
         WIDE_UNIT: tl.constexpr = 1.0 / (1 << LAYOUT.WIDE_BITS)
     scores = ()
@@ -266,10 +299,11 @@ def score_planes(
             scales = load_padded(scales_and_zeros[0] + at, exists, IS_PADDED)
             zeros = load_padded(scales_and_zeros[1] + at, exists, IS_PADDED)
             scaled = queries * scales[:, None]
-            if LAYOUT.KEY_BITS == 8:  # codes are around 128
-                zeros -= 128.0 * scales
             # The same sum for every token: a product is the cheapest way to have it in all rows.
-            zeros = queries * SMALL * zeros[:, None]
+            zeros = tl.fma(queries * SMALL, tl.broadcast_to(zeros[:, None], queries.shape), near)
+            if LAYOUT.KEY_BITS == 8:
+                middle = tl.full(scaled.shape, -MIDDLE_CODE * SMALL, tl.float16)
+                zeros = tl.fma(scaled, middle, zeros)
             units = tl.full(keys[0].shape, CODE_UNIT / SMALL, tl.float16)
             zero_products = dot(units, zeros, none)
             if LAYOUT.NUM_WIDE > 0:
