@@ -301,11 +301,11 @@ def score_planes(
             scaled = queries * scales[:, None]
             # The same sum for every token: a product is the cheapest way to have it in all rows.
             zeros = tl.fma(queries * SMALL, tl.broadcast_to(zeros[:, None], queries.shape), near)
-            if LAYOUT.KEY_BITS == 8:
-                middle = tl.full(scaled.shape, -MIDDLE_CODE * SMALL, tl.float16)
-                zeros = tl.fma(scaled, middle, zeros)
             units = tl.full(keys[0].shape, CODE_UNIT / SMALL, tl.float16)
             zero_products = dot(units, zeros, none)
+            if LAYOUT.KEY_BITS == 8:
+                middle = tl.full(keys[0].shape, -MIDDLE_CODE * CODE_UNIT, tl.float16)
+                zero_products = dot(middle, scaled, zero_products)
             if LAYOUT.NUM_WIDE > 0:
                 scales = tl.load(scales_and_zeros[0] + group * SHAPE.KEY_DIM + wide_channel)
                 wide_scaled = wide_queries * scales[:, None]
