@@ -125,6 +125,13 @@ FAULTS = {
     "output 16 bytes further": Fault(
         "merge_parts", r"(st\.global\.[\w.]* \[ %rd\d+) \+ 0 \]", r"\1 + 16 ]", "outputs|bytes|race"
     ),
+    "log-sum-exps of other kernels to another base": Fault(
+        "merge_parts",
+        r"0f3FB8AA3B",
+        "0f3F800000",
+        "outputs",
+        case=replace(CASE, is_apart=True),
+    ),
     "a code too great by one": Fault("seal_blocks", "0f4B400000", "0f4B400001", "bytes"),
     "a scale in its neighbour's place": Fault(
         "seal_blocks", r"(st\.global\.b16 \[ %rd\d+) \+ 0 \]", r"\1 + 2 ]", "bytes|race|which has"
