@@ -130,6 +130,7 @@ FAULTS = {
         r"0f3FB8AA3B",
         "0f3F800000",
         "outputs",
+        which=-1,
         case=replace(CASE, is_apart=True),
     ),
     "a code too great by one": Fault("seal_blocks", "0f4B400000", "0f4B400001", "bytes"),
