@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import triton
+from bench_machine_code import Case, cases, measure
 from tools.kernel_launches import Launch, context_loop_density, record_launches
 from tools.machine_code import SHARED_MEMORY_LIMIT
 
@@ -198,3 +199,14 @@ def test_a_spill_is_seen():
     code = launch.machine_code(90, max_registers=128)
     assert code.num_spill_instructions
     assert code.local_bytes
+
+
+def test_the_record_of_kernels_tells_each_with_its_loop():
+    """`bench_machine_code`, of one case of all."""
+    assert len(set(cases(is_quick=False))) > 100
+    rows = [row for _, rows in measure(Case(90, 64, "native", "few")) for row in rows]
+    told = [(row.case.partition(",")[0], row.metric) for row in rows]
+    resources = ["registers", "shared memory", "spilled"]
+    expected = [("attend_open", each) for each in (*resources, "warp-instructions")]
+    assert told == expected + [("merge_parts", each) for each in resources]
+    assert all(row.value > 0 for row in rows if row.metric in ("registers", "warp-instructions"))
