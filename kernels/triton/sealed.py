@@ -109,11 +109,13 @@ def attend_sealed(
     start, end = start_block * TILES, end_block * TILES
     # The next block is looked up one turn ahead: what waits for another load is not pipelined.
     following = load_block_id(table, start_block, start < end, LAYOUT)
-    near = None
+    near = ()
     base = tl.zeros([ROWS], tl.float32)
-    if LAYOUT.NUM_KEY_GROUPS > 0:
-        near = multiply_zeros(queries, sections, following, kv_head, start < end, SHAPE, LAYOUT)
-        base = tl.sum(near.to(tl.float32), 0) * (factor / SMALL)
+    # More rows or channels have no registers for it: their zero points are exact, in more moves.
+    if LAYOUT.NUM_KEY_GROUPS > 0 and ROWS == 8 and SHAPE.KEY_COLUMNS <= 128:
+        products = multiply_zeros(queries, sections, following, kv_head, start < end, SHAPE, LAYOUT)
+        base = tl.sum(products.to(tl.float32), 0) * (factor / SMALL)
+        near = (products,)
     for index in range(start, end):
         record = record_of(following, kv_head, SHAPE, LAYOUT)
         following = load_block_id(table, tl.minimum(index + 1, end - 1) // TILES, None, LAYOUT)
@@ -142,7 +144,7 @@ def attend_sealed(
             scales = sections.key_scale + metadata + first_row
             scores = score_token_keys(keys, queries, scales, factor, LAYOUT)
         else:
-            scales = sections.key_scale + metadata, sections.key_zero + metadata, near
+            scales = (sections.key_scale + metadata, sections.key_zero + metadata) + near
             scores = score_planes(
                 (keys, wide_keys), queries, wide, scales, factor, index % TILES, SHAPE, LAYOUT
             )
@@ -221,7 +223,7 @@ def multiply_zeros(
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     at = sections.key_zero + record_of(block_id, kv_head, SHAPE, LAYOUT) // 2 + channel
     zeros = tl.load(at, mask=exists & (channel < SHAPE.KEY_DIM), other=0)
-    return queries * SMALL * zeros[:, None]
+    return queries * (zeros * SMALL)[:, None]
 
 
 @triton.jit
@@ -284,7 +286,6 @@ def score_planes(
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     exists = channel < SHAPE.KEY_DIM
     none = tl.zeros([TILE, queries.shape[1]], tl.float32)
-    near = -scales_and_zeros[2]
     planes = planes_of_tiles(keys, None, LAYOUT.KEY_BITS)
     if LAYOUT.NUM_WIDE > 0:
         wide_queries, wide_channel = wide
@@ -300,9 +301,14 @@ def score_planes(
             zeros = load_padded(scales_and_zeros[1] + at, exists, IS_PADDED)
             scaled = queries * scales[:, None]
             # The same sum for every token: a product is the cheapest way to have it in all rows.
-            zeros = tl.fma(queries * SMALL, tl.broadcast_to(zeros[:, None], queries.shape), near)
-            units = tl.full(keys[0].shape, CODE_UNIT / SMALL, tl.float16)
-            zero_products = dot(units, zeros, none)
+            if len(scales_and_zeros) == 2:
+                zeros = tl.broadcast_to(zeros[None, :], keys[0].shape)
+                zero_products = dot(zeros, queries, none) * CODE_UNIT
+            else:
+                zeros = tl.broadcast_to((zeros * SMALL)[:, None], queries.shape)
+                zeros = tl.fma(queries, zeros, -scales_and_zeros[2])
+                units = tl.full(keys[0].shape, CODE_UNIT / SMALL, tl.float16)
+                zero_products = dot(units, zeros, none)
             if LAYOUT.KEY_BITS == 8:
                 middle = tl.full(keys[0].shape, -MIDDLE_CODE * CODE_UNIT, tl.float16)
                 zero_products = dot(middle, scaled, zero_products)

@@ -100,8 +100,8 @@ FAULTS = {
     ),
     "wrong byte unpacked": Fault(
         "attend_sealed",
-        r"0x64646464, 0x4140",
-        "0x64646464, 0x4142",
+        r" 0, 0x4140",
+        " 0, 0x4142",
         "outputs",
         case=replace(CASE, kv_format=INT8),
     ),

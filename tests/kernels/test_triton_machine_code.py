@@ -55,7 +55,7 @@ ALL_RULES = {"sliding_window": 4096, "softcap": 50.0}
 # Warp-instructions for each K/V byte in the loop over context, 8 query rows, sm_90, D = 128.
 BUDGETS = {
     "native": 0.029,
-    "int8": 0.0625,
+    "int8": 0.063,
     "int8-token": 0.048,
     "int4": 0.124,
     "int4-plain": 0.11,  # without wide channels
@@ -63,7 +63,7 @@ BUDGETS = {
     "int3": 0.26,
     "int2": 0.18,
     "int2-long": 0.208,  # as many for a token as with 82 bytes of it: 0.21
-    "kivi2": 0.215,
+    "kivi2": 0.217,
 }
 OLDER_MAY_TAKE = 4  # times as many on sm_80
 
@@ -203,7 +203,7 @@ def test_a_spill_is_seen():
 
 def test_the_record_of_kernels_tells_each_with_its_loop():
     """`bench_machine_code`, of one case of all."""
-    assert len(set(cases(is_quick=False))) > 100
+    assert len(set(cases(is_quick=False))) == len(list(cases(is_quick=False))) >= 90
     rows = [row for _, rows in measure(Case(90, 64, "native", "few")) for row in rows]
     told = [(row.case.partition(",")[0], row.metric) for row in rows]
     resources = ["registers", "shared memory", "spilled"]
