@@ -57,6 +57,12 @@ def load_block_id(table, block, exists, LAYOUT: tl.constexpr):
     """
     PLACES: tl.constexpr = LAYOUT.BLOCK_SIZE // LAYOUT.OPEN_BLOCK_SIZE
     if exists is None:
-        return tl.load(table + block * PLACES)
+        return tl.load(table + block * PLACES).to(tl.int32)
     else:
-        return tl.load(table + block * PLACES, mask=exists, other=0)
+        return tl.load(table + block * PLACES, mask=exists, other=0).to(tl.int32)
+
+
+@triton.jit
+def record_of(block_id, kv_head, SHAPE: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where in the arena, which has fewer than 2**31 of them, a block's record of a kv head is."""
+    return (block_id * SHAPE.NUM_KV_HEADS + kv_head).to(tl.int64) * LAYOUT.RECORD_SIZE

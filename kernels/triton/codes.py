@@ -63,12 +63,12 @@ def zeros(LENGTH: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
 def planes_of_codes(codes, BITS: tl.constexpr):
     """A tuple of all planes of packed codes as fp16, exact.
 
-    8 bits: code - 128. Below: the bits of a plane left where they are, which makes a subnormal
-    number of them: code * 2**(plane * BITS) * CODE_UNIT. Two instructions for four bytes, and
-    one for two numbers.
+    The bits of a plane are left where they are, which makes a subnormal number of them:
+    code * 2**(plane * BITS) * CODE_UNIT. Two instructions for four bytes, and, below 8 bits, one
+    for two numbers.
     """
     if BITS == 8:
-        return (signed_codes(codes),)
+        return (whole_codes(codes),)
     elif BITS == 4:
         return planes_of_4_bits(codes)
     else:
@@ -90,6 +90,22 @@ def signed_codes(codes):
             sub.rn.f16x2 $0, low, offset;
             sub.rn.f16x2 $1, high, offset;
             }""",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def whole_codes(codes):
+    """A byte alone is the fp16 number code * CODE_UNIT."""
+    if INTERPRETED:
+        return plane_of_codes(codes, 0, 8)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;",
             "=r,=r,r",
             [codes],
             dtype=tl.float16,

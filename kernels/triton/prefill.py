@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .body import begin_body, load_block_id
+from .body import begin_body, load_block_id, record_of
 from .codes import (
     HEADROOM,
     LOG2_E,
@@ -96,7 +96,7 @@ def attend_prefill(
     # The next block is looked up one turn ahead: what waits for another load is not pipelined.
     following = load_block_id(table, start_block, start < end, LAYOUT)
     for index in range(start, end):
-        record = (following * SHAPE.NUM_KV_HEADS + kv_head) * LAYOUT.RECORD_SIZE
+        record = record_of(following, kv_head, SHAPE, LAYOUT)
         following = load_block_id(table, tl.minimum(index + 1, end - 1) // TILES, None, LAYOUT)
         first_of_tile = index % TILES * TILE  # token of the block
         key_row = first_of_tile % ROWS_OF_KEYS

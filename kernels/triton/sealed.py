@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .body import begin_body, load_block_id
+from .body import begin_body, load_block_id, record_of
 from .codes import (
     CODE_UNIT,
     HEADROOM,
@@ -33,10 +33,11 @@ from .codes import (
     load_padded,
     planes_of_tiles,
     rounded_to,
-    signed_codes,
 )
 from .rows import load_channels, load_queries, store_part
 
+MIDDLE_CODE = tl.constexpr(128.0)  # of 8 bits, which stands for a zero point
+SMALL = tl.constexpr(2.0**-6)  # of a query's product with a zero point, fp16 holds 2 ** 22
 LEAST_SCALE = tl.constexpr(2.0**-24)  # the least fp16 number; codes of a scale of 0 are all 0
 
 
@@ -98,16 +99,25 @@ def attend_sealed(
         wide_offsets = row[:, None] * LAYOUT.WIDE_STRIDES[0]
         wide_offsets += wide_column[None, :] * LAYOUT.WIDE_STRIDES[1]
 
-    reference = tl.full([ROWS], NO_REFERENCE, tl.float32)
+    highest = tl.full([ROWS], NO_REFERENCE, tl.float32)  # exponent, see HEADROOM
     totals = tl.zeros([TILE, ROWS], tl.float32)
     zero_part = tl.zeros([TILE, ROWS], tl.float32)
-    output = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
+    no_output = tl.zeros([VALUE_COLUMNS, ROWS], tl.float32)
+    output = no_output
+    middle_codes = tl.full([VALUE_COLUMNS, TILE], MIDDLE_CODE * CODE_UNIT, tl.float16)
     factor = rules.scale if SPLIT.HAS_SOFTCAP else rules.scale * LOG2_E
     start, end = start_block * TILES, end_block * TILES
     # The next block is looked up one turn ahead: what waits for another load is not pipelined.
     following = load_block_id(table, start_block, start < end, LAYOUT)
+    near = ()
+    base = tl.zeros([ROWS], tl.float32)
+    # More rows or channels have no registers for it: their zero points are exact, in more moves.
+    if LAYOUT.NUM_KEY_GROUPS > 0 and ROWS == 8 and SHAPE.KEY_COLUMNS <= 128:
+        products = multiply_zeros(queries, sections, following, kv_head, start < end, SHAPE, LAYOUT)
+        base = tl.sum(products.to(tl.float32), 0) * (factor / SMALL)
+        near = (products,)
     for index in range(start, end):
-        record = (following * SHAPE.NUM_KV_HEADS + kv_head) * LAYOUT.RECORD_SIZE
+        record = record_of(following, kv_head, SHAPE, LAYOUT)
         following = load_block_id(table, tl.minimum(index + 1, end - 1) // TILES, None, LAYOUT)
         first_row = index % TILES * TILE  # of every plane
         keys = load_tiles(
@@ -134,20 +144,22 @@ def attend_sealed(
             scales = sections.key_scale + metadata + first_row
             scores = score_token_keys(keys, queries, scales, factor, LAYOUT)
         else:
-            scales = sections.key_scale + metadata, sections.key_zero + metadata
+            scales = (sections.key_scale + metadata, sections.key_zero + metadata) + near
             scores = score_planes(
                 (keys, wide_keys), queries, wide, scales, factor, index % TILES, SHAPE, LAYOUT
             )
 
         # Exponents of the weights, and the factors that make sums of p and p * z of them.
-        highest = reference + HEADROOM
+        before = highest
         exponents = ()
         inverse_scales = ()
         for plane in tl.static_range(PLANES):
             plane_row = plane * ROWS_OF_PLANE + first_row + row
             value_scales = tl.load(sections.value_scale + metadata + plane_row).to(tl.float32)
             value_scales = tl.maximum(value_scales, LEAST_SCALE)
-            plane_scores = cap_scores(scores[plane], rules.softcap, SPLIT.HAS_SOFTCAP)
+            plane_scores = scores[plane]
+            if SPLIT.HAS_SOFTCAP:
+                plane_scores = cap_scores(plane_scores + base[None, :], rules.softcap, True)
             plane_exponents = plane_scores + fast_log2(value_scales)[:, None]
             if SPLIT.HIDES_CONTEXT:
                 position = LAYOUT.NUM_HEAD_TOKENS + index // TILES * LAYOUT.BLOCK_SIZE + plane_row
@@ -156,7 +168,7 @@ def attend_sealed(
             highest = tl.maximum(highest, tl.max(plane_exponents, 0))
             exponents = exponents + (plane_exponents,)
             inverse_scales = inverse_scales + (fast_inverse(value_scales),)
-        shrink = fast_exp2(reference + HEADROOM - highest)[None, :]
+        shrink = fast_exp2(before - highest)[None, :]
         reference = highest - HEADROOM
         totals = totals * shrink
         zero_part = zero_part * shrink
@@ -175,12 +187,19 @@ def attend_sealed(
             if plane >= VALUE_TILES:
                 below = bits_below(plane, VALUE_TILES, LAYOUT.LOWER_VALUE_BITS)
                 weights = weights * (1.0 / (1 << below))
-            output = dot(planes[plane], rounded_to(weights, tl.float16), output)
+            weights = rounded_to(weights, tl.float16)
+            if LAYOUT.VALUE_BITS == 8:  # tile by tile: in long sums, 128 would leave few digits
+                output = output - dot(middle_codes, weights, no_output)
+            output = dot(planes[plane], weights, output)
+    output = output * (1.0 / CODE_UNIT)
     if LAYOUT.VALUE_BITS < 8:
         zeros = tl.sum(zero_part, 0)
         if not HAS_VALUE_ZEROS:  # codes lie around 0
             zeros = zeros * (-0.5 * ((1 << LAYOUT.VALUE_BITS) - 1))
-        output = output * (1.0 / CODE_UNIT) + zeros[None, :]
+        output += zeros[None, :]
+    reference = highest - HEADROOM
+    if not SPLIT.HAS_SOFTCAP:
+        reference += base
     store_part(parts, part, output, reference, tl.sum(totals, 0), SHAPE, TRANSPOSED=0)
 
 
@@ -191,6 +210,20 @@ def load_tiles(pointers, step, NUM_TILES: tl.constexpr, exists, IS_PADDED: tl.co
     for tile in tl.static_range(NUM_TILES):
         tiles = tiles + (load_padded(pointers + tile * step, exists, IS_PADDED),)
     return tiles
+
+
+@triton.jit
+def multiply_zeros(
+    queries, sections, block_id, kv_head, exists, SHAPE: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """SMALL times queries times zero points of a block, which those of other blocks are near to.
+
+    What all have in common is summed once in float32; the loop in fp16 has only differences.
+    """
+    channel = tl.arange(0, SHAPE.KEY_COLUMNS)
+    at = sections.key_zero + record_of(block_id, kv_head, SHAPE, LAYOUT) // 2 + channel
+    zeros = tl.load(at, mask=exists & (channel < SHAPE.KEY_DIM), other=0)
+    return queries * (zeros * SMALL)[:, None]
 
 
 @triton.jit
@@ -217,12 +250,14 @@ def load_wide_queries(query, sections, where, SHAPE: tl.constexpr, LAYOUT: tl.co
 def score_token_keys(keys, queries, scales, factor, LAYOUT: tl.constexpr):
     """Scores of each plane of tiles of 8-bit codes of keys, which have one scale for each."""
     row = tl.arange(0, keys[0].shape[0])
-    none = tl.zeros([keys[0].shape[0], queries.shape[1]], tl.float32)
+    middle = tl.sum(queries.to(tl.float32), 0) * (-MIDDLE_CODE * CODE_UNIT)
+    middle = tl.broadcast_to(middle[None, :], [keys[0].shape[0], queries.shape[1]])
+    planes = planes_of_tiles(keys, None, 8)
     scores = ()
     for plane in tl.static_range(len(keys)):
         at = scales + plane * (LAYOUT.BLOCK_SIZE // len(keys)) + row
-        key_scales = tl.load(at).to(tl.float32) * factor
-        scores = scores + (dot(signed_codes(keys[plane]), queries, none) * key_scales[:, None],)
+        key_scales = tl.load(at).to(tl.float32) * (factor * (1.0 / CODE_UNIT))
+        scores = scores + (dot(planes[plane], queries, middle) * key_scales[:, None],)
     return scores
 
 
@@ -231,7 +266,7 @@ def score_planes(
     codes,
     queries,
     wide,
-    scales_and_zeros,
+    scales_and_zeros,  # and what is left out, see `multiply_zeros`
     factor,
     tile,
     SHAPE: tl.constexpr,
@@ -248,7 +283,6 @@ def score_planes(
     TILES: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES // TILE
     PLANES_OF_GROUP: tl.constexpr = max(PLANES // LAYOUT.NUM_KEY_GROUPS, 1)
     IS_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
-    UNIT: tl.constexpr = 1.0 if LAYOUT.KEY_BITS == 8 else 1.0 / CODE_UNIT
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     exists = channel < SHAPE.KEY_DIM
     none = tl.zeros([TILE, queries.shape[1]], tl.float32)
@@ -267,18 +301,27 @@ def score_planes(
             zeros = load_padded(scales_and_zeros[1] + at, exists, IS_PADDED)
             scaled = queries * scales[:, None]
             # The same sum for every token: a product is the cheapest way to have it in all rows.
-            zeros = tl.broadcast_to(zeros[None, :], keys[0].shape)
-            zero_scores = dot(zeros, queries, none) * factor
+            if len(scales_and_zeros) == 2:
+                zeros = tl.broadcast_to(zeros[None, :], keys[0].shape)
+                zero_products = dot(zeros, queries, none) * CODE_UNIT
+            else:
+                zeros = tl.broadcast_to((zeros * SMALL)[:, None], queries.shape)
+                zeros = tl.fma(queries, zeros, -scales_and_zeros[2])
+                units = tl.full(keys[0].shape, CODE_UNIT / SMALL, tl.float16)
+                zero_products = dot(units, zeros, none)
+            if LAYOUT.KEY_BITS == 8:
+                middle = tl.full(keys[0].shape, -MIDDLE_CODE * CODE_UNIT, tl.float16)
+                zero_products = dot(middle, scaled, zero_products)
             if LAYOUT.NUM_WIDE > 0:
                 scales = tl.load(scales_and_zeros[0] + group * SHAPE.KEY_DIM + wide_channel)
                 wide_scaled = wide_queries * scales[:, None]
-        unit = factor * (UNIT / (1 << bits_below(plane, KEY_TILES, LAYOUT.KEY_BITS)))
-        products = dot(planes[plane], scaled, none)
+        below = 1 << bits_below(plane, KEY_TILES, LAYOUT.KEY_BITS)
+        products = dot(planes[plane], scaled, zero_products * below)
         if LAYOUT.NUM_WIDE > 0:
             # Wide codes of a plane may have more bits below them than its codes.
             if plane % KEY_TILES >= WIDE_TILES:
                 products = dot(wide_planes[plane], wide_scaled * WIDE_UNIT, products)
             else:
                 products = dot(wide_planes[plane], wide_scaled, products)
-        scores = scores + (products * unit + zero_scores,)
+        scores = scores + (products * (factor * (1.0 / (CODE_UNIT * below))),)
     return scores

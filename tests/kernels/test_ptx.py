@@ -40,12 +40,13 @@ def test_attention_is_that_of_the_oracle_and_bytes_those_of_the_reference(
         assert outcome.num_sealed
         assert gpu.launches.keys() - {"rotate_rows"} == KERNELS
     assert ("rotate_rows" in gpu.launches) == case.kv_format.rotates_values
+    assert outcome.num_apart == case.is_apart
 
 
 @pytest.mark.parametrize(("arch", "sums"), [(80, "ampere"), (90, "hopper")])
 def test_there_is_room_for_the_hardware_s_own_rounding(arch, sums, cache_folder):
     for kv_format in (INT8, INT2):
         with emulated_gpu(arch, cache_folder, Settings(sums=sums, noise=0)):
-            outcome = run_case(Case(kv_format, head_dim=64, gqa_group=1, dtype=torch.float16))
+            outcome = run_case(Case(kv_format, 64, 1, torch.float16, num_kv_heads=1))
         assert outcome.error <= outcome.limit
         assert not outcome.differing

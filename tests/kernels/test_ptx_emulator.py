@@ -225,6 +225,14 @@ def test_functions_are_rounded_once(operation, function):
     assert (found == function(numbers.astype(np.float64)).astype(np.float32)).all()
 
 
+@pytest.mark.parametrize(("name", "function"), [("neg", np.negative), ("abs", np.abs)])
+def test_the_sign_of_both_halves_is_changed(name, function):
+    numbers = np.linspace(-3, 3, 128).astype(np.float16)
+    body = f"ld.global.b32 %r2, [ %at + 0 ]; {name}.f16x2 %r2, %r2; st.global.b32 [ %at + 0 ], %r2;"
+    found = run(body, numbers.view(np.uint32).copy()).view(np.float16)
+    assert (found == function(numbers)).all()
+
+
 def test_noise_is_within_the_manual_s_limit_and_repeats():
     numbers = np.linspace(-5, 5, 64).astype(np.float32)
     body = "ld.global.b32 %r2, [ %at + 0 ]; ex2.approx.ftz.f32 %r2, %r2;"

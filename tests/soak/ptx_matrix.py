@@ -77,12 +77,14 @@ def all_cases() -> Iterator[Case]:
         yield Case(kv_format, 64, 8, FP16, CAP_AND_WINDOW)
         yield Case(kv_format, 64, 1, FP32)
         yield Case(kv_format, 64, 2, is_stream=True)
+        yield Case(kv_format, 64, 2, is_apart=True)
     for kv_format in BASES:
         yield from (Case(kv_format, key, 2, value_dim=value) for key, value in HEAD_DIMS)
         yield from (Case(kv_format, 64, group, num_kv_heads=1) for group in GROUPS)
         yield from (Case(kv_format, 64, 4, rules=rules) for rules in RULES)
         yield from (Case(kv_format, 128, 4, dtype, is_stream=True) for dtype in (BF16, FP16))
         yield Case(kv_format, 128, 2, rules=CAP_AND_WINDOW)
+        yield Case(kv_format, 128, 4, FP16, {"sink_logits": SINK_LOGITS}, is_apart=True)
 
 
 def run(task: tuple[int, Case], folder: Path) -> Result:

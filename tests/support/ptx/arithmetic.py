@@ -48,7 +48,12 @@ def flushed(function: Any, a: Any, b: Any) -> Any:
 
 def unary(function: Any) -> Maker:
     def make(batch: Batch, instr: Instr, qualifiers: list[str]) -> Run:
-        return batch.in_place(instr, qualifiers[-1], function)
+        kind = qualifiers[-1]
+        if kind in ("f16x2", "bf16x2"):
+            return packed(batch, instr, kind, function)
+        if kind == "bf16":
+            return halves(batch, instr, kind, function)
+        return batch.in_place(instr, kind, function)
 
     return make
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from paged_kv.blocks.sink_window import SinkWindow
@@ -54,13 +56,15 @@ class Case:
     is_stream: bool = False  # sinks and a window of a sequence, beside one that keeps all
     num_kv_heads: int = 2
     value_dim: int | None = None  # the head_dim
+    is_apart: bool = False  # a chunk's attention to itself is left to other kernels
 
     def __str__(self) -> str:
         dim = f"D{self.head_dim}" + (f":{self.value_dim}" if self.value_dim else "")
         parts = [self.kv_format.name, dim, f"gqa{self.gqa_group}", str(self.dtype)[6:]]
         for name, value in self.rules.items():
             parts.append(name if isinstance(value, Tensor) else f"{name}={value}")
-        return "-".join([*parts, *(["stream"] if self.is_stream else [])])
+        flags = {"stream": self.is_stream, "apart": self.is_apart}
+        return "-".join([*parts, *(name for name, is_on in flags.items() if is_on)])
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -76,20 +80,23 @@ CASES: Final = [
     (80, Case(INT8, 64, 1, FP32, is_stream=True)),
     (90, Case(INT8_TOKEN, 128, 1, FP16)),
     (80, Case(INT8_TOKEN, 64, 4, BF16, {"sliding_window": 100})),
-    (80, Case(INT4, 128, 1, BF16, {"softcap": 5.0})),
+    (80, Case(INT4, 128, 1, BF16, {"softcap": 5.0}, num_kv_heads=1)),
     (90, Case(INT4, 64, 4, FP16, is_stream=True)),
-    (90, Case(INT4, 128, 8, BF16)),
-    (80, Case(K4V2, 128, 4, BF16)),
+    (90, Case(INT4, 128, 8, BF16, num_kv_heads=1)),
+    (80, Case(K4V2, 128, 4, BF16, num_kv_heads=1)),
     (90, Case(K4V2, 64, 1, FP32, CAP_AND_WINDOW)),
     (80, Case(INT3, 64, 8, BF16, CAP_AND_WINDOW)),
-    (90, Case(INT3, 128, 4, FP16)),
+    (90, Case(INT3, 128, 4, FP16, num_kv_heads=1)),
     (80, Case(INT2, 128, 4, BF16, {"sink_logits": SINK_LOGITS})),
-    (90, Case(INT2, 128, 1, BF16)),
+    (90, Case(INT2, 128, 1, BF16, num_kv_heads=1)),
     (80, Case(INT2, 64, 8, FP16, is_stream=True)),
-    (80, Case(INT2_LONG, 128, 8, BF16)),
+    (80, Case(INT2_LONG, 128, 8, BF16, num_kv_heads=1)),
     (90, Case(INT2_LONG, 64, 4, BF16, {"softcap": 5.0})),
     (80, Case(KIVI2, 64, 4, FP16)),
     (90, Case(KIVI2, 128, 1, BF16, CAP_AND_WINDOW)),
+    (80, Case(INT8, 64, 2, FP16, num_kv_heads=1, is_apart=True)),
+    (90, Case(NATIVE, 64, 4, BF16, {"sink_logits": SINK_LOGITS}, is_apart=True)),
+    (90, Case(INT2, 64, 2, BF16, num_kv_heads=1, is_apart=True)),
 ]
 
 
@@ -99,6 +106,7 @@ class Outcome:
     errors: list[float] = field(default_factory=list)
     differing: set[str] = field(default_factory=set)  # what was not written as by the reference
     num_sealed: int = 0
+    num_apart: int = 0  # calls whose new tokens were attended to by other kernels
 
     @property
     def error(self) -> float:
@@ -113,12 +121,31 @@ class PoisonedPlan(TritonPlan):
         return output.fill_(torch.nan), sums.fill_(torch.nan)
 
 
+def attend_to_new(
+    query: Tensor, key: Tensor, value: Tensor, query_lens: NDArray[np.int64], scale: float
+) -> tuple[Tensor, Tensor]:
+    """What xformers' kernels would answer, as `xformers_attention.attend_to_new` gives it."""
+    sequence = torch.from_numpy(np.repeat(np.arange(len(query_lens)), query_lens))
+    order = torch.arange(len(query))
+    is_seen = (sequence[:, None] == sequence) & (order[:, None] >= order)
+    group_size = query.shape[1] // key.shape[1]
+    key, value = (each.float().repeat_interleave(group_size, 1) for each in (key, value))
+    scores = torch.einsum("thd,shd->hts", query.float(), key) * scale
+    scores = scores.masked_fill(~is_seen, -torch.inf)
+    output = torch.einsum("hts,shd->thd", scores.softmax(-1), value)
+    return output.to(query.dtype).contiguous(), scores.logsumexp(-1).contiguous()
+
+
 class HeldToReference(TritonBackend):
     """Triton's kernels; what they write is compared with what torch's would."""
 
-    def __init__(self, arena: Tensor, outcome: Outcome) -> None:
-        super().__init__()
+    def __init__(self, arena: Tensor, outcome: Outcome, *, is_apart: bool) -> None:
+        super().__init__("triton", self.attend_apart if is_apart else None)
         self.arena, self.outcome = arena, outcome
+
+    def attend_apart(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        self.outcome.num_apart += 1
+        return attend_to_new(*arguments)
 
     def plan(self, step: StepInputs) -> TritonPlan:
         return PoisonedPlan(step)
@@ -173,7 +200,7 @@ def run_case(case: Case) -> Outcome:
             new_tokens=160,
             backend="torch",
         )
-    held = HeldToReference(fleet.cache.arenas[0], outcome)
+    held = HeldToReference(fleet.cache.arenas[0], outcome, is_apart=case.is_apart)
     object.__setattr__(fleet.cache, "backend", held)
     for step in STREAM_STEPS if case.is_stream else STEPS:
         check_step(fleet, dict(zip(slots, step, strict=True)), windows, case.rules, outcome)
