@@ -35,6 +35,7 @@ from paged_kv.kernels.new_tokens import NewTokens
 from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.step_inputs import StepInputs
 from paged_kv.kernels.triton import attention as triton_attention
+from paged_kv.kernels.triton import decode_step as triton_decode_step
 from paged_kv.kernels.triton import launch as triton_launch
 from paged_kv.kernels.triton import rotation as triton_rotation
 from paged_kv.kernels.triton import store as triton_store
@@ -49,6 +50,7 @@ KERNELS = (
     (triton_attention, "merge_parts"),
     (triton_store, "seal_blocks_kernel"),
     (triton_rotation, "rotate_rows"),
+    (triton_decode_step, "make_decode_inputs"),
 )
 
 

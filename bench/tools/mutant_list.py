@@ -1262,7 +1262,7 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         [
             Fault(
                 "a-sealed-token-is-stored-too",
-                "is_stored & (context_len >= body_start + TABLES.BLOCK_SIZE)",
+                "is_stored & ((context_len >= body_start + TABLES.BLOCK_SIZE) | (not seals))",
                 "is_stored",
             ),
             Fault(
@@ -1272,7 +1272,7 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "a-new-token-is-sealed-from-its-slot",
-                "tl.where(is_old, slot, -1 - row)",
+                "tl.where(is_old, slot, new_token)",
                 "slot",
             ),
             Fault(

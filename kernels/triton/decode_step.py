@@ -24,10 +24,10 @@ def make_decode_inputs(rows, table, drawn, made, TABLES: tl.constexpr):
     """One row: grid (B,). `table` [max_num_seqs, WIDTH] is of all sequences, by seq_id."""
     OPEN_BLOCK_SIZE: tl.constexpr = TABLES.OPEN_BLOCK_SIZE
     row = tl.program_id(0)
-    source = tl.load(rows.sources + row)
-    drawn_id = tl.load(drawn + source, mask=source >= 0, other=0)
+    draw = tl.load(rows.sources + row)
+    drawn_id = tl.load(drawn + draw, mask=draw >= 0, other=0)
     token_id = tl.load(rows.token_ids + row)
-    tl.store(made.token_ids + row, tl.where(source >= 0, drawn_id, token_id))
+    tl.store(made.token_ids + row, tl.where(draw >= 0, drawn_id, token_id))
     seq_id = tl.load(rows.seq_ids + row)
     is_there = seq_id >= 0
     context_len = tl.load(rows.context_lens + row)
@@ -41,21 +41,29 @@ def make_decode_inputs(rows, table, drawn, made, TABLES: tl.constexpr):
         tl.store(made.block_table + row * TABLES.WIDTH + place, ids, mask=exists)
     is_stored = is_there
     if rows.seal_block_ids is not None:
-        if tl.load(rows.seal_block_ids + row) >= 0:
-            body_start = tl.load(rows.num_sealed + row) * TABLES.BLOCK_SIZE + TABLES.NUM_HEAD_TOKENS
-            is_stored = is_stored & (context_len >= body_start + TABLES.BLOCK_SIZE)
-            for first in range(0, TABLES.BLOCK_SIZE, TABLES.TILE):
-                index = first + step
-                position = body_start + index
-                is_old = position < context_len
-                exists = index < TABLES.BLOCK_SIZE
-                block = tl.load(own + position // OPEN_BLOCK_SIZE, mask=exists & is_old, other=0)
-                slot = block.to(tl.int64) * OPEN_BLOCK_SIZE + position % OPEN_BLOCK_SIZE
-                source = tl.where(is_old, slot, -1 - row)
-                tl.store(made.seal_sources + row * TABLES.BLOCK_SIZE + index, source, mask=exists)
+        seals = tl.load(rows.seal_block_ids + row) >= 0
+        body_start = tl.load(rows.num_sealed + row) * TABLES.BLOCK_SIZE + TABLES.NUM_HEAD_TOKENS
+        is_stored = is_stored & ((context_len >= body_start + TABLES.BLOCK_SIZE) | (not seals))
+        if seals:
+            sources = made.seal_sources + row * TABLES.BLOCK_SIZE
+            find_sources(sources, own, body_start, context_len, -1 - row, TABLES)
     block = tl.load(own + context_len // OPEN_BLOCK_SIZE, mask=is_stored, other=0).to(tl.int64)
     slot = block * OPEN_BLOCK_SIZE + context_len % OPEN_BLOCK_SIZE
     tl.store(made.slots + row, tl.where(is_stored, slot, -1))
+
+
+@triton.jit
+def find_sources(sources, table, start, context_len, new_token, TABLES: tl.constexpr):
+    """Where the tokens of a block are that starts at token `start` of a sequence."""
+    OPEN_BLOCK_SIZE: tl.constexpr = TABLES.OPEN_BLOCK_SIZE
+    for first in range(0, TABLES.BLOCK_SIZE, TABLES.TILE):
+        index = first + tl.arange(0, TABLES.TILE)
+        exists = index < TABLES.BLOCK_SIZE
+        position = start + index
+        is_old = position < context_len
+        block = tl.load(table + position // OPEN_BLOCK_SIZE, mask=exists & is_old, other=0)
+        slot = block.to(tl.int64) * OPEN_BLOCK_SIZE + position % OPEN_BLOCK_SIZE
+        tl.store(sources + index, tl.where(is_old, slot, new_token), mask=exists)
 
 
 @dataclass(frozen=True, eq=False)

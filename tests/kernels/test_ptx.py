@@ -13,6 +13,7 @@ import torch
 import triton
 
 from paged_kv.cache.formats import INT2, INT8
+from tests.support.device_tables import decode_across_a_seal
 from tests.support.ptx.attention_case import CASES, Case, run_case
 from tests.support.ptx.settings import Settings
 from tests.support.ptx.triton_emulation import emulated_gpu
@@ -50,3 +51,11 @@ def test_there_is_room_for_the_hardware_s_own_rounding(arch, sums, cache_folder)
             outcome = run_case(Case(kv_format, 64, 1, torch.float16, num_kv_heads=1))
         assert outcome.error <= outcome.limit
         assert not outcome.differing
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_decode_steps_are_made_of_tables_as_of_plans(arch: int, cache_folder: Path) -> None:
+    with emulated_gpu(arch, cache_folder) as gpu:
+        num_seals = decode_across_a_seal()
+    assert num_seals == 1
+    assert gpu.launches == {"make_decode_inputs": 6}

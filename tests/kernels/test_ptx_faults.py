@@ -14,6 +14,7 @@ import torch
 import triton
 
 from paged_kv.cache.formats import INT4, INT8
+from tests.support.device_tables import decode_across_a_seal
 from tests.support.ptx.attention_case import Case, Outcome, run_case
 from tests.support.ptx.errors import PtxError
 from tests.support.ptx.triton_emulation import emulated_gpu
@@ -184,3 +185,29 @@ def test_a_barrier_less_is_seen(kernel, arch, which, cache_folder):
     change = partial(without_barrier, which)
     with pytest.raises(PtxError, match=r"without a barrier|nobody wrote"):
         run_with(change, kernel, arch, cache_folder, replace(CASE, kv_format=INT8))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [
+        pytest.param(r"setp\.lt\.s64", "setp.le.s64", id="a bound too far by one"),
+        pytest.param(r"sub\.s64", "add.s64", id="a sum instead of a difference"),
+        pytest.param(
+            r"selp\.b64(\s+%rd\d+, %rd\d+), -1,", r"selp.b64\1, -2,", id="another mark of no slot"
+        ),
+    ],
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_fault_in_decode_steps_is_seen(
+    arch: int, pattern: str, replacement: str, cache_folder: Path
+) -> None:
+    planted = []
+
+    def edit(name: str, ptx: str) -> str:
+        changed = re.sub(pattern, replacement, ptx)
+        planted.append(changed != ptx)
+        return changed
+
+    with emulated_gpu(arch, cache_folder, edit=edit), pytest.raises((AssertionError, PtxError)):
+        decode_across_a_seal()
+    assert any(planted)

@@ -10,9 +10,17 @@ from typing import Any
 import pytest
 import triton
 from bench_machine_code import Case, cases, measure
-from tools.kernel_launches import Launch, context_loop_density, record_launches
+from tools.kernel_launches import (
+    META,
+    Launch,
+    context_loop_density,
+    record_launches,
+    recorded_kernels,
+)
 from tools.machine_code import SHARED_MEMORY_LIMIT
 
+from paged_kv.blocks.geometry import BlockGeometry
+from paged_kv.cache.decode_tables import BatchKind, DecodeBatch, DecodeTables
 from paged_kv.cache.formats import (
     INT2,
     INT2_LONG,
@@ -171,6 +179,21 @@ def test_rotating_spills_nothing(head_dim, arch):
     assert len(launches) == (2 if head_dim == 40 else 1)
     for launch in launches:
         check_fits(launch, arch)
+
+
+@BOTH_ARCHITECTURES
+@pytest.mark.parametrize("seals", [False, True])
+def test_making_a_decode_step_spills_nothing(seals, arch):
+    geometry = BlockGeometry(
+        block_size=128, open_block_size=32, num_head_tokens=32, min_tail_tokens=32
+    )
+    tables = DecodeTables(geometry, META, max_num_seqs=64, max_model_len=9000)
+    batch = DecodeBatch(tables, BatchKind(num_rows=16, seals=seals, is_windowed=False))
+    with recorded_kernels(arch) as launches:
+        batch.step.refresh()
+    (launch,) = launches
+    assert launch.grid == (16,)
+    check_fits(launch, arch)
 
 
 @BOTH_ARCHITECTURES
