@@ -3,9 +3,10 @@
     TRITON_INTERPRET=0 python bench/bench_machine_code.py --json bench/results/machine_code.json
 
 One layer with 8 kv heads is attended to and stored as on a GPU of each architecture, by few query
-rows of a kv head (4), more (16) and many (512; both only with 128 channels). Each kernel's registers of a thread, shared memory
-of a CTA and spilled bytes of a thread, and, where it has a loop over context, warp-instructions for
-each K/V byte. A kernel that several of these launch is told once, where it is first launched.
+rows of a kv head (4), more (16) and many (512; the last two with 128 channels alone). Registers of
+a thread, shared memory of a CTA and spilled bytes of a thread, and, where there is a loop over
+context, warp-instructions for each K/V byte. A kernel that several of these launch is told once,
+where it is first launched.
 """
 
 from __future__ import annotations
