@@ -114,6 +114,10 @@ class TableReplica:
         every_row, every_place = np.divmod(np.arange(num_rows * width), max(width, 1))
         self._changed = [(every_row, every_place)]
 
+    def note_nothing(self) -> None:
+        """Nobody asks for changes any more."""
+        self._changed = None
+
     def changes(self) -> tuple[IntArray, IntArray, BlockIds]:
         """Rows, places and ids that differ, or may, from what was told before `forget_changes`."""
         assert self._changed is not None, "nobody asked for changes to be noted"

@@ -245,6 +245,10 @@ class PagedKVCache:
             max_model_len=manager.max_model_len,
         )
 
+    def drop_decode_tables(self) -> None:
+        """No step will begin by `begin_decode` any more."""
+        self._tables.note_nothing()
+
     def begin_decode(
         self,
         plan: StepPlan,

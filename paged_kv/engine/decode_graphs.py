@@ -99,6 +99,8 @@ class DecodeGraphs:
         if entry.graph is None or entry.logits is None:
             logits = self._compute(entry.batch, step)
             entry.has_run = True
+            if not self.is_enabled:
+                self.cache.drop_decode_tables()
         else:
             entry.graph.replay()
             step.stored_layers.update(range(len(self.cache.layers)))
