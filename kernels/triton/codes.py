@@ -291,6 +291,16 @@ def planes_of_3_bits(lower, upper, TILE: tl.constexpr):
         )
 
 
+@triton.jit
+def rounded_once(left, right, total):
+    """left * right + total of fp16; the interpreter would round the product too."""
+    if INTERPRETED:
+        exact = left.to(tl.float32) * right.to(tl.float32) + total.to(tl.float32)
+        return exact.to(tl.float16)
+    else:
+        return tl.fma(left, right, total)
+
+
 # Triton's own exp2, log2 and division care for subnormal numbers, which takes 3 to 20 instructions.
 
 

@@ -32,6 +32,7 @@ from .codes import (
     fast_log2,
     load_padded,
     planes_of_tiles,
+    rounded_once,
     rounded_to,
 )
 from .rows import load_channels, load_queries, store_part
@@ -306,7 +307,7 @@ def score_planes(
                 zero_products = dot(zeros, queries, none) * CODE_UNIT
             else:
                 zeros = tl.broadcast_to((zeros * SMALL)[:, None], queries.shape)
-                zeros = tl.fma(queries, zeros, -scales_and_zeros[2])
+                zeros = rounded_once(queries, zeros, -scales_and_zeros[2])
                 units = tl.full(keys[0].shape, CODE_UNIT / SMALL, tl.float16)
                 zero_products = dot(units, zeros, none)
             if LAYOUT.KEY_BITS == 8:
