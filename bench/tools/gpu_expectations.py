@@ -303,7 +303,7 @@ def expected_codes(quick: bool) -> dict[str, NDArray]:
         kept = (codes & (mask << (planes * bits)).astype(np.uint16)).view(np.int16)
         found[f"shifted of {bits} bits"] = whole
         if bits > 1:
-            found[f"planes of {bits} bits"] = whole if bits == 8 else kept
+            found[f"planes of {bits} bits"] = kept
     lower, upper = (each.astype(np.int16) for each in byte_pairs(quick))
     plane = np.arange(4, dtype=np.int16)[:, None]
     for tile in (0, 1):
@@ -400,7 +400,7 @@ def rows_of(found: dict[str, NDArray], quick: bool) -> list[Row]:
         rows.append(row(f"to {name}", "differ", differing, 0, "numbers"))
     for bits, rows_of_codes, columns, _ in CODE_PRODUCTS:
         codes, queries = code_matrices(bits, rows_of_codes, 64, columns)
-        whole = codes.astype(np.float64) - 128 if bits == 8 else (codes & ((1 << bits) - 1)) * UNIT
+        whole = (codes & ((1 << bits) - 1)).astype(np.float64) * UNIT
         name = code_product_name(bits, rows_of_codes, columns)
         differing = number_differing(found[name], whole @ queries.double().numpy())
         rows.append(row(name, "differ from exact sums", differing, 0, "numbers"))

@@ -112,8 +112,11 @@ def attend_sealed(
     following = load_block_id(table, start_block, start < end, LAYOUT)
     near = ()
     base = tl.zeros([ROWS], tl.float32)
-    # More rows or channels have no registers for it: their zero points are exact, in more moves.
-    if LAYOUT.NUM_KEY_GROUPS > 0 and ROWS == 8 and SHAPE.KEY_COLUMNS <= 128:
+    # More rows, channels, key groups or rules leave no registers for it: their zero points are
+    # exact, in more moves.
+    HAS_RULES: tl.constexpr = SPLIT.HAS_SOFTCAP or SPLIT.HIDES_CONTEXT
+    IS_SMALL: tl.constexpr = ROWS == 8 and SHAPE.KEY_COLUMNS <= 128
+    if LAYOUT.NUM_KEY_GROUPS == 1 and IS_SMALL and not HAS_RULES:
         products = multiply_zeros(queries, sections, following, kv_head, start < end, SHAPE, LAYOUT)
         base = tl.sum(products.to(tl.float32), 0) * (factor / SMALL)
         near = (products,)
@@ -158,9 +161,7 @@ def attend_sealed(
             plane_row = plane * ROWS_OF_PLANE + first_row + row
             value_scales = tl.load(sections.value_scale + metadata + plane_row).to(tl.float32)
             value_scales = tl.maximum(value_scales, LEAST_SCALE)
-            plane_scores = scores[plane]
-            if SPLIT.HAS_SOFTCAP:
-                plane_scores = cap_scores(plane_scores + base[None, :], rules.softcap, True)
+            plane_scores = cap_scores(scores[plane], rules.softcap, SPLIT.HAS_SOFTCAP)
             plane_exponents = plane_scores + fast_log2(value_scales)[:, None]
             if SPLIT.HIDES_CONTEXT:
                 position = LAYOUT.NUM_HEAD_TOKENS + index // TILES * LAYOUT.BLOCK_SIZE + plane_row
@@ -198,9 +199,7 @@ def attend_sealed(
         if not HAS_VALUE_ZEROS:  # codes lie around 0
             zeros = zeros * (-0.5 * ((1 << LAYOUT.VALUE_BITS) - 1))
         output += zeros[None, :]
-    reference = highest - HEADROOM
-    if not SPLIT.HAS_SOFTCAP:
-        reference += base
+    reference = highest - HEADROOM + base
     store_part(parts, part, output, reference, tl.sum(totals, 0), SHAPE, TRANSPOSED=0)
 
 

@@ -235,7 +235,8 @@ def test_a_parallel_pass_says_what_decoding_says(model, text_ids, tokenizer):
     for mine, quality in zip(layers, decoded, strict=True):
         name = mine[0].kv_format.name
         emulated = divergence(parallel, window, OwnFormat(name, mine, torch.float32))
-        assert emulated.divergence == pytest.approx(quality.divergence, rel=0.02), name
+        # Of 4e-6 what float32 rounds, differently on each processor, is the twentieth part.
+        assert emulated.divergence == pytest.approx(quality.divergence, rel=0.02, abs=4e-7), name
         assert emulated.perplexity == pytest.approx(quality.perplexity, rel=1e-3), name
 
 
