@@ -96,7 +96,8 @@ def write_report(benchmark: str, rows: list[Row], json_file: Path | None) -> Non
         beside = "" if row.baseline is None else f"  {ratio}{row.baseline}"
         print(f"  {row.case:44} {row.metric:28} {row.value:12.4f} {row.unit}{beside}")
     if json_file is not None:
-        unfinished = json_file.with_name(f"{json_file.name}.part")
+        # `KeptResults` of the same file end in .part.
+        unfinished = json_file.with_name(f"{json_file.name}.new")
         unfinished.write_text(json.dumps(report, indent=1) + "\n")
         unfinished.replace(json_file)  # whoever is stopped here has the one or the other
 
