@@ -74,7 +74,7 @@ AMPERE_PREFILLS: Final = {
 }
 AMPERE_WIDE_PREFILLS: Final = {
     8: Launch(32, 4, 2),
-    4: Launch(16, 8, 1),
+    4: Launch(32, 8, 1),
     2: Launch(16, 8, 1),
     1: Launch(16, 8, 1),
     0: Launch(32, 4, 2),
@@ -117,7 +117,9 @@ def sealed_launch(
     """
     is_wide = columns > WIDE
     if has_groups and (bits < 8 or (is_wide and has_rules)):
-        return Launch(16, 4, 2) if is_wide else Launch(32, 2, 3)
+        return Launch(16, 4, 2) if is_wide else Launch(32, 2, 2 if bits == 2 else 3)
+    if has_rules and bits == 8 and rows == 16 and not is_wide:
+        return Launch(32, 2, 3)
     if has_rules and bits == 1 and not is_wide:
         return Launch(16, 8, 2)
     if has_rules and bits == 2 and is_wide:

