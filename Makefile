@@ -43,7 +43,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 
 # Random requests through engines that faults strike, a batch job that is killed again and again, and
 # random operations on the block manager beside a reference; what goes wrong says how to repeat it.
-# `soak-short` takes two minutes.
+# `soak-short` takes a minute.
 REQUESTS ?= 100000
 REAL_REQUESTS ?= 2000
 STEPS ?= 1000000
@@ -55,7 +55,7 @@ soak: $(VENV)/.installed
 	$(SOAK).soak_block_manager --steps $(STEPS) --seed $(SEED)
 
 soak-short: $(VENV)/.installed
-	$(SOAK).soak_engine --seconds 100 --seed $(SEED)
+	$(SOAK).soak_engine --seconds 50 --seed $(SEED)
 	$(SOAK).soak_block_manager --steps 20000 --seed $(SEED)
 
 # Faults of one line, each in a copy of the checkout: whether the tests see it. A few seconds to two
