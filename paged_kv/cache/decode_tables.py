@@ -8,7 +8,6 @@ adds, in one copy; `DecodeStep` makes the rest. So its kernels can be captured a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -21,7 +20,7 @@ from ..blocks.geometry import BlockGeometry, IntArray
 from ..blocks.step_plan import StepPlan
 from ..blocks.table_replica import TableReplica
 from ..kernels.step_inputs import NO_WINDOW
-from .step_staging import ALIGNMENT, StagedArray, to_device
+from .step_staging import ALIGNMENT, StagedArray, StagedStep, to_device
 
 if TYPE_CHECKING:
     from ..kernels.triton.decode_step import DecodeStep
@@ -188,7 +187,7 @@ class DecodeBatch:
         token_ids: IntArray,
         drawn: Drawn | None,
         extra: Mapping[str, StagedArray],
-    ) -> StagedRows:
+    ) -> StagedStep:
         """Bring a plan's rows to their places on the device, and tables up to date."""
         tables, sources = self.tables, None if drawn is None else drawn.sources
         sent = {
@@ -204,8 +203,8 @@ class DecodeBatch:
         if drawn is not None:
             tables.drawn[: len(drawn.token_ids)] = drawn.token_ids
         self._numbers.copy_(on_device["numbers"])
-        return StagedRows(
-            token_ids=self.step.token_ids,
+        return StagedStep(
+            inputs=self.step.plan.step,
             positions=self._rows["positions" if self.kind.is_windowed else "context_lens"],
             copy_sources=on_device["copy_sources"],
             copy_targets=on_device["copy_targets"],
@@ -213,16 +212,3 @@ class DecodeBatch:
             head_shifts=self._rows.get("head_shifts"),
             extra={name: on_device[name] for name in extra},
         )
-
-
-@dataclass(frozen=True)
-class StagedRows:
-    """A plan on the device: [B] but for what `StagedStep` has of the same name."""
-
-    token_ids: Tensor
-    positions: Tensor
-    copy_sources: Tensor
-    copy_targets: Tensor
-    is_windowed: Tensor | None
-    head_shifts: Tensor | None
-    extra: dict[str, Tensor]

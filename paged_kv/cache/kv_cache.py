@@ -35,7 +35,7 @@ from .decode_tables import DecodeBatch, DecodeTables, Drawn
 from .device_memory import free_memory, require_device
 from .layer_spec import LayerSpec, block_bytes, cache_geometry
 from .memory_stats import MemoryStats, measure_memory
-from .step_staging import StagedArray, stage
+from .step_staging import StagedArray, StagedStep, stage
 
 NO_NUMBERS: Final[IntArray] = np.empty(0, dtype=np.int64)
 NO_ARRAYS: Final[Mapping[str, StagedArray]] = MappingProxyType({})
@@ -219,15 +219,27 @@ class PagedKVCache:
         arrays = StepArrays.from_plan(self.geometry, plan, self._tables)
         sent = {"token_ids": token_ids, "logit_tokens": logit_tokens, **extra}
         staged = stage(self.geometry, plan, arrays, sent, self.device)
+        tokens, places = staged.extra["token_ids"], staged.extra["logit_tokens"]
+        return self._begin(plan, staged, self.backend.plan(staged.inputs), tokens, places)
+
+    def _begin(
+        self,
+        plan: StepPlan,
+        staged: StagedStep,
+        kernel_plan: KernelPlan,
+        token_ids: Tensor,
+        logit_tokens: Tensor,
+    ) -> Step:
+        """Copy what has to be before anything is written; from here on the step is the last."""
         if len(plan.copy_sources):
             self._copy(staged.copy_sources, staged.copy_targets)
         self._step = Step(
             source=plan,
             inputs=staged.inputs,
-            plan=self.backend.plan(staged.inputs),
-            token_ids=staged.extra["token_ids"],
+            plan=kernel_plan,
+            token_ids=token_ids,
             positions=staged.positions,
-            logit_tokens=staged.extra["logit_tokens"],
+            logit_tokens=logit_tokens,
             extra=staged.extra,
             is_windowed=staged.is_windowed,
             head_shifts=staged.head_shifts,
@@ -266,20 +278,8 @@ class PagedKVCache:
         """
         self._take_over(plan)
         staged = batch.send(plan, self._tables, token_ids, drawn, extra)
-        if len(plan.copy_sources):
-            self._copy(staged.copy_sources, staged.copy_targets)
-        self._step = Step(
-            source=plan,
-            inputs=batch.step.plan.step,
-            plan=batch.step.plan,
-            token_ids=staged.token_ids,
-            positions=staged.positions,
-            logit_tokens=batch.logit_tokens,
-            extra=staged.extra,
-            is_windowed=staged.is_windowed,
-            head_shifts=staged.head_shifts,
-        )
-        return self._step
+        step = batch.step
+        return self._begin(plan, staged, step.plan, step.token_ids, batch.logit_tokens)
 
     def _take_over(self, plan: StepPlan) -> None:
         """A plan begins: from here on no earlier step can go on."""
