@@ -83,7 +83,7 @@ def shift_kernel(codes, found, BITS: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def third_bits_kernel(lower, upper, found, TILE: tl.constexpr, COUNT: tl.constexpr):
     at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    planes = planes_of_3_bits(tl.load(lower + at), tl.load(upper + at), TILE)
+    planes = planes_of_3_bits(tl.load(lower + at), tl.load(upper + at), 2 - TILE)
     for plane in tl.static_range(4):
         tl.store(found + plane * tl.num_programs(0) * COUNT + at, planes[plane])
 

@@ -201,7 +201,7 @@ def bytes_of_tile(launch: Launch) -> int:
     is_prefill = launch.name == "attend_prefill"  # whose tiles are of tokens, not of rows of codes
     tiled = layout.BLOCK_SIZE
     if not is_prefill:
-        tiled = layout.BLOCK_SIZE * layout.LEAST_BITS // 8
+        tiled = layout.BLOCK_SIZE * max(layout.LEAST_BITS, 2) // 8
     return int(layout.RECORD_SIZE * tile // tiled)
 
 

@@ -29,8 +29,12 @@ def begin_body(step, rules, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, SPLIT: tl
     if SPLIT.HIDES_CONTEXT:
         positions = context_len + rows // SHAPE.QUERY_GROUP_SIZE
         first = first_seen(positions, sequence, step, rules, SPLIT.HAS_WINDOWS)
+        lowest = context_len + first_row // SHAPE.QUERY_GROUP_SIZE
+        lowest = first_seen(lowest, sequence, step, rules, SPLIT.HAS_WINDOWS)
+    else:
+        lowest = 0
     num_blocks = tl.load(step.num_sealed + sequence).to(tl.int32)
-    start_block, end_block = blocks_of_split(num_blocks, split, first, LAYOUT, SPLIT)
+    start_block, end_block = blocks_of_split(num_blocks, split, lowest, LAYOUT, SPLIT)
     table = step.block_table + sequence * step.table_width
     table += LAYOUT.NUM_HEAD_TOKENS // LAYOUT.OPEN_BLOCK_SIZE
     num_rows = num_new * SHAPE.QUERY_GROUP_SIZE
@@ -42,7 +46,7 @@ def blocks_of_split(num_blocks, split, first, LAYOUT: tl.constexpr, SPLIT: tl.co
     """The first of a body's blocks that one split attends to, and the first that it does not."""
     first_block = 0
     if SPLIT.HIDES_CONTEXT:
-        behind_head = tl.maximum(tl.min(first, 0) - LAYOUT.NUM_HEAD_TOKENS, 0)
+        behind_head = tl.maximum(first - LAYOUT.NUM_HEAD_TOKENS, 0)
         first_block = tl.minimum(behind_head // LAYOUT.BLOCK_SIZE, num_blocks)
     share = tl.maximum(tl.cdiv(num_blocks - first_block, SPLIT.NUM_SPLITS), SPLIT.MIN_SPLIT)
     start_block = tl.minimum(first_block + split * share, num_blocks)

@@ -155,14 +155,14 @@ def planes_of_tiles(tiles, upper, BITS: tl.constexpr):
 
     Tile i of n holds every n-th plane from the i-th on: where keys have more bits than values, or
     the other way round, several tiles of the one go with a tile of the other. `upper` is None, or
-    the one tile of the third bits that go with codes of 2.
+    the third bits that go with the only tile, of codes of 2, and where: see `planes_of_3_bits`.
     """
     planes_of_tile = ()
     for tile in tl.static_range(len(tiles)):
         if upper is None:
             planes_of_tile = planes_of_tile + (planes_of_codes(tiles[tile], BITS),)
         else:
-            planes_of_tile = planes_of_tile + (planes_of_3_bits(tiles[tile], upper, tile),)
+            planes_of_tile = planes_of_tile + (planes_of_3_bits(tiles[tile], upper[0], upper[1]),)
     planes = ()
     for plane in tl.static_range(8 // BITS):
         for tile in tl.static_range(len(tiles)):
@@ -238,13 +238,13 @@ def plane_of_3_bits(lower, upper, PLANE: tl.constexpr):
 
 
 @triton.jit
-def planes_of_3_bits(lower, upper, TILE: tl.constexpr):
+def planes_of_3_bits(lower, upper, shift):
     """As `planes_of_codes` of 2 bits, each with its third bit above it.
 
-    Of `upper` plane j of tile i is bit 2 j + i, which goes to bit 2 j + 2.
+    Of `upper` the bit of plane j is bit 2 j + 2 once it is moved up by `shift`.
     """
     if INTERPRETED:
-        moved = upper.to(tl.uint16) << (2 - TILE)
+        moved = (upper.to(tl.int32) << shift).to(tl.uint16)
         return (
             plane_of_3_bits(lower, moved, 0),
             plane_of_3_bits(lower, moved, 1),
@@ -252,7 +252,6 @@ def planes_of_3_bits(lower, upper, TILE: tl.constexpr):
             plane_of_3_bits(lower, moved, 3),
         )
     else:
-        SHIFT: tl.constexpr = "2" if TILE == 0 else "1"
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 low, high, third, fourth, kept;
@@ -260,12 +259,8 @@ def planes_of_3_bits(lower, upper, TILE: tl.constexpr):
             prmt.b32 high, $8, 0, 0x4342;
             prmt.b32 third, $9, 0, 0x4140;
             prmt.b32 fourth, $9, 0, 0x4342;
-            shl.b32 third, third, """
-            + SHIFT
-            + """;
-            shl.b32 fourth, fourth, """
-            + SHIFT
-            + """;
+            shl.b32 third, third, $10;
+            shl.b32 fourth, fourth, $10;
             and.b32 kept, third, 0x00040004;
             lop3.b32 $0, low, 0x00030003, kept, 0xea;
             and.b32 kept, fourth, 0x00040004;
@@ -283,8 +278,8 @@ def planes_of_3_bits(lower, upper, TILE: tl.constexpr):
             and.b32 kept, fourth, 0x01000100;
             lop3.b32 $7, high, 0x00c000c0, kept, 0xea;
             }""",
-            "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
-            [lower, upper],
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r",
+            [lower, upper, shift],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
             pack=4,

@@ -38,7 +38,7 @@ NARROW_LAUNCHES: Final = {
     (4, 8): Launch(32, 1, 3),
     (4, 16): Launch(32, 2, 2),
     (2, 8): Launch(16, 1, 3),
-    (1, 8): Launch(16, 2, 2),
+    (1, 8): Launch(16, 1, 3),
     (0, 8): Launch(64, 2, 3),
     (0, 16): Launch(64, 2, 3),
 }
@@ -73,10 +73,10 @@ AMPERE_PREFILLS: Final = {
     0: Launch(32, 4, 2),
 }
 AMPERE_WIDE_PREFILLS: Final = {
-    8: Launch(32, 4, 2),
+    8: Launch(32, 8, 2),
     4: Launch(32, 8, 1),
     2: Launch(16, 8, 1),
-    1: Launch(16, 8, 1),
+    1: Launch(16, 8, 2),
     0: Launch(32, 4, 2),
 }
 
@@ -117,15 +117,13 @@ def sealed_launch(
     """
     is_wide = columns > WIDE
     if has_groups and (bits < 8 or (is_wide and has_rules)):
-        return Launch(16, 4, 2) if is_wide else Launch(32, 2, 2 if bits == 2 else 3)
+        if is_wide:
+            return Launch(16, 4 if bits == 2 else 2, 2)
+        return Launch(32, 2, 2 if bits == 2 else 3)
     if has_rules and bits == 8 and rows == 16 and not is_wide:
         return Launch(32, 2, 3)
-    if has_rules and bits == 1 and not is_wide:
-        return Launch(16, 8, 2)
-    if has_rules and bits == 2 and is_wide:
-        return Launch(16, 4, 1)
-    if has_rules and bits == 2 and not is_hopper(device):  # its code takes more registers there
-        return Launch(32, 2, 3)
+    if has_rules and bits <= 2:
+        return Launch(16, 4, 2) if is_wide else Launch(32, 2, 3)
     return (WIDE_LAUNCHES if is_wide else NARROW_LAUNCHES)[bits, rows]
 
 

@@ -105,15 +105,8 @@ def attend_prefill(
             sections.key_codes + record + key_row * LAYOUT.KEY_STRIDES[0] + key_offsets,
             channel[:, None] < SHAPE.KEY_DIM, IS_KEY_PADDED,
         )  # fmt: skip
-        values = load_padded(
-            sections.value_codes + record + value_row * LAYOUT.VALUE_STRIDES[0] + value_offsets,
-            value_channel[None, :] < SHAPE.VALUE_DIM, IS_VALUE_PADDED,
-        )  # fmt: skip
         metadata = record // 2
         in_block = first_of_tile + row
-        value_scales = tl.load(sections.value_scale + metadata + in_block).to(tl.float32)
-        value_scales = tl.maximum(value_scales, LEAST_SCALE)
-        inverse_scales = fast_inverse(value_scales)
         shift = first_of_tile // ROWS_OF_KEYS * LAYOUT.KEY_BITS
         codes = codes_of_plane(keys, shift, LAYOUT.KEY_BITS)
         if LAYOUT.NUM_KEY_GROUPS == 0:
@@ -143,18 +136,9 @@ def attend_prefill(
                 wide_scales = tl.load(group_scales + wide_channel)
                 scores = dot(wide_queries, upper * wide_scales[:, None], scores)
             scores = scores * factor
-        shift = first_of_tile // ROWS_OF_VALUES * LAYOUT.LOWER_VALUE_BITS
-        values = codes_of_plane(values, shift, LAYOUT.LOWER_VALUE_BITS)
-        if LAYOUT.VALUE_BITS == 3:
-            upper = sections.upper_value_codes + record
-            upper += first_of_tile % ROWS_OF_UPPER * LAYOUT.UPPER_VALUE_STRIDES[0]
-            upper = load_padded(
-                upper + upper_offsets, value_channel[None, :] < SHAPE.VALUE_DIM, IS_VALUE_PADDED
-            )
-            values += codes_of_plane(upper, first_of_tile // ROWS_OF_UPPER, 1) * 4
-        if LAYOUT.VALUE_BITS < 8 and not HAS_VALUE_ZEROS:
-            values = values - 0.5 * ((1 << LAYOUT.VALUE_BITS) - 1)  # codes lie around 0
-
+        value_scales = tl.load(sections.value_scale + metadata + in_block).to(tl.float32)
+        value_scales = tl.maximum(value_scales, LEAST_SCALE)
+        inverse_scales = fast_inverse(value_scales)
         exponents = (
             cap_scores(scores, rules.softcap, SPLIT.HAS_SOFTCAP) + fast_log2(value_scales)[None, :]
         )
@@ -172,6 +156,21 @@ def attend_prefill(
                 tl.load(sections.value_zero + metadata + in_block).to(tl.float32) * inverse_scales
             )
             zero_part = zero_part * shrink + tl.sum(weights * zeros[None, :], 1)
+        values = load_padded(
+            sections.value_codes + record + value_row * LAYOUT.VALUE_STRIDES[0] + value_offsets,
+            value_channel[None, :] < SHAPE.VALUE_DIM, IS_VALUE_PADDED,
+        )  # fmt: skip
+        shift = first_of_tile // ROWS_OF_VALUES * LAYOUT.LOWER_VALUE_BITS
+        values = codes_of_plane(values, shift, LAYOUT.LOWER_VALUE_BITS)
+        if LAYOUT.VALUE_BITS == 3:
+            upper = sections.upper_value_codes + record
+            upper += first_of_tile % ROWS_OF_UPPER * LAYOUT.UPPER_VALUE_STRIDES[0]
+            upper = load_padded(
+                upper + upper_offsets, value_channel[None, :] < SHAPE.VALUE_DIM, IS_VALUE_PADDED
+            )
+            values += codes_of_plane(upper, first_of_tile // ROWS_OF_UPPER, 1) * 4
+        if LAYOUT.VALUE_BITS < 8 and not HAS_VALUE_ZEROS:
+            values = values - 0.5 * ((1 << LAYOUT.VALUE_BITS) - 1)  # codes lie around 0
         output = dot(rounded_to(weights, tl.float16), values, output * shrink[:, None])
     if HAS_VALUE_ZEROS:
         output += zero_part[:, None]

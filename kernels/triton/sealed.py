@@ -62,7 +62,8 @@ def attend_sealed(
     """One tile of query rows, one kv head, one split of the body; see `begin_body`.
 
     TILE rows of each plane are taken at once. All sections of codes have as many planes as the one
-    with the fewest bits; of what has more bits, several tiles make them.
+    with the fewest bits; of what has more bits, several tiles make them. Third bits of values have
+    twice as many: two turns take half of the planes each.
     """
     ROWS: tl.constexpr = SPLIT.ROWS
     TILE: tl.constexpr = SPLIT.TILE
@@ -71,12 +72,13 @@ def attend_sealed(
         step, rules, SHAPE, LAYOUT, SPLIT
     )
 
-    PLANES: tl.constexpr = 8 // LAYOUT.LEAST_BITS
+    PLANES: tl.constexpr = 8 // max(LAYOUT.LEAST_BITS, 2)
     ROWS_OF_PLANE: tl.constexpr = LAYOUT.BLOCK_SIZE // PLANES
     TILES: tl.constexpr = ROWS_OF_PLANE // TILE  # of a block
     KEY_TILES: tl.constexpr = PLANES * LAYOUT.KEY_BITS // 8  # that make as many planes
     WIDE_TILES: tl.constexpr = PLANES * LAYOUT.WIDE_BITS // 8
     VALUE_TILES: tl.constexpr = PLANES * LAYOUT.LOWER_VALUE_BITS // 8
+    ROWS_OF_UPPER: tl.constexpr = LAYOUT.BLOCK_SIZE // 8
     IS_KEY_PADDED: tl.constexpr = SHAPE.KEY_DIM != SHAPE.KEY_COLUMNS
     IS_VALUE_PADDED: tl.constexpr = SHAPE.VALUE_DIM != VALUE_COLUMNS
     HAS_VALUE_ZEROS: tl.constexpr = sections.value_zero is not None
@@ -112,10 +114,10 @@ def attend_sealed(
     following = load_block_id(table, start_block, start < end, LAYOUT)
     near = ()
     base = tl.zeros([ROWS], tl.float32)
-    # More rows, channels, key groups or rules leave no registers for it: their zero points are
-    # exact, in more moves.
+    # More rows, channels, key groups, third bits or rules leave no registers for it: their zero
+    # points are exact, in more moves.
     HAS_RULES: tl.constexpr = SPLIT.HAS_SOFTCAP or SPLIT.HIDES_CONTEXT
-    IS_SMALL: tl.constexpr = ROWS == 8 and SHAPE.KEY_COLUMNS <= 128
+    IS_SMALL: tl.constexpr = ROWS == 8 and SHAPE.KEY_COLUMNS <= 128 and LAYOUT.VALUE_BITS != 3
     if LAYOUT.NUM_KEY_GROUPS == 1 and IS_SMALL and not HAS_RULES:
         products = multiply_zeros(queries, sections, following, kv_head, start < end, SHAPE, LAYOUT)
         base = tl.sum(products.to(tl.float32), 0) * (factor / SMALL)
@@ -140,9 +142,12 @@ def attend_sealed(
         )  # fmt: skip
         upper_values = None
         if LAYOUT.VALUE_BITS == 3:
-            upper_row = sections.upper_value_codes + record
-            upper_row += first_row * LAYOUT.UPPER_VALUE_STRIDES[0]
-            upper_values = load_padded(upper_row + upper_offsets, value_exists, IS_VALUE_PADDED)
+            upper_row = first_row % ROWS_OF_UPPER * LAYOUT.UPPER_VALUE_STRIDES[0]
+            upper_at = sections.upper_value_codes + record + upper_row + upper_offsets
+            upper_values = (
+                load_padded(upper_at, value_exists, IS_VALUE_PADDED),
+                2 - first_row // ROWS_OF_UPPER,
+            )
         metadata = record // 2
         if LAYOUT.NUM_KEY_GROUPS == 0:
             scales = sections.key_scale + metadata + first_row
@@ -155,6 +160,8 @@ def attend_sealed(
 
         # Exponents of the weights, and the factors that make sums of p and p * z of them.
         before = highest
+        position = LAYOUT.NUM_HEAD_TOKENS + index // TILES * LAYOUT.BLOCK_SIZE + first_row
+        first_of_tile = first - position
         exponents = ()
         inverse_scales = ()
         for plane in tl.static_range(PLANES):
@@ -164,8 +171,7 @@ def attend_sealed(
             plane_scores = cap_scores(scores[plane], rules.softcap, SPLIT.HAS_SOFTCAP)
             plane_exponents = plane_scores + fast_log2(value_scales)[:, None]
             if SPLIT.HIDES_CONTEXT:
-                position = LAYOUT.NUM_HEAD_TOKENS + index // TILES * LAYOUT.BLOCK_SIZE + plane_row
-                is_visible = position[:, None] >= first[None, :]
+                is_visible = row[:, None] >= first_of_tile[None, :] - plane * ROWS_OF_PLANE
                 plane_exponents = tl.where(is_visible, plane_exponents, float("-inf"))
             highest = tl.maximum(highest, tl.max(plane_exponents, 0))
             exponents = exponents + (plane_exponents,)
@@ -286,6 +292,7 @@ def score_planes(
     channel = tl.arange(0, SHAPE.KEY_COLUMNS)
     exists = channel < SHAPE.KEY_DIM
     none = tl.zeros([TILE, queries.shape[1]], tl.float32)
+    IS_WIDE: tl.constexpr = SHAPE.KEY_COLUMNS > 128  # where a sum that waits takes fewer registers
     planes = planes_of_tiles(keys, None, LAYOUT.KEY_BITS)
     if LAYOUT.NUM_WIDE > 0:
         wide_queries, wide_channel = wide
@@ -316,12 +323,14 @@ def score_planes(
                 scales = tl.load(scales_and_zeros[0] + group * SHAPE.KEY_DIM + wide_channel)
                 wide_scaled = wide_queries * scales[:, None]
         below = 1 << bits_below(plane, KEY_TILES, LAYOUT.KEY_BITS)
-        products = dot(planes[plane], scaled, zero_products * below)
+        products = dot(planes[plane], scaled, none if IS_WIDE else zero_products * below)
         if LAYOUT.NUM_WIDE > 0:
             # Wide codes of a plane may have more bits below them than its codes.
             if plane % KEY_TILES >= WIDE_TILES:
                 products = dot(wide_planes[plane], wide_scaled * WIDE_UNIT, products)
             else:
                 products = dot(wide_planes[plane], wide_scaled, products)
+        if IS_WIDE:
+            products += zero_products * below
         scores = scores + (products * (factor * (1.0 / (CODE_UNIT * below))),)
     return scores
