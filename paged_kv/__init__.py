@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .entrypoints.outputs import Completion as Completion
     from .entrypoints.outputs import RequestOutput as RequestOutput
     from .entrypoints.outputs import StreamEvent as StreamEvent
+    from .entrypoints.outputs import TokenLogprob as TokenLogprob
     from .kernels.new_tokens import NewTokens as NewTokens
     from .kernels.rules import ScoreRules as ScoreRules
     from .scheduler.request import Request as Request
@@ -104,6 +105,7 @@ _HOME = {
     "StreamEvent": "entrypoints.outputs",
     "SwappedSequence": "blocks.host_blocks",
     "TokenChain": "blocks.token_chain",
+    "TokenLogprob": "entrypoints.outputs",
     "cache_geometry": "cache.layer_spec",
     "export_sequence": "cache.transfer",
     "import_sequence": "cache.transfer",

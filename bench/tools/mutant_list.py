@@ -1124,6 +1124,54 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         ],
     ),
     *faults_in(
+        "paged_kv/engine/token_rules.py",
+        "entrypoints/test_generation_options",
+        [
+            Fault(
+                "min-tokens-forbid-one-end-too-many",
+                "if num_output < params.least_tokens:",
+                "if num_output <= params.least_tokens:",
+                "entrypoints/test_llm",
+            ),
+            Fault(
+                "penalties-forget-the-prompt",
+                "enumerate(dict.fromkeys(prompt_token_ids))",
+                "enumerate(dict.fromkeys(prompt_token_ids[:0]))",
+            ),
+            Fault(
+                "penalties-count-a-token-once",
+                "self._generated[place] += 1",
+                "self._generated[place] = 1",
+            ),
+            Fault(
+                "a-bad-word-that-ends-is-bad",
+                "if len(word) == 1 and word[0] not in model_ends",
+                "if len(word) == 1",
+            ),
+            Fault(
+                "limits-before-the-temperature",
+                "found: list[Processor] = [TemperatureLogitsWarper(float(params.temperature))]",
+                "found: list[Processor] = []",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/sampler.py",
+        "entrypoints/test_generation_options",
+        [
+            Fault(
+                "negative-logits-are-penalized-upwards",
+                "torch.where(kept < 0, kept * factors, kept / factors)",
+                "kept / factors",
+            ),
+            Fault(
+                "logprobs-after-the-options",
+                "self._likelihoods.topk(count)",
+                "(self._likelihoods * 2).topk(count)",
+            ),
+        ],
+    ),
+    *faults_in(
         "paged_kv/engine/live_request.py",
         "entrypoints/test_samples entrypoints/test_llm engine/test_interrupts",
         [
@@ -1141,8 +1189,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         [
             Fault(
                 "a-stop-string-right-at-min-tokens-is-missed",
-                "may_stop = index + 1 >= live.params.min_tokens",
-                "may_stop = index + 1 > live.params.min_tokens",
+                "may_stop = index + 1 >= live.params.least_tokens",
+                "may_stop = index + 1 > live.params.least_tokens",
                 "engine/test_text",
             ),
             Fault(
@@ -1199,12 +1247,6 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         "paged_kv/engine/live_request.py",
         "entrypoints/test_sharing_llm",
         [
-            Fault(
-                "min-tokens-forbid-one-end-too-many",
-                "request.num_output_tokens < params.min_tokens",
-                "request.num_output_tokens <= params.min_tokens",
-                "entrypoints/test_llm",
-            ),
             Fault(
                 "samples-start-from-a-leader-that-is-gone",
                 "self.live.is_unfinished and self.live.leader is self.leader",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,9 @@ from ..cache.formats import KVFormat, resolve_format
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
 from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for, usual_kv_dtype
+from ..errors import ConfigError
 from ..models.calibration import Calibration, usual_calibration
+from ..models.generation_config import generation_options
 from ..models.huggingface import PagedModel
 from ..models.loading import end_token_ids, model_length, move_model
 from ..scheduler.scheduler import Scheduler
@@ -26,6 +28,7 @@ from .config import USUAL, EngineConfig
 from .decode_graphs import DecodeGraphs
 from .engine import Engine
 from .model_runner import ModelRunner
+from .sampling_params import SamplingParams
 
 DEFAULT_KV_MEMORY: Final = 1 << 30
 DEFAULT_PART: Final = 0.5  # of the memory that is free
@@ -52,6 +55,7 @@ def build_engine(
     max_model_len = model_length(model.model, config.max_model_len)
     kv_format = fitted_format(model, config)
     model.layers(kv_format)  # or it raises
+    usual_options(model, config)  # or it raises
     if device is not None:
         move_model(model.model, device)
     try:
@@ -101,7 +105,20 @@ def engine_where_it_is(
     if cache.device.type == "cuda" and cache.backend is not TORCH_BACKEND:
         graphs = None if config.enforce_eager else DecodeGraphs(model, cache, manager)
     runner = ModelRunner(model, cache, graphs)
-    return Engine(runner, scheduler, end_token_ids(model.model), config.sink_window)
+    ends = end_token_ids(model.model)
+    return Engine(runner, scheduler, ends, config.sink_window, usual_options(model, config))
+
+
+def usual_options(model: PagedModel, config: EngineConfig) -> dict[str, Any]:
+    """What the model's generation config says of sampling; `ConfigError` where it is unfit."""
+    if config.generation_config is None:
+        return {}
+    options = generation_options(model.model)
+    try:
+        SamplingParams(**options)
+    except ConfigError as error:
+        raise ConfigError(f"the model's generation config: {error}") from error
+    return options
 
 
 def fitted_format(model: PagedModel, config: EngineConfig) -> KVFormat:

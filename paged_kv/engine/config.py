@@ -28,6 +28,7 @@ MOST: Final = {
     "max_model_len": MAX_COUNT,
     "num_threads": 4096,
 }
+MODELS_OWN: Final = "auto"  # generation_config: what came with the model
 USUAL: Final = "usual"  # calibration: that on the library's own text
 OPTIONAL: Final = ("num_blocks", "max_prefill_tokens", "max_model_len", "num_threads")
 
@@ -50,6 +51,7 @@ class EngineConfig:
     num_threads: int | None = None
     enforce_eager: bool = False
     sink_window: SinkWindow | None = None
+    generation_config: str | None = MODELS_OWN
 
     def __post_init__(self) -> None:
         resolve_format(self.kv_format)
@@ -61,6 +63,8 @@ class EngineConfig:
         window = self.sink_window
         is_window = window is None or isinstance(window, SinkWindow)
         require("sink_window", window, is_window, "a SinkWindow")
+        own = self.generation_config
+        require("generation_config", own, own in (None, MODELS_OWN), '"auto" or None')
         if self.kv_memory is not None:
             parse_memory(self.kv_memory, "kv_memory")
         if self.kv_memory is not None and self.num_blocks is not None:

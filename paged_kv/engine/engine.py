@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock, get_ident
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import Fork, ScheduledStep
 from .beam_search import BeamSearch, BeamSearchParams
 from .flight import Flight
-from .intake import Intake
+from .intake import NO_DEFAULTS, Intake
 from .live_request import (
     BeamShortlist,
     LiveRequest,
@@ -51,6 +52,7 @@ class Engine:
         scheduler: Scheduler,
         end_token_ids: Sequence[int],
         sink_window: SinkWindow | None = None,
+        defaults: Mapping[str, Any] = NO_DEFAULTS,
     ) -> None:
         self.runner = runner
         self.model = runner.model
@@ -58,7 +60,7 @@ class Engine:
         self.scheduler = scheduler
         self.manager = scheduler.manager
         ends = frozenset(t for t in end_token_ids if 0 <= t < self.model.vocab_size)
-        self.intake = Intake(self.model, scheduler, ends, sink_window)
+        self.intake = Intake(self.model, scheduler, ends, sink_window, defaults)
         self.num_steps = 0
         self._live: dict[str, LiveRequest] = {}
         self._searches: dict[str, BeamSearch] = {}
@@ -151,6 +153,7 @@ class Engine:
         beyond the model's length is cut to what is left after the prompt; None is what the pool
         holds too. Stop strings are not looked at: they are text.
         """
+        params = self.intake.completed(params)
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         if len(ids) != params.num_samples or len(set(ids)) != len(ids):
             raise InvalidRequestError(f"{params.num_samples} samples need as many ids, got {ids}")
@@ -166,6 +169,7 @@ class Engine:
                     seed=seed,
                     sample_index=sample_index,
                     end_token_ids=self.intake.end_token_ids(params),
+                    rules=self.intake.rules(request, params),
                 )
                 samples.append(live)
             leader, *siblings = samples
@@ -433,7 +437,7 @@ class Engine:
         if draw.error is not None:
             self._end_with(live, draw.error, None)
             return live.last_update()
-        live.take(draw.token_id, draw.log_probability)
+        live.take(draw)
         live.finish_reason = live.end
         if live.finish_reason is not None:
             self._finish(live)

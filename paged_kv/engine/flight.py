@@ -33,7 +33,7 @@ class Flight:
             not self.shortlists
             and len(self.draws) == num_rows
             and not self.sampling.may_be_open
-            and all(draw.token_ids is None for draw in self.draws)
+            and not any(draw.rules.needs_tokens for draw in self.draws)
         )
 
     @cached_property

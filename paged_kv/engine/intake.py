@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Final
 
 from ..blocks.sink_window import SinkWindow
 from ..errors import InvalidRequestError, PromptTooLongError
@@ -12,13 +14,22 @@ from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from .beam_search import BeamSearch, BeamSearchParams, find_branching, max_blocks_of_beams
 from .sampling_params import SamplingParams
+from .token_rules import TokenRules, rules_of
+
+NO_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType({})
+# What only matters where tokens are drawn, which beam search does not.
+LIMITS_OF_SAMPLES: Final = (
+    *("temperature", "top_h", "top_k", "top_p", "min_p"),
+    *("typical_p", "epsilon_cutoff", "eta_cutoff"),
+)
 
 
 class Intake:
     """Makes requests for one engine, or says why it cannot serve them; queues none.
 
     `ends` are the model's own end-of-sequence tokens; with a `sink_window` every request that
-    brings none of its own is windowed by it.
+    brings none of its own is windowed by it. `defaults` are what the model's generation config
+    says of `SamplingParams`.
     """
 
     def __init__(
@@ -27,12 +38,18 @@ class Intake:
         scheduler: Scheduler,
         ends: frozenset[int],
         sink_window: SinkWindow | None,
+        defaults: Mapping[str, Any] = NO_DEFAULTS,
     ) -> None:
         self._model = model
         self._scheduler = scheduler
         self._manager = scheduler.manager
         self._ends = ends
         self.sink_window = sink_window
+        self._defaults = defaults
+
+    def completed(self, params: SamplingParams) -> SamplingParams:
+        """With what the model says of options that a request leaves open."""
+        return params.completed(self._defaults)
 
     def end_token_ids(self, params: SamplingParams | BeamSearchParams) -> frozenset[int]:
         """Tokens that end a request."""
@@ -58,6 +75,16 @@ class Intake:
             _ = self._model.rotations  # or it raises
         return self._checked_request(request_id, prompt_token_ids, params, priority, sink_window)
 
+    def rules(self, request: Request, params: SamplingParams) -> TokenRules:
+        """What the options of a request, which are complete, do to its logits."""
+        return rules_of(
+            params,
+            sorted(self.end_token_ids(params)),
+            sorted(self._ends),
+            request.num_prompt_tokens,
+            request.max_tokens,
+        )
+
     def search(
         self, request_id: str, prompt_token_ids: Sequence[int], params: BeamSearchParams
     ) -> BeamSearch:
@@ -66,6 +93,12 @@ class Intake:
         Raises `InvalidRequestError` for a prompt that cannot be served, `OutOfBlocksError` where
         its beams might not fit.
         """
+        unfit = sorted(set(self._defaults).difference(LIMITS_OF_SAMPLES))
+        if unfit:
+            raise InvalidRequestError(
+                f"the model's generation config sets {', '.join(unfit)}, which beam search does "
+                "not apply: give the LLM generation_config=None"
+            )
         request = self._checked_request(request_id, prompt_token_ids, params.request_params())
         if params.max_tokens is None:
             assert request.max_tokens is not None
@@ -94,7 +127,7 @@ class Intake:
         sink_window: SinkWindow | None = None,
     ) -> Request:
         self._check_prompt(prompt_token_ids, is_windowed=sink_window is not None)
-        self._check_in_vocabulary(params.stop_token_ids)
+        self._check_tokens(params)
         max_tokens = params.max_tokens
         if sink_window is None:
             room = self._manager.max_model_len - len(prompt_token_ids)
@@ -139,6 +172,29 @@ class Intake:
                 f"the model length of {self._manager.max_model_len}"
             )
         self._check_in_vocabulary(prompt_token_ids)
+
+    def _check_tokens(self, params: SamplingParams) -> None:
+        """Raise `InvalidRequestError` for options about tokens that there are not."""
+        forced = params.forced_eos_token_id
+        named = {
+            "stop_token_ids": params.stop_token_ids,
+            "suppress_tokens": params.suppress_tokens or (),
+            "begin_suppress_tokens": params.begin_suppress_tokens or (),
+            "bad_words_ids": [t for word in params.bad_words_ids or () for t in word],
+            "logit_bias": list(params.logit_bias),
+            "forced_bos_token_id": [t for t in [params.forced_bos_token_id] if t is not None],
+            "forced_eos_token_id": forced if isinstance(forced, Sequence) else [forced or 0],
+        }
+        for name, token_ids in named.items():
+            try:
+                self._check_in_vocabulary(token_ids)
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"{name}: {error}") from None
+        if params.logprobs is not None and params.logprobs > self._model.vocab_size:
+            raise InvalidRequestError(
+                f"logprobs {params.logprobs} are more than the vocabulary of "
+                f"{self._model.vocab_size}"
+            )
 
     def _check_in_vocabulary(self, token_ids: Sequence[int]) -> None:
         vocab_size = self._model.vocab_size

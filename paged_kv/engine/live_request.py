@@ -7,7 +7,7 @@ exception finds it there, and the engine goes on from there.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from ..scheduler.step import ScheduledStep
 from .beam_search import Beam, BeamOutput, BeamSearch
 from .sampler import Draw, Shortlist, uniform_numbers
 from .sampling_params import SamplingParams
+from .token_rules import TokenRules
 
 
 class SequenceUpdate(NamedTuple):
@@ -25,7 +26,7 @@ class SequenceUpdate(NamedTuple):
     request_id: str
     token_id: int | None  # None with an error
     finish_reason: str | None
-    log_probability: float | None = None  # of the token, where the request asks for `best_of`
+    log_probability: float | None = None  # of the token, where the request asks for it
     error: PagedKVError | None = None
 
 
@@ -49,10 +50,12 @@ class LiveRequest:
     seed: int
     sample_index: int
     end_token_ids: frozenset[int]
+    rules: TokenRules
     leader: LiveRequest | None = None
     siblings: list[LiveRequest] = field(default_factory=list)
     token_ids: array[int] = field(default_factory=lambda: array("i"))
-    log_probabilities: array[float] = field(default_factory=lambda: array("d"))  # with `best_of`
+    log_probabilities: array[float] = field(default_factory=lambda: array("d"))  # where wanted
+    likeliest: list[Sequence[tuple[int, float]]] = field(default_factory=list)  # with `logprobs`
     finish_reason: str | None = None  # of a `SequenceUpdate`, or "abort"
     error: PagedKVError | None = None
 
@@ -60,11 +63,13 @@ class LiveRequest:
     def request_id(self) -> str:
         return self.request.request_id
 
-    def take(self, token_id: int, log_probability: float | None) -> None:
+    def take(self, draw: Draw) -> None:
         """One more token; it counts from the last of these lines on, and from no other."""
-        if log_probability is not None:
-            self.log_probabilities.append(log_probability)
-        self.token_ids.append(token_id)
+        if draw.log_probability is not None:
+            self.log_probabilities.append(draw.log_probability)
+        if self.params.logprobs is not None:
+            self.likeliest.append(draw.likeliest)
+        self.token_ids.append(draw.token_id)
 
     @property
     def is_unfinished(self) -> bool:
@@ -76,7 +81,7 @@ class LiveRequest:
         num_tokens = len(self.token_ids)
         if not num_tokens:
             return None
-        if self.token_ids[-1] in self.end_token_ids and num_tokens >= self.params.min_tokens:
+        if self.token_ids[-1] in self.end_token_ids and num_tokens >= self.params.least_tokens:
             return "stop"
         return "length" if num_tokens == self.request.max_tokens else None
 
@@ -84,6 +89,7 @@ class LiveRequest:
         """Back to where no scheduler knows it, with the tokens that it was given."""
         self.leader, self.siblings = None, []
         del self.log_probabilities[len(self.token_ids) :]
+        del self.likeliest[len(self.token_ids) :]
         self.request.restart(self.token_ids.tolist())
 
     def last_update(self) -> SequenceUpdate:
@@ -143,20 +149,15 @@ def draws_of(scheduled: ScheduledStep, lives: Mapping[str, LiveRequest]) -> list
         live = lives.get(request.request_id)
         if live is None:  # a beam search
             continue
-        params = live.params
-        has_few = params.min_tokens > 0 and request.num_output_tokens < params.min_tokens
-        draws.append(
-            TokenDraw(
-                row=row,
-                params=params,
-                live=live,
-                token_ids=request.token_ids if params.logits_processors else None,
-                forbidden_ids=list(live.end_token_ids) if has_few else (),
-            )
+        rules = live.rules.of_row(
+            request.num_output_tokens, request.prompt_token_ids, live.token_ids
         )
+        is_warped = bool(rules.warpers)
+        draw = TokenDraw(row=row, params=live.params, live=live, rules=rules, is_warped=is_warped)
+        draws.append(draw)
         first_draws += [
-            TokenDraw(row=row, params=params, live=sibling, leader=live)
-            for sibling in live.siblings
+            TokenDraw(row=row, params=live.params, live=each, leader=live, is_warped=is_warped)
+            for each in live.siblings
         ]
     draws += first_draws
     random = [draw for draw in draws if not draw.params.is_greedy]

@@ -25,6 +25,7 @@ class TextUpdate(NamedTuple):
     text: str
     finish_reason: str | None
     log_probability: float | None
+    likeliest: Sequence[tuple[int, float]]  # tokens in its place, with `logprobs`
     error: PagedKVError | None
 
 
@@ -85,7 +86,7 @@ class TextOutput:
         if not is_over and live.finish_reason is not None:  # for which no token stands
             detokenizer.finish()
             text = detokenizer.take_new_text(is_final=True)
-            updates.append(TextUpdate(None, text, live.finish_reason, None, live.error))
+            updates.append(TextUpdate(None, text, live.finish_reason, None, (), live.error))
             is_over = True
         self._reading = _Reading(detokenizer, num_read, is_over, tuple(updates), first)
 
@@ -96,7 +97,7 @@ class TextOutput:
         if index + 1 == len(live.token_ids) and live.finish_reason in ("stop", "length"):
             finish_reason = live.finish_reason
         try:
-            may_stop = index + 1 >= live.params.min_tokens
+            may_stop = index + 1 >= live.params.least_tokens
             is_end = finish_reason == "stop"  # an end token has no text
             if not is_end and detokenizer.append(token_id, may_stop):
                 finish_reason = "stop"
@@ -110,7 +111,8 @@ class TextOutput:
             error.__cause__ = failure
             finish_reason = "error"
         log_probability = live.log_probabilities[index] if live.log_probabilities else None
-        return TextUpdate(token_id, text, finish_reason, log_probability, error)
+        likeliest = live.likeliest[index] if live.likeliest else ()
+        return TextUpdate(token_id, text, finish_reason, log_probability, likeliest, error)
 
 
 class OutputProcessor:

@@ -18,11 +18,12 @@ from torch import Tensor
 from ..cache.step_staging import StagedArray
 from ..errors import InvalidRequestError, NonFiniteLogitsError, PagedKVError
 from .sampling_params import SamplingParams
+from .token_rules import NO_RULES, Processor, RowRules, TokenNumbers, processed
 
 GOLDEN_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
 NUM_CANDIDATES: Final = 256  # tokens that are put in order before all are
 NOT_FINITE: Final = "the model's logits are not finite"
-NOTHING_LEFT: Final = "logits processors and min_tokens leave no token to sample"
+NOTHING_LEFT: Final = "the request's options leave no token to sample"
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -30,24 +31,28 @@ class Draw:
     """A token to be drawn from a row of logits, and then what was drawn.
 
     Several draws may share a row. The rules of the request, which change the row, stand at one of
-    them: `token_ids`, all its tokens so far, where it has processors, and `forbidden_ids`.
+    them; what they leave of a row with `warpers` is drawn from as it is.
     """
 
     row: int
     params: SamplingParams
     uniform: float = 0.0  # in [0, 1): decides the token, unless that is greedy
-    token_ids: Sequence[int] | None = None
-    forbidden_ids: Sequence[int] = ()
+    rules: RowRules = NO_RULES
+    is_warped: bool = False  # its row, by rules that stand here or at another draw
     token_id: int = 0
-    log_probability: float | None = None  # of the token, where `best_of` compares them
+    log_probability: float | None = None  # of the token by the model, where it is wanted
+    likeliest: Sequence[tuple[int, float]] = ()  # tokens of the row by the model, best first
     error: PagedKVError | None = None  # why nothing can be drawn; the token is no choice then
     is_finite: bool = True  # what the model computed for the row
 
     @property
     def is_limited(self) -> bool:
         """Whether unlikely tokens are excluded: only then does the order of the tokens matter."""
-        params = self.params
-        return params.top_k is not None or params.top_p < 1 or params.min_p > 0
+        return not self.is_warped and self.params.limits != (0, 1.0, 0.0)
+
+    @property
+    def temperature(self) -> float:
+        return 1.0 if self.is_warped else self.params.temperature or 0.0
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -70,8 +75,9 @@ def sampling_arrays(
     `draw_rows` [M] rows of the draws, unless draw m is of row m; `free_rows`, `free_draws` [F] rows
     and numbers of those drawn from all tokens, and `free_numbers` [2, F] float64 their temperatures
     and uniform numbers; `limited_*` [L] likewise, with top_k (0: all), top_p and min_p as well;
-    `scored_rows`, `scored_draws` [S] where log-probabilities are wanted; `forbidden` [2, K] rows
-    and tokens; `shortlist_rows` [B].
+    `scored_rows`, `scored_draws` [S] where log-probabilities are wanted; of all rules `biases`,
+    `penalties` [2, K] rows and tokens, and `biases_numbers` [1, K], `penalties_numbers` [2, K]
+    float64; `forbidden` [2, K] rows and tokens; `shortlist_rows` [B].
     """
     arrays: dict[str, StagedArray] = {}
     rows = [draw.row for draw in draws]
@@ -80,29 +86,43 @@ def sampling_arrays(
     random = [place for place, draw in enumerate(draws) if not draw.params.is_greedy]
     limited = [place for place in random if draws[place].is_limited]
     free = [place for place in random if not draws[place].is_limited]
-    scored = [place for place, draw in enumerate(draws) if draw.params.best_of is not None]
+    scored = [place for place, draw in enumerate(draws) if draw.params.is_scored]
     for name, places in (("free", free), ("limited", limited), ("scored", scored)):
         if places:
             arrays[f"{name}_draws"] = np.array(places)
             arrays[f"{name}_rows"] = np.array([rows[place] for place in places])
     if free:
-        numbers = [(draws[place].params.temperature, draws[place].uniform) for place in free]
+        numbers = [(draws[place].temperature, draws[place].uniform) for place in free]
         arrays["free_numbers"] = np.array(numbers, dtype=np.float64).T.copy()
     if limited:
         arrays["limited_numbers"] = np.array(
             [
-                (p.temperature, draws[place].uniform, p.top_k or 0, p.top_p, p.min_p)
+                (draws[place].temperature, draws[place].uniform, *draws[place].params.limits)
                 for place in limited
-                for p in [draws[place].params]
             ],
             dtype=np.float64,
         ).T.copy()
-    forbidden = [(draw.row, token_id) for draw in draws for token_id in draw.forbidden_ids]
+    ruled = [draw for draw in draws if draw.rules is not NO_RULES]
+    add_numbers(arrays, "biases", [(d.row, d.rules.biases) for d in ruled if d.rules.biases])
+    penalties = [(d.row, d.rules.penalties) for d in ruled if d.rules.penalties]
+    add_numbers(arrays, "penalties", penalties)
+    forbidden = [(draw.row, token_id) for draw in ruled for token_id in draw.rules.forbidden_ids]
     if forbidden:
         arrays["forbidden"] = np.array(forbidden).T.copy()
     if shortlists:
         arrays["shortlist_rows"] = np.array([shortlist.row for shortlist in shortlists])
     return arrays
+
+
+def add_numbers(
+    arrays: dict[str, StagedArray], name: str, rules: Sequence[tuple[int, TokenNumbers]]
+) -> None:
+    """Rows and tokens that are changed, and by which numbers, of several rows."""
+    if rules:
+        rows = np.repeat([row for row, _ in rules], [len(each.token_ids) for _, each in rules])
+        arrays[name] = np.stack([rows, np.concatenate([each.token_ids for _, each in rules])])
+        numbers = np.concatenate([each.numbers for _, each in rules], axis=1)
+        arrays[f"{name}_numbers"] = numbers
 
 
 class Sampling:
@@ -129,18 +149,22 @@ class Sampling:
 
     def _begin(self) -> None:
         logits, inputs, draws = self._logits, self._inputs, self.draws
-        self._flags = [find_unusable_rows(logits)]
-        self._failures = apply_processors(logits, draws)
-        if "forbidden" in inputs:
-            logits.index_put_(inputs["forbidden"].unbind(), logits.new_full((), -torch.inf))
-        if "forbidden" in inputs or any(draw.token_ids is not None for draw in draws):
-            self._flags.append(find_unusable_rows(logits))  # most steps need no second look
-        self._listed = []
+        self._found = {"is_not_finite": find_unusable_rows(logits)}
+        if "scored_rows" in inputs:
+            self._likelihoods = logits[inputs["scored_rows"]].double().log_softmax(-1)
+            count = min(max(draw.params.logprobs or 0 for draw in draws), logits.shape[1])
+            if count:
+                likeliest = self._likelihoods.topk(count)
+                self._found |= {"top_values": likeliest.values, "top_ids": likeliest.indices}
+        self._failures = apply_rules(logits, inputs, draws)
+        if any(draw.rules.changes_logits for draw in draws):
+            self._found["is_empty"] = find_unusable_rows(logits)  # few steps need a second look
         if self.shortlists:
-            self._listed = find_likeliest(logits, inputs, self.shortlists)
+            values, ids = find_likeliest(logits, inputs, self.shortlists)
+            self._found |= {"listed_values": values, "listed_ids": ids}
         num_candidates = NUM_CANDIDATES
         if self.may_be_open:  # one more than may be kept, to see that it is excluded
-            num_candidates = max(num_candidates, *((draw.params.top_k or 0) + 1 for draw in draws))
+            num_candidates = max(num_candidates, *(draw.params.limits[0] + 1 for draw in draws))
         self._choose(num_candidates)
 
     @property
@@ -149,45 +173,63 @@ class Sampling:
         return "limited_rows" in self._inputs
 
     def _choose(self, num_candidates: int) -> None:
-        self.token_ids, *rest = choose(self._logits, self._inputs, len(self.draws), num_candidates)
-        self._reading = ReadBack([*self._flags, *self._listed, self.token_ids, *rest])
+        self.token_ids, is_open = choose(
+            self._logits, self._inputs, len(self.draws), num_candidates
+        )
+        self._found |= {"token_ids": self.token_ids, "is_open": is_open}
+        if "scored_draws" in self._inputs:
+            chosen = self.token_ids[self._inputs["scored_draws"]][:, None]
+            self._found["scores"] = self._likelihoods.gather(-1, chosen)[:, 0]
+        self._reading = ReadBack(self._found)
 
     def settle(self) -> None:
         """Wait for what was drawn, and write it into the draws and shortlists."""
         if self._reading is None:
             return
-        *results, token_ids, scores, is_open = self._reading.wait()
-        if is_open.any():  # some row may keep more than the candidates
+        found = self._reading.wait()
+        if found["is_open"].any():  # some row may keep more than the candidates
             self._choose(self._logits.shape[1])
-            *results, token_ids, scores, is_open = self._reading.wait()
-        scored = iter(scores.tolist())
-        is_unusable = [flag.tolist() for flag in results[: len(self._flags)]]
-        for draw, token_id in zip(self.draws, token_ids.tolist(), strict=True):
+            found = self._reading.wait()
+        is_not_finite = found["is_not_finite"].tolist()
+        is_empty = found.get("is_empty", found["is_not_finite"]).tolist()
+        for draw, token_id in zip(self.draws, found["token_ids"].tolist(), strict=True):
             draw.token_id = int(token_id)
-            if draw.params.best_of is not None:
-                draw.log_probability = next(scored)
-            draw.is_finite = not is_unusable[0][draw.row]
+            draw.is_finite = not is_not_finite[draw.row]
             if not draw.is_finite:
                 draw.error = NonFiniteLogitsError(NOT_FINITE)
             elif draw.row in self._failures:
                 draw.error = self._failures[draw.row]
-            elif is_unusable[-1][draw.row]:
+            elif is_empty[draw.row]:
                 draw.error = NonFiniteLogitsError(NOTHING_LEFT)
+        self._tell_scores(found)
         if self.shortlists:
-            values, ids = results[-2].tolist(), results[-1].astype(np.int64).tolist()
+            values = found["listed_values"].tolist()
+            ids = found["listed_ids"].astype(np.int64).tolist()
             for place, shortlist in enumerate(self.shortlists):
                 shortlist.log_probabilities, shortlist.token_ids = values[place], ids[place]
-                shortlist.is_finite = not is_unusable[0][shortlist.row]
+                shortlist.is_finite = not is_not_finite[shortlist.row]
                 if not shortlist.is_finite:
                     shortlist.error = NonFiniteLogitsError(NOT_FINITE)
+
+    def _tell_scores(self, found: Mapping[str, NDArray[np.float64]]) -> None:
+        if "scores" not in found:
+            return
+        scored = [draw for draw in self.draws if draw.params.is_scored]
+        for place, draw in enumerate(scored):
+            draw.log_probability = float(found["scores"][place])
+            if draw.params.logprobs:
+                count = draw.params.logprobs
+                ids = found["top_ids"][place, :count].astype(np.int64).tolist()
+                values = found["top_values"][place, :count].tolist()
+                draw.likeliest = list(zip(ids, values, strict=True))
 
 
 class ReadBack:
     """Tensors on their way to the host, in one transfer, as float64: token ids are exact in it."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._shapes = [tensor.shape for tensor in tensors]
-        together = torch.cat([tensor.reshape(-1).double() for tensor in tensors])
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        together = torch.cat([tensor.reshape(-1).double() for tensor in tensors.values()])
         self._arrived: torch.cuda.Event | None = None
         if together.device.type == "cuda":
             self._numbers = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
@@ -197,13 +239,16 @@ class ReadBack:
         else:
             self._numbers = together.cpu()
 
-    def wait(self) -> list[NDArray[np.float64]]:
-        """Arrays of the same shapes as the tensors."""
+    def wait(self) -> dict[str, NDArray[np.float64]]:
+        """Arrays of the same names and shapes as the tensors."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        ends = np.cumsum([shape.numel() for shape in self._shapes])
+        ends = np.cumsum([shape.numel() for shape in self._shapes.values()])
         parts = np.split(self._numbers.numpy(), ends[:-1])
-        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        return {
+            name: part.reshape(shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
 
 
 def find_unusable_rows(logits: Tensor) -> Tensor:
@@ -211,25 +256,39 @@ def find_unusable_rows(logits: Tensor) -> Tensor:
     return ~logits.amax(-1).isfinite()  # NaN if any is NaN
 
 
-def apply_processors(logits: Tensor, draws: Sequence[Draw]) -> dict[int, PagedKVError]:
-    """Let requests' own processors change their rows of logits [M, V]; the errors, by row."""
+def apply_rules(
+    logits: Tensor, inputs: Mapping[str, Tensor], draws: Sequence[Draw]
+) -> dict[int, PagedKVError]:
+    """Let requests' options change their rows of logits [M, V], see `RowRules`; errors by row."""
     failures: dict[int, PagedKVError] = {}
-    for draw in draws:
-        if draw.token_ids is not None:
-            try:
-                logits[draw.row] = process_logits(logits[draw.row], draw.token_ids, draw.params)
-            except Exception as error:  # the caller's code: it ends this request alone
-                failures[draw.row] = InvalidRequestError(f"a logits processor failed: {error!r}")
+    if "biases" in inputs:
+        rows, tokens = inputs["biases"]
+        logits[rows, tokens] += inputs["biases_numbers"][0].to(logits.dtype)
+    if "penalties" in inputs:
+        rows, tokens = inputs["penalties"]
+        factors, amounts = inputs["penalties_numbers"].to(logits.dtype)
+        kept = logits[rows, tokens]
+        logits[rows, tokens] = torch.where(kept < 0, kept * factors, kept / factors) - amounts
+    apply_functions(logits, [(draw, draw.rules.processors) for draw in draws], failures)
+    if "forbidden" in inputs:
+        logits.index_put_(inputs["forbidden"].unbind(), logits.new_full((), -torch.inf))
+    apply_functions(logits, [(draw, draw.rules.warpers) for draw in draws], failures)
     return failures
 
 
-def process_logits(logits: Tensor, token_ids: Sequence[int], params: SamplingParams) -> Tensor:
-    """One row of logits [V] after the request's own processors, given all its tokens so far."""
-    scores = logits[None]
-    ids = torch.tensor([list(token_ids)], device=logits.device)
-    for processor in params.logits_processors:
-        scores = processor(ids, scores)
-    return scores[0]
+def apply_functions(
+    logits: Tensor,
+    functions: Sequence[tuple[Draw, Sequence[Processor]]],
+    failures: dict[int, PagedKVError],
+) -> None:
+    """Processors or warpers of some rows of logits [M, V]; adds the errors of those that fail."""
+    for draw, processors in functions:
+        if processors and draw.row not in failures:
+            try:
+                token_ids = draw.rules.token_ids or ()
+                logits[draw.row] = processed(logits[draw.row], token_ids, processors)
+            except Exception as error:  # the caller's code: it ends this request alone
+                failures[draw.row] = InvalidRequestError(f"a logits processor failed: {error!r}")
 
 
 def find_likeliest(
@@ -242,8 +301,8 @@ def find_likeliest(
 
 def choose(
     logits: Tensor, inputs: Mapping[str, Tensor], num_draws: int, num_candidates: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [M], log-probabilities [S] of those scored, and what is left open [L].
+) -> tuple[Tensor, Tensor]:
+    """Token ids [M], and which of the limited rows [L] are left open.
 
     Of limited rows only `num_candidates` tokens are put in order; a token is open where more may
     have to be.
@@ -251,7 +310,7 @@ def choose(
     token_ids = logits.argmax(-1)
     rows = inputs.get("draw_rows")
     token_ids = token_ids[:num_draws] if rows is None else token_ids[rows]
-    scores, is_open = logits.new_empty(0), logits.new_empty(0)
+    is_open = logits.new_empty(0)
     if "free_rows" in inputs:
         temperatures, uniforms = inputs["free_numbers"]
         scaled = scale(logits[inputs["free_rows"]], temperatures)
@@ -261,11 +320,7 @@ def choose(
         scaled = scale(logits[inputs["limited_rows"]], numbers[0])
         drawn, is_open = draw_likeliest(scaled, numbers[1:], num_candidates)
         token_ids[inputs["limited_draws"]] = drawn
-    if "scored_rows" in inputs:
-        likelihoods = logits[inputs["scored_rows"]].double().log_softmax(-1)
-        chosen = token_ids[inputs["scored_draws"]][:, None]
-        scores = likelihoods.gather(-1, chosen)[:, 0]
-    return token_ids, scores, is_open
+    return token_ids, is_open
 
 
 def scale(logits: Tensor, temperatures: Tensor) -> Tensor:

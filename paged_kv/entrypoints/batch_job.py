@@ -20,9 +20,10 @@ from .result_file import Result, ResultSink
 
 if TYPE_CHECKING:
     from .llm import LLM
-    from .outputs import RequestOutput, StreamEvent
+    from .outputs import Completion, RequestOutput, StreamEvent
 
 MAX_ERROR_CHARACTERS: Final = 500  # errors quote what they refuse, which may be a book
+LEAST_LOGPROB: Final = -9999.0  # JSON knows no infinity
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -140,11 +141,26 @@ def result_body(output: RequestOutput) -> Result:
     errors = [str(c.error) for c in output.completions if c.error is not None]
     if errors:
         return {"error": errors[0]}
-    completions = [
-        {"text": c.text, "finish_reason": c.finish_reason, "num_tokens": len(c.token_ids)}
-        for c in output.completions
-    ]
+    completions = [completion_body(completion) for completion in output.completions]
     return completions[0] if len(completions) == 1 else {"completions": completions}
+
+
+def completion_body(completion: Completion) -> Result:
+    body: Result = {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "num_tokens": len(completion.token_ids),
+    }
+    if completion.logprobs is not None:
+        body["logprobs"] = [
+            {
+                "token_id": token_id,
+                "logprob": max(logprob, LEAST_LOGPROB),
+                "likeliest": [[other, max(value, LEAST_LOGPROB)] for other, value in likeliest],
+            }
+            for token_id, logprob, likeliest in completion.logprobs
+        ]
+    return body
 
 
 def warn(text: str) -> None:

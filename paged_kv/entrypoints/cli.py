@@ -43,20 +43,29 @@ def count_or_none(text: str) -> int | None:
 
 
 SAMPLING_OPTIONS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
-    "temperature": (float, "0 is greedy"),
+    "temperature": (float, "0 is greedy (the model's generation config, or 0)"),
     "top_k": (int, "keep the k most likely tokens"),
     "top_p": (float, "keep the smallest set of at least this probability"),
     "min_p": (float, "keep tokens at least this fraction as likely as the likeliest"),
+    "typical_p": (float, "keep the most typical tokens of this probability"),
+    "repetition_penalty": (float, "above 1: fewer tokens that were there before"),
+    "frequency_penalty": (
+        float,
+        "above 0: fewer tokens that were generated before, by their count",
+    ),
+    "presence_penalty": (float, "above 0: fewer tokens that were generated before"),
+    "no_repeat_ngram_size": (int, "no sequence of so many tokens comes twice"),
     "seed": (int, "make sampling reproducible"),
     "max_tokens": (count_or_none, "most tokens to generate; none: as many as fit"),
     "min_tokens": (int, "fewest tokens to generate"),
     "n": (int, "continuations of each prompt"),
     "best_of": (int, "sample so many and keep the n likeliest"),
+    "logprobs": (int, "with each token so many likeliest ones, in JSON"),
 }
 # What a result depends on, beside its request, ...
 DECISIVE_OPTIONS: Final = (
     *("model", "kv_format", "dtype", "kv_dtype", "calibration", "max_model_len"),
-    *("window", "sinks"),
+    *("generation_config", "window", "sinks"),
     *(*SAMPLING_OPTIONS, "stop", "ignore_eos"),
 )
 # ... and where nothing else ends it.
@@ -203,6 +212,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
             help=text if default is None else f"{text} ({default})",
         )
     sampling.add_argument("--stop", action="append", default=[], help="end before this text")
+    sampling.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="what the model's says of options that are not given: apply it or not (auto)",
+    )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence")
 
 
@@ -233,7 +248,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     chosen = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS}
-    return SamplingParams(stop=tuple(arguments.stop), ignore_eos=arguments.ignore_eos, **chosen)
+    stop = tuple(arguments.stop) or None
+    return SamplingParams(stop=stop, ignore_eos=arguments.ignore_eos, **chosen)
 
 
 def read_request_lines(arguments: argparse.Namespace) -> list[Line]:
@@ -346,6 +362,7 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         kv_dtype=getattr(torch, arguments.kv_dtype) if arguments.kv_dtype else None,
         calibration=None if arguments.calibration == "none" else arguments.calibration,
+        generation_config=None if arguments.generation_config == "none" else "auto",
         device=arguments.device,
     )
 

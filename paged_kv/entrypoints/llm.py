@@ -25,7 +25,7 @@ from ..cache.formats import KVFormat
 from ..cache.memory_stats import MemoryStats
 from ..engine.beam_search import BeamSearch, BeamSearchParams, Hypothesis
 from ..engine.build import build_engine
-from ..engine.config import USUAL, EngineConfig
+from ..engine.config import MODELS_OWN, USUAL, EngineConfig
 from ..engine.output_processor import OutputProcessor, TextOutput, TextUpdate
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import ChatMessages, Prompt, encode_prompt
@@ -64,6 +64,7 @@ class Output(NamedTuple):
             text=update.text,
             finish_reason=update.finish_reason,
             log_probability=update.log_probability,
+            likeliest=update.likeliest,
             error=update.error,
         )
 
@@ -89,8 +90,10 @@ class LLM:
     are, for the whole process. On a GPU decode steps are captured as graphs, which
     `enforce_eager` leaves out. With a `sink_window` every request is windowed: it keeps attention
     sinks and a window of newest tokens, and may go on beyond the model's length, for ever, in
-    constant memory. Several threads may use one LLM: their requests are decoded together, and each
-    waits while another one steps the engine.
+    constant memory. What the model's generation config asks for, as a repetition penalty or
+    sampling, holds for every request that says nothing else; with `generation_config` None only
+    its end tokens count. Several threads may use one LLM: their requests are decoded together, and
+    each waits while another one steps the engine.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class LLM:
         num_threads: int | None = None,
         enforce_eager: bool = False,
         sink_window: SinkWindow | None = None,
+        generation_config: str | None = MODELS_OWN,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -131,6 +135,7 @@ class LLM:
             num_threads=num_threads,
             enforce_eager=enforce_eager,
             sink_window=sink_window,
+            generation_config=generation_config,
         )
         model, tokenizer = loaded(model, tokenizer, dtype, gguf_file)
         if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
@@ -303,7 +308,9 @@ class LLM:
         """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot."""
         most = self.engine.intake.max_prompt_tokens(params)
         token_ids = encode_prompt(prompt, self.tokenizer, most)
-        self.engine.intake.request("", token_ids, params, priority)
+        intake = self.engine.intake
+        params = intake.completed(params)
+        intake.rules(intake.request("", token_ids, params, priority), params)
         self._processor.check(params)
         return token_ids
 

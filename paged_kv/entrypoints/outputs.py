@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import Prompt
 from ..errors import PagedKVError
+
+
+class TokenLogprob(NamedTuple):
+    """A token's log-probability by the model's own logits, and those of the likeliest ones."""
+
+    token_id: int
+    logprob: float
+    likeliest: Sequence[tuple[int, float]]  # token ids and log-probabilities, best first
 
 
 @dataclass(kw_only=True)
@@ -20,7 +29,8 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    log_probability: float | None = None  # of all its tokens, with `best_of`; a beam's score
+    log_probability: float | None = None  # of all its tokens, where wanted; a beam's score
+    logprobs: list[TokenLogprob] | None = None  # of each of its tokens, with `logprobs`
     error: PagedKVError | None = None
 
 
@@ -53,6 +63,7 @@ class StreamEvent:
     text: str
     finish_reason: str | None
     log_probability: float | None
+    likeliest: Sequence[tuple[int, float]]  # token ids and log-probabilities, with `logprobs`
     error: PagedKVError | None
 
 
@@ -71,7 +82,10 @@ class OutputAssembler:
             RequestOutput(
                 prompt=prompt,
                 prompt_token_ids=ids,
-                completions=[Completion() for _ in range(p.num_samples)],
+                completions=[
+                    Completion(logprobs=None if p.logprobs is None else [])
+                    for _ in range(p.num_samples)
+                ],
             )
             for prompt, ids, p in zip(prompts, token_ids, params, strict=True)
         ]
@@ -90,6 +104,10 @@ class OutputAssembler:
         completion.error = event.error
         if event.log_probability is not None:
             completion.log_probability = (completion.log_probability or 0.0) + event.log_probability
+            if completion.logprobs is not None and event.token_id is not None:
+                completion.logprobs.append(
+                    TokenLogprob(event.token_id, event.log_probability, event.likeliest)
+                )
         if event.finish_reason is None:
             return None
         self._num_unfinished[event.prompt_index] -= 1

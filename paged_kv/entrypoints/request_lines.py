@@ -158,6 +158,11 @@ def line_params(line: Line, defaults: SamplingParams) -> SamplingParams:
         if isinstance(value, bool) != (name == "ignore_eos"):
             expected = "true or false" if name == "ignore_eos" else "neither true nor false"
             raise InvalidRequestError(f"{name} must be {expected}, got {value!r}")
+    if isinstance(changes.get("logit_bias"), dict):  # in JSON every key is text
+        changes["logit_bias"] = {
+            int(key) if key.isascii() and key.isdigit() else key: value
+            for key, value in changes["logit_bias"].items()
+        }
     return replace(defaults, **changes)
 
 

@@ -30,11 +30,11 @@ from paged_kv.engine.sampler import (
     Sampling,
     Shortlist,
     find_unusable_rows,
-    process_logits,
     sampling_arrays,
     uniform_numbers,
 )
 from paged_kv.engine.sampling_params import SamplingParams
+from paged_kv.engine.token_rules import RowRules, processed
 from paged_kv.errors import ConfigError, PagedKVError
 from tests.support.transfers import TransferCounter
 
@@ -79,12 +79,13 @@ def draw_many(logits: Tensor, params: SamplingParams, uniforms: np.ndarray) -> n
 def warped(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities [V] after transformers' warpers, in transformers' order."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
-    if params.top_k is not None:
-        warpers.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        warpers.append(TopPLogitsWarper(params.top_p))
-    if params.min_p > 0:
-        warpers.append(MinPLogitsWarper(params.min_p))
+    top_k, top_p, min_p = params.limits
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p > 0:
+        warpers.append(MinPLogitsWarper(min_p))
     ids = torch.zeros((1, 1), dtype=torch.int64)
     return warpers(ids, logits[None].double())[0].softmax(-1)
 
@@ -378,7 +379,10 @@ def test_one_transfer_brings_everything_back(vocab_size):
         {"top_p": 0.5, "min_p": 0.1, "temperature": 2.0},
     ]
     params = [SamplingParams(**kind) for kind in kinds]
-    draws = [Draw(row=row, params=p, forbidden_ids=[3, row]) for row, p in enumerate(params)]
+    draws = [
+        Draw(row=row, params=p, rules=RowRules(forbidden_ids=[3, row]))
+        for row, p in enumerate(params)
+    ]
     draws += [Draw(row=2, params=params[2], uniform=0.9)]
     looks = [Shortlist(row=row, count=row) for row in (4, 5)]
     with TransferCounter() as counter:
@@ -401,8 +405,7 @@ def test_a_transformers_processor_sees_all_tokens_so_far():
     token_ids = [3, 7, 7, 20]
     processor = RepetitionPenaltyLogitsProcessor(penalty=1.7)
     expected = processor(torch.tensor([token_ids]), logits[None].clone())[0]
-    params = SamplingParams(logits_processors=[processor])
-    found = process_logits(logits.clone(), token_ids, params)
+    found = processed(logits.clone(), token_ids, [processor])
     assert torch.equal(found, expected)
     changed = (found != logits).nonzero()[:, 0].tolist()
     assert changed == [3, 7, 20]
@@ -418,20 +421,19 @@ def test_processors_are_called_in_order():
     def double(ids: Tensor, scores: Tensor) -> Tensor:
         return scores * 2
 
-    params = SamplingParams(logits_processors=[add_one, double])
-    assert process_logits(torch.tensor([1.0, 4.0]), [5, 6, 7], params).tolist() == [4.0, 10.0]
+    found = processed(torch.tensor([1.0, 4.0]), [5, 6, 7], [add_one, double])
+    assert found.tolist() == [4.0, 10.0]
     assert calls == [((1, 3), (1, 2), torch.int64)]
 
 
 def test_a_suppressed_token_gets_minus_infinity():
     processor = SuppressTokensLogitsProcessor([1, 2], device="cpu")
-    params = SamplingParams(logits_processors=[processor])
-    assert process_logits(torch.zeros(4), [0], params).tolist() == [0.0, -INF, -INF, 0.0]
+    assert processed(torch.zeros(4), [0], [processor]).tolist() == [0.0, -INF, -INF, 0.0]
 
 
 def test_without_processors_logits_are_as_they_were():
     logits = random_logits(1)[0]
-    assert torch.equal(process_logits(logits.clone(), [1], SamplingParams()), logits)
+    assert torch.equal(processed(logits.clone(), [1], []), logits)
 
 
 # -- settings -----------------------------------------------------------------------------------
@@ -443,8 +445,32 @@ def test_without_processors_logits_are_as_they_were():
         ("temperature", -0.1),
         ("temperature", NAN),
         ("temperature", INF),
-        ("top_k", 0),
         ("top_k", -1),
+        ("top_k", 1.5),
+        ("top_h", 0.0),
+        ("typical_p", 0.0),
+        ("epsilon_cutoff", -0.1),
+        ("eta_cutoff", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", "1.2"),
+        ("frequency_penalty", NAN),
+        ("presence_penalty", INF),
+        ("no_repeat_ngram_size", -1),
+        ("bad_words_ids", [5]),
+        ("bad_words_ids", [[]]),
+        ("suppress_tokens", 5),
+        ("begin_suppress_tokens", ["a"]),
+        ("forced_bos_token_id", -1),
+        ("forced_eos_token_id", "end"),
+        ("exponential_decay_length_penalty", (1,)),
+        ("exponential_decay_length_penalty", (1, 0.0)),
+        ("exponential_decay_length_penalty", (-1, 2.0)),
+        ("logit_bias", {5: NAN}),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", [(5, 1.0)]),
+        ("logprobs", -1),
+        ("logprobs", 1 << 20),
+        ("logprobs", True),
         ("top_p", 0.0),
         ("top_p", -0.5),
         ("top_p", 1.01),
@@ -477,7 +503,14 @@ def test_a_bad_setting_is_refused_by_name_and_value(name, value):
     "options",
     [
         {"temperature": 0},
+        {"top_k": 0},
         {"top_k": 1},
+        {"top_h": 1.0},
+        {"typical_p": 1.0},
+        {"repetition_penalty": 0.01},
+        {"frequency_penalty": -2.0},
+        {"logit_bias": {}},
+        {"logprobs": 0},
         {"top_p": 1e-9},
         {"top_p": 1.0},
         {"min_p": 0.0},
@@ -489,6 +522,8 @@ def test_a_bad_setting_is_refused_by_name_and_value(name, value):
         {"min_tokens": 0},
         {"n": 1},
         {"stop": ()},
+        {"suppress_tokens": ()},
+        {"bad_words_ids": ()},
     ],
     ids=str,
 )

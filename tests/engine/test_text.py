@@ -19,8 +19,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from paged_kv.engine import text
 from paged_kv.engine.live_request import LiveRequest
 from paged_kv.engine.output_processor import OutputProcessor, TextOutput
+from paged_kv.engine.sampler import Draw
 from paged_kv.engine.sampling_params import SamplingParams
 from paged_kv.engine.text import Detokenizer, encode_prompt
+from paged_kv.engine.token_rules import rules_of
 from paged_kv.errors import InvalidRequestError, PagedKVError
 from paged_kv.scheduler.request import Request
 
@@ -473,17 +475,22 @@ def test_messages_that_a_template_refuses_are_an_invalid_request(template, messa
 # -- tokens that are read later than they came ----------------------------------------------------
 
 
-def output_of(text: bytes, finish_reason: str | None, params: SamplingParams) -> TextOutput:
-    """An output that has not been read; token i is byte i."""
-    live = LiveRequest(
-        request=Request("r", [1], max_tokens=64),
+def live_request(prompt: list[int], params: SamplingParams) -> LiveRequest:
+    return LiveRequest(
+        request=Request("r", prompt, max_tokens=64),
         params=params,
         seed=0,
         sample_index=0,
         end_token_ids=frozenset(),
+        rules=rules_of(params, (), (), len(prompt), 64),
     )
+
+
+def output_of(text: bytes, finish_reason: str | None, params: SamplingParams) -> TextOutput:
+    """An output that has not been read; token i is byte i."""
+    live = live_request([1], params)
     for byte in text:
-        live.take(byte, None)
+        live.take(Draw(row=0, params=params, token_id=byte))
     live.finish_reason = finish_reason
     return OutputProcessor(byte_tokenizer()).follow(live, [1])
 
@@ -506,16 +513,19 @@ def test_a_stop_string_counts_from_the_token_that_makes_min_tokens_full():
 
 
 def test_a_token_that_was_cut_off_leaves_no_likelihood_behind():
-    live = LiveRequest(
-        request=Request("r", [1, 2], max_tokens=8),
-        params=SamplingParams(max_tokens=8, temperature=1.0, best_of=2),
-        seed=0,
-        sample_index=0,
-        end_token_ids=frozenset(),
+    params = SamplingParams(max_tokens=8, temperature=1.0, best_of=2, logprobs=1)
+    live = live_request([1, 2], params)
+    first, second = (
+        Draw(
+            row=0, params=params, token_id=token, log_probability=value, likeliest=[(token, value)]
+        )
+        for token, value in ((5, -0.5), (6, -0.25))
     )
-    live.take(5, -0.5)
+    live.take(first)
     live.log_probabilities.append(-9.0)  # and before its token an exception
+    live.likeliest.append([(7, -9.0)])
     live.restart()
     assert live.request.token_ids == [1, 2, 5]
-    live.take(6, -0.25)
+    live.take(second)
     assert live.log_probabilities.tolist() == [-0.5, -0.25]
+    assert live.likeliest == [[(5, -0.5)], [(6, -0.25)]]

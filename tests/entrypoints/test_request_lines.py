@@ -149,17 +149,33 @@ RIGHT_VALUES: dict[str, list[Any]] = {
     "prompt": ["x", "1", [1]],
     "messages": [[{"role": "user"}]],
     "id": VALUES,
-    "temperature": [0, 1, 2.5, 1e308, 5e-324, 10**30],
-    "top_k": [None, 1, 10**30],
-    "top_p": [1, 5e-324],
-    "min_p": [0, 1, 5e-324],
+    "temperature": [None, 0, 1, 2.5, 1e308, 5e-324, 10**30],
+    "top_h": [None, 1, 5e-324],
+    "top_k": [None, 0, 1, 10**30],
+    "top_p": [None, 1, 5e-324],
+    "min_p": [None, 0, 1, 5e-324],
+    "typical_p": [None, 1, 5e-324],
+    "epsilon_cutoff": [None, 0, 1, 5e-324],
+    "eta_cutoff": [None, 0, 1, 5e-324],
     "seed": [None, 0, 1],
+    "logit_bias": [{}],
+    "repetition_penalty": [None, 1, 2.5],
+    "frequency_penalty": [0, -1, 1, 2.5, 5e-324],
+    "presence_penalty": [0, -1, 1, 2.5, 5e-324],
+    "no_repeat_ngram_size": [None, 0, 1],
+    "bad_words_ids": [None, [], [[1]]],
+    "suppress_tokens": [None, [], [1]],
+    "begin_suppress_tokens": [None, [], [1]],
+    "forced_bos_token_id": [None, 0, 1],
+    "forced_eos_token_id": [None, 0, 1, [1]],
+    "exponential_decay_length_penalty": [None],
     "max_tokens": [None, 1, 10**30],
-    "min_tokens": [0, 1, 10**30],
+    "min_tokens": [None, 0, 1, 10**30],
     "n": [1],
     "best_of": [None, 1],
+    "logprobs": [None, 0, 1],
     "cache_salt": [None, "", "x", "1"],
-    "stop": ["x", "1", [], ["a"]],
+    "stop": [None, "x", "1", [], ["a"]],
     "stop_token_ids": [[], [1]],
     "ignore_eos": [True],
     "logits_processors": [],
@@ -190,6 +206,22 @@ def test_a_field_of_a_wrong_type_is_one_error_and_alters_nothing(make_llm, name:
     assert all(result == alone for result in results[::2])
     for value, result in zip(VALUES, results[1::2], strict=True):
         assert ("error" not in result) == is_in(value, RIGHT_VALUES[name]), (value, result)
+
+
+def test_options_of_a_line_are_those_of_a_request(make_llm) -> None:
+    """In JSON token ids are text where they are keys, and no number is infinite."""
+    llm = make_llm()
+    options = {"logit_bias": {"97": 90.0}, "max_tokens": 3, "suppress_tokens": [98], "logprobs": 2}
+    (result,) = results_of(llm, {"prompt": "x", **options})
+    assert result["text"] == "aaa"
+    assert [entry["token_id"] for entry in result["logprobs"]] == [97] * 3
+    assert [len(entry["likeliest"]) for entry in result["logprobs"]] == [2] * 3
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    (refused,) = results_of(llm, {"prompt": "x", "logit_bias": {"the": 1.0}})
+    assert (
+        "logit_bias must be numbers from -10000 to 10000 by token id, got {'the': 1.0}"
+        in refused["error"]
+    )
 
 
 def test_more_continuations_than_memory_holds_are_refused(make_llm) -> None:

@@ -236,7 +236,7 @@ def expected_tokens(
     history, output = History(prompt, params.cache_salt, window), list[int]()
     while len(output) < count and len(output) != max_tokens:
         logits = history.logits()
-        if len(output) < params.min_tokens:
+        if len(output) < params.least_tokens:
             logits[list(end_token_ids)] = -np.inf
         if params.is_greedy:
             token_id = int(logits.argmax())
@@ -249,7 +249,7 @@ def expected_tokens(
             token_id = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
         output.append(token_id)
         history.append(token_id)
-        if token_id in end_token_ids and len(output) >= params.min_tokens:
+        if token_id in end_token_ids and len(output) >= params.least_tokens:
             break
     return output
 
