@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias, cast
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidRequestError, PromptTooLongError
@@ -12,7 +15,9 @@ from ..validation import is_integer
 from .text_length import least_tokens
 
 ChatMessages: TypeAlias = Sequence[Mapping[str, Any]]
-Prompt: TypeAlias = str | Sequence[int] | ChatMessages
+# Also {"prompt": text} and {"prompt_token_ids": ids}; ids may be an array with one dimension.
+Prompt: TypeAlias = str | Sequence[int] | ChatMessages | Mapping[str, Any] | NDArray[Any] | Tensor
+PROMPT_KEYS: Final = ("prompt", "prompt_token_ids")
 # What the decoder needs to see of the prompt to know whether the first word needs a space.
 PROMPT_CONTEXT_TOKENS: Final = 8
 MAX_SHOWN: Final = 200  # characters of a wrong prompt
@@ -28,9 +33,11 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a prompt: text, token ids as they are, or chat messages by their template.
 
+    Text that begins with the token that the tokenizer would put before it gets no second one.
     Raises `InvalidRequestError` for what is none of these. What is certain to be more than
     `max_tokens` is refused by its length, before it is looked at.
     """
+    prompt = unpacked(prompt)
     if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
         raise wrong_type(prompt)
     if not prompt:
@@ -56,6 +63,29 @@ def encode_prompt(
     return encode_text(str(rendered), tokenizer, max_tokens, add_special_tokens=False)
 
 
+def unpacked(prompt: Prompt) -> Prompt:
+    """A prompt without the dict or the array that it came in."""
+    if isinstance(prompt, Mapping):
+        keys = [key for key in PROMPT_KEYS if key in prompt]
+        if len(keys) != 1 or len(prompt) != 1:
+            raise wrong_type(prompt)
+        inner = prompt[keys[0]]
+        if isinstance(inner, Mapping) or isinstance(inner, str) != (keys[0] == "prompt"):
+            raise wrong_type(prompt)
+        prompt = inner
+    if isinstance(prompt, (np.ndarray, Tensor)):
+        numbers = prompt.tolist()
+        if prompt.ndim != 1 or not all(map(is_integer, numbers)):
+            raise wrong_type(prompt)
+        return cast("list[int]", numbers)
+    return prompt
+
+
+def is_message(value: object) -> bool:
+    """Whether it is one message of a chat, not a prompt in a dict."""
+    return isinstance(value, Mapping) and not any(key in value for key in PROMPT_KEYS)
+
+
 def encode_text(
     text: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,9 +98,15 @@ def encode_text(
         require_fit(least_tokens(len(text), tokenizer), max_tokens)
     try:
         text.encode()  # a lone surrogate is no text
-        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        token_ids = list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
     except Exception as error:  # what tokenizers raise has no common base
         raise InvalidRequestError(f"the tokenizer refuses the prompt: {error}") from error
+    begin = tokenizer.bos_token_id  # which a rendered template already has
+    is_doubled = begin is not None and token_ids[:2] == [begin, begin]
+    is_doubled = is_doubled and text.startswith(str(tokenizer.bos_token))
+    if is_doubled and not text.startswith(str(tokenizer.bos_token) * 2):
+        del token_ids[0]
+    return token_ids
 
 
 def require_fit(least: int, max_tokens: int | None) -> None:
@@ -83,7 +119,8 @@ def require_fit(least: int, max_tokens: int | None) -> None:
 
 def wrong_type(prompt: object) -> InvalidRequestError:
     return InvalidRequestError(
-        f"a prompt must be text, token ids or chat messages, got {repr(prompt)[:MAX_SHOWN]}"
+        "a prompt must be text, token ids, chat messages or a dict of prompt or prompt_token_ids, "
+        f"got {repr(prompt)[:MAX_SHOWN]}"
     )
 
 

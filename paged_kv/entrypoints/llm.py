@@ -10,12 +10,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock, get_ident
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,19 +27,15 @@ from ..engine.build import build_engine
 from ..engine.config import MODELS_OWN, USUAL, EngineConfig
 from ..engine.output_processor import OutputProcessor, TextOutput, TextUpdate
 from ..engine.sampling_params import SamplingParams
-from ..engine.text import ChatMessages, Prompt, encode_prompt
-from ..errors import (
-    ConfigError,
-    GenerationError,
-    InvalidRequestError,
-    PagedKVError,
-)
+from ..engine.text import Prompt, encode_prompt
+from ..errors import ConfigError, GenerationError, PagedKVError
 from ..models.calibration import Calibration
 from ..models.huggingface import PagedModel
-from ..models.loading import load_model, load_tokenizer
+from ..models.loading import Source, parse_device, parse_dtype
 from ..models.widening import computes_wide
 from ..scheduler.statistics import SchedulerStatistics
-from ..validation import is_integer, is_list_of
+from ..validation import is_list_of
+from .batch import as_batch, as_params, naming_prompt
 from .outputs import Completion, OutputAssembler, RequestOutput, StreamEvent
 from .progress import Progress
 
@@ -73,11 +68,13 @@ class LLM:
     """A Hugging Face causal language model that decodes many requests on quantized KV blocks.
 
     `model` is a local folder, a hub name, a GGUF file (or the `gguf_file` of a folder or hub name)
-    or a loaded model, which this object takes over until `close()`. `kv_format` is the name of one
+    or a loaded model, which this object takes over until `close()`; of a hub name `revision` says
+    which version, and `trust_remote_code` lets its own code run. `kv_format` is the name of one
     of `FORMATS` or a `KVFormat`. What is not quantized of a sequence has `kv_dtype`: without it the
     model's precision, but bfloat16 beside quantized tokens of a float32 model. `dtype` is the
     precision to load and compute in; without it all have the checkpoint's, but a CPU without a unit
-    for it computes in float32. Formats below 8 bits
+    for it computes in float32; dtypes may be names, and "auto" is None. A `device` of "auto" is a
+    GPU where there is one. Formats below 8 bits
     want to know what the model's queries and keys are like: the `calibration` is one of `paged-kv
     calibrate` or its file, "usual" makes one from a text that comes with the library, once, and
     keeps it; None does without. The pool is sized by `num_blocks` or by `kv_memory` (bytes, or text
@@ -101,9 +98,11 @@ class LLM:
         model: str | Path | PreTrainedModel,
         *,
         gguf_file: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         kv_format: str | KVFormat = "int8",
-        kv_dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | str | None = None,
         calibration: Calibration | str | Path | None = USUAL,
         kv_memory: int | str | None = None,
         num_blocks: int | None = None,
@@ -117,12 +116,12 @@ class LLM:
         enforce_eager: bool = False,
         sink_window: SinkWindow | None = None,
         generation_config: str | None = MODELS_OWN,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         config = EngineConfig(
             kv_format=kv_format,
-            kv_dtype=kv_dtype,
+            kv_dtype=parse_dtype(kv_dtype, "kv_dtype"),
             calibration=calibration,
             kv_memory=kv_memory,
             num_blocks=num_blocks,
@@ -137,12 +136,14 @@ class LLM:
             sink_window=sink_window,
             generation_config=generation_config,
         )
-        model, tokenizer = loaded(model, tokenizer, dtype, gguf_file)
+        source = Source(gguf_file, revision, trust_remote_code)
+        model, tokenizer = source.load(model, tokenizer, parse_dtype(dtype))
         if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
             raise ConfigError(
                 f"{type(tokenizer).__name__} cannot decode token by token; a fast tokenizer can"
             )
-        self._model = PagedModel(model, widens=dtype is None and computes_wide(model, device))
+        device, is_open = parse_device(device), parse_dtype(dtype) is None
+        self._model = PagedModel(model, widens=is_open and computes_wide(model, device))
         try:
             self.engine = build_engine(self._model, config, device, tokenizer)
         except BaseException:
@@ -428,34 +429,6 @@ class LLM:
                 text.is_paused = False
 
 
-def loaded(
-    model: str | Path | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    dtype: torch.dtype | None,
-    gguf_file: str | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A model and its tokenizer, if they are not loaded yet; a loaded model may have none."""
-    if not isinstance(model, PreTrainedModel):
-        found = load_model(model, dtype, gguf_file)
-        return found, tokenizer or load_tokenizer(model, gguf_file)
-    if gguf_file is not None:
-        raise ConfigError(f"gguf_file {gguf_file!r} is for a folder; a loaded model was given")
-    if dtype is not None and model.dtype != dtype:
-        raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
-    return model, tokenizer
-
-
-@contextmanager
-def naming_prompt(index: int, num_prompts: int) -> Iterator[None]:
-    """Let refusals of one of several prompts say which it is."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        if num_prompts == 1:
-            raise
-        raise type(error)(f"prompt {index}: {error}") from error
-
-
 def raise_failures(outputs: list[RequestOutput]) -> None:
     """Raise `GenerationError` if any completion failed; it names the first that did."""
     completions = [
@@ -471,29 +444,3 @@ def raise_failures(outputs: list[RequestOutput]) -> None:
     raise GenerationError(
         f"{len(failed)} of {len(completions)} requests failed: {name}: {completion.error}", outputs
     ) from completion.error
-
-
-def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many, as a list: text, token ids and chat messages are each one prompt."""
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        return [cast(Prompt, prompts)]
-    if not prompts:
-        raise InvalidRequestError("no prompts given")
-    if is_integer(prompts[0]) or isinstance(prompts[0], Mapping):
-        return [cast("Sequence[int] | ChatMessages", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
-
-
-def as_params(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    """Sampling parameters for each of `count` prompts."""
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if not is_list_of(params, lambda p: isinstance(p, SamplingParams)):
-        raise ConfigError(f"params must be SamplingParams, got {params!r}")
-    if len(params) != count:
-        raise ConfigError(f"{count} prompts, but {len(params)} sampling parameters")
-    return list(params)

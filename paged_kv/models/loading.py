@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from reprlib import repr as short_repr
 from textwrap import shorten
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from transformers import (
@@ -22,7 +22,7 @@ from transformers import (
 from ..cache.device_memory import require_device
 from ..cache.layer_spec import FULL_PRECISION_DTYPES
 from ..errors import ConfigError, MissingDependencyError, ModelNotFoundError
-from ..validation import require
+from ..validation import is_flag, require
 
 # As the hub has them: "name" or "owner/name".
 HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -34,8 +34,63 @@ GGUF_PACKAGES: Final = ("gguf", "accelerate")  # which transformers asks for
 MAX_NAMES: Final = 5  # of tensors in a message
 
 
+class Source(NamedTuple):
+    """What of a hub name or folder is meant, beside its name."""
+
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def load(
+        self,
+        model: str | Path | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        dtype: torch.dtype | None,
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+        """A model and its tokenizer, if they are not loaded yet; a loaded model may have none."""
+        self.check()
+        if not isinstance(model, PreTrainedModel):
+            found = load_model(model, dtype, self.gguf_file, self)
+            return found, tokenizer or load_tokenizer(model, self.gguf_file, self)
+        for name in ("gguf_file", "revision"):
+            value = getattr(self, name)
+            if value is not None:
+                raise ConfigError(f"{name} {value!r} is for a folder; a loaded model was given")
+        if dtype is not None and model.dtype != dtype:
+            raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
+        return model, tokenizer
+
+    def check(self) -> None:
+        is_name = self.revision is None or (isinstance(self.revision, str) and bool(self.revision))
+        require("revision", self.revision, is_name, "None or a branch, tag or commit")
+        trusts = self.trust_remote_code
+        require("trust_remote_code", trusts, is_flag(trusts), "True or False")
+
+
+NEWEST: Final = Source()
+
+
+def parse_dtype(dtype: torch.dtype | str | None, name: str = "dtype") -> torch.dtype | None:
+    """A dtype, also by its name; None and "auto" are None."""
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    require(name, dtype, found in FULL_PRECISION_DTYPES, f'{EXPECTED_DTYPES} or "auto"')
+    return cast(torch.dtype, found)
+
+
+def parse_device(device: torch.device | str | None) -> torch.device | str | None:
+    """A device as it was given, but "auto" is a GPU where there is one, else the CPU."""
+    if isinstance(device, str) and device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
 def load_model(
-    name: str | Path, dtype: torch.dtype | None, gguf_file: str | None = None
+    name: str | Path,
+    dtype: torch.dtype | None,
+    gguf_file: str | None = None,
+    source: Source = NEWEST,
 ) -> PreTrainedModel:
     """Load a causal language model whose checkpoint has all of its tensors.
 
@@ -51,7 +106,8 @@ def load_model(
             found,
             gguf_file=gguf_file,
             dtype=dtype or "auto",
-            trust_remote_code=False,  # None would ask at a terminal
+            revision=source.revision or "main",
+            trust_remote_code=source.trust_remote_code,  # None would ask at a terminal
             ignore_mismatched_sizes=True,  # `require_complete` names them
             output_loading_info=True,
         )
@@ -65,12 +121,17 @@ def load_model(
     return cast(PreTrainedModel, model)
 
 
-def load_tokenizer(name: str | Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, gguf_file: str | None = None, source: Source = NEWEST
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer; `ModelNotFoundError` where there is none that can be read."""
     found, gguf_file = find_checkpoint(name, gguf_file)
     try:
         loaded = cast(Any, AutoTokenizer).from_pretrained(
-            found, gguf_file=gguf_file, trust_remote_code=False
+            found,
+            gguf_file=gguf_file,
+            revision=source.revision or "main",
+            trust_remote_code=source.trust_remote_code,
         )
     except ImportError as error:
         raise MissingDependencyError(f"the tokenizer at {name!s}: {error}") from error

@@ -10,7 +10,9 @@ import random
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -409,8 +411,34 @@ def test_a_chat_prompt_gets_no_special_tokens_but_the_templates():
     )
     tokenizer = fast(backend, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE)
     assert encode_prompt("a", tokenizer) == [tokenizer.bos_token_id, *b"a"]
-    chat = encode_prompt([{"role": "user", "content": "a"}], tokenizer)
+    messages = [{"role": "user", "content": "a"}]
+    chat = encode_prompt(messages, tokenizer)
     assert chat.count(tokenizer.bos_token_id) == 2  # the template's two
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert encode_prompt(rendered, tokenizer) == chat  # and none before it
+    begin = tokenizer.bos_token_id
+    assert encode_prompt("<s>", tokenizer) == [begin]
+    assert encode_prompt("<s><s>a", tokenizer) == [begin, begin, begin, *b"a"]  # as it is written
+    assert encode_prompt([begin, begin], tokenizer) == [begin, begin]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (np.array([3, 1, 2]), [3, 1, 2]),
+        (np.array([3, 1, 2], dtype=np.uint8), [3, 1, 2]),
+        (torch.tensor([3, 1, 2]), [3, 1, 2]),
+        (torch.tensor([3, 1, 2], dtype=torch.int32), [3, 1, 2]),
+        ({"prompt_token_ids": [3, 1, 2]}, [3, 1, 2]),
+        ({"prompt_token_ids": np.array([3, 1, 2])}, [3, 1, 2]),
+        ({"prompt": "ab"}, [*b"ab"]),
+    ],
+    ids=str,
+)
+def test_ids_may_come_in_arrays_and_prompts_in_dicts(prompt, expected):
+    encoded = encode_prompt(prompt, byte_tokenizer())
+    assert encoded == expected
+    assert {type(token_id) for token_id in encoded} == {int}
 
 
 @pytest.mark.parametrize(
@@ -430,6 +458,16 @@ def test_a_chat_prompt_gets_no_special_tokens_but_the_templates():
         pytest.param(1.5, id="one-float"),
         pytest.param(b"bytes", id="bytes"),
         pytest.param({"role": "user", "content": "a"}, id="one-message"),
+        pytest.param(np.array([1.0]), id="float-array"),
+        pytest.param(np.array([[1, 2]]), id="two-dimensions"),
+        pytest.param(torch.tensor([True]), id="bool-tensor"),
+        pytest.param(torch.tensor(3), id="no-dimension"),
+        pytest.param({"prompt": [1, 2]}, id="ids-as-text"),
+        pytest.param({"prompt_token_ids": "ab"}, id="text-as-ids"),
+        pytest.param({"prompt": "a", "prompt_token_ids": [1]}, id="both"),
+        pytest.param({"prompt": "a", "temperature": 1}, id="more"),
+        pytest.param({"prompt": {"prompt": "a"}}, id="dict-in-dict"),
+        pytest.param({}, id="empty-dict"),
     ],
 )
 def test_a_prompt_of_the_wrong_type_is_refused_by_its_value(prompt):

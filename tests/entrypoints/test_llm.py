@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from tests.support.small_llm import (
         pytest.param("hello", [*b"hello"], id="text"),
         pytest.param([104, 105], [104, 105], id="ids"),
         pytest.param([{"role": "user", "content": "hé"}], [*"[user] hé\n".encode()], id="messages"),
+        pytest.param({"prompt": "hello"}, [*b"hello"], id="dict"),
+        pytest.param({"prompt_token_ids": [104, 105]}, [104, 105], id="dict-of-ids"),
     ],
 )
 def test_one_prompt_of_each_kind_is_continued(make_llm, tokenizer, pristine_model, prompt, ids):
@@ -42,6 +45,17 @@ def test_one_prompt_of_each_kind_is_continued(make_llm, tokenizer, pristine_mode
     assert output.token_ids == expected
     assert output.text == text_after(tokenizer, ids, expected)
     assert [c.finish_reason for c in output.completions] == ["length"]
+
+
+def test_a_batch_may_be_rows_of_an_array_or_a_list_of_dicts(make_llm):
+    llm = make_llm()
+    ids = [[104, 105], [106, 107]]
+    expected = tokens_of(llm.generate(ids, params_of()))
+    dicts = [{"prompt_token_ids": row} for row in ids]
+    arrays = [np.array(row) for row in ids]
+    for batch in (np.array(ids), torch.tensor(ids), dicts, arrays, [dicts[0], arrays[1]]):
+        assert tokens_of(llm.generate(batch, params_of())) == expected
+    assert tokens_of(llm.generate(np.array(ids[0]), params_of())) == expected[:1]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from transformers import (
 from paged_kv import LLM, PagedKVError
 from paged_kv.errors import ConfigError, MissingDependencyError, ModelNotFoundError
 from paged_kv.models.cost import probe_layers
-from paged_kv.models.loading import load_model, load_tokenizer, move_model
+from paged_kv.models.loading import Source, load_model, load_tokenizer, move_model
 
 LAYER = "model.layers.1.mlp.up_proj"
 Tensors = dict[str, Tensor]
@@ -341,13 +341,53 @@ def test_the_home_folder_is_found(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.int8, torch.float64, torch.complex64, "float16", "nonsense", 7], ids=str
+    "dtype", [torch.int8, torch.float64, torch.complex64, "int8", "nonsense", 7], ids=str
 )
 def test_other_precisions_are_refused_by_value(folder, dtype):
     with pytest.raises(ConfigError, match=f"{dtype}"):
         LLM(folder, dtype=dtype)
     with pytest.raises(ConfigError, match=f"{dtype}"):
         LLM(load_model(folder, None), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "float32", "auto", None], ids=str)
+def test_a_dtype_may_be_a_name(folder, dtype):
+    """And so may that of what is not quantized."""
+    expected = {"auto": torch.float32, None: torch.float32}.get(dtype)
+    expected = expected or (getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    with LLM(folder, dtype=dtype, kv_dtype="float16", device="auto") as llm:
+        assert llm.engine.model.dtype == expected
+        assert llm.engine.cache.dtype == torch.float16
+        assert llm.engine.model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_revision_and_trust_are_passed_on(monkeypatch):
+    """Without them it is the newest, and no code of the model's runs."""
+    asked: list[tuple[object, object]] = []
+
+    def ask(name: str, *, revision: object, trust_remote_code: object, **_: object) -> None:
+        asked.append((revision, trust_remote_code))
+        raise OSError("not there")
+
+    for loader in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(loader, "from_pretrained", ask)
+    for options in ({}, {"revision": "v2", "trust_remote_code": True}):
+        with pytest.raises(ModelNotFoundError):
+            LLM("owner/name", **options)
+        with pytest.raises(ModelNotFoundError):
+            load_tokenizer("owner/name", source=Source(None, **options))
+    assert asked == [("main", False)] * 2 + [("v2", True)] * 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"revision": ""}, {"revision": 3}, {"trust_remote_code": "yes"}], ids=str
+)
+def test_a_bad_source_is_refused_by_name(folder, options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"{name} must be .*, got {options[name]!r}"):
+        LLM(folder, **options)
+    with pytest.raises(ConfigError, match="revision 'v2' is for a folder"):
+        LLM(load_model(folder, None), revision="v2")
 
 
 DEVICES = ["meta", "nonsense", "", "cuda:99", "cpu:x", 5.5, object, True]
