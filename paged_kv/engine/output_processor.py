@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import InvalidRequestError, PagedKVError
+from ..errors import ConfigError, InvalidRequestError, PagedKVError
 from .live_request import LiveRequest
 from .sampling_params import SamplingParams
 from .text import Detokenizer
@@ -119,6 +119,10 @@ class OutputProcessor:
     """Makes text of tokens. Without a tokenizer there is none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
+            raise ConfigError(
+                f"{type(tokenizer).__name__} cannot decode token by token; a fast tokenizer can"
+            )
         self.tokenizer = tokenizer
 
     def check(self, params: SamplingParams) -> None:

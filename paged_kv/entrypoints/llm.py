@@ -138,10 +138,7 @@ class LLM:
         )
         source = Source(gguf_file, revision, trust_remote_code)
         model, tokenizer = source.load(model, tokenizer, parse_dtype(dtype))
-        if tokenizer is not None and not hasattr(tokenizer, "backend_tokenizer"):
-            raise ConfigError(
-                f"{type(tokenizer).__name__} cannot decode token by token; a fast tokenizer can"
-            )
+        self._processor = OutputProcessor(tokenizer)
         device, is_open = parse_device(device), parse_dtype(dtype) is None
         self._model = PagedModel(model, widens=is_open and computes_wide(model, device))
         try:
@@ -151,7 +148,6 @@ class LLM:
             raise
         self.tokenizer = tokenizer
         self._request_numbers = itertools.count()
-        self._processor = OutputProcessor(tokenizer)
         self._outputs: dict[str, Output] = {}  # of requests that some iterator waits for
         self._lock = RLock()  # held by the thread that steps the engine
         self._waiting: set[int] = set()  # threads that want to
