@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .cache.transfer import import_sequence as import_sequence
     from .engine.beam_search import BeamSearchParams as BeamSearchParams
     from .engine.sampling_params import SamplingParams as SamplingParams
+    from .engine.structured_output import StructuredOutput as StructuredOutput
     from .entrypoints.llm import LLM as LLM
     from .entrypoints.outputs import Completion as Completion
     from .entrypoints.outputs import RequestOutput as RequestOutput
@@ -103,6 +104,7 @@ _HOME = {
     "SinkWindow": "blocks.sink_window",
     "StepPlan": "blocks.step_plan",
     "StreamEvent": "entrypoints.outputs",
+    "StructuredOutput": "engine.structured_output",
     "SwappedSequence": "blocks.host_blocks",
     "TokenChain": "blocks.token_chain",
     "TokenLogprob": "entrypoints.outputs",

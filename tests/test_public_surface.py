@@ -34,6 +34,7 @@ from paged_kv import (
     SamplingParams,
     Scheduler,
     SinkWindow,
+    StructuredOutput,
     cache_geometry,
     export_sequence,
     free_memory,
@@ -82,6 +83,7 @@ GOOD: dict[Callable[..., object], dict[str, object]] = {
         "n": 1,
         "best_of": 2,
         "logprobs": 3,
+        "structured_output": StructuredOutput(regex="a"),
         "cache_salt": "x",
         "stop": "a",
         "stop_token_ids": [1],
@@ -89,6 +91,7 @@ GOOD: dict[Callable[..., object], dict[str, object]] = {
         "logits_processors": (),
         "sink_window": SinkWindow(),
     },
+    StructuredOutput: {"regex": "a"},
     BeamSearchParams: {
         "num_beams": 4,
         "num_return": 1,

@@ -61,7 +61,7 @@ def build_engine(
     try:
         calibration = find_calibration(model, config, kv_format, tokenizer)
         layers = model.layers(kv_format, calibration)
-        engine = engine_where_it_is(model, config, layers, max_model_len)
+        engine = engine_where_it_is(model, config, layers, max_model_len, tokenizer)
     except BaseException:
         if model.device != before:
             move_model(model.model, before)
@@ -72,7 +72,11 @@ def build_engine(
 
 
 def engine_where_it_is(
-    model: PagedModel, config: EngineConfig, layers: list[LayerSpec], max_model_len: int
+    model: PagedModel,
+    config: EngineConfig,
+    layers: list[LayerSpec],
+    max_model_len: int,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> Engine:
     """An engine on the device of its model."""
     dtype = config.kv_dtype or usual_kv_dtype(layers[0].kv_format, model.dtype)
@@ -106,7 +110,8 @@ def engine_where_it_is(
         graphs = None if config.enforce_eager else DecodeGraphs(model, cache, manager)
     runner = ModelRunner(model, cache, graphs)
     ends = end_token_ids(model.model)
-    return Engine(runner, scheduler, ends, config.sink_window, usual_options(model, config))
+    options = usual_options(model, config)
+    return Engine(runner, scheduler, ends, config.sink_window, options, tokenizer)
 
 
 def usual_options(model: PagedModel, config: EngineConfig) -> dict[str, Any]:

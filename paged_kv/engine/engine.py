@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..blocks.sink_window import SinkWindow
 from ..cache.decode_tables import Drawn
@@ -53,6 +54,7 @@ class Engine:
         end_token_ids: Sequence[int],
         sink_window: SinkWindow | None = None,
         defaults: Mapping[str, Any] = NO_DEFAULTS,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.runner = runner
         self.model = runner.model
@@ -60,7 +62,7 @@ class Engine:
         self.scheduler = scheduler
         self.manager = scheduler.manager
         ends = frozenset(t for t in end_token_ids if 0 <= t < self.model.vocab_size)
-        self.intake = Intake(self.model, scheduler, ends, sink_window, defaults)
+        self.intake = Intake(self.model, scheduler, ends, sink_window, defaults, tokenizer)
         self.num_steps = 0
         self._live: dict[str, LiveRequest] = {}
         self._searches: dict[str, BeamSearch] = {}

@@ -7,12 +7,15 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final
 
+from transformers import PreTrainedTokenizerBase
+
 from ..blocks.sink_window import SinkWindow
 from ..errors import InvalidRequestError, PromptTooLongError
 from ..models.huggingface import PagedModel
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from .beam_search import BeamSearch, BeamSearchParams, find_branching, max_blocks_of_beams
+from .grammar import GrammarCompiler
 from .sampling_params import SamplingParams
 from .token_rules import TokenRules, rules_of
 
@@ -29,7 +32,7 @@ class Intake:
 
     `ends` are the model's own end-of-sequence tokens; with a `sink_window` every request that
     brings none of its own is windowed by it. `defaults` are what the model's generation config
-    says of `SamplingParams`.
+    says of `SamplingParams`; forms of outputs need the `tokenizer`.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Intake:
         ends: frozenset[int],
         sink_window: SinkWindow | None,
         defaults: Mapping[str, Any] = NO_DEFAULTS,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self._model = model
         self._scheduler = scheduler
@@ -46,6 +50,7 @@ class Intake:
         self._ends = ends
         self.sink_window = sink_window
         self._defaults = defaults
+        self._grammars = GrammarCompiler(tokenizer, model.vocab_size, sorted(ends))
 
     def completed(self, params: SamplingParams) -> SamplingParams:
         """With what the model says of options that a request leaves open."""
@@ -76,13 +81,18 @@ class Intake:
         return self._checked_request(request_id, prompt_token_ids, params, priority, sink_window)
 
     def rules(self, request: Request, params: SamplingParams) -> TokenRules:
-        """What the options of a request, which are complete, do to its logits."""
+        """What the options of a request, which are complete, do to its logits.
+
+        Raises `InvalidRequestError` for a form that its output cannot have.
+        """
+        length, form = request.num_prompt_tokens, params.structured_output
         return rules_of(
             params,
             sorted(self.end_token_ids(params)),
             sorted(self._ends),
-            request.num_prompt_tokens,
+            length,
             request.max_tokens,
+            [] if form is None else [self._grammars.constrain(form, length)],
         )
 
     def search(

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..blocks.sink_window import SinkWindow
+from ..errors import ConfigError
 from ..validation import MAX_COUNT, is_finite, is_flag, is_integer, is_list_of, require
+from .structured_output import StructuredOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +72,8 @@ class SamplingParams:
     `max_tokens`; `exponential_decay_length_penalty` (start, factor) favours the end. All mean what
     they mean to transformers' `generate`, the penalties of frequency and presence what they mean to
     OpenAI. `logits_processors` are called as transformers calls its own, with ids [1, num_tokens]
-    and logits [1, vocab_size], so any `transformers.LogitsProcessor` serves.
+    and logits [1, vocab_size], so any `transformers.LogitsProcessor` serves. A `structured_output`
+    leaves only tokens that its form allows.
 
     `max_tokens` None means as many as the model's length allows; for a windowed request, without
     end. `n` continuations are sampled independently, on shared blocks of the prompt; with `best_of`
@@ -113,6 +116,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logits_processors: Sequence[LogitsProcessor] = ()
+    structured_output: StructuredOutput | None = None
     sink_window: SinkWindow | None = None
 
     def __post_init__(self) -> None:
@@ -173,6 +177,11 @@ class SamplingParams:
         require("ignore_eos", self.ignore_eos, is_flag(self.ignore_eos), "True or False")
         is_text = self.cache_salt is None or isinstance(self.cache_salt, str)
         require("cache_salt", self.cache_salt, is_text, "None or a string")
+        form = self.structured_output
+        is_form = form is None or isinstance(form, StructuredOutput)
+        require("structured_output", form, is_form, "None or a StructuredOutput")
+        if form is not None and self.ignore_eos:
+            raise ConfigError("structured_output ends with the end token: ignore_eos cannot be")
         is_window = self.sink_window is None or isinstance(self.sink_window, SinkWindow)
         require("sink_window", self.sink_window, is_window, "None or a SinkWindow")
 

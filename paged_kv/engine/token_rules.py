@@ -161,8 +161,12 @@ def rules_of(
     model_ends: Sequence[int],
     num_prompt_tokens: int,
     max_tokens: int | None,
+    further: Sequence[Processor] = (),
 ) -> TokenRules:
-    """Of a request with completed options; `model_ends` are the model's own end tokens."""
+    """Of a request with completed options; `model_ends` are the model's own end tokens.
+
+    `further` processors come last.
+    """
     words = [list(map(int, word)) for word in params.bad_words_ids or ()]
     # As transformers has it: a word that is an end token alone is not bad.
     single = [word[0] for word in words if len(word) == 1 and word[0] not in model_ends]
@@ -179,6 +183,7 @@ def rules_of(
         processors=(
             *processors_of(params, words, model_ends, num_prompt_tokens, max_tokens),
             *params.logits_processors,
+            *further,
         ),
         warpers=warpers_of(params),
     )

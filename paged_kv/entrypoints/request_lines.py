@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from ..engine.sampling_params import SamplingParams
+from ..engine.structured_output import StructuredOutput
 from ..errors import InvalidRequestError, PagedKVError
 from ..validation import is_integer, is_list_of
 
@@ -163,6 +164,14 @@ def line_params(line: Line, defaults: SamplingParams) -> SamplingParams:
             int(key) if key.isascii() and key.isdigit() else key: value
             for key, value in changes["logit_bias"].items()
         }
+    form = changes.get("structured_output")
+    if form is not None:
+        known = {field.name for field in fields(StructuredOutput)}
+        if not isinstance(form, dict) or set(form) - known:
+            expected = f"an object with one of {', '.join(sorted(known))}"
+            got = reprlib.repr(form)
+            raise InvalidRequestError(f"structured_output must be {expected}, got {got}")
+        changes["structured_output"] = StructuredOutput(**form)
     return replace(defaults, **changes)
 
 

@@ -174,6 +174,7 @@ RIGHT_VALUES: dict[str, list[Any]] = {
     "n": [1],
     "best_of": [None, 1],
     "logprobs": [None, 0, 1],
+    "structured_output": [None],
     "cache_salt": [None, "", "x", "1"],
     "stop": [None, "x", "1", [], ["a"]],
     "stop_token_ids": [[], [1]],
@@ -217,6 +218,11 @@ def test_options_of_a_line_are_those_of_a_request(make_llm) -> None:
     assert [entry["token_id"] for entry in result["logprobs"]] == [97] * 3
     assert [len(entry["likeliest"]) for entry in result["logprobs"]] == [2] * 3
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+    form = {"regex": "a+b"}  # this model has no token that ends it
+    (refused,) = results_of(llm, {"prompt": "x", "structured_output": form})
+    assert "needs an end-of-sequence token" in refused["error"]
+    (refused,) = results_of(llm, {"prompt": "x", "structured_output": {"xml": "a"}})
+    assert "an object with one of choice, grammar, json_schema, regex" in refused["error"]
     (refused,) = results_of(llm, {"prompt": "x", "logit_bias": {"the": 1.0}})
     assert (
         "logit_bias must be numbers from -10000 to 10000 by token id, got {'the': 1.0}"
