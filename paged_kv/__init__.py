@@ -58,11 +58,11 @@ if TYPE_CHECKING:
     from .engine.beam_search import BeamSearchParams as BeamSearchParams
     from .engine.sampling_params import SamplingParams as SamplingParams
     from .engine.structured_output import StructuredOutput as StructuredOutput
+    from .engine.token_logprob import TokenLogprob as TokenLogprob
     from .entrypoints.llm import LLM as LLM
     from .entrypoints.outputs import Completion as Completion
     from .entrypoints.outputs import RequestOutput as RequestOutput
     from .entrypoints.outputs import StreamEvent as StreamEvent
-    from .entrypoints.outputs import TokenLogprob as TokenLogprob
     from .kernels.new_tokens import NewTokens as NewTokens
     from .kernels.rules import ScoreRules as ScoreRules
     from .scheduler.request import Request as Request
@@ -107,7 +107,7 @@ _HOME = {
     "StructuredOutput": "engine.structured_output",
     "SwappedSequence": "blocks.host_blocks",
     "TokenChain": "blocks.token_chain",
-    "TokenLogprob": "entrypoints.outputs",
+    "TokenLogprob": "engine.token_logprob",
     "cache_geometry": "cache.layer_spec",
     "export_sequence": "cache.transfer",
     "import_sequence": "cache.transfer",

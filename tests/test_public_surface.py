@@ -83,6 +83,7 @@ GOOD: dict[Callable[..., object], dict[str, object]] = {
         "n": 1,
         "best_of": 2,
         "logprobs": 3,
+        "prompt_logprobs": 3,
         "structured_output": StructuredOutput(regex="a"),
         "cache_salt": "x",
         "stop": "a",

@@ -40,6 +40,7 @@ from .live_request import (
     shortlists_of,
 )
 from .model_runner import ModelRunner
+from .prompt_look import looks_of
 from .sampler import Sampling, sampling_arrays
 from .sampling_params import SamplingParams
 
@@ -324,18 +325,22 @@ class Engine:
         self._last_names = [request.request_id for request in found if request is not None]
         draws = draws_of(scheduled, self._live)
         shortlists = shortlists_of(scheduled, self._searches)
+        looks, places = looks_of(scheduled, self._live)
         logits, inputs = self.runner.run(
             scheduled.plan,
             scheduled.token_ids,
-            scheduled.sampled_token_index,
-            sampling_arrays(draws, shortlists),
+            np.concatenate([scheduled.sampled_token_index, places]),
+            sampling_arrays(draws, shortlists, looks),
             drawn,
         )
-        return Flight(scheduled, draws, shortlists, Sampling(logits, inputs, draws, shortlists))
+        sampling = Sampling(logits, inputs, draws, shortlists, looks)
+        return Flight(scheduled, draws, shortlists, sampling, looks)
 
     def _land(self, flight: Flight) -> list[SequenceUpdate | SearchUpdate]:
         """Wait for a step and do what follows from it."""
         flight.sampling.settle()
+        for look in flight.looks:
+            look.tell()
         with self._change:
             return self._update(flight.scheduled, flight.draws, flight.shortlists)
 

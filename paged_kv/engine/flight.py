@@ -13,6 +13,7 @@ from ..blocks.geometry import IntArray
 from ..cache.decode_tables import Drawn
 from ..scheduler.step import ScheduledStep
 from .live_request import BeamShortlist, TokenDraw
+from .prompt_look import PromptLook
 from .sampler import Sampling
 
 
@@ -24,6 +25,7 @@ class Flight:
     draws: Sequence[TokenDraw]
     shortlists: Sequence[BeamShortlist]
     sampling: Sampling
+    looks: Sequence[PromptLook] = ()
 
     @property
     def is_simple(self) -> bool:
@@ -31,6 +33,7 @@ class Flight:
         num_rows = len(self.scheduled.sampled_seq_ids)
         return (
             not self.shortlists
+            and not self.looks
             and len(self.draws) == num_rows
             and not self.sampling.may_be_open
             and not any(draw.rules.needs_tokens for draw in self.draws)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from secrets import token_hex
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -149,7 +150,7 @@ class Intake:
             prompt_token_ids=prompt_token_ids,
             max_tokens=max_tokens,
             priority=priority,
-            extra_keys=() if params.cache_salt is None else (params.cache_salt,),
+            extra_keys=cache_keys(params),
             sink_window=sink_window,
         )
         self._scheduler.check(request)
@@ -200,11 +201,12 @@ class Intake:
                 self._check_in_vocabulary(token_ids)
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"{name}: {error}") from None
-        if params.logprobs is not None and params.logprobs > self._model.vocab_size:
-            raise InvalidRequestError(
-                f"logprobs {params.logprobs} are more than the vocabulary of "
-                f"{self._model.vocab_size}"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            if count is not None and count > self._model.vocab_size:
+                raise InvalidRequestError(
+                    f"{name} {count} are more than the vocabulary of {self._model.vocab_size}"
+                )
 
     def _check_in_vocabulary(self, token_ids: Sequence[int]) -> None:
         vocab_size = self._model.vocab_size
@@ -213,6 +215,15 @@ class Intake:
                 raise InvalidRequestError(
                     f"token id {token_id} is outside the vocabulary of {vocab_size}"
                 )
+
+
+def cache_keys(params: SamplingParams) -> tuple[str, ...]:
+    """What must be equal for requests to share cached blocks.
+
+    A prompt of which each token is looked at is computed as a whole: its key is nobody else's.
+    """
+    keys = () if params.cache_salt is None else (params.cache_salt,)
+    return keys if params.prompt_logprobs is None else (*keys, f"looked at {token_hex()}")
 
 
 def most_that_fit(limit: int, blocks_of: Callable[[int], int], num_blocks: int) -> int:

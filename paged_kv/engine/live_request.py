@@ -17,6 +17,7 @@ from ..scheduler.step import ScheduledStep
 from .beam_search import Beam, BeamOutput, BeamSearch
 from .sampler import Draw, Shortlist, uniform_numbers
 from .sampling_params import SamplingParams
+from .token_logprob import TokenLogprob
 from .token_rules import TokenRules
 
 
@@ -56,8 +57,13 @@ class LiveRequest:
     token_ids: array[int] = field(default_factory=lambda: array("i"))
     log_probabilities: array[float] = field(default_factory=lambda: array("d"))  # where wanted
     likeliest: list[Sequence[tuple[int, float]]] = field(default_factory=list)  # with `logprobs`
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # where wanted
     finish_reason: str | None = None  # of a `SequenceUpdate`, or "abort"
     error: PagedKVError | None = None
+
+    def __post_init__(self) -> None:
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * self.request.num_prompt_tokens
 
     @property
     def request_id(self) -> str:

@@ -16,6 +16,7 @@ from ..errors import ConfigError, InvalidRequestError, PagedKVError
 from .live_request import LiveRequest
 from .sampling_params import SamplingParams
 from .text import Detokenizer
+from .token_logprob import TokenLogprob
 
 
 class TextUpdate(NamedTuple):
@@ -26,6 +27,7 @@ class TextUpdate(NamedTuple):
     finish_reason: str | None
     log_probability: float | None
     likeliest: Sequence[tuple[int, float]]  # tokens in its place, with `logprobs`
+    prompt_logprobs: Sequence[TokenLogprob | None]  # with the first token, where wanted
     error: PagedKVError | None
 
 
@@ -86,7 +88,7 @@ class TextOutput:
         if not is_over and live.finish_reason is not None:  # for which no token stands
             detokenizer.finish()
             text = detokenizer.take_new_text(is_final=True)
-            updates.append(TextUpdate(None, text, live.finish_reason, None, (), live.error))
+            updates.append(TextUpdate(None, text, live.finish_reason, None, (), (), live.error))
             is_over = True
         self._reading = _Reading(detokenizer, num_read, is_over, tuple(updates), first)
 
@@ -112,7 +114,10 @@ class TextOutput:
             finish_reason = "error"
         log_probability = live.log_probabilities[index] if live.log_probabilities else None
         likeliest = live.likeliest[index] if live.likeliest else ()
-        return TextUpdate(token_id, text, finish_reason, log_probability, likeliest, error)
+        looked_at = live.prompt_logprobs if index == 0 else ()
+        return TextUpdate(
+            token_id, text, finish_reason, log_probability, likeliest, looked_at, error
+        )
 
 
 class OutputProcessor:

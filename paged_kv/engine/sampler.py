@@ -18,6 +18,7 @@ from torch import Tensor
 from ..cache.step_staging import StagedArray
 from ..errors import InvalidRequestError, NonFiniteLogitsError, PagedKVError
 from .sampling_params import SamplingParams
+from .token_logprob import TokenLogprob
 from .token_rules import NO_RULES, Processor, RowRules, TokenNumbers, processed
 
 GOLDEN_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -67,8 +68,18 @@ class Shortlist:
     is_finite: bool = True  # what the model computed for the row
 
 
+@dataclass(eq=False, kw_only=True, slots=True)
+class Look:
+    """How likely given tokens are: the i-th by row `first_row + i` of logits."""
+
+    first_row: int
+    token_ids: Sequence[int]
+    count: int  # of the likeliest tokens in its place that are told with each
+    logprobs: Sequence[TokenLogprob] = ()
+
+
 def sampling_arrays(
-    draws: Sequence[Draw], shortlists: Sequence[Shortlist] = ()
+    draws: Sequence[Draw], shortlists: Sequence[Shortlist] = (), looks: Sequence[Look] = ()
 ) -> dict[str, StagedArray]:
     """What `sample` needs on the device beside the logits; nothing where every row is greedy.
 
@@ -77,7 +88,7 @@ def sampling_arrays(
     and uniform numbers; `limited_*` [L] likewise, with top_k (0: all), top_p and min_p as well;
     `scored_rows`, `scored_draws` [S] where log-probabilities are wanted; of all rules `biases`,
     `penalties` [2, K] rows and tokens, and `biases_numbers` [1, K], `penalties_numbers` [2, K]
-    float64; `forbidden` [2, K] rows and tokens; `shortlist_rows` [B].
+    float64; `forbidden` [2, K] and `looks` [2, P] rows and tokens; `shortlist_rows` [B].
     """
     arrays: dict[str, StagedArray] = {}
     rows = [draw.row for draw in draws]
@@ -111,6 +122,10 @@ def sampling_arrays(
         arrays["forbidden"] = np.array(forbidden).T.copy()
     if shortlists:
         arrays["shortlist_rows"] = np.array([shortlist.row for shortlist in shortlists])
+    if looks:
+        rows_of_looks = [look.first_row + np.arange(len(look.token_ids)) for look in looks]
+        tokens = np.concatenate([look.token_ids for look in looks])
+        arrays["looks"] = np.stack([np.concatenate(rows_of_looks), tokens])
     return arrays
 
 
@@ -139,12 +154,13 @@ class Sampling:
         inputs: Mapping[str, Tensor],
         draws: Sequence[Draw],
         shortlists: Sequence[Shortlist] = (),
+        looks: Sequence[Look] = (),
     ) -> None:
-        self.draws, self.shortlists = draws, shortlists
+        self.draws, self.shortlists, self.looks = draws, shortlists, looks
         self._logits, self._inputs = logits, inputs
         self._reading: ReadBack | None = None
         self.token_ids = logits.new_empty(0, dtype=torch.int64)  # [len(draws)] on the device
-        if draws or shortlists:
+        if draws or shortlists or looks:
             self._begin()
 
     def _begin(self) -> None:
@@ -156,6 +172,8 @@ class Sampling:
             if count:
                 likeliest = self._likelihoods.topk(count)
                 self._found |= {"top_values": likeliest.values, "top_ids": likeliest.indices}
+        if "looks" in inputs:
+            self._found |= look_at(logits, inputs["looks"], max(look.count for look in self.looks))
         self._failures = apply_rules(logits, inputs, draws)
         if any(draw.rules.changes_logits for draw in draws):
             self._found["is_empty"] = find_unusable_rows(logits)  # few steps need a second look
@@ -202,6 +220,7 @@ class Sampling:
             elif is_empty[draw.row]:
                 draw.error = NonFiniteLogitsError(NOTHING_LEFT)
         self._tell_scores(found)
+        self._tell_looks(found)
         if self.shortlists:
             values = found["listed_values"].tolist()
             ids = found["listed_ids"].astype(np.int64).tolist()
@@ -222,6 +241,21 @@ class Sampling:
                 ids = found["top_ids"][place, :count].astype(np.int64).tolist()
                 values = found["top_values"][place, :count].tolist()
                 draw.likeliest = list(zip(ids, values, strict=True))
+
+    def _tell_looks(self, found: Mapping[str, NDArray[np.float64]]) -> None:
+        start = 0
+        for look in self.looks:
+            end = start + len(look.token_ids)
+            values = found["looked_at"][start:end].tolist()
+            ids = found["looked_ids"][start:end, : look.count].astype(np.int64).tolist()
+            likeliest = found["looked_values"][start:end, : look.count].tolist()
+            look.logprobs = [
+                TokenLogprob(token_id, value, list(zip(*others, strict=True)))
+                for token_id, value, *others in zip(
+                    look.token_ids, values, ids, likeliest, strict=True
+                )
+            ]
+            start = end
 
 
 class ReadBack:
@@ -254,6 +288,18 @@ class ReadBack:
 def find_unusable_rows(logits: Tensor) -> Tensor:
     """Of logits [M, V], the rows [M] to draw nothing from: NaN, +inf, or nothing but -inf."""
     return ~logits.amax(-1).isfinite()  # NaN if any is NaN
+
+
+def look_at(logits: Tensor, looks: Tensor, count: int) -> dict[str, Tensor]:
+    """Log-probabilities [P] of tokens by their rows, and the `count` greatest of each with ids."""
+    rows, token_ids = looks
+    likelihoods = logits[rows].log_softmax(-1)
+    likeliest = likelihoods.topk(min(count, logits.shape[1]))
+    return {
+        "looked_at": likelihoods.gather(-1, token_ids[:, None])[:, 0],
+        "looked_values": likeliest.values,
+        "looked_ids": likeliest.indices,
+    }
 
 
 def apply_rules(

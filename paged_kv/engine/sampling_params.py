@@ -47,6 +47,7 @@ COUNTS: Final[dict[str, tuple[int, float]]] = {
     "n": (1, MAX_SAMPLES),
     "best_of": (1, MAX_SAMPLES),
     "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
 }
 GIVEN: Final = ("frequency_penalty", "presence_penalty", "n", "stop_token_ids")  # never None
 TOKEN_LISTS: Final = ("suppress_tokens", "begin_suppress_tokens", "stop_token_ids")
@@ -81,7 +82,8 @@ class SamplingParams:
     the model's end-of-sequence token unless `ignore_eos`, with any of `stop_token_ids`, and before
     any of the `stop` strings; none of the three ends it before `min_tokens`. Special tokens have no
     text: stop at them with `stop_token_ids`. With `logprobs` each token comes with its
-    log-probability by the model's own logits and with those of so many likeliest ones. Requests
+    log-probability by the model's own logits and with those of so many likeliest ones, with
+    `prompt_logprobs` each token of the prompt, which then shares no cached blocks. Requests
     share cached blocks only with requests of the same `cache_salt`. With a `sink_window` the
     request is windowed: it may go on for ever in constant memory; None is the engine's own setting.
     """
@@ -111,6 +113,7 @@ class SamplingParams:
     n: int = 1
     best_of: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     cache_salt: str | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] = ()

@@ -19,6 +19,7 @@ from .request_lines import Line, prepare
 from .result_file import Result, ResultSink
 
 if TYPE_CHECKING:
+    from ..engine.token_logprob import TokenLogprob
     from .llm import LLM
     from .outputs import Completion, RequestOutput, StreamEvent
 
@@ -142,7 +143,12 @@ def result_body(output: RequestOutput) -> Result:
     if errors:
         return {"error": errors[0]}
     completions = [completion_body(completion) for completion in output.completions]
-    return completions[0] if len(completions) == 1 else {"completions": completions}
+    body = completions[0] if len(completions) == 1 else {"completions": completions}
+    if output.prompt_logprobs is not None:
+        body["prompt_logprobs"] = [
+            None if logprob is None else logprob_body(logprob) for logprob in output.prompt_logprobs
+        ]
+    return body
 
 
 def completion_body(completion: Completion) -> Result:
@@ -152,15 +158,16 @@ def completion_body(completion: Completion) -> Result:
         "num_tokens": len(completion.token_ids),
     }
     if completion.logprobs is not None:
-        body["logprobs"] = [
-            {
-                "token_id": token_id,
-                "logprob": max(logprob, LEAST_LOGPROB),
-                "likeliest": [[other, max(value, LEAST_LOGPROB)] for other, value in likeliest],
-            }
-            for token_id, logprob, likeliest in completion.logprobs
-        ]
+        body["logprobs"] = [logprob_body(logprob) for logprob in completion.logprobs]
     return body
+
+
+def logprob_body(found: TokenLogprob) -> Result:
+    return {
+        "token_id": found.token_id,
+        "logprob": max(found.logprob, LEAST_LOGPROB),
+        "likeliest": [[token_id, max(value, LEAST_LOGPROB)] for token_id, value in found.likeliest],
+    }
 
 
 def warn(text: str) -> None:

@@ -60,6 +60,7 @@ class Output(NamedTuple):
             finish_reason=update.finish_reason,
             log_probability=update.log_probability,
             likeliest=update.likeliest,
+            prompt_logprobs=update.prompt_logprobs,
             error=update.error,
         )
 

@@ -7,19 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import Prompt
+from ..engine.token_logprob import TokenLogprob
 from ..errors import PagedKVError
-
-
-class TokenLogprob(NamedTuple):
-    """A token's log-probability by the model's own logits, and those of the likeliest ones."""
-
-    token_id: int
-    logprob: float
-    likeliest: Sequence[tuple[int, float]]  # token ids and log-probabilities, best first
 
 
 @dataclass(kw_only=True)
@@ -41,6 +33,8 @@ class RequestOutput:
     prompt: Prompt
     prompt_token_ids: list[int]
     completions: list[Completion]
+    # Of each token of the prompt, with `prompt_logprobs`; None for the first.
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @property
     def text(self) -> str:
@@ -64,6 +58,7 @@ class StreamEvent:
     finish_reason: str | None
     log_probability: float | None
     likeliest: Sequence[tuple[int, float]]  # token ids and log-probabilities, with `logprobs`
+    prompt_logprobs: Sequence[TokenLogprob | None]  # with the first token, where wanted
     error: PagedKVError | None
 
 
@@ -100,6 +95,8 @@ class OutputAssembler:
         completion.text += event.text
         if event.token_id is not None:
             completion.token_ids.append(event.token_id)
+        if event.prompt_logprobs and event.sample_index == 0:
+            output.prompt_logprobs = list(event.prompt_logprobs)
         completion.finish_reason = event.finish_reason
         completion.error = event.error
         if event.log_probability is not None:

@@ -24,7 +24,7 @@ from paged_kv.models.generation_config import (
     WITHOUT_EFFECT,
     options_of,
 )
-from tests.support.small_llm import NUM_NEW_TOKENS, assert_nothing_is_held, params_of
+from tests.support.small_llm import NUM_NEW_TOKENS, assert_nothing_is_held, params_of, tokens_of
 
 END = 65  # token that ends what these tests generate
 SEED = 11
@@ -275,6 +275,7 @@ def test_a_beam_search_says_what_it_does_not_apply(make_llm, model):
         ("forced_eos_token_id", [5, 9999]),
         ("stop_token_ids", [9999]),
         ("logprobs", 1000),
+        ("prompt_logprobs", 1000),
     ],
 )
 def test_tokens_that_there_are_not_are_refused_before_anything_is_queued(make_llm, name, value):
@@ -357,6 +358,47 @@ def test_streamed_tokens_come_with_their_logprobs(make_llm):
         assert event.log_probability == pytest.approx(logprob.logprob, abs=1e-4)
         likeliest = [token_id for token_id, _ in logprob.likeliest]
         assert [token_id for token_id, _ in event.likeliest] == likeliest
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("budget", [1024, 16, 7, 1])
+def test_prompt_logprobs_are_those_of_a_plain_forward_pass(make_llm, pristine_model, budget, count):
+    """In chunks, beside others, twice: what is cached tells nothing of its tokens."""
+    prompts = [PROMPT, PROMPT, [*b"the cat"], PROMPT[:16], [5], PROMPT]
+    params = [params_of(prompt_logprobs=count, max_tokens=2)] * 5 + [params_of(max_tokens=2)]
+    params[1] = params_of(prompt_logprobs=count + 1, n=2, temperature=1.0, max_tokens=2)
+    llm = make_llm(kv_format="native", token_budget=max(budget, 8), max_prefill_tokens=budget)
+    plain = tokens_of(make_llm(kv_format="native").generate(prompts, params_of(max_tokens=2)))
+    for _ in range(2):
+        outputs = llm.generate(prompts, params)
+        assert outputs[5].prompt_logprobs is None
+        assert tokens_of(outputs)[2:] == plain[2:]
+        for prompt, output, one in zip(prompts[:5], outputs, params, strict=False):
+            with torch.no_grad():
+                rows = pristine_model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+            first, *others = output.prompt_logprobs
+            assert first is None
+            assert [each.token_id for each in others] == prompt[1:]
+            for found, row in zip(others, rows, strict=False):
+                assert found.logprob == pytest.approx(float(row[found.token_id]), abs=1e-4)
+                likeliest = row.topk(one.prompt_logprobs)
+                assert [token for token, _ in found.likeliest] == likeliest.indices.tolist()
+                values = [value for _, value in found.likeliest]
+                assert values == pytest.approx(likeliest.values.tolist(), abs=1e-4)
+    assert_nothing_is_held(llm)
+
+
+def test_prompt_logprobs_survive_preemption(make_llm):
+    params = params_of(prompt_logprobs=1)
+    expected = make_llm(kv_format="native").generate([PROMPT] * 4, params)
+    llm = make_llm(kv_format="native", num_blocks=9)
+    llm.engine.scheduler.steps_ahead = 0
+    outputs = llm.generate([PROMPT] * 4, params)
+    assert llm.statistics().num_preemptions
+    for output, other in zip(outputs, expected, strict=True):
+        found = [each.logprob for each in output.prompt_logprobs[1:]]
+        values = [each.logprob for each in other.prompt_logprobs[1:]]
+        assert found == pytest.approx(values, abs=1e-4)
 
 
 def test_options_that_are_none_are_the_models():

@@ -174,6 +174,7 @@ RIGHT_VALUES: dict[str, list[Any]] = {
     "n": [1],
     "best_of": [None, 1],
     "logprobs": [None, 0, 1],
+    "prompt_logprobs": [None, 0, 1],
     "structured_output": [None],
     "cache_salt": [None, "", "x", "1"],
     "stop": [None, "x", "1", [], ["a"]],
@@ -213,7 +214,9 @@ def test_options_of_a_line_are_those_of_a_request(make_llm) -> None:
     """In JSON token ids are text where they are keys, and no number is infinite."""
     llm = make_llm()
     options = {"logit_bias": {"97": 90.0}, "max_tokens": 3, "suppress_tokens": [98], "logprobs": 2}
-    (result,) = results_of(llm, {"prompt": "x", **options})
+    options["prompt_logprobs"] = 0
+    (result,) = results_of(llm, {"prompt": "xyz", **options})
+    assert [entry and entry["token_id"] for entry in result["prompt_logprobs"]] == [None, *b"yz"]
     assert result["text"] == "aaa"
     assert [entry["token_id"] for entry in result["logprobs"]] == [97] * 3
     assert [len(entry["likeliest"]) for entry in result["logprobs"]] == [2] * 3
