@@ -143,7 +143,7 @@ def result_body(output: RequestOutput) -> Result:
     if errors:
         return {"error": errors[0]}
     completions = [completion_body(completion) for completion in output.completions]
-    body = completions[0] if len(completions) == 1 else {"completions": completions}
+    body: Result = completions[0] if len(completions) == 1 else {"completions": completions}
     if output.prompt_logprobs is not None:
         body["prompt_logprobs"] = [
             None if logprob is None else logprob_body(logprob) for logprob in output.prompt_logprobs
