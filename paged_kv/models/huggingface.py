@@ -217,14 +217,7 @@ class PagedModel:
         attachment = attachments.get(self.model)
         if attachment is not None and attachment.fingerprint is not None:
             return attachment.fingerprint
-        digest = sha256(type(self.model).__name__.encode())
-        for name, weight in self.model.state_dict().items():
-            for tensor in stored_tensors(weight):
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                flat = tensor.flatten()
-                samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
-                digest.update(samples.view(torch.uint8).numpy().tobytes())
-        return digest.digest()
+        return fingerprint_of(self.model)
 
     def layers(
         self, kv_format: KVFormat, calibration: Sequence[KeyCalibration] | None = None
@@ -342,6 +335,18 @@ class PagedModel:
                 f"{name} has a sliding window of {config.sliding_window} but passes none on"
             )
         return dict(sorted(probe.shapes.items())), logits.shape[-1]
+
+
+def fingerprint_of(model: PreTrainedModel) -> bytes:
+    """`PagedModel.fingerprint` of a model as it is."""
+    digest = sha256(type(model).__name__.encode())
+    for name, weight in model.state_dict().items():
+        for tensor in stored_tensors(weight):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            flat = tensor.flatten()
+            samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
+            digest.update(samples.view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
