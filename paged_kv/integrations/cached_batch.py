@@ -2,13 +2,15 @@
 
 Knows blocks and one layer's keys and values [N, H, L, D]; never a model, nor how positions are
 masked. Padding is counted as positions, and stored nowhere.
+
+Many arguments because those of `attend` are what layers differ in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +20,13 @@ from torch import Tensor
 from ..blocks.block_manager import BlockManager
 from ..blocks.geometry import IntArray
 from ..blocks.step_plan import StepPlan
-from ..cache.attention import store_tokens
+from ..cache.attention import paged_attention, store_tokens
 from ..cache.device_memory import free_memory
 from ..cache.kv_cache import PagedKVCache, Step
 from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for
 from ..cache.stored_context import StoredContext, read_sealed
-from ..errors import InvalidRequestError, OutOfBlocksError
+from ..errors import InvalidRequestError, OutOfBlocksError, UnsupportedModelError
+from ..models.active_step import expect_call
 
 DEFAULT_KV_MEMORY: Final = 1 << 30
 DEFAULT_PART: Final = 0.5  # of the memory that is free
@@ -67,6 +70,14 @@ class Pool:
     batch_size: int  # that it was made for
 
 
+class LayerTokens(NamedTuple):
+    """New keys and values [N, H, L, D] of a layer."""
+
+    layer: int
+    key: Tensor
+    value: Tensor
+
+
 @dataclass(frozen=True)
 class BatchStep:
     """A forward pass over N sequences and L new positions, which stores T tokens."""
@@ -76,7 +87,7 @@ class BatchStep:
     is_token: Mask  # [N, L] all others are padding
     num_drafts: IntArray  # [R] last tokens of each sequence in the plan that may go again
     token_places: Tensor | None  # [T] of tokens among N * L; None where there is no padding
-    context: StoredContext
+    context: StoredContext | None  # where it is read before attention
     columns: Tensor  # [N, most tokens stored] positions of what was stored before
 
     @property
@@ -106,15 +117,20 @@ class CachedBatch:
     A step begins with the first layer that is given new tokens and is over with the last. One that
     did not end changes nothing. With `keeps_drafts` its last tokens can be taken back by `crop` as
     if they had never been: until then they are not sealed.
+
+    A batch that `attends` leaves new keys and values as they are, for the attention call that
+    follows `update`, which reads the others in their blocks.
     """
 
-    def __init__(self, settings: PoolSettings) -> None:
+    def __init__(self, settings: PoolSettings, *, attends: bool = False) -> None:
         self.settings = settings
+        self.attends = attends
         self.keeps_drafts = False
         self.pool: Pool | None = None
         self._seq_ids = NO_ROWS  # [N]
         self._is_stored = NO_POSITIONS  # [N, length]
         self._step: BatchStep | None = None
+        self._call: LayerTokens | None = None  # where it attends: what is to be attended to next
         self._mask: Tensor | None = None  # what the next step is told of padding
 
     # -- what it holds --------------------------------------------------------------------------
@@ -137,7 +153,7 @@ class CachedBatch:
         """A forward pass begins: `attention_mask` [N, length and new positions] is 0 at padding."""
         if self._step is not None and not self._is_whole(self._step):
             self._end_step()
-        self._mask = attention_mask
+        self._mask, self._call = attention_mask, None
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values [N, H, L, D]; returns them behind all that were stored before.
@@ -148,15 +164,66 @@ class CachedBatch:
         """
         try:
             step = self._step_for(layer, key)
+            if self.attends:
+                self._call = LayerTokens(layer, key, value)
+                expect_call(self)
+                return key, value
             cache = self._pool.cache
             store_tokens(step.tokens(key), step.tokens(value), cache, layer, step.step)
             joined = self._joined(step, layer, key, value)  # a step writes to nothing of these
         except BaseException:
             self._abandon()
             raise
+        self._end_whole_step(step)
+        return joined
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        softcap: float | None,
+        sliding_window: int | None,
+        attention_chunk: int | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Attention [N, L, heads, value_dim] of what the last `update` was given, which it stores.
+
+        Arguments as of `paged_attention`, but [N, heads, L, dim]. At padding it is 0.
+        """
+        call, step, self._call = self._call, self._step, None
+        try:
+            if call is None or step is None or key is not call.key or value is not call.value:
+                raise UnsupportedModelError("attention was called with other keys than were cached")
+            output = paged_attention(
+                step.tokens(query),
+                step.tokens(key),
+                step.tokens(value),
+                self._pool.cache,
+                call.layer,
+                step.step,
+                scale=scale,
+                softcap=softcap,
+                sliding_window=sliding_window,
+                attention_chunk=attention_chunk,
+                sink_logits=sink_logits,
+            )
+        except BaseException:
+            self._abandon()
+            raise
+        shape = (*query.shape[0:3:2], *output.shape[1:])
+        self._end_whole_step(step)
+        if step.token_places is None:
+            return output.view(shape)
+        padded = output.new_zeros(shape)
+        padded.view(-1, *output.shape[1:])[step.token_places] = output
+        return padded
+
+    def _end_whole_step(self, step: BatchStep) -> None:
         if self._is_whole(step) and not self.keeps_drafts:
             self._end_step()
-        return joined
 
     def _step_for(self, layer: int, key: Tensor) -> BatchStep:
         """The step that this layer's new keys belong to, or a new one."""
@@ -183,7 +250,9 @@ class CachedBatch:
         seq_ids, counts = self._seq_ids[rows], is_token[rows].sum(1)
         self._check_lengths(seq_ids, counts)
         cache, manager = self._pool.cache, self._pool.manager
-        context = StoredContext.of(manager, self._seq_ids, cache.device)
+        context = None
+        if not self.attends:
+            context = StoredContext.of(manager, self._seq_ids, cache.device)
         most_drafts = cache.geometry.block_size if self.keeps_drafts else 0
         num_drafts = np.minimum(counts - 1, most_drafts)
         plan = manager.reserve(seq_ids, counts, num_drafts if num_drafts.any() else None)
@@ -230,6 +299,11 @@ class CachedBatch:
                 f"attention_mask[{row}, {position}] is 1, but that position was given as padding "
                 "before, and padding is not stored"
             )
+        if self.attends and (self._is_stored & ~is_seen[:, :length]).any():
+            raise InvalidRequestError(
+                "attention_mask hides tokens that are stored: only a model with attention of its "
+                "own can leave them out"
+            )
         is_token = is_seen[:, length:]
         return is_token.copy() if is_token.any() else everything
 
@@ -253,7 +327,7 @@ class CachedBatch:
     ) -> tuple[Tensor, Tensor]:
         """What the layer has stored, and then its new keys and values."""
         length = self._is_stored.shape[1]
-        if not length:
+        if not length or step.context is None:
             return key, value
         joined = [
             new.new_zeros(*new.shape[:2], length + new.shape[2], new.shape[3])
@@ -283,7 +357,7 @@ class CachedBatch:
 
     def _abandon(self) -> None:
         """Go back to before the step, and to nothing where that was the first."""
-        step, self._step = self._step, None
+        step, self._step, self._call = self._step, None, None
         if step is not None:
             self._pool.manager.rollback(step.plan)
         if self.pool is not None and not self._is_stored.shape[1]:
@@ -298,7 +372,7 @@ class CachedBatch:
 
     def reset(self) -> None:
         """Forget every sequence; the pool stays. Also after an exception cut off a change."""
-        self._step = self._mask = None
+        self._step = self._mask = self._call = None
         self._seq_ids, self._is_stored = NO_ROWS, NO_POSITIONS
         if self.pool is not None:
             self.pool.manager.recover()

@@ -33,8 +33,9 @@ from ..cache.layer_spec import (
 from ..cache.memory_stats import MemoryStats
 from ..errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from ..models.active_step import Probe, running
+from ..models.attachment import attachments
 from ..models.calibration import Calibration
-from ..models.huggingface import fingerprint_of
+from ..models.huggingface import IMPLEMENTATION, check_probe, fingerprint_of, refuse_unsupported
 from ..units import parse_memory
 from ..validation import is_integer, require, require_count, require_instance
 from .cached_batch import CachedBatch, PoolSettings
@@ -44,9 +45,10 @@ class PagedCache(Cache):
     """A cache for `model.generate(..., past_key_values=PagedCache(model, kv_format="int2"))`.
 
     It takes the place of transformers' `DynamicCache` and keeps keys and values in quantized
-    blocks; each layer is given them back as tensors, so that any attention can read them. In the
-    native format nothing differs. Beams and copies of a sequence share blocks. Padding, which an
-    attention mask [N, L] given to the model tells, is not stored.
+    blocks. A model whose attention was set to "paged_kv" before, by its `set_attn_implementation`,
+    reads them there; layers of all others are given them back as tensors. In the native format
+    nothing differs. Beams and copies of a sequence share blocks. Padding, which an attention mask
+    [N, L] given to the model tells, is not stored.
 
     The pool is made when the first tokens come, for as many sequences as there are then: of
     `num_blocks`, or `kv_memory` bytes ("2GiB"), or else for sequences of `max_cache_len` tokens,
@@ -81,7 +83,8 @@ class PagedCache(Cache):
             require("kv_memory", kv_memory, num_blocks is None, "left out beside num_blocks")
             kv_memory = parse_memory(kv_memory, "kv_memory")
         known = find_calibration(model, calibration)
-        states = states_of_a_token(model)
+        attends = attends_to_blocks(model)
+        states = states_of_a_token(model, attends=attends)
         layers = specs_of(states, kv_format, known)
         dtype = kv_dtype or usual_kv_dtype(kv_format, states[0][0].dtype)
         cache_geometry(layers, dtype)  # or it raises
@@ -94,7 +97,8 @@ class PagedCache(Cache):
                 device=states[0][0].device,
                 max_cache_len=max_cache_len,
                 num_blocks=num_blocks,
-            )
+            ),
+            attends=attends,
         )
         super().__init__(layers=[PagedLayer(self._batch, layer) for layer in range(len(layers))])
         tell_of_padding(model)
@@ -106,8 +110,16 @@ class PagedCache(Cache):
             f"{self._batch.batch_size} sequences of {self.get_seq_length()})"
         )
 
-    def expect(self, attention_mask: object) -> None:
-        """The model is called with this mask: positions where a [N, L] tensor has 0 are padding."""
+    def expect(self, model: PreTrainedModel, attention_mask: object) -> None:
+        """A model is called with this mask: positions where a [N, L] tensor has 0 are padding.
+
+        Raises `ConfigError` where the model's attention was changed since the cache was made.
+        """
+        if attends_to_blocks(model) != self._batch.attends:
+            raise ConfigError(
+                f"the model's attention is {model.config.get_text_config()._attn_implementation!r} "
+                "now, and was another when this cache was made: make a new one"
+            )
         is_mask = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
         self._batch.expect(cast(Tensor, attention_mask) if is_mask else None)
 
@@ -230,6 +242,11 @@ def longest_sequence(model: PreTrainedModel, max_cache_len: int | None) -> int:
     return int(limit)
 
 
+def attends_to_blocks(model: PreTrainedModel) -> bool:
+    """Whether the model's attention is ours, which reads blocks."""
+    return bool(model.config.get_text_config()._attn_implementation == IMPLEMENTATION)
+
+
 def find_calibration(
     model: PreTrainedModel, calibration: Calibration | str | Path | None
 ) -> Calibration | None:
@@ -243,18 +260,21 @@ def find_calibration(
     return calibration
 
 
-def states_of_a_token(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
+def states_of_a_token(model: PreTrainedModel, *, attends: bool) -> list[tuple[Tensor, Tensor]]:
     """What each layer stores for one token: keys [1, H, 1, D] and values, found by computing one.
 
-    Raises `UnsupportedModelError` where that is not all that a model remembers.
+    Raises `UnsupportedModelError` where that is not all that a model remembers, or, where attention
+    `attends` to blocks, this would not be what the model means.
     """
-    name = type(model).__name__
+    name, probe = type(model).__name__, Probe()
+    if attends:
+        refuse_fused(model)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model")
     states = DynamicCache(config=model.config)
     try:
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        with torch.no_grad(), running(Probe()):
+        with torch.no_grad(), running(probe):
             model(input_ids=token, past_key_values=states, use_cache=True)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(f"{name} cannot compute a token alone: {error}") from error
@@ -268,9 +288,31 @@ def states_of_a_token(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
                 "and values of every token"
             )
         found.append((keys, values))
+    if attends:
+        check_probe(model, probe)
+        shapes = [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in found]
+        if list(probe.shapes.values()) != shapes:
+            raise UnsupportedModelError(
+                f"{name} attends to other keys than it stores; give it another attention "
+                "implementation"
+            )
     if not found:
         raise UnsupportedModelError(f"{name} stores nothing in a cache")
     return found
+
+
+def refuse_fused(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` for models whose attention has to be their own."""
+    if model in attachments:
+        raise UnsupportedModelError(
+            "this model is attached to a paged_kv LLM; close() that first, or use that"
+        )
+    refuse_unsupported(model)
+    if model.config.get_text_config() is not model.config:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes more than text, whose masks paged_kv does not know; "
+            "give it another attention implementation"
+        )
 
 
 def specs_of(
@@ -308,7 +350,7 @@ def tell_of_padding(model: PreTrainedModel) -> None:
         _told.add(model)
 
 
-def pass_on_mask(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def pass_on_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, PagedCache):
-        cache.expect(kwargs.get("attention_mask"))
+        cache.expect(model, kwargs.get("attention_mask"))
