@@ -108,7 +108,7 @@ class BlockManager(Holdings):
         The caller writes the blocks; the next commit makes them findable, or `publish_sequence`
         does so at once.
         """
-        self._require_no_step()
+        self.require_no_step()
         num_blocks = self.geometry.count_blocks(num_computed_tokens, num_sealed)
         if num_blocks > self.pool.num_free:
             raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")
@@ -279,7 +279,7 @@ class BlockManager(Holdings):
         Returns its seq_id and its new blocks, to which the caller copies `host_block_ids` before
         the next `swap_out`.
         """
-        self._require_no_step()
+        self.require_no_step()
         self._host_blocks.require(swapped)
         num_blocks = len(swapped.host_block_ids)
         if num_blocks > self.pool.num_free or not self.num_free_seqs:
@@ -361,7 +361,7 @@ class BlockManager(Holdings):
         than the new tokens, and at most a block. Raises `InvalidStepError` where that does not
         hold, or while a step is neither committed nor rolled back.
         """
-        self._require_no_step()
+        self.require_no_step()
         request = checked_request(
             self.sequences,
             self._sharing.computable_tokens,

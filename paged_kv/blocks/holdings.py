@@ -112,10 +112,11 @@ class Holdings:
 
     def require_at_rest(self, seq_id: int) -> None:
         """Raise `InvalidStepError` where no sequence is, or while a step is outstanding."""
-        self._require_no_step()
+        self.require_no_step()
         self.sequences.require(seq_id)
 
-    def _require_no_step(self) -> None:
+    def require_no_step(self) -> None:
+        """Raise `InvalidStepError` while a step is outstanding."""
         if self._outstanding is not None:
             raise InvalidStepError("commit or roll back the step before")
 

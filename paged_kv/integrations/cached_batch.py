@@ -133,6 +133,17 @@ class CachedBatch:
         self._call: LayerTokens | None = None  # where it attends: what is to be attended to next
         self._mask: Tensor | None = None  # what the next step is told of padding
 
+    def __deepcopy__(self, memo: dict[int, object]) -> CachedBatch:
+        """A batch that goes on by itself, on a pool of its own."""
+        self._end_step()
+        copied = CachedBatch(self.settings, attends=self.attends)
+        copied.keeps_drafts = self.keeps_drafts
+        if self.pool is not None:
+            cache, manager = self.pool.cache.duplicate(self.pool.manager)
+            copied.pool = Pool(cache, manager, self.pool.batch_size)
+        copied._seq_ids, copied._is_stored = self._seq_ids.copy(), self._is_stored.copy()
+        return copied
+
     # -- what it holds --------------------------------------------------------------------------
 
     @property

@@ -26,6 +26,8 @@ from paged_kv import (
     UnsupportedModelError,
 )
 from paged_kv.cache.formats import FORMATS
+from paged_kv.models.calibration import calibrate
+from paged_kv.models.huggingface import PagedModel
 from tests.support import zoo
 from tests.support.random_models import save_model
 
@@ -236,22 +238,36 @@ def test_a_prompt_in_chunks(fused):
     check(cache)
 
 
-def test_a_copy_goes_on_by_itself():
+@every_route
+@pytest.mark.parametrize("kv_format", ["native", "int8"])
+def test_a_copy_goes_on_by_itself(kv_format, fused):
     """What transformers' own documentation does to use a prompt's cache more than once."""
-    model, cache = zoo.model("llama"), open_cache(zoo.model("llama"), "int8")
+    model = zoo.model("llama")
     prompt = prompt_of()["input_ids"]
-    with torch.no_grad():
-        model(prompt, past_key_values=cache)
+    cache = filled(model, open_cache(model, kv_format, fused=fused), {"input_ids": prompt})
     before = cache.memory_stats()
     outputs = []
-    for _ in range(2):
+    for end in ([5, 6], [7], [5, 6]):
         copied = copy.deepcopy(cache)
-        text = torch.cat([prompt, torch.tensor([[5, 6]])], 1)
-        outputs.append(generate(model, {"input_ids": text}, past_key_values=copied))
+        text = {"input_ids": torch.cat([prompt, torch.tensor([end])], 1)}
+        outputs.append(generate(model, text, past_key_values=copied))
         check(copied)
-    assert outputs[0].equal(outputs[1])
+        if kv_format == "native":
+            assert outputs[-1].equal(generate(model, text))
+    assert outputs[0].equal(outputs[2])
     assert cache.memory_stats() == before
     assert cache.get_seq_length() == 131
+
+
+@every_route
+def test_half_precision(fused):
+    model = zoo.build("LlamaForCausalLM", initializer_range=0.05).to(torch.bfloat16)
+    inputs = batch_of()
+    expected = logits_of(model, inputs, DynamicCache(config=model.config)).float()
+    cache = open_cache(model, fused=fused)
+    logits = logits_of(model, inputs, cache).float()
+    assert logits.equal(expected) or fused
+    assert float((logits - expected).norm() / expected.norm()) < 0.03
 
 
 # -- quantized ------------------------------------------------------------------------------------
@@ -290,6 +306,24 @@ def test_quantized_logits_differ_by_little(kv_format, fused):
     assert 0 < error < LIMITS.get(kv_format, 0.5)
     assert cache.memory_stats().body > 0
     check(cache)
+
+
+def test_a_calibration_is_of_the_model_and_makes_int2_better(tmp_path):
+    model = zoo.build("LlamaForCausalLM", initializer_range=0.05)
+    paged = PagedModel(model)
+    known = calibrate(paged, [token for prompt in zoo.prompts() for token in prompt])
+    paged.close()
+    known.save(tmp_path / "calibration")
+    inputs = batch_of((300, 222, 290))
+    expected = logits_of(model, inputs, DynamicCache(config=model.config))
+    errors = []
+    for calibration in (None, known, tmp_path / "calibration"):
+        cache = open_cache(model, "int2", calibration=calibration)
+        errors.append(float((logits_of(model, inputs, cache) - expected).norm()))
+    assert errors[1] == errors[2]
+    assert errors[1] < errors[0]
+    with pytest.raises(ConfigError, match="made for another model"):
+        PagedCache(zoo.model("llama"), "int2", calibration=known)
 
 
 def test_padding_is_not_stored():
@@ -392,6 +426,24 @@ def test_a_crop_within_a_sealed_block_keeps_what_was_read_from_it(kv_format):
             expected = old[:, :, : states.shape[2]]
             torch.testing.assert_close(states, expected, rtol=0, atol=0.05)
     filled(model, cache, batch_of((100, 100)))
+    check(cache)
+
+
+def test_a_crop_that_lacks_room_to_reopen_shared_blocks_changes_nothing():
+    model = zoo.model("llama")
+    cache = open_cache(model, "int2", num_blocks=14)
+    torch.manual_seed(0)
+    feed(cache, *torch.randn(2, 1, 2, 160, 16))
+    cache.batch_repeat_interleave(6)
+    stats = cache.memory_stats()
+    assert stats.body > 0
+    with pytest.raises(OutOfBlocksError, match="more blocks are needed"):
+        cache.crop(-60)
+    assert cache.get_seq_length() == 160
+    assert cache.memory_stats() == stats
+    check(cache)
+    cache.batch_select_indices(torch.tensor([2]))
+    cache.crop(-60)
     check(cache)
 
 
