@@ -151,6 +151,7 @@ GOOD: dict[Callable[..., object], dict[str, object]] = {
         "kv_memory": None,
         "kv_dtype": None,
         "calibration": None,
+        "sink_window": None,
     },
     BlockManager: {
         "geometry": GEOMETRY,

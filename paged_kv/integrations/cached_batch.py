@@ -17,57 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..blocks.block_manager import BlockManager
 from ..blocks.geometry import IntArray
 from ..blocks.step_plan import StepPlan
 from ..cache.attention import paged_attention, store_tokens
-from ..cache.device_memory import free_memory
-from ..cache.kv_cache import PagedKVCache, Step
-from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for
+from ..cache.kv_cache import Step
 from ..cache.stored_context import StoredContext, read_sealed
 from ..errors import InvalidRequestError, OutOfBlocksError, UnsupportedModelError
 from ..models.active_step import expect_call
+from .sequence_pool import PoolSettings, SequencePool
 
-DEFAULT_KV_MEMORY: Final = 1 << 30
-DEFAULT_PART: Final = 0.5  # of the memory that is free
-MAX_BATCH_SIZE: Final = 1 << 10  # sequences, unless a batch begins with more
 Mask = NDArray[np.bool_]
 NO_ROWS: Final[IntArray] = np.empty(0, dtype=np.int64)
 NO_POSITIONS: Final[Mask] = np.empty((0, 0), dtype=np.bool_)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolSettings:
-    """What a batch's blocks hold and how many there are; without a number, as a batch needs."""
-
-    layers: tuple[LayerSpec, ...]
-    dtype: torch.dtype  # of open blocks
-    device: torch.device
-    max_cache_len: int
-    num_blocks: int | None = None
-
-    def new_cache(self, batch_size: int) -> PagedKVCache:
-        """Blocks for so many sequences; raises `ConfigError` where there is no memory for them."""
-        num_blocks = self.num_blocks
-        if num_blocks is None:
-            geometry = cache_geometry(self.layers, self.dtype)
-            # A step that seals holds new blocks beside all that it replaces.
-            tail = geometry.table_width(geometry.block_size + geometry.min_tail_tokens)
-            wanted = batch_size * (geometry.max_blocks(self.max_cache_len) + tail)
-            most, free = DEFAULT_KV_MEMORY, free_memory(self.device)
-            if free is not None:
-                most = min(most, int(DEFAULT_PART * free))
-            num_blocks = min(wanted, num_blocks_for(most, self.layers, self.dtype))
-        return PagedKVCache(
-            self.layers, num_blocks=num_blocks, dtype=self.dtype, device=self.device
-        )
-
-
-@dataclass(frozen=True)
-class Pool:
-    cache: PagedKVCache
-    manager: BlockManager
-    batch_size: int  # that it was made for
 
 
 class LayerTokens(NamedTuple):
@@ -126,7 +87,7 @@ class CachedBatch:
         self.settings = settings
         self.attends = attends
         self.keeps_drafts = False
-        self.pool: Pool | None = None
+        self.pool: SequencePool | None = None
         self._seq_ids = NO_ROWS  # [N]
         self._is_stored = NO_POSITIONS  # [N, length]
         self._step: BatchStep | None = None
@@ -140,7 +101,7 @@ class CachedBatch:
         copied.keeps_drafts = self.keeps_drafts
         if self.pool is not None:
             cache, manager = self.pool.cache.duplicate(self.pool.manager)
-            copied.pool = Pool(cache, manager, self.pool.batch_size)
+            copied.pool = SequencePool(cache, manager, self.pool.batch_size)
         copied._seq_ids, copied._is_stored = self._seq_ids.copy(), self._is_stored.copy()
         return copied
 
@@ -208,8 +169,14 @@ class CachedBatch:
         try:
             if call is None or step is None or key is not call.key or value is not call.value:
                 raise UnsupportedModelError("attention was called with other keys than were cached")
+            query_tokens, sink_query = step.tokens(query), None
+            if step.step.head_shifts is not None:  # sinks are seen as near as they would be
+                assert self.settings.rotations is not None
+                rotation = self.settings.rotations[call.layer]
+                phases = rotation.phases(-step.step.head_shifts)
+                sink_query = rotation.turn(query_tokens, phases)
             output = paged_attention(
-                step.tokens(query),
+                query_tokens,
                 step.tokens(key),
                 step.tokens(value),
                 self._pool.cache,
@@ -220,6 +187,7 @@ class CachedBatch:
                 sliding_window=sliding_window,
                 attention_chunk=attention_chunk,
                 sink_logits=sink_logits,
+                sink_query=sink_query,
             )
         except BaseException:
             self._abandon()
@@ -285,14 +253,11 @@ class CachedBatch:
         pool = self.pool
         if pool is None or pool.batch_size < batch_size:
             self.pool = None  # before there is another
-            cache = self.settings.new_cache(batch_size)
-            manager = cache.new_manager(
-                max_num_seqs=max(MAX_BATCH_SIZE, batch_size),
-                max_model_len=self.settings.max_cache_len,
-            )
-            self.pool = Pool(cache, manager, batch_size)
+            self.pool = self.settings.new_pool(batch_size)
         manager = self._pool.manager
-        self._seq_ids = np.array([manager.add_sequence() for _ in range(batch_size)])
+        window = self.settings.sink_window
+        chains = [manager.chain_tokens((), sink_window=window) for _ in range(batch_size)]
+        self._seq_ids = np.array([manager.add_sequence(chain) for chain in chains])
         self._is_stored = np.zeros((batch_size, 0), dtype=np.bool_)
 
     def _tokens_among(self, num_new: int) -> Mask:
@@ -312,14 +277,24 @@ class CachedBatch:
             )
         if self.attends and (self._is_stored & ~is_seen[:, :length]).any():
             raise InvalidRequestError(
-                "attention_mask hides tokens that are stored: only a model with attention of its "
-                "own can leave them out"
+                "attention_mask hides tokens that are stored, which only a model with attention of "
+                "its own can leave out; generate() makes a mask of pad tokens where none is given"
             )
         is_token = is_seen[:, length:]
         return is_token.copy() if is_token.any() else everything
 
     def _check_lengths(self, seq_ids: IntArray, counts: IntArray) -> None:
-        longest = int((self._pool.manager.num_computed_tokens[seq_ids] + counts).max())
+        manager = self._pool.manager
+        after = manager.num_computed_tokens[seq_ids] + counts
+        if self.settings.sink_window is not None:
+            excess = int((after - manager.sequences.num_storable(seq_ids)).max())
+            if excess > 0:
+                raise InvalidRequestError(
+                    f"{counts.max()} tokens at once are {excess} more than there is room for in "
+                    f"{self.settings.sink_window}: give generate() a prefill_chunk_size"
+                )
+            return
+        longest = int(after.max())
         if longest > self.settings.max_cache_len:
             raise InvalidRequestError(
                 f"a sequence of {longest} tokens exceeds max_cache_len "
@@ -375,7 +350,7 @@ class CachedBatch:
             self.reset()
 
     @property
-    def _pool(self) -> Pool:
+    def _pool(self) -> SequencePool:
         assert self.pool is not None, "a batch has a pool once it began"
         return self.pool
 
@@ -427,6 +402,11 @@ class CachedBatch:
             elif (step.num_last_tokens(num_removed) <= step.num_drafts).all():
                 self._end_step(num_removed)
                 return
+        if num_removed and self.settings.sink_window is not None:
+            raise InvalidRequestError(
+                f"{num_removed} tokens cannot be taken back: {self.settings.sink_window} may have "
+                "let go of what they saw"
+            )
         self._end_step()
         length = max(self._is_stored.shape[1] - num_removed, 0)
         if self.batch_size and length < self._is_stored.shape[1]:

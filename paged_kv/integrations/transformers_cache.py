@@ -22,6 +22,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from ..blocks.sink_window import SinkWindow
 from ..cache.formats import KVFormat, resolve_format
 from ..cache.layer_spec import (
     FULL_PRECISION_DTYPES,
@@ -35,10 +36,17 @@ from ..errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from ..models.active_step import Probe, running
 from ..models.attachment import attachments
 from ..models.calibration import Calibration
-from ..models.huggingface import IMPLEMENTATION, check_probe, fingerprint_of, refuse_unsupported
+from ..models.huggingface import (
+    IMPLEMENTATION,
+    check_probe,
+    fingerprint_of,
+    refuse_unsupported,
+    rotations_of,
+)
 from ..units import parse_memory
 from ..validation import is_integer, require, require_count, require_instance
-from .cached_batch import CachedBatch, PoolSettings
+from .cached_batch import CachedBatch
+from .sequence_pool import PoolSettings
 
 
 class PagedCache(Cache):
@@ -56,6 +64,9 @@ class PagedCache(Cache):
     unless given. `kv_dtype` is the precision of what is not quantized. A `calibration`, or its file
     (`paged-kv calibrate`), is what formats below 8 bits do better with.
 
+    With a `sink_window`, for models whose attention reads blocks, every sequence goes on for ever
+    in constant memory, as in an `LLM`.
+
     Raises `UnsupportedModelError` for models whose state is not keys and values of all tokens, and
     `ConfigError` for settings that cannot be.
     """
@@ -70,9 +81,12 @@ class PagedCache(Cache):
         kv_memory: int | str | None = None,
         kv_dtype: torch.dtype | None = None,
         calibration: Calibration | str | Path | None = None,
+        sink_window: SinkWindow | None = None,
     ) -> None:
         require_instance("model", model, PreTrainedModel)
-        kv_format = resolve_format(kv_format)
+        kv_format, attends = resolve_format(kv_format), attends_to_blocks(model)
+        if sink_window is not None:
+            kv_format = format_for_window(kv_format, sink_window, attends=attends)
         if kv_dtype is not None:
             is_known = isinstance(kv_dtype, torch.dtype) and kv_dtype in FULL_PRECISION_DTYPES
             require("kv_dtype", kv_dtype, is_known, "float32, bfloat16 or float16")
@@ -83,11 +97,12 @@ class PagedCache(Cache):
             require("kv_memory", kv_memory, num_blocks is None, "left out beside num_blocks")
             kv_memory = parse_memory(kv_memory, "kv_memory")
         known = find_calibration(model, calibration)
-        attends = attends_to_blocks(model)
         states = states_of_a_token(model, attends=attends)
         layers = specs_of(states, kv_format, known)
         dtype = kv_dtype or usual_kv_dtype(kv_format, states[0][0].dtype)
-        cache_geometry(layers, dtype)  # or it raises
+        geometry, rotations = cache_geometry(layers, dtype), None
+        if sink_window is not None:
+            sink_window, rotations = sink_window.fitted(geometry), rotations_of(model)
         if kv_memory is not None:
             num_blocks = num_blocks_for(kv_memory, layers, dtype)
         self._batch = CachedBatch(
@@ -97,6 +112,8 @@ class PagedCache(Cache):
                 device=states[0][0].device,
                 max_cache_len=max_cache_len,
                 num_blocks=num_blocks,
+                sink_window=sink_window,
+                rotations=rotations,
             ),
             attends=attends,
         )
@@ -245,6 +262,20 @@ def longest_sequence(model: PreTrainedModel, max_cache_len: int | None) -> int:
 def attends_to_blocks(model: PreTrainedModel) -> bool:
     """Whether the model's attention is ours, which reads blocks."""
     return bool(model.config.get_text_config()._attn_implementation == IMPLEMENTATION)
+
+
+def format_for_window(kv_format: KVFormat, sink_window: SinkWindow, *, attends: bool) -> KVFormat:
+    """The format, with a head that keeps all sinks; raises where attention reads no blocks."""
+    require_instance("sink_window", sink_window, SinkWindow)
+    if not attends:
+        raise ConfigError(
+            f"{sink_window} needs attention that reads blocks: "
+            'model.set_attn_implementation("paged_kv") before the cache is made'
+        )
+    if kv_format.is_native:
+        return kv_format
+    num_sinks = max(kv_format.num_sink_tokens, sink_window.num_sink_tokens)
+    return kv_format.with_options(num_sink_tokens=num_sinks)
 
 
 def find_calibration(

@@ -304,31 +304,7 @@ class PagedModel:
         Raises `UnsupportedModelError` where that is not by turning channels, so that the
         sinks of a window could not be brought near.
         """
-        name, config = type(self.model).__name__, self.model.config.get_text_config()
-        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-            raise UnsupportedModelError(f"{name} attends in chunks, which a window cannot shift")
-        limit = getattr(config, "max_position_embeddings", None) or max(ROTATION_PROBE) + 1
-        positions = torch.tensor(
-            [position for position in ROTATION_PROBE if position < limit], device=self.device
-        )
-        probe = Probe()
-        with torch.inference_mode(), running(probe):
-            self._call(torch.ones_like(positions), positions, positions[:1])
-        candidates = [  # one tensor for all layers that turn alike: they share their phases
-            buffer.double()
-            for buffer_name, buffer in self.model.named_buffers(remove_duplicate=False)
-            if buffer_name.endswith("inv_freq") and "original" not in buffer_name
-        ]
-        rotations = {}
-        for layer, (query, key) in probe.tokens.items():
-            found = [find_rotation(tokens, positions, candidates) for tokens in (query, key)]
-            if found[0] is None or found[1] is None:
-                raise UnsupportedModelError(
-                    f"{name} cannot be windowed: layer {layer} does not embed positions by turning "
-                    "queries and keys (RoPE) at frequencies that it tells"
-                )
-            rotations[layer] = found[1]
-        return rotations
+        return rotations_of(self.model)
 
     def _call(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         arguments = {"logits_to_keep": logit_rows} if self._keeps_logits else {}
@@ -364,6 +340,36 @@ class PagedModel:
             ) from error
         check_probe(self.model, probe)
         return dict(sorted(probe.shapes.items())), logits.shape[-1]
+
+
+def rotations_of(model: PreTrainedModel) -> dict[int, Rotation]:
+    """`PagedModel.rotations` of a model whose attention is ours."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UnsupportedModelError(f"{name} attends in chunks, which a window cannot shift")
+    limit = getattr(config, "max_position_embeddings", None) or max(ROTATION_PROBE) + 1
+    positions = torch.tensor(
+        [position for position in ROTATION_PROBE if position < limit], device=model.device
+    )
+    probe = Probe()
+    with torch.inference_mode(), running(probe):
+        ids = torch.ones_like(positions)
+        model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    candidates = [  # one tensor for all layers that turn alike: they share their phases
+        buffer.double()
+        for buffer_name, buffer in model.named_buffers(remove_duplicate=False)
+        if buffer_name.endswith("inv_freq") and "original" not in buffer_name
+    ]
+    rotations = {}
+    for layer, (query, key) in probe.tokens.items():
+        found = [find_rotation(tokens, positions, candidates) for tokens in (query, key)]
+        if found[0] is None or found[1] is None:
+            raise UnsupportedModelError(
+                f"{name} cannot be windowed: layer {layer} does not embed positions by turning "
+                "queries and keys (RoPE) at frequencies that it tells"
+            )
+        rotations[layer] = found[1]
+    return rotations
 
 
 def fingerprint_of(model: PreTrainedModel) -> bytes:
