@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .entrypoints.outputs import Completion as Completion
     from .entrypoints.outputs import RequestOutput as RequestOutput
     from .entrypoints.outputs import StreamEvent as StreamEvent
+    from .integrations.transformers_cache import PagedCache as PagedCache
     from .kernels.new_tokens import NewTokens as NewTokens
     from .kernels.rules import ScoreRules as ScoreRules
     from .scheduler.request import Request as Request
@@ -93,6 +94,7 @@ _HOME = {
     "LayerSpec": "cache.layer_spec",
     "MemoryStats": "cache.memory_stats",
     "NewTokens": "kernels.new_tokens",
+    "PagedCache": "integrations.transformers_cache",
     "PagedKVCache": "cache.kv_cache",
     "Request": "scheduler.request",
     "RequestOutput": "entrypoints.outputs",

@@ -24,7 +24,7 @@ TESTS = ROOT / "tests"
 # A room may import from rooms before its own, and from itself. `cache` imports kernels, `models`
 # those of a model's own layers.
 BESIDE_KERNELS = {("cache", "kernels"), ("models", "kernels"), ("kernels", "ground")}
-ROOMS = "ground < blocks < scheduler, cache < models, integrations < engine < entrypoints"
+ROOMS = "ground < blocks < scheduler, cache < models < integrations, engine < entrypoints"
 GROUND = {
     *("change", "code_cache", "errors", "free_memory", "private_folder", "units", "validation"),
 }

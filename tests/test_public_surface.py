@@ -28,6 +28,7 @@ from paged_kv import (
     BlockManager,
     KVFormat,
     LayerSpec,
+    PagedCache,
     PagedKVCache,
     PagedKVError,
     Request,
@@ -52,6 +53,20 @@ SECONDS = 30.0  # a hang, not a speed
 def label(value: object) -> str:
     """The same in every process, as addresses are not."""
     return str(value).split(" at 0x")[0][:40]
+
+
+def small_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
 
 
 LAYERS = [LayerSpec(kv_format="int8", num_kv_heads=1, key_dim=8, value_dim=8)]
@@ -147,6 +162,16 @@ GOOD: dict[Callable[..., object], dict[str, object]] = {
         "device": "cpu",
         "num_host_blocks": 0,
         "backend": None,
+    },
+    PagedCache: {
+        "model": small_model(),
+        "kv_format": "int4",
+        "max_cache_len": 64,
+        "num_blocks": 3,
+        "kv_memory": None,
+        "kv_dtype": None,
+        "calibration": None,
+        "sink_window": None,
     },
     BlockManager: {
         "geometry": GEOMETRY,
@@ -257,6 +282,11 @@ MEANINGLESS = [
     (PagedKVCache, {"layers": "int8"}),
     (PagedKVCache, {"dtype": "float32"}),
     (PagedKVCache, {"backend": 0}),
+    (PagedCache, {"model": "llama"}),
+    (PagedCache, {"max_cache_len": 64.0}),
+    (PagedCache, {"num_blocks": "3"}),
+    (PagedCache, {"kv_dtype": "float32"}),
+    (PagedCache, {"calibration": 3}),
     (BlockManager, {"num_blocks": 4.0}),
     (BlockManager, {"max_num_seqs": 2.5}),
     (BlockManager, {"max_model_len": "20"}),
@@ -312,6 +342,8 @@ def test_methods_of_a_manager_refuse_or_work(wrong):
         manager.check_integrity()
     manager, seq_id = started()
     for call in (
+        lambda: manager.truncate(wrong, 0),
+        lambda: manager.truncate(seq_id, wrong),
         lambda: manager.append_tokens(wrong, [1]),
         lambda: manager.append_tokens([seq_id], wrong),
         lambda: manager.append_tokens([seq_id], [1], wrong),
@@ -409,17 +441,7 @@ def test_a_request_is_finished_once_and_by_its_own_scheduler():
 
 @pytest.fixture(scope="module")
 def llm():
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = small_model()
     with LLM(model, kv_format="native", max_num_seqs=2, num_blocks=70) as open_llm:
         open_llm.generate([1], SamplingParams(max_tokens=2))
         yield open_llm

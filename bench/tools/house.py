@@ -33,6 +33,7 @@ FOLDERS = {
     "paged_kv/cache": "The bytes in the blocks; the one room that calls kernels.",
     "paged_kv/models": "What a model is, and how it is run on a cache.",
     "paged_kv/engine": "Requests of token ids in, tokens out.",
+    "paged_kv/integrations": "The cache where other libraries take one.",
     "paged_kv/integrations/vllm": "The cache inside vLLM, as a plugin.",
     "paged_kv/entrypoints": "What people and programs call.",
     "examples": "Short programs that run as they stand.",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import ConfigError, InvalidRequestError, InvalidStepError, OutOfBlocksError
+from ..errors import InvalidRequestError, InvalidStepError, OutOfBlocksError
 from ..validation import require_instance
 from .events import CacheEvent
 from .geometry import NO_BLOCKS, BlockIds, IntArray
@@ -72,17 +72,6 @@ class BlockManager(Holdings):
         self._sharing.hash(chain)
         return chain
 
-    def fitted_window(self, sink_window: SinkWindow) -> SinkWindow:
-        """With sinks in whole blocks; raises `ConfigError` for one that this pool cannot keep."""
-        require_instance("sink_window", sink_window, SinkWindow)
-        fitted = sink_window.fitted(self.geometry)
-        num_blocks = fitted.max_blocks(self.geometry)
-        if num_blocks > self.num_blocks:
-            raise ConfigError(
-                f"{sink_window} needs {num_blocks} blocks; the pool has {self.num_blocks}"
-            )
-        return fitted
-
     def find_prefix(self, tokens: TokenChain) -> PrefixMatch:
         """What `add_sequence(tokens)` would take over from the prefix cache."""
         require_instance("tokens", tokens, TokenChain, InvalidRequestError)
@@ -119,7 +108,7 @@ class BlockManager(Holdings):
         The caller writes the blocks; the next commit makes them findable, or `publish_sequence`
         does so at once.
         """
-        self._require_no_step()
+        self.require_no_step()
         num_blocks = self.geometry.count_blocks(num_computed_tokens, num_sealed)
         if num_blocks > self.pool.num_free:
             raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")
@@ -229,6 +218,20 @@ class BlockManager(Holdings):
             self._sharing.forked(child)
         return child
 
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        """Keep the first `num_tokens` that a sequence stores, and give back the blocks behind them.
+
+        Raises `InvalidStepError`, changing nothing, where it stores fewer or they end within a
+        sealed block, for a windowed sequence, and with a prefix cache, which may know the rest.
+        """
+        self.require_at_rest(seq_id)
+        num_tokens, num_sealed = self._checked_truncation(seq_id, num_tokens)
+        num_kept = self.geometry.count_blocks(num_tokens, num_sealed)
+        with self._change:
+            self.pool.release(self.tables.block_ids(seq_id)[num_kept:])
+            self.sequences.truncate(seq_id, num_tokens, num_sealed)
+            self.tables.tell_later(np.array([seq_id]))
+
     def remove_sequence(self, seq_id: int) -> None:
         """Give every block of a sequence back, and its seq_id."""
         self.require_at_rest(seq_id)
@@ -245,11 +248,6 @@ class BlockManager(Holdings):
         self.sequences.require(seq_id)
         tokens = self.token_ids[seq_id, : self.num_tokens[seq_id]].copy()
         return self.sequences.chain(seq_id).with_tokens(tokens)
-
-    def require_at_rest(self, seq_id: int) -> None:
-        """Raise `InvalidStepError` where no sequence is, or while a step is outstanding."""
-        self._require_no_step()
-        self.sequences.require(seq_id)
 
     # -- swap -----------------------------------------------------------------------------------
 
@@ -281,7 +279,7 @@ class BlockManager(Holdings):
         Returns its seq_id and its new blocks, to which the caller copies `host_block_ids` before
         the next `swap_out`.
         """
-        self._require_no_step()
+        self.require_no_step()
         self._host_blocks.require(swapped)
         num_blocks = len(swapped.host_block_ids)
         if num_blocks > self.pool.num_free or not self.num_free_seqs:
@@ -363,7 +361,7 @@ class BlockManager(Holdings):
         than the new tokens, and at most a block. Raises `InvalidStepError` where that does not
         hold, or while a step is neither committed nor rolled back.
         """
-        self._require_no_step()
+        self.require_no_step()
         request = checked_request(
             self.sequences,
             self._sharing.computable_tokens,
@@ -489,10 +487,6 @@ class BlockManager(Holdings):
             self.tables.tell_later(plan.seq_ids[plan.changed_rows])
             plan.is_over = True
             self._outstanding = None
-
-    def _require_no_step(self) -> None:
-        if self._outstanding is not None:
-            raise InvalidStepError("commit or roll back the step before")
 
     def _require_step(self, plan: StepPlan) -> None:
         if plan is None or plan is not self._outstanding:

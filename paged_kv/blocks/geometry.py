@@ -92,6 +92,15 @@ class BlockGeometry:
         sealable = num_tokens - self.num_head_tokens - self.min_tail_tokens
         return np.maximum(sealable // self.block_size, 0)
 
+    def num_sealed_within(self, num_tokens: int, num_sealed: int) -> int | None:
+        """Of a sequence's `num_sealed` blocks those among its first `num_tokens` tokens.
+
+        None where these end within a sealed block.
+        """
+        in_body = max(num_tokens - self.num_head_tokens, 0)
+        num_kept = min(in_body // self.block_size, num_sealed)
+        return num_kept if num_kept == num_sealed or in_body % self.block_size == 0 else None
+
     def table_width(self, num_tokens: int) -> int:
         """Places in a block table of so many tokens."""
         return -(-num_tokens // self.open_block_size)

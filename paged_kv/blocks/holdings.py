@@ -9,8 +9,9 @@ from typing import Final
 import numpy as np
 
 from ..change import Change
+from ..errors import ConfigError, InvalidStepError
 from ..free_memory import require_memory
-from ..validation import require_count, require_instance
+from ..validation import is_integer, require_count, require_instance
 from .block_pool import BlockPool
 from .block_tables import BlockTables
 from .geometry import NO_BLOCKS, BlockGeometry, BlockIds, IntArray
@@ -18,6 +19,7 @@ from .host_blocks import HostBlocks
 from .prefix_cache import PrefixCache
 from .prefix_sharing import NoPrefixSharing, PrefixSharing, PrefixStatistics
 from .sequences import Sequences
+from .sink_window import SinkWindow
 from .step_plan import PlanSource, StepPlan
 from .token_chain import TokenIds, root_hash
 
@@ -107,6 +109,16 @@ class Holdings:
     def is_whole(self) -> bool:
         """Whether no exception has cut off a change: else `recover` comes first."""
         return not self._change.is_unfinished
+
+    def require_at_rest(self, seq_id: int) -> None:
+        """Raise `InvalidStepError` where no sequence is, or while a step is outstanding."""
+        self.require_no_step()
+        self.sequences.require(seq_id)
+
+    def require_no_step(self) -> None:
+        """Raise `InvalidStepError` while a step is outstanding."""
+        if self._outstanding is not None:
+            raise InvalidStepError("commit or roll back the step before")
 
     # -- what it holds --------------------------------------------------------------------------
 
@@ -198,6 +210,31 @@ class Holdings:
         """Sealed blocks of a sequence in order."""
         self.sequences.require(seq_id)
         return self.tables.body_ids(seq_id)
+
+    def fitted_window(self, sink_window: SinkWindow) -> SinkWindow:
+        """With sinks in whole blocks; raises `ConfigError` for one that this pool cannot keep."""
+        require_instance("sink_window", sink_window, SinkWindow)
+        fitted = sink_window.fitted(self.geometry)
+        num_blocks = fitted.max_blocks(self.geometry)
+        if num_blocks > self.num_blocks:
+            raise ConfigError(
+                f"{sink_window} needs {num_blocks} blocks; the pool has {self.num_blocks}"
+            )
+        return fitted
+
+    def _checked_truncation(self, seq_id: int, num_tokens: int) -> tuple[int, int]:
+        """Tokens and sealed blocks that stay of a sequence; raises unless it can be cut there."""
+        stored, num_sealed = int(self.num_computed_tokens[seq_id]), int(self.num_sealed[seq_id])
+        if self.prefix_cache is not None or self.window_sizes[seq_id]:
+            raise InvalidStepError(
+                "a sequence that is windowed, or shared by a prefix cache, cannot be truncated"
+            )
+        if not (is_integer(num_tokens) and 0 <= num_tokens <= stored):
+            raise InvalidStepError(f"num_tokens must be from 0 to {stored}, got {num_tokens!r}")
+        num_kept = self.geometry.num_sealed_within(int(num_tokens), num_sealed)
+        if num_kept is None:
+            raise InvalidStepError(f"the first {num_tokens} tokens end within a sealed block")
+        return int(num_tokens), num_kept
 
     # -- invariants -----------------------------------------------------------------------------
 

@@ -170,6 +170,14 @@ class Sequences:
         self.num_windowed += chain.sink_window is not None
         return child
 
+    def truncate(self, seq_id: int, num_tokens: int, num_sealed: int) -> None:
+        """Keep the first tokens of a sequence; its last block is looked at anew."""
+        self.num_computed_tokens[seq_id] = self.capacity[seq_id] = num_tokens
+        self.num_sealed[seq_id] = num_sealed
+        self.num_tokens[seq_id] = min(self.num_tokens[seq_id], num_tokens)
+        if num_known := int(self.num_tokens[seq_id]):
+            self.last_token_ids[seq_id] = self.token_ids[seq_id, num_known - 1]
+
     def end(self, seq_id: int) -> None:
         """Forget a sequence; its id is the next to be given out."""
         self.num_windowed -= self.chain(seq_id).sink_window is not None

@@ -75,6 +75,18 @@ def paged_attention(
     return output
 
 
+def store_tokens(key: Tensor, value: Tensor, cache: PagedKVCache, layer: int, step: Step) -> None:
+    """As `paged_attention`, for those who attend by themselves: only stores the step's tokens."""
+    cache.require_step(step, layer)
+    check_tensors((key, value), cache.arenas[layer].device)
+    check_shapes(key, key, value, cache.layers[layer], len(step.inputs.cache_positions))
+    if cache.layers[layer].kv_format.rotates_values:
+        value = cache.backend.rotate(value)
+    new = NewTokens(key, key, value)
+    cache.backend.store_tokens(new, cache.records[layer], step.inputs)
+    step.stored_layers.add(layer)
+
+
 def attend_by(run: Callable[..., Tensor], cache: PagedKVCache, layer: int, step: Step) -> Tensor:
     """Let `run(blocks, plan, rotates_values=...)` attend and store; it knows that all fits."""
     cache.require_step(step, layer)

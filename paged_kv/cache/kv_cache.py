@@ -8,6 +8,7 @@ and sealed blocks are two readings of the same bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import pairwise
@@ -151,6 +152,32 @@ class PagedKVCache:
             record_events=record_events,
             num_host_blocks=self.num_host_blocks,
         )
+
+    def duplicate(self, manager: BlockManager) -> tuple[PagedKVCache, BlockManager]:
+        """A cache and a manager with blocks of their own that hold what these hold.
+
+        Both pairs go on from here by themselves. Raises `InvalidStepError` while a step of the
+        manager is outstanding, `ConfigError` where there is no memory for as large a pool.
+        """
+        self.require_stored(manager)
+        manager.require_no_step()
+        copied = PagedKVCache(
+            self.layers,
+            num_blocks=self.num_blocks,
+            dtype=self.dtype,
+            device=self.device,
+            num_host_blocks=self.num_host_blocks,
+            backend=self.backend.name,
+        )
+        pool = manager.pool
+        is_used = (pool.ref_counts > 0) | pool.prefix_cache.is_cached
+        ids = self._ids(np.flatnonzero(is_used).astype(np.int32))
+        for source, target in zip(self.arenas, copied.arenas, strict=True):
+            target.view(torch.int64)[ids] = source.view(torch.int64)[ids]
+        for source, target in zip(self.host_arenas, copied.host_arenas, strict=True):
+            target.copy_(source)
+        copied._tables = deepcopy(self._tables)
+        return copied, deepcopy(manager)
 
     def fingerprint(self, model_fingerprint: bytes = b"") -> bytes:
         """32 bytes that differ when a token's stored K/V would: by model, format or precision."""

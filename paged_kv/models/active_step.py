@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
@@ -59,11 +59,37 @@ class ActiveStep:
     observe: Observer | None = None
 
 
-_active: ContextVar[ActiveStep | Probe | None] = ContextVar("paged_kv_active_step", default=None)
+class LayerCall(Protocol):
+    """A cache that a layer has just given its new keys and values: the next call's."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        softcap: float | None,
+        sliding_window: int | None,
+        attention_chunk: int | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Attention [N, L, heads, value_dim]; query, key and value are [N, heads, L, dim]."""
+        ...
 
 
-def running_step() -> ActiveStep | Probe | None:
+_active: ContextVar[ActiveStep | Probe | LayerCall | None] = ContextVar(
+    "paged_kv_active_step", default=None
+)
+
+
+def running_step() -> ActiveStep | Probe | LayerCall | None:
     return _active.get()
+
+
+def expect_call(call: LayerCall | None) -> None:
+    """Let the next attention call of this context find a cache, or nothing."""
+    _active.set(call)
 
 
 @contextmanager

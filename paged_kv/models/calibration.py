@@ -91,7 +91,11 @@ class Calibration:
 
     def require_model(self, model: PagedModel) -> None:
         """Raise `ConfigError` unless this was learned of that model."""
-        if self.model_fingerprint != model.fingerprint():
+        self.require_fingerprint(model.fingerprint())
+
+    def require_fingerprint(self, model_fingerprint: bytes) -> None:
+        """Raise `ConfigError` unless this was learned of the model of that fingerprint."""
+        if self.model_fingerprint != model_fingerprint:
             raise ConfigError(
                 "the calibration was made for another model (or for other weights): run "
                 "`paged-kv calibrate` on this one"

@@ -27,7 +27,15 @@ from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache, Step
 from ..cache.layer_spec import LayerSpec
 from ..errors import ConfigError, PagedKVError, UnsupportedModelError
-from .active_step import ActiveStep, Observer, Probe, running, running_step
+from .active_step import (
+    ActiveStep,
+    LayerCall,
+    Observer,
+    Probe,
+    expect_call,
+    running,
+    running_step,
+)
 from .attachment import attach, attaching, attachments, detach, fuse_once, widen_once
 from .rotary import Rotation, StepTurns, find_rotation
 from .wrapped_weights import stored_tensors
@@ -69,8 +77,30 @@ def paged_attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for each layer: query, key and value are [1, heads, T, dim]."""
-    check_attention_call(module, query, attention_mask, sliding_window, kwargs)
+    """What transformers calls for each layer: query, key and value are [1, heads, T, dim].
+
+    Of a model that was given a cache of ours, [N, heads, L, dim].
+    """
+    active = running_step()
+    if active is None:
+        raise no_step()
+    is_batch = not isinstance(active, (ActiveStep, Probe))
+    if is_batch:
+        expect_call(None)  # it is for one call alone
+    check_attention_call(module, query, attention_mask, sliding_window, kwargs, is_batch=is_batch)
+    if is_batch:
+        call = cast(LayerCall, active)
+        output = call.attend(
+            query,
+            key,
+            value,
+            scale=scaling,
+            softcap=softcap,
+            sliding_window=sliding_window,
+            attention_chunk=attention_chunk_of(module),
+            sink_logits=s_aux,
+        )
+        return output, None
     tokens = (one[0].transpose(0, 1) for one in (query, key, value))
     output = attend_tokens(
         module,
@@ -99,10 +129,8 @@ def attend_tokens(
     if isinstance(active, Probe):
         settings = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
         return active.attend(module, query, key, value, {**settings, "s_aux": s_aux})
-    if active is None:
-        raise PagedKVError(
-            "this model is attached to a paged_kv LLM; close() that first to call it directly"
-        )
+    if not isinstance(active, ActiveStep):
+        raise no_step()
     layer_idx, sink_query = cast(int, module.layer_idx), None
     if active.turns is not None:
         query, key, sink_query = active.turns.apply(layer_idx, query, key)
@@ -124,18 +152,27 @@ def attend_tokens(
     )
 
 
+def no_step() -> PagedKVError:
+    return PagedKVError(
+        "this model is attached to a paged_kv LLM; close() that first to call it directly. Or its "
+        "attention was set to paged_kv: then call it with a PagedCache that was made after that"
+    )
+
+
 def check_attention_call(
     module: nn.Module,
     query: Tensor,
     attention_mask: Tensor | None,
     sliding_window: int | None,
     kwargs: dict[str, object],
+    *,
+    is_batch: bool,
 ) -> None:
     """Refuse a call that means more than this library computes."""
     name = type(module).__name__
     if attention_mask is not None:
         raise UnsupportedModelError(f"{name} brings its own attention mask")
-    if query.shape[0] != 1:
+    if not is_batch and query.shape[0] != 1:
         raise UnsupportedModelError(f"{name} reshapes the batch to {query.shape[0]} rows")
     if not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{name} is not causal")
@@ -217,14 +254,7 @@ class PagedModel:
         attachment = attachments.get(self.model)
         if attachment is not None and attachment.fingerprint is not None:
             return attachment.fingerprint
-        digest = sha256(type(self.model).__name__.encode())
-        for name, weight in self.model.state_dict().items():
-            for tensor in stored_tensors(weight):
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                flat = tensor.flatten()
-                samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
-                digest.update(samples.view(torch.uint8).numpy().tobytes())
-        return digest.digest()
+        return fingerprint_of(self.model)
 
     def layers(
         self, kv_format: KVFormat, calibration: Sequence[KeyCalibration] | None = None
@@ -274,31 +304,7 @@ class PagedModel:
         Raises `UnsupportedModelError` where that is not by turning channels, so that the
         sinks of a window could not be brought near.
         """
-        name, config = type(self.model).__name__, self.model.config.get_text_config()
-        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-            raise UnsupportedModelError(f"{name} attends in chunks, which a window cannot shift")
-        limit = getattr(config, "max_position_embeddings", None) or max(ROTATION_PROBE) + 1
-        positions = torch.tensor(
-            [position for position in ROTATION_PROBE if position < limit], device=self.device
-        )
-        probe = Probe()
-        with torch.inference_mode(), running(probe):
-            self._call(torch.ones_like(positions), positions, positions[:1])
-        candidates = [  # one tensor for all layers that turn alike: they share their phases
-            buffer.double()
-            for buffer_name, buffer in self.model.named_buffers(remove_duplicate=False)
-            if buffer_name.endswith("inv_freq") and "original" not in buffer_name
-        ]
-        rotations = {}
-        for layer, (query, key) in probe.tokens.items():
-            found = [find_rotation(tokens, positions, candidates) for tokens in (query, key)]
-            if found[0] is None or found[1] is None:
-                raise UnsupportedModelError(
-                    f"{name} cannot be windowed: layer {layer} does not embed positions by turning "
-                    "queries and keys (RoPE) at frequencies that it tells"
-                )
-            rotations[layer] = found[1]
-        return rotations
+        return rotations_of(self.model)
 
     def _call(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         arguments = {"logits_to_keep": logit_rows} if self._keeps_logits else {}
@@ -322,7 +328,7 @@ class PagedModel:
         probe = Probe()
         tokens = torch.zeros(PROBE_LENGTH, dtype=torch.int64, device=self.device)
         positions = torch.arange(PROBE_LENGTH, device=self.device)
-        name, config = type(self.model).__name__, self.model.config.get_text_config()
+        name = type(self.model).__name__
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             raise UnsupportedModelError(f"{name} takes no position_ids")
         try:
@@ -332,16 +338,64 @@ class PagedModel:
             raise UnsupportedModelError(
                 f"{name} fails on a flattened batch without masks: {error}"
             ) from error
-        if len(probe.shapes) != config.num_hidden_layers:
-            raise UnsupportedModelError(
-                f"{name} calls the attention interface in {len(probe.shapes)} of its "
-                f"{config.num_hidden_layers} layers"
-            )
-        if has_unlisted_window(config) and probe.windows == {None}:
-            raise UnsupportedModelError(
-                f"{name} has a sliding window of {config.sliding_window} but passes none on"
-            )
+        check_probe(self.model, probe)
         return dict(sorted(probe.shapes.items())), logits.shape[-1]
+
+
+def rotations_of(model: PreTrainedModel) -> dict[int, Rotation]:
+    """`PagedModel.rotations` of a model whose attention is ours."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UnsupportedModelError(f"{name} attends in chunks, which a window cannot shift")
+    limit = getattr(config, "max_position_embeddings", None) or max(ROTATION_PROBE) + 1
+    positions = torch.tensor(
+        [position for position in ROTATION_PROBE if position < limit], device=model.device
+    )
+    probe = Probe()
+    with torch.inference_mode(), running(probe):
+        ids = torch.ones_like(positions)
+        model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    candidates = [  # one tensor for all layers that turn alike: they share their phases
+        buffer.double()
+        for buffer_name, buffer in model.named_buffers(remove_duplicate=False)
+        if buffer_name.endswith("inv_freq") and "original" not in buffer_name
+    ]
+    rotations = {}
+    for layer, (query, key) in probe.tokens.items():
+        found = [find_rotation(tokens, positions, candidates) for tokens in (query, key)]
+        if found[0] is None or found[1] is None:
+            raise UnsupportedModelError(
+                f"{name} cannot be windowed: layer {layer} does not embed positions by turning "
+                "queries and keys (RoPE) at frequencies that it tells"
+            )
+        rotations[layer] = found[1]
+    return rotations
+
+
+def fingerprint_of(model: PreTrainedModel) -> bytes:
+    """`PagedModel.fingerprint` of a model as it is."""
+    digest = sha256(type(model).__name__.encode())
+    for name, weight in model.state_dict().items():
+        for tensor in stored_tensors(weight):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            flat = tensor.flatten()
+            samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
+            digest.update(samples.view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def check_probe(model: PreTrainedModel, probe: Probe) -> None:
+    """Raise `UnsupportedModelError` where a forward pass did not tell of all its attention."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if len(probe.shapes) != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{name} calls the attention interface in {len(probe.shapes)} of its "
+            f"{config.num_hidden_layers} layers"
+        )
+    if has_unlisted_window(config) and probe.windows == {None}:
+        raise UnsupportedModelError(
+            f"{name} has a sliding window of {config.sliding_window} but passes none on"
+        )
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
