@@ -36,8 +36,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell runs these test
 
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> Iterator[None]:
-    """Threads that spin for each other's small operations cost ten times the work itself."""
+    """Threads that spin for each other's small operations cost ten times the work itself.
+
+    In processes that tests start, too.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     yield
     torch.set_num_threads(before)

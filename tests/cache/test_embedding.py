@@ -115,10 +115,10 @@ def test_outputs_and_sealed_bytes_are_those_of_a_cache(kv_format, backend, dtype
     check_against_own_cache(layer_of(kv_format), dtype, backend, TURNS)
 
 
-@pytest.mark.parametrize("kv_format", [NATIVE, INT8, INT4, INT2], ids=lambda f: f.name)
+@pytest.mark.parametrize("kv_format", [INT8, INT2], ids=lambda f: f.name)
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=INTERPRETED)])
 def test_a_gpu_seals_in_place_as_well(kv_format, backend):
-    turns = [(200, 1, 40), (1, 1, 1), (70, 200, 1), (1, 60, 150)]
+    turns = [(200, 1, 40), (1, 1, 1), (1, 60, 150)]
     check_against_own_cache(layer_of(kv_format, kv_heads=1), torch.float32, backend, turns)
 
 

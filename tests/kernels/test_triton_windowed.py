@@ -25,8 +25,7 @@ many_splits = triton_fleet.many_splits
 pytestmark = triton_fleet.pytestmark
 
 
-@pytest.mark.parametrize("splits", ["few", "many"])
-@pytest.mark.parametrize("sinks", [(4, 130), (0, 200)], ids=str)
+@pytest.mark.parametrize(("sinks", "splits"), [((4, 130), "many"), ((0, 200), "few")], ids=str)
 @BASE_FORMATS
 def test_windowed_ones_see_exactly_sinks_and_window(kv_format, sinks, splits, request):
     """Chunks, verify and decode of two windowed sequences beside an ordinary sequence."""
