@@ -20,7 +20,8 @@ from ..errors import ConfigError
 from ..models.calibration import Calibration, usual_calibration
 from ..models.generation_config import generation_options
 from ..models.huggingface import PagedModel
-from ..models.loading import end_token_ids, model_length, move_model
+from ..models.length_limit import model_length
+from ..models.loading import end_token_ids, move_model
 from ..scheduler.scheduler import Scheduler
 from ..units import parse_memory
 from ..validation import require
@@ -53,6 +54,7 @@ def build_engine(
     before = model.device
     require("the model's device", str(before), before.type != "meta", "one that holds numbers")
     max_model_len = model_length(model.model, config.max_model_len)
+    model.check_batch(config.token_budget)
     kv_format = fitted_format(model, config)
     model.layers(kv_format)  # or it raises
     usual_options(model, config)  # or it raises

@@ -22,8 +22,10 @@ from ..cache.formats import NATIVE, KVFormat
 from ..cache.layer_spec import sequence_bytes, usual_kv_dtype
 from ..engine.evaluate import Quality, compare_formats, count_recalled, token_windows
 from ..engine.recall import RecallContext, recall_contexts
+from ..errors import ConfigError
 from ..models.calibration import Calibration
 from ..models.huggingface import PagedModel
+from ..models.length_limit import find_length_limit
 from .kept_results import KeptResults
 from .progress import WorkBar
 
@@ -50,13 +52,16 @@ class Evaluation:
 
     def take_text(self, text: str, length: int, count: int | None, *, recall: bool) -> None:
         """Cut the first `count` windows of so many tokens, and hide pairs in the text."""
+        most = find_length_limit(self._model.model).num_tokens
+        if most is not None and length > most:
+            raise ConfigError(f"windows may have at most {most} tokens, got {length}")
         ids = self._tokenizer.encode(text, add_special_tokens=False)
         first = self._tokenizer.bos_token_id
         opening = None if first is None else int(first)
         self._windows = token_windows(ids, length, opening)[:count]
-        most = getattr(self._model.model.config, "max_position_embeddings", None) or len(ids)
         if recall:
-            self._contexts = recall_contexts(self._tokenizer, ids, max_length=most)
+            longest = len(ids) if most is None else most
+            self._contexts = recall_contexts(self._tokenizer, ids, max_length=longest)
 
     def run(self, tokens_per_step: int) -> None:
         """Measure what was not."""

@@ -308,7 +308,7 @@ def states_of_a_token(model: PreTrainedModel, *, attends: bool) -> list[tuple[Te
         with torch.no_grad(), running(probe):
             model(input_ids=token, past_key_values=states, use_cache=True)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(f"{name} cannot compute a token alone: {error}") from error
+        raise UnsupportedModelError(f"{name} cannot compute a token by itself") from error
     found: list[tuple[Tensor, Tensor]] = []
     for layer in states.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

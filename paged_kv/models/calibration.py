@@ -28,6 +28,7 @@ from ..cache.kv_cache import PagedKVCache
 from ..errors import ConfigError
 from ..private_folder import owned_folder
 from .huggingface import PagedModel
+from .length_limit import find_length_limit
 
 TEXT: Final = Path(__file__).parent / "calibration.txt"
 MAX_TOKENS: Final = 2048
@@ -142,7 +143,7 @@ def calibrate(model: PagedModel, token_ids: Sequence[int]) -> Calibration:
         raise ConfigError(
             f"a calibration needs at least {MIN_TOKENS} tokens of text, got {len(token_ids)}"
         )
-    longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = find_length_limit(model.model).num_tokens
     ids = np.array(token_ids[: min(MAX_TOKENS, longest or MAX_TOKENS)], dtype=np.int64)
     specs = model.layers(NATIVE)
     moments = [Moments.none(spec.num_kv_heads, spec.key_dim, model.device) for spec in specs]

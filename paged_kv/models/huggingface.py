@@ -37,6 +37,7 @@ from .active_step import (
     running_step,
 )
 from .attachment import attach, attaching, attachments, detach, fuse_once, widen_once
+from .length_limit import find_length_limit
 from .rotary import Rotation, StepTurns, find_rotation
 from .wrapped_weights import stored_tensors
 
@@ -57,8 +58,6 @@ INERT_ARGUMENTS: Final = frozenset(
         "use_cache",
     }
 )
-# RoPE whose angles depend on the length of the batch: keys stored earlier would be wrong later.
-BATCH_DEPENDENT_ROPE: Final = frozenset({"dynamic", "longrope"})
 RECURRENT_LAYER_TYPES: Final = ("linear", "mamba", "recurrent", "conv", "rwkv")
 PROBE_LENGTH: Final = 3
 REHEARSED_LENGTH: Final = 100
@@ -297,6 +296,14 @@ class PagedModel:
         with running(ActiveStep(cache, step, self._cache_layer, turns, observe)):
             return self._call(token_ids, positions, logit_rows)
 
+    def check_batch(self, num_tokens: int) -> None:
+        """Raise `ConfigError` for steps of so many tokens, where their places would count."""
+        limit, reason, what = find_length_limit(self.model)
+        if what == "place" and limit is not None and num_tokens > limit:
+            raise ConfigError(
+                f"token_budget must be at most {limit}, got {num_tokens}: beyond that {reason}"
+            )
+
     @cached_property
     def rotations(self) -> dict[int, Rotation]:
         """How each layer embeds positions.
@@ -316,7 +323,7 @@ class PagedModel:
     @torch.inference_mode()
     def _rehearse(self) -> None:
         """Run a few different tokens, far apart as long as the model reaches."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = find_length_limit(self.model).num_tokens
         last = min(limit or REHEARSED_LENGTH, REHEARSED_LENGTH) - 1
         positions = torch.tensor([0, last // 2, last], device=self.device)
         tokens = torch.arange(len(positions), device=self.device)
@@ -336,7 +343,8 @@ class PagedModel:
                 logits = self._call(tokens, positions, positions[-1:])
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise UnsupportedModelError(
-                f"{name} fails on a flattened batch without masks: {error}"
+                f"{name} cannot compute tokens of several sequences in one row without masks and a "
+                "cache of its own"
             ) from error
         check_probe(self.model, probe)
         return dict(sorted(probe.shapes.items())), logits.shape[-1]
@@ -347,7 +355,10 @@ def rotations_of(model: PreTrainedModel) -> dict[int, Rotation]:
     name, config = type(model).__name__, model.config.get_text_config()
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise UnsupportedModelError(f"{name} attends in chunks, which a window cannot shift")
-    limit = getattr(config, "max_position_embeddings", None) or max(ROTATION_PROBE) + 1
+    limit, reason, what = find_length_limit(model)
+    if what != "position":
+        raise UnsupportedModelError(f"beyond {limit} tokens, where a window may go, {reason}")
+    limit = limit or max(ROTATION_PROBE) + 1
     positions = torch.tensor(
         [position for position in ROTATION_PROBE if position < limit], device=model.device
     )
@@ -413,15 +424,6 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} has recurrent layers{f' ({recurrent[0]})' if recurrent else ''}; "
             "their state is not a KV cache"
         )
-    if getattr(config, "attn_temperature_tuning", False):
-        raise UnsupportedModelError(
-            f"{name} scales queries by their place in the batch (attn_temperature_tuning)"
-        )
-    for rope_type in rope_types(config):
-        if rope_type in BATCH_DEPENDENT_ROPE:
-            raise UnsupportedModelError(
-                f"{name} uses {rope_type} RoPE, whose angles depend on the length of the batch"
-            )
 
 
 def has_unlisted_window(config: object) -> bool:
@@ -431,14 +433,3 @@ def has_unlisted_window(config: object) -> bool:
         and getattr(config, "use_sliding_window", True) is not False
         and not getattr(config, "layer_types", None)
     )
-
-
-def rope_types(config: object) -> set[str]:
-    """Every RoPE type that a configuration names, for all layers or for each kind of layer."""
-    found: set[str] = set()
-    for attribute in ("rope_parameters", "rope_scaling"):
-        parameters = getattr(config, attribute, None) or {}
-        nested = [value for value in parameters.values() if isinstance(value, dict)]
-        for entry in [parameters, *nested]:
-            found.update(str(entry[key]) for key in ("rope_type", "type") if key in entry)
-    return found

@@ -272,19 +272,6 @@ def move_model(model: PreTrainedModel, device: torch.device | str) -> None:
         ) from error
 
 
-def model_length(model: PreTrainedModel, max_model_len: int | None) -> int:
-    """The longest sequence: the model's own limit, or less."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if max_model_len is None:
-        if limit is None:
-            raise ConfigError("this model states no length limit; give max_model_len")
-        return int(limit)
-    if max_model_len < 1 or (limit is not None and max_model_len > limit):
-        raise ConfigError(f"max_model_len must be from 1 to {limit}, got {max_model_len}")
-    return int(max_model_len)
-
-
 def end_token_ids(model: PreTrainedModel) -> list[int]:
     """The end-of-sequence tokens of a model's generation configuration."""
     configuration = model.generation_config

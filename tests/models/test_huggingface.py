@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import paged_kv.engine.engine
 import paged_kv.models.huggingface
-from paged_kv import LLM, SamplingParams
+from paged_kv import LLM, SamplingParams, SinkWindow
 from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.engine.sampler import Draw, Sampling
-from paged_kv.errors import PagedKVError, UnsupportedModelError
+from paged_kv.errors import ConfigError, PagedKVError, UnsupportedModelError
 from paged_kv.models.huggingface import IMPLEMENTATION, PagedModel
 from paged_kv.scheduler.request import Request
 from tests.support import paged_models, zoo
@@ -256,26 +257,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         RECURRENT,
     ),
     "lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}, RECURRENT),
-    "llama-rope-dynamic": ("LlamaForCausalLM", zoo.rope("dynamic", factor=2.0), r"dynamic RoPE"),
-    "gemma3-rope-dynamic": (
-        "Gemma3ForCausalLM",
-        {
-            **zoo.ALTERNATING,
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-                "full_attention": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
-            },
-        },
-        r"dynamic RoPE",
-    ),
-    "phi3-rope-longrope": (
-        "Phi3ForCausalLM",
-        {
-            "original_max_position_embeddings": 64,
-            **zoo.rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8),
-        },
-        r"longrope RoPE",
-    ),
     "t5": (
         "T5ForConditionalGeneration",
         {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
@@ -311,6 +292,45 @@ def test_refused_before_a_missing_length_limit_is_reported(
     monkeypatch.delitem(zoo.SIZES, "max_position_embeddings")
     class_name, settings, match = REFUSED[name]
     assert_refused(zoo.build(class_name, **settings), match)
+
+
+def test_a_model_is_served_as_far_as_its_angles_do_not_depend_on_the_batch() -> None:
+    """And beyond it refused, with the reason; windows go beyond it."""
+    model = zoo.model("phi3-rope-longrope")
+    with LLM(model, num_blocks=POOL) as llm:
+        assert llm.max_model_len == 256
+    expected = (
+        r"from 1 to 256, got 257: beyond that Phi3ForCausalLM uses longrope RoPE, whose angles"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        LLM(model, num_blocks=POOL, max_model_len=257)
+    for name, length in (("phi3-rope-longrope", 256), ("llama-rope-dynamic", zoo.MAX_MODEL_LEN)):
+        with open_llm(zoo.model(name)) as llm:
+            assert llm.max_model_len == length
+            window = SamplingParams(sink_window=SinkWindow(4, 32))
+            with pytest.raises(UnsupportedModelError, match=f"beyond {length} tokens, where a win"):
+                llm.generate([1, 2, 3], window)
+
+
+def test_queries_that_count_places_in_the_batch_limit_steps_too() -> None:
+    settings = {**zoo.CHUNKED, "attn_temperature_tuning": True, "floor_scale": 65}
+    model = zoo.build("Llama4ForCausalLM", **settings)
+    with pytest.raises(ConfigError, match=r"token_budget must be at most 64, got 65: .*place in"):
+        LLM(model, num_blocks=POOL, token_budget=65)
+    with LLM(model, num_blocks=POOL, token_budget=64) as llm:
+        assert llm.max_model_len == 64
+
+
+def test_no_refusal_tells_of_our_own_code() -> None:
+    """What fails inside a model is the cause of an error, not its text."""
+    model = zoo.build("LlamaForCausalLM")
+    with (
+        patch.object(type(model.model), "forward", side_effect=TypeError("'NoneType' object")),
+        pytest.raises(UnsupportedModelError, match="cannot compute tokens of several") as caught,
+    ):
+        LLM(model, num_blocks=POOL)
+    assert "NoneType" not in str(caught.value)
+    assert "NoneType" in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("argument", ["position_bias", "indices", "block_indices", "sinks"])
@@ -370,11 +390,6 @@ SERVED_OR_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "bert-decoder": ("BertLMHeadModel", {"is_decoder": True}),
-    # Scales queries by positions that it counts itself, whatever `position_ids` say.
-    "llama4-temperature": (
-        "Llama4ForCausalLM",
-        {**zoo.CHUNKED, "floor_scale": 16, "attn_scale": 0.5},
-    ),
     # Takes no `position_ids`: counts positions from the start of the batch.
     "bart-decoder": (
         "BartForCausalLM",

@@ -94,6 +94,25 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaForCausalLM",
         rope("yarn", factor=4.0, original_max_position_embeddings=128),
     ),
+    # As far as their angles depend on nothing but positions.
+    "llama-rope-dynamic": ("LlamaForCausalLM", rope("dynamic", factor=2.0)),
+    "gemma3-rope-dynamic": (
+        "Gemma3ForCausalLM",
+        {
+            **ALTERNATING,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
+            },
+        },
+    ),
+    "phi3-rope-longrope": (
+        "Phi3ForCausalLM",
+        {
+            "original_max_position_embeddings": 256,
+            **rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8),
+        },
+    ),
     "qwen2": ("Qwen2ForCausalLM", {}),
     "qwen2-window": (
         "Qwen2ForCausalLM",
@@ -127,6 +146,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "deepseek-v3": ("DeepseekV3ForCausalLM", {**LATENT_ATTENTION, **EXPERTS}),
     "llama4": ("Llama4ForCausalLM", {**CHUNKED, "attn_temperature_tuning": False}),
+    "llama4-temperature": (
+        "Llama4ForCausalLM",
+        {**CHUNKED, "attn_temperature_tuning": True, "floor_scale": 1200},
+    ),
     "gpt-oss": ("GptOssForCausalLM", {**ALTERNATING, **EXPERTS, "head_dim": 16}),
     "mixtral": ("MixtralForCausalLM", EXPERTS),
     "qwen2-moe": ("Qwen2MoeForCausalLM", EXPERTS),
