@@ -9,18 +9,18 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
-from ..blocks.sink_window import SinkWindow
-from ..cache.formats import FORMATS
 from ..engine.sampling_params import SamplingParams
 from ..errors import InvalidRequestError, PagedKVError
 from ..units import format_memory, parse_memory
 from .batch_job import BatchJob, warn
+from .chat_cli import CHAT, add_chat
+from .llm_options import SAMPLING_OPTIONS, add_memory, add_sampling, load_llm, sampling_params
 from .quality_cli import EVALUATE, LEARN, add_calibrate, add_evaluate
 from .request_lines import Line, encode_json, fingerprint, json_lines, prepare, text_lines
 from .result_file import (
@@ -33,35 +33,12 @@ from .result_file import (
     explained,
     part_of,
 )
+from .terminal import emit
 
 if TYPE_CHECKING:
     from .llm import LLM
 
 
-def count_or_none(text: str) -> int | None:
-    return None if text == "none" else int(text)
-
-
-SAMPLING_OPTIONS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
-    "temperature": (float, "0 is greedy (the model's generation config, or 0)"),
-    "top_k": (int, "keep the k most likely tokens"),
-    "top_p": (float, "keep the smallest set of at least this probability"),
-    "min_p": (float, "keep tokens at least this fraction as likely as the likeliest"),
-    "typical_p": (float, "keep the most typical tokens of this probability"),
-    "repetition_penalty": (float, "above 1: fewer tokens that were there before"),
-    "frequency_penalty": (
-        float,
-        "above 0: fewer tokens that were generated before, by their count",
-    ),
-    "presence_penalty": (float, "above 0: fewer tokens that were generated before"),
-    "no_repeat_ngram_size": (int, "no sequence of so many tokens comes twice"),
-    "seed": (int, "make sampling reproducible"),
-    "max_tokens": (count_or_none, "most tokens to generate; none: as many as fit"),
-    "min_tokens": (int, "fewest tokens to generate"),
-    "n": (int, "continuations of each prompt"),
-    "best_of": (int, "sample so many and keep the n likeliest"),
-    "logprobs": (int, "with each token so many likeliest ones, in JSON"),
-}
 # What a result depends on, beside its request, ...
 DECISIVE_OPTIONS: Final = (
     *("model", "kv_format", "dtype", "kv_dtype", "calibration", "max_model_len"),
@@ -70,7 +47,6 @@ DECISIVE_OPTIONS: Final = (
 )
 # ... and where nothing else ends it.
 POOL_OPTIONS: Final = ("kv_memory", "num_blocks", "max_num_seqs")
-DTYPES: Final = ("float32", "bfloat16", "float16")
 EXIT_BROKEN_PIPE: Final = 128 + 13  # what a shell says of a process that SIGPIPE ended
 CONTEXT_LENGTHS: Final = (1024, 4096, 32768)
 
@@ -104,25 +80,6 @@ def run_command(arguments: Sequence[str] | None) -> int:
     return exit_code
 
 
-def emit(text: str, encoding: str | None = None) -> None:
-    """Write to standard output at once; JSON in its own encoding, whatever the terminal's is."""
-    stream = sys.stdout
-    if stream is None:  # it was closed before we began
-        raise BrokenPipeError
-    try:
-        with explained("write", "standard output"):
-            if hasattr(stream, "buffer"):
-                stream.buffer.write(text.encode(encoding or stream.encoding, "replace"))
-            else:
-                stream.write(text)
-            stream.flush()
-    except (BrokenPipeError, PagedKVError):
-        # What is still in the buffer must not fail a second time when Python ends.
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        raise
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="paged-kv",
@@ -131,6 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"paged-kv {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="continue prompts", description=GENERATE))
+    chat = commands.add_parser("chat", help="talk with a model", description=CHAT)
+    add_chat(chat)
+    add_memory(chat)
+    add_sampling(chat)
     add_evaluate(commands.add_parser("eval", help="what formats change", description=EVALUATE))
     add_calibrate(commands.add_parser("calibrate", help="learn a model's keys", description=LEARN))
     add_demo(commands.add_parser("demo", help="see every KV format at work", description=DEMO))
@@ -171,54 +132,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with the job that FILE.part keeps, if any"
     )
     parser.add_argument("--chat", action="store_true", help="each prompt is a user's chat message")
-    memory = parser.add_argument_group("memory")
-    memory.add_argument("--kv-format", default="int8", help=f"{', '.join(FORMATS)} (default: int8)")
-    memory.add_argument("--kv-memory", metavar="SIZE", help="pool size, for example 2GiB")
-    memory.add_argument("--num-blocks", type=int, help="pool size in blocks, instead")
-    memory.add_argument("--max-num-seqs", type=int, default=64, help="sequences at once (64)")
-    memory.add_argument("--token-budget", type=int, default=1024, help="tokens a step (1024)")
-    memory.add_argument("--max-model-len", type=int, help="longest sequence (the model's)")
-    memory.add_argument(
-        "--no-prefix-caching", action="store_true", help="share no blocks between prompts"
-    )
-    memory.add_argument("--swap-space", metavar="SIZE", help="host memory for preempted sequences")
-    memory.add_argument(
-        "--window",
-        type=int,
-        metavar="TOKENS",
-        help="keep only the newest tokens, for ever",
-    )
-    memory.add_argument(
-        "--sinks", type=int, metavar="TOKENS", help="and so many first ones (4), with --window"
-    )
-    memory.add_argument("--dtype", choices=DTYPES)
-    memory.add_argument("--kv-dtype", choices=DTYPES, help="of what is not quantized of a sequence")
-    memory.add_argument(
-        "--calibration",
-        default="usual",
-        metavar="FILE",
-        help="of `paged-kv calibrate`; none: do without (on the library's own text)",
-    )
-    memory.add_argument("--device", help="cpu or cuda (default: where the model loads)")
-    memory.add_argument("--threads", type=int, help="CPU threads (torch's default)")
-    sampling = parser.add_argument_group("sampling")
-    defaults = SamplingParams()
-    for name, (kind, text) in SAMPLING_OPTIONS.items():
-        default = getattr(defaults, name)
-        sampling.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            default=default,
-            help=text if default is None else f"{text} ({default})",
-        )
-    sampling.add_argument("--stop", action="append", default=[], help="end before this text")
-    sampling.add_argument(
-        "--generation-config",
-        choices=("auto", "none"),
-        default="auto",
-        help="what the model's says of options that are not given: apply it or not (auto)",
-    )
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence")
+    add_memory(parser)
+    add_sampling(parser)
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
@@ -244,12 +159,6 @@ def run_generate(arguments: argparse.Namespace) -> int:
             return print_stream(llm, lines[0], params)
     with open_sink(arguments, lines) as sink, load_llm(arguments) as llm:
         return BatchJob(lines, params, sink).run(llm)
-
-
-def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    chosen = {name: getattr(arguments, name) for name in SAMPLING_OPTIONS}
-    stop = tuple(arguments.stop) or None
-    return SamplingParams(stop=stop, ignore_eos=arguments.ignore_eos, **chosen)
 
 
 def read_request_lines(arguments: argparse.Namespace) -> list[Line]:
@@ -337,43 +246,6 @@ def job_of(arguments: argparse.Namespace, lines: list[Line]) -> Job:
         "input": fingerprint(lines),
         "options": {name: ascii(value) for name, value in options.items()},
     }
-
-
-def load_llm(arguments: argparse.Namespace) -> LLM:
-    import torch
-
-    from ..models.loading import quiet_loading
-    from .demo import MODEL_FOLDER
-    from .llm import LLM
-
-    quiet_loading()
-    return LLM(
-        MODEL_FOLDER if arguments.model is None else arguments.model,
-        kv_format=arguments.kv_format,
-        kv_memory=arguments.kv_memory,
-        num_blocks=arguments.num_blocks,
-        max_num_seqs=arguments.max_num_seqs,
-        token_budget=arguments.token_budget,
-        max_model_len=arguments.max_model_len,
-        prefix_caching=not arguments.no_prefix_caching,
-        swap_space=arguments.swap_space or 0,
-        num_threads=arguments.threads,
-        sink_window=sink_window(arguments),
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-        kv_dtype=getattr(torch, arguments.kv_dtype) if arguments.kv_dtype else None,
-        calibration=None if arguments.calibration == "none" else arguments.calibration,
-        generation_config=None if arguments.generation_config == "none" else "auto",
-        device=arguments.device,
-    )
-
-
-def sink_window(arguments: argparse.Namespace) -> SinkWindow | None:
-    if arguments.window is None:
-        if arguments.sinks is not None:
-            raise InvalidRequestError(f"--sinks {arguments.sinks} needs --window")
-        return None
-    sinks = SinkWindow.num_sink_tokens if arguments.sinks is None else arguments.sinks
-    return SinkWindow(sinks, arguments.window)
 
 
 def print_stream(llm: LLM, line: Line, params: SamplingParams) -> int:

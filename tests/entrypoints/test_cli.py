@@ -26,7 +26,7 @@ def write_lines(path: Path, *lines: object) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["demo"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["demo"], ["info"]])
 def test_help_names_every_option_and_ends(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
