@@ -198,7 +198,7 @@ def test_options_that_decide_tokens_must_be_those_of_the_interrupted_job(
         run()
     for options, words in {
         ("--seed", "6"): "--seed was 5, is 6",
-        ("--top-p", "0.5"): "--top-p was 1.0, is 0.5",
+        ("--top-p", "0.5"): "--top-p was None, is 0.5",
         ("--kv-format", "int2"): "--kv-format was 'int8', is 'int2'",
         ("--stop", "x"): "--stop was [], is ['x']",
         ("--model", "other"): "--model was None, is 'other'",
