@@ -135,7 +135,7 @@ class SamplingParams:
             is_valid = is_none or fewest <= value <= greatest
             is_open = greatest == math.inf
             expected = f"at least {fewest}" if is_open else f"from {fewest} to {greatest}"
-            require(name, value, is_valid, expected)
+            require(name, value, is_valid, expected if name in GIVEN else f"None or {expected}")
         for name in TOKEN_LISTS:
             value = getattr(self, name)
             is_none = value is None and name not in GIVEN
