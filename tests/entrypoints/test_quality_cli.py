@@ -57,7 +57,7 @@ def test_pairs_are_recalled(tmp_path):
         (("--windows", "0"), "--windows 0 is too few"),
         (("--length", "1"), "--length 1 is too few"),
         (("--text", "missing.txt"), "cannot read 'missing.txt'"),
-        (("--length", "1000000"), "holds no window of 1000000"),
+        (("--length", "1000000"), "windows may have at most 1024 tokens, got 1000000"),
         (("--calibration", "missing"), "no calibration can be read from 'missing'"),
     ],
 )
