@@ -1135,8 +1135,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "penalties-forget-the-prompt",
-                "enumerate(dict.fromkeys(prompt_token_ids))",
-                "enumerate(dict.fromkeys(prompt_token_ids[:0]))",
+                "dict.fromkeys(map(int, prompt_token_ids))",
+                "dict.fromkeys(map(int, prompt_token_ids[:0]))",
             ),
             Fault(
                 "penalties-count-a-token-once",

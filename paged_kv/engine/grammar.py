@@ -71,12 +71,15 @@ class GrammarProcessor:
     def __init__(self, matcher: Any, num_prompt_tokens: int) -> None:
         self._matcher = matcher
         self._num_prompt_tokens = num_prompt_tokens
-        self._num_read = 0
+        self._num_read: int | None = 0  # None: what an exception cut off begins anew
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Ids [1, num_tokens] and logits [1, V], of which what cannot come next becomes -inf."""
         output = ids[0, self._num_prompt_tokens :].tolist()
-        self._matcher.consume_tokens(output[self._num_read :])
+        num_read, self._num_read = self._num_read, None
+        if num_read is None:
+            self._matcher.reset()
+        self._matcher.consume_tokens(output[num_read or 0 :])
         self._num_read = len(output)
         if self._matcher.is_error():
             raise ValueError(self._matcher.get_error())

@@ -126,20 +126,20 @@ class TokenCounts:
     """How often a sequence has each of its tokens, read as it grows."""
 
     def __init__(self) -> None:
-        self._num_read = 0  # of the tokens that were generated
+        self._num_read: int | None = None  # of the tokens that were generated; None: begin anew
         self._places: dict[int, int] = {}  # of tokens, in the order in which they came
         self._generated: list[int] = []  # how often, at each place
 
     def catch_up(
         self, prompt_token_ids: Sequence[int] | TokenIds, output_token_ids: Sequence[int]
     ) -> None:
-        """Read what has come since; the prompt comes first."""
-        if not self._places:
-            self._places = {
-                int(t): place for place, t in enumerate(dict.fromkeys(prompt_token_ids))
-            }
-            self._generated = [0] * len(self._places)
-        for token_id in output_token_ids[self._num_read :]:
+        """Read what has come since; what an exception cuts off is read from the beginning."""
+        num_read, self._num_read = self._num_read, None
+        if num_read is None:
+            first_seen = dict.fromkeys(map(int, prompt_token_ids))
+            self._places = {token_id: place for place, token_id in enumerate(first_seen)}
+            self._generated, num_read = [0] * len(first_seen), 0
+        for token_id in output_token_ids[num_read:]:
             place = self._places.setdefault(token_id, len(self._generated))
             if place == len(self._generated):
                 self._generated.append(0)

@@ -6,6 +6,7 @@ Where tokens are drawn, `generate()` is given our uniform numbers instead of its
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, LogitsProcessorList
 
 from paged_kv import BeamSearchParams, SamplingParams
 from paged_kv.engine.sampler import pick, uniform_numbers
+from paged_kv.engine.token_rules import TokenCounts
 from paged_kv.errors import ConfigError, InvalidRequestError
 from paged_kv.models.generation_config import (
     APPLIED,
@@ -178,6 +180,39 @@ def test_samples_of_a_prompt_are_penalized_each_by_its_own_tokens(make_llm, endi
     (one,) = llm.generate(PROMPT, params_of(**options))
     assert several.completions[0].token_ids == one.token_ids
     assert len({tuple(each.token_ids) for each in several.completions}) == 3
+
+
+class CutOff(list[int]):
+    """Tokens of which an interrupt strikes behind the second, once."""
+
+    is_armed = True
+
+    def __getitem__(self, places: Any) -> Any:
+        tokens = super().__getitem__(places)
+        if not self.is_armed:
+            return tokens
+        self.is_armed = False
+
+        def strike() -> Iterator[int]:
+            yield from tokens[:2]
+            raise KeyboardInterrupt
+
+        return strike()
+
+
+def test_counting_that_is_cut_off_begins_anew():
+    params = params_of(frequency_penalty=1.0)
+    counts, output = TokenCounts(), CutOff([5, 6, 5, 7])
+    with pytest.raises(KeyboardInterrupt):
+        counts.catch_up([5, 9], output)
+    counts.catch_up([5, 9], output)
+    found = counts.penalties(params)
+    assert dict(zip(found.token_ids.tolist(), found.numbers[1], strict=True)) == {
+        5: 2.0,
+        9: 0.0,
+        6: 1.0,
+        7: 1.0,
+    }
 
 
 def test_penalties_survive_preemption(make_llm, ending_model, expected):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -92,6 +93,20 @@ def test_every_form_is_kept(make_llm, ending_model, form, pattern, options):
                 assert re.fullmatch(pattern, completion.text), completion.text
             else:  # a number may be longer than it is allowed to become
                 assert len(completion.token_ids) == 200
+
+
+def test_a_form_that_is_cut_off_begins_anew(make_llm, ending_model):
+    llm = make_llm()
+    params = params_of(structured_output=StructuredOutput(regex="ab+c"))
+    request = llm.engine.intake.request("", [1, 2], params)
+    (processor,) = llm.engine.intake.rules(request, params).processors
+    logits = torch.zeros(1, llm.engine.model.vocab_size)
+    expected = processor(torch.tensor([[1, 2, *b"abb"]]), logits)
+    cut_off = Mock(consume_tokens=Mock(side_effect=KeyboardInterrupt))
+    with patch.object(processor, "_matcher", cut_off), pytest.raises(KeyboardInterrupt):
+        processor(torch.tensor([[1, 2, *b"abbb"]]), logits)
+    assert torch.equal(processor(torch.tensor([[1, 2, *b"abbb"]]), logits), expected)
+    assert expected.isfinite().nonzero()[:, 1].tolist() == [*b"bc"]
 
 
 def test_forms_survive_preemption(make_llm, ending_model):
