@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from ..errors import ConfigError
 from ..free_memory import free_host_memory
+
+DEFAULT_KV_MEMORY: Final = 1 << 30
+DEFAULT_PART: Final = 0.5  # of the memory that is free
 
 
 def require_device(device: torch.device | str) -> torch.device:
@@ -19,6 +24,12 @@ def require_device(device: torch.device | str) -> torch.device:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"there is no device {device!r}: {reason}") from error
     return found
+
+
+def usual_kv_memory(device: torch.device) -> int:
+    """Bytes of a pool that nobody sizes: at most `DEFAULT_PART` of what is free."""
+    free = free_memory(device)
+    return DEFAULT_KV_MEMORY if free is None else min(DEFAULT_KV_MEMORY, int(DEFAULT_PART * free))
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..blocks.warming import warm_up
 from ..cache.backend import TORCH_BACKEND
-from ..cache.device_memory import free_memory
+from ..cache.device_memory import usual_kv_memory
 from ..cache.formats import KVFormat, resolve_format
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
@@ -31,8 +31,6 @@ from .engine import Engine
 from .model_runner import ModelRunner
 from .sampling_params import SamplingParams
 
-DEFAULT_KV_MEMORY: Final = 1 << 30
-DEFAULT_PART: Final = 0.5  # of the memory that is free
 HOST_BYTES_PER_SECOND: Final = 1e10
 FLOPS_PER_SECOND: Final = {"cpu": 1e11, "cuda": 1e14}
 
@@ -48,7 +46,7 @@ def build_engine(
     The usual calibration needs a tokenizer, for its text; without one nothing is calibrated.
 
     Without `kv_memory` or `num_blocks` the pool is what `max_num_seqs` full-length sequences need,
-    at most `DEFAULT_KV_MEMORY` and at most `DEFAULT_PART` of the memory that is free. Raises
+    at most `usual_kv_memory`. Raises
     `ConfigError`, with the model where it was, for what cannot be.
     """
     before = model.device
@@ -175,10 +173,7 @@ def pool_size(
     if config.sink_window is not None:
         longest = max(longest, config.sink_window.fitted(geometry).max_blocks(geometry))
     wanted = config.max_num_seqs * (longest + 1)
-    most, free = DEFAULT_KV_MEMORY, free_memory(device)
-    if free is not None:
-        most = min(most, int(DEFAULT_PART * free))
-    return min(wanted, num_blocks_for(most, layers, dtype))
+    return min(wanted, num_blocks_for(usual_kv_memory(device), layers, dtype))
 
 
 def swap_cost(model: PagedModel, cache: PagedKVCache) -> float:

@@ -329,7 +329,7 @@ class Engine:
         logits, inputs = self.runner.run(
             scheduled.plan,
             scheduled.token_ids,
-            np.concatenate([scheduled.sampled_token_index, places]),
+            places,
             sampling_arrays(draws, shortlists, looks),
             drawn,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidRequestError, MissingDependencyError
 from .structured_output import StructuredOutput
+
+MAX_COMPILED: Final = 64  # grammars that are kept
 
 
 class GrammarCompiler:
@@ -30,6 +32,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_token_ids = list(end_token_ids)
+        self._compiled: dict[tuple[str, str], Any] = {}  # that were asked for last
 
     def constrain(self, output: StructuredOutput, num_prompt_tokens: int) -> GrammarProcessor:
         """A processor for the tokens of one request.
@@ -39,17 +42,24 @@ class GrammarCompiler:
         if self._tokenizer is None or not self._end_token_ids:
             lack = "a tokenizer" if self._tokenizer is None else "an end-of-sequence token"
             raise InvalidRequestError(f"structured output needs {lack}")
+        matcher = self._compiled.pop(output.form, None) or self._compile(*output.form)
+        self._compiled[output.form] = matcher  # as the newest
+        if len(self._compiled) > MAX_COMPILED:
+            del self._compiled[next(iter(self._compiled))]
+        return GrammarProcessor(matcher.deep_copy(), num_prompt_tokens)
+
+    def _compile(self, kind: str, text: str) -> Any:
+        """A matcher that has read nothing; a large grammar takes a second."""
         vocabulary = self._vocabulary
         from llguidance import LLMatcher, grammar_from
 
-        kind, text = output.form
         try:
             matcher = LLMatcher(vocabulary, grammar_from(cast(Any, kind), text), log_level=0)
         except ValueError as error:
             raise InvalidRequestError(f"structured_output: {error}") from error
         if matcher.is_error():
             raise InvalidRequestError(f"structured_output: {matcher.get_error()}")
-        return GrammarProcessor(matcher, num_prompt_tokens)
+        return matcher
 
     @cached_property
     def _vocabulary(self) -> Any:

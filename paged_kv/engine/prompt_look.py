@@ -29,14 +29,14 @@ class PromptLook(Look):
 def looks_of(
     scheduled: ScheduledStep, lives: Mapping[str, LiveRequest]
 ) -> tuple[list[PromptLook], IntArray]:
-    """What a step can tell of prompts, and the places [P] among its tokens that tell it.
+    """What a step can tell of prompts, and the places among its tokens whose logits are needed.
 
-    Their rows of logits come behind those of the sequences that sample. A token is told by the one
-    before it, the first by none.
+    Those of the sequences that sample come first. A token is told by the one before it, the first
+    by none.
     """
     plan, num_sampled = scheduled.plan, len(scheduled.sampled_token_index)
     looks: list[PromptLook] = []
-    places: list[IntArray] = [scheduled.sampled_token_index[:0]]
+    places: list[IntArray] = [scheduled.sampled_token_index]
     if plan.num_tokens == num_sampled:  # nobody is within a prompt
         return looks, places[0]
     first_row = num_sampled

@@ -138,10 +138,10 @@ class LLM:
             generation_config=generation_config,
         )
         source = Source(gguf_file, revision, trust_remote_code)
-        model, tokenizer = source.load(model, tokenizer, parse_dtype(dtype))
+        dtype, device = parse_dtype(dtype), parse_device(device)
+        model, tokenizer = source.load(model, tokenizer, dtype)
         self._processor = OutputProcessor(tokenizer)
-        device, is_open = parse_device(device), parse_dtype(dtype) is None
-        self._model = PagedModel(model, widens=is_open and computes_wide(model, device))
+        self._model = PagedModel(model, widens=dtype is None and computes_wide(model, device))
         try:
             self.engine = build_engine(self._model, config, device, tokenizer)
         except BaseException:

@@ -10,13 +10,11 @@ import torch
 
 from ..blocks.block_manager import BlockManager
 from ..blocks.sink_window import SinkWindow
-from ..cache.device_memory import free_memory
+from ..cache.device_memory import usual_kv_memory
 from ..cache.kv_cache import PagedKVCache
 from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for
 from ..models.rotary import Rotation
 
-DEFAULT_KV_MEMORY: Final = 1 << 30
-DEFAULT_PART: Final = 0.5  # of the memory that is free
 MAX_BATCH_SIZE: Final = 1 << 10  # sequences, unless a batch begins with more
 
 
@@ -55,10 +53,8 @@ class PoolSettings:
         num_blocks = self.num_blocks
         if num_blocks is None:
             wanted = batch_size * self._blocks_of_a_sequence()
-            most, free = DEFAULT_KV_MEMORY, free_memory(self.device)
-            if free is not None:
-                most = min(most, int(DEFAULT_PART * free))
-            num_blocks = min(wanted, num_blocks_for(most, self.layers, self.dtype))
+            most = num_blocks_for(usual_kv_memory(self.device), self.layers, self.dtype)
+            num_blocks = min(wanted, most)
         return PagedKVCache(
             self.layers, num_blocks=num_blocks, dtype=self.dtype, device=self.device
         )

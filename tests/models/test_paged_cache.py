@@ -26,6 +26,8 @@ from paged_kv import (
     UnsupportedModelError,
 )
 from paged_kv.cache.formats import FORMATS
+from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.integrations.sequence_pool import PoolSettings
 from paged_kv.models.calibration import calibrate
 from paged_kv.models.huggingface import PagedModel
 from tests.support import zoo
@@ -55,25 +57,23 @@ def attention(model: PreTrainedModel, *, fused: bool) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
+class Poisoned(PoolSettings):
+    """Blocks that are full of NaN."""
+
+    def new_cache(self, batch_size: int) -> PagedKVCache:
+        cache = super().new_cache(batch_size)
+        for arena in cache.arenas:
+            arena.fill_(0xFF)
+        return cache
+
+
 def open_cache(
     model: PreTrainedModel, kv_format: str = "native", *, fused: bool = False, **settings: Any
 ) -> PagedCache:
     """A cache whose blocks are full of NaN: reading what was never written shows."""
     with attention(model, fused=fused):
         cache = PagedCache(model, kv_format, **settings)
-    make_pool = cache._batch.settings.__class__.new_cache
-
-    def poisoned(settings: Any, batch_size: int) -> Any:
-        pool = make_pool(settings, batch_size)
-        for arena in pool.arenas:
-            arena.fill_(0xFF)
-        return pool
-
-    class Poisoned(cache._batch.settings.__class__):  # type: ignore[name-defined, misc]
-        new_cache = poisoned
-
-    settings_of = cache._batch.settings
-    cache._batch.settings = Poisoned(**settings_of.__dict__)
+    cache._batch.settings = Poisoned(**vars(cache._batch.settings))
     return cache
 
 
