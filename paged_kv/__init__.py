@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from .cache.transfer import export_sequence as export_sequence
     from .cache.transfer import import_sequence as import_sequence
     from .engine.beam_search import BeamSearchParams as BeamSearchParams
+    from .engine.draft_model import DraftModel as DraftModel
+    from .engine.prompt_lookup import PromptLookup as PromptLookup
     from .engine.sampling_params import SamplingParams as SamplingParams
     from .engine.structured_output import StructuredOutput as StructuredOutput
     from .engine.token_logprob import TokenLogprob as TokenLogprob
@@ -89,6 +91,7 @@ _HOME = {
     "CacheCleared": "blocks.events",
     "Completion": "entrypoints.outputs",
     "EmbeddedLayer": "cache.embedding",
+    "DraftModel": "engine.draft_model",
     "Fork": "scheduler.step",
     "KVFormat": "cache.formats",
     "LayerSpec": "cache.layer_spec",
@@ -96,6 +99,7 @@ _HOME = {
     "NewTokens": "kernels.new_tokens",
     "PagedCache": "integrations.transformers_cache",
     "PagedKVCache": "cache.kv_cache",
+    "PromptLookup": "engine.prompt_lookup",
     "Request": "scheduler.request",
     "RequestOutput": "entrypoints.outputs",
     "SamplingParams": "engine.sampling_params",

@@ -154,13 +154,26 @@ class Request:
         return int(self.manager.num_tokens[self.seq_id])
 
     @property
+    def known_tokens(self) -> TokenIds:
+        """Prompt and output so far, as an array that the next step may overwrite."""
+        if self.seq_id is None:
+            return self.tokens.token_ids
+        assert self.manager is not None
+        return self.manager.token_ids[self.seq_id, : self.num_tokens]
+
+    @property
     def token_ids(self) -> list[int]:
         """Prompt and output so far."""
-        token_ids = self.tokens.token_ids
-        if self.seq_id is not None:
-            assert self.manager is not None
-            token_ids = self.manager.token_ids[self.seq_id, : self.num_tokens]
-        return [int(token_id) for token_id in token_ids.tolist()]
+        return [int(token_id) for token_id in self.known_tokens.tolist()]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it runs, and one token alone is left to compute."""
+        if self.seq_id is None or self.is_paused or self.branching is not None:
+            return False
+        assert self.manager is not None
+        stored = self.manager.num_computed_tokens + self.manager.num_evicted_tokens
+        return bool(stored[self.seq_id] + 1 == self.num_tokens)
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -6,7 +6,7 @@ from reprlib import repr as short_repr
 
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.change import Change
-from paged_kv.errors import InvalidRequestError
+from paged_kv.errors import InvalidRequestError, OutOfBlocksError
 
 from .admission import Lack, check_servable
 from .request import Request, RequestStatus
@@ -26,6 +26,7 @@ class Roster:
         self.manager = manager
         self.swap_cost = swap_cost
         self._num_arrived = self._num_steps = self._num_scheduled = self._num_preemptions = 0
+        self._num_drafts = self._num_accepted = 0
         self._change = Change("scheduler")
         self._begin_empty()
 
@@ -88,6 +89,16 @@ class Roster:
             num_preemptions=self._num_preemptions,
             num_query_tokens=manager.prefix_statistics.num_query_tokens,
             num_hit_tokens=manager.prefix_statistics.num_hit_tokens,
+            num_draft_tokens=self._num_drafts,
+            num_accepted_tokens=self._num_accepted,
+        )
+
+    def _held_by_others(self) -> OutOfBlocksError:
+        return OutOfBlocksError(
+            "no request can be scheduled beside sequences that the scheduler does not know: "
+            f"{self.manager.pool.num_allocated} of {self.manager.num_blocks} blocks and "
+            f"{self.manager.max_num_seqs - self.manager.num_free_seqs} of "
+            f"{self.manager.max_num_seqs} sequences are in use"
         )
 
     # -- requests -------------------------------------------------------------------------------

@@ -14,15 +14,22 @@ from numpy.typing import ArrayLike, NDArray
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.geometry import IntArray
 from paged_kv.blocks.step_plan import StepPlan
-from paged_kv.blocks.token_chain import TokenIds, as_token_ids
+from paged_kv.blocks.token_chain import as_token_ids
 from paged_kv.errors import (
     InvalidRequestError,
     InvalidStepError,
-    OutOfBlocksError,
 )
 from paged_kv.validation import is_finite, require, require_count, require_instance
 
 from .admission import Room, find_admissible
+from .drafts import (
+    NO_DRAFTS,
+    Drafts,
+    TakenTokens,
+    checked_acceptance,
+    count_drafts,
+    tokens_to_compute,
+)
 from .request import Request, RequestStatus
 from .roster import Roster
 from .running import seq_ids_of
@@ -79,23 +86,26 @@ class Scheduler(Roster):
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def schedule(self) -> ScheduledStep | None:
+    def schedule(self, drafts: Drafts = NO_DRAFTS) -> ScheduledStep | None:
         """Plan the next step and reserve its blocks; None when no request is left but paused ones.
 
-        Raises `OutOfBlocksError` where sequences that the scheduler does not know leave no room.
+        Requests that sample in it try their `drafts`, as far as budget and blocks are left. Raises
+        `OutOfBlocksError` where sequences that the scheduler does not know leave no room.
         """
         if self._step is not None:
             raise InvalidStepError("update or cancel the step before")
         with self._change:
             preempted: list[Request] = []
             seq_ids, num_new = self._choose(preempted)
-            plan = self._reserve(seq_ids, num_new, preempted) if len(seq_ids) else None
+            plan = self._reserve_drafts(seq_ids, num_new, drafts)
+            if plan is None and len(seq_ids):
+                plan = self._reserve(seq_ids, num_new, preempted)
             if plan is not None:
                 self._num_steps += 1
                 self._num_scheduled += plan.num_tokens
                 if len(plan.seq_ids) < len(self._running):
                     self._running.had_a_turn(plan.seq_ids)
-                self._step = self._describe(plan, preempted)
+                self._step = self._describe(plan, preempted, drafts)
         if self._step is None and not all(r.is_paused for r in self._requests.values()):
             raise self._held_by_others()
         return self._step
@@ -112,6 +122,16 @@ class Scheduler(Roster):
                 return seq_ids, num_new
             preempted.append(self._running.worst)  # paused, and others wait for what it holds
             self._preempt(self._running.worst)
+
+    def _reserve_drafts(
+        self, seq_ids: IntArray, num_new: IntArray, drafts: Drafts
+    ) -> StepPlan | None:
+        """Reserve a step that tries drafts; None where there are none, or nobody else has to go."""
+        manager, running, budget = self.manager, self._running, self.token_budget
+        num_drafts = count_drafts(drafts, seq_ids, num_new, manager, running, budget)
+        if num_drafts is None:
+            return None
+        return manager.reserve(seq_ids, num_new + num_drafts, num_drafts)
 
     def _reserve(
         self, seq_ids: IntArray, num_new: IntArray, preempted: list[Request]
@@ -135,16 +155,11 @@ class Scheduler(Roster):
             plan = self.manager.reserve(seq_ids, num_new)
         return plan
 
-    def _held_by_others(self) -> OutOfBlocksError:
-        return OutOfBlocksError(
-            "no request can be scheduled beside sequences that the scheduler does not know: "
-            f"{self.manager.pool.num_allocated} of {self.manager.num_blocks} blocks and "
-            f"{self.manager.max_num_seqs - self.manager.num_free_seqs} of "
-            f"{self.manager.max_num_seqs} sequences are in use"
-        )
-
-    def _describe(self, plan: StepPlan, preempted: list[Request]) -> ScheduledStep:
-        seq_ids, ends = plan.seq_ids, plan.context_lens + plan.num_scheduled_tokens
+    def _describe(self, plan: StepPlan, preempted: list[Request], drafts: Drafts) -> ScheduledStep:
+        seq_ids, certain = plan.seq_ids, plan.num_scheduled_tokens
+        if plan.num_draft_tokens is not None:
+            certain = certain - plan.num_draft_tokens
+        ends = plan.context_lens + certain
         if plan.num_evicted_tokens is not None:
             ends = ends + plan.num_evicted_tokens
         sampled = (ends == self.manager.num_tokens[seq_ids]).nonzero()[0]
@@ -156,12 +171,12 @@ class Scheduler(Roster):
         if plan.is_decode and do_all_sample:
             token_ids = self.manager.last_token_ids[seq_ids]
         else:
-            token_ids = self.manager.token_ids[seq_ids[plan.token_rows], plan.positions]
+            token_ids = tokens_to_compute(plan, self.manager, self._running, drafts)
         return ScheduledStep(
             plan=plan,
             token_ids=token_ids.astype(np.int64),
             sampled_seq_ids=sampled_seq_ids,
-            sampled_token_index=plan.query_start_loc[1:][sampled] - 1,
+            sampled_token_index=(plan.query_start_loc[:-1] + certain)[sampled] - 1,
             preempted=preempted,
             swap_outs=swap_outs,
             swap_ins=swap_ins,
@@ -283,17 +298,19 @@ class Scheduler(Roster):
         forks: Sequence[Fork] = (),
         branches: Sequence[Branches] = (),
         is_spoilt: NDArray[np.bool_] | None = None,
+        num_accepted: ArrayLike | None = None,
     ) -> list[Request]:
         """The step is done: commit its blocks and append the sampled tokens [M].
 
-        Each of `forks` starts a new request from a sampled one, with a token of its own; it shares
-        the parent's blocks, or waits where no sequence is free. A branching request gets its tokens
-        by `branches` alone, in whatever step: what it sampled is not looked at. What the model
-        computed for those that `is_spoilt` [M] is not finite: nobody finds their blocks any more,
-        and requests that share them and have not sampled since start again, as does, once, one that
-        is spoilt itself and began with blocks of others (its status tells). Returns the requests
-        that have reached their `max_tokens`; the caller finishes them, and any other it wants to
-        stop.
+        They come after the first `num_accepted` [M] of the drafts that each has tried, which are
+        right; without it none is. Each of `forks` starts a new request from a sampled one, with a
+        token of its own; it shares the parent's blocks, or waits where no sequence is free. A
+        branching request gets its tokens by `branches` alone, in whatever step: what it sampled is
+        not looked at. What the model computed for those that `is_spoilt` [M] is not finite: nobody
+        finds their blocks any more, and requests that share them and have not sampled since start
+        again, as does, once, one that is spoilt itself and began with blocks of others (its status
+        tells). Returns the requests that have reached their `max_tokens`; the caller finishes them,
+        and any other it wants to stop.
         """
         self._require_step(step)
         tokens = as_token_ids(sampled_token_ids)
@@ -302,21 +319,22 @@ class Scheduler(Roster):
                 f"{len(step.sampled_seq_ids)} sequences sample a token, got tokens of shape "
                 f"{tokens.shape}"
             )
-        self._check_forks(step, forks)
+        accepted = checked_acceptance(num_accepted, step.num_drafts)
+        self._check_forks(step, forks, accepted)
         self._check_branches(branches)
         with self._change:
-            seq_ids = step.sampled_seq_ids
+            taken, kept = step.taken_tokens(tokens, accepted), step.kept_tokens(accepted)
             if is_spoilt is None or not is_spoilt.any():
-                self.manager.commit(step.plan)
+                self.manager.commit(step.plan, kept)
                 starting_again = []
             else:
-                starting_again = self._commit_spoilt(step, seq_ids[is_spoilt])
-                goes_on = ~np.isin(seq_ids, seq_ids_of(starting_again))
-                seq_ids, tokens = seq_ids[goes_on], tokens[goes_on]
+                starting_again = self._commit_spoilt(step, taken.seq_ids[is_spoilt], kept)
+                taken = taken.only(~np.isin(taken.seq_ids, seq_ids_of(starting_again)))
             if self._running.branching:
-                is_ours = ~self._running.is_branch[seq_ids]
-                seq_ids, tokens = seq_ids[is_ours], tokens[is_ours]
-            at_limit = self._append(seq_ids, tokens, forks)
+                taken = taken.only(~self._running.is_branch[taken.seq_ids])
+            self._num_drafts += int(step.num_drafts.sum())
+            self._num_accepted += int(accepted.sum())
+            at_limit = self._append(taken, forks)
             for branch in branches:
                 self._branch(branch)
             self._end_step()
@@ -325,7 +343,9 @@ class Scheduler(Roster):
                     self._preempt(request, may_swap=False)
         return [request for request in at_limit if request.status is not RequestStatus.FINISHED]
 
-    def _commit_spoilt(self, step: ScheduledStep, spoilt_seq_ids: IntArray) -> list[Request]:
+    def _commit_spoilt(
+        self, step: ScheduledStep, spoilt_seq_ids: IntArray, kept: IntArray | None
+    ) -> list[Request]:
         """Commit a step with sequences whose results are not finite; the requests to start again.
 
         They are those that share blocks with these: of others that sampled it is known that all
@@ -338,24 +358,23 @@ class Scheduler(Roster):
             n for n in unseen.tolist() if np.isin(self.manager.block_ids(n), spoilt_ids).any()
         ]
         withdrawn = np.concatenate([spoilt_seq_ids, np.array(suspect, dtype=np.int64)])
-        self.manager.commit(step.plan, spoilt_seq_ids=withdrawn)
+        self.manager.commit(step.plan, kept, spoilt_seq_ids=withdrawn)
         by_seq_id = self._running.by_seq_id
         retried = [r for r in by_seq_id[spoilt_seq_ids].tolist() if r.may_be_retried]
         for request in retried:
             request.is_retried = True
         return list(dict.fromkeys([*by_seq_id[suspect].tolist(), *retried]))
 
-    def _append(self, seq_ids: IntArray, tokens: TokenIds, forks: Sequence[Fork]) -> list[Request]:
-        """Sequences get a token each and forks start; the requests that have all their tokens."""
+    def _append(self, taken: TakenTokens, forks: Sequence[Fork]) -> list[Request]:
+        """Sequences get their tokens and forks start; the requests that have all their tokens."""
         started = [fork for fork in forks if self._fork(fork)]
         if started:
             forked_seq_ids = seq_ids_of([fork.child for fork in started])
             self._running.enter(forked_seq_ids)
-            seq_ids = np.concatenate([seq_ids, forked_seq_ids])
-            tokens = np.concatenate([tokens, as_token_ids([fork.token_id for fork in started])])
-        self.manager.append_tokens(seq_ids, tokens)
+            taken = taken.and_one_each(forked_seq_ids, [fork.token_id for fork in started])
+        self.manager.append_tokens(*taken)
         waiting = [fork.child for fork in forks if fork.child.waits_at_limit]
-        return self._at_limit(seq_ids) + waiting
+        return self._at_limit(taken.seq_ids) + waiting
 
     def _at_limit(self, seq_ids: IntArray) -> list[Request]:
         is_at_limit = self.manager.num_tokens[seq_ids] >= self._running.max_tokens[seq_ids]
@@ -372,6 +391,7 @@ class Scheduler(Roster):
         most_new = 2 * len(running)  # each takes an open block and a sealed one at most
         return (
             len(step.sampled_seq_ids) == len(running)
+            and step.plan.num_draft_tokens is None
             and not (running.branching or running.paused)
             and num_free >= most_new
         )
@@ -395,14 +415,18 @@ class Scheduler(Roster):
         with self._change:
             self.manager.settle_tokens(seq_ids, tokens)
 
-    def _check_forks(self, step: ScheduledStep, forks: Sequence[Fork]) -> None:
+    def _check_forks(
+        self, step: ScheduledStep, forks: Sequence[Fork], num_accepted: IntArray
+    ) -> None:
         """Raise before anything has changed."""
         if not forks:
             return
-        sampled = set(step.sampled_seq_ids.tolist())
+        sampled = dict(zip(step.sampled_seq_ids.tolist(), num_accepted.tolist(), strict=True))
         for parent, child, _ in forks:
             if parent.seq_id not in sampled:
                 raise InvalidStepError(f"request {parent.request_id!r} does not sample now")
+            if sampled[parent.seq_id]:
+                raise InvalidStepError(f"request {parent.request_id!r} goes on from drafts now")
             self.check(child)
         if len({fork.child.request_id for fork in forks}) < len(forks):
             raise InvalidRequestError("two forks have the same request id")

@@ -19,3 +19,5 @@ class SchedulerStatistics:
     num_preemptions: int
     num_query_tokens: int  # of sequences that were looked up in the prefix cache when they started
     num_hit_tokens: int  # of these, found there
+    num_draft_tokens: int  # that were tried before they were known
+    num_accepted_tokens: int  # of these, right ones

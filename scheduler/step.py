@@ -10,11 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from paged_kv.blocks.geometry import BlockIds, IntArray
+from paged_kv.blocks.geometry import BlockIds, IntArray, ragged_arange
+from paged_kv.blocks.sequences import NO_ROWS
 from paged_kv.blocks.step_plan import StepPlan
-from paged_kv.blocks.token_chain import as_token_ids
+from paged_kv.blocks.token_chain import TokenIds, as_token_ids
 from paged_kv.errors import InvalidStepError
 
+from .drafts import TakenTokens
 from .request import Request
 
 
@@ -73,13 +75,15 @@ class Branches(NamedTuple):
 class ScheduledStep:
     """What to compute: the plan's T tokens, and the M sequences that then sample a token.
 
-    The copies come first: out of the pool, then into it, even if the step is cancelled later.
+    Behind its last token each of these may try drafts, D in all: the token that is sampled by one
+    counts if the draft itself was sampled by the token before. The copies come first: out of the
+    pool, then into it, even if the step is cancelled later.
     """
 
     plan: StepPlan
     token_ids: IntArray  # [T]
     sampled_seq_ids: IntArray  # [M]
-    sampled_token_index: IntArray  # [M] place among the T of each one's last token
+    sampled_token_index: IntArray  # [M] place among the T of each one's last token, drafts aside
     preempted: list[Request]
     swap_outs: list[BlockCopy] = field(default_factory=list)
     swap_ins: list[BlockCopy] = field(default_factory=list)
@@ -90,3 +94,40 @@ class ScheduledStep:
         """[M] The requests that sample; to be read before the step ends."""
         requests: list[Request] = self.requests_by_seq_id[self.sampled_seq_ids].tolist()
         return requests
+
+    @cached_property
+    def num_drafts(self) -> IntArray:
+        """[M] Drafts that each sequence tries, the D behind its place in `sampled_token_index`."""
+        plan = self.plan
+        if plan.num_draft_tokens is None:
+            return np.zeros(len(self.sampled_seq_ids), dtype=np.int64)
+        return plan.num_draft_tokens[plan.token_rows[self.sampled_token_index]]
+
+    @cached_property
+    def draft_token_index(self) -> IntArray:
+        """[D] places of the drafts among the T, those of one sequence after another."""
+        is_draft = self.plan.is_draft
+        return NO_ROWS if is_draft is None else is_draft.nonzero()[0]
+
+    def kept_tokens(self, num_accepted: IntArray) -> IntArray | None:
+        """[N] tokens that stay where so many drafts [M] are right; None where all do."""
+        plan = self.plan
+        if plan.num_draft_tokens is None:
+            return None
+        kept = plan.num_scheduled_tokens - plan.num_draft_tokens
+        kept[plan.token_rows[self.sampled_token_index]] += num_accepted
+        return kept
+
+    def taken_tokens(self, sampled_token_ids: TokenIds, num_accepted: IntArray) -> TakenTokens:
+        """The tokens that sequences get: so many of their drafts [M], then what they sampled."""
+        if not num_accepted.any():
+            return TakenTokens(self.sampled_seq_ids, sampled_token_ids)
+        counts = num_accepted + 1
+        token_ids: TokenIds = np.zeros(counts.sum(), dtype=np.int32)
+        last = np.cumsum(counts) - 1
+        is_sampled = np.zeros(len(token_ids), dtype=np.bool_)
+        is_sampled[last] = True
+        token_ids[last] = sampled_token_ids
+        rows, offsets = ragged_arange(num_accepted)
+        token_ids[~is_sampled] = self.token_ids[self.sampled_token_index[rows] + 1 + offsets]
+        return TakenTokens(self.sampled_seq_ids, token_ids, counts)

@@ -100,6 +100,14 @@ class StepPlan:
         return rows if self.is_decode else np.repeat(rows, self.num_scheduled_tokens)
 
     @cached_property
+    def is_draft(self) -> NDArray[np.bool_] | None:
+        """[T] whether a new token is a draft; None where none is."""
+        if self.num_draft_tokens is None:
+            return None
+        first_drafts = self.query_start_loc[1:] - self.num_draft_tokens
+        return np.arange(self.num_tokens) >= first_drafts[self.token_rows]
+
+    @cached_property
     def positions(self) -> IntArray:
         """[T] position of each new token in its sequence."""
         if self.num_evicted_tokens is None:

@@ -25,6 +25,7 @@ from ..models.loading import end_token_ids, move_model
 from ..scheduler.scheduler import Scheduler
 from ..units import parse_memory
 from ..validation import require
+from .build_speculation import find_speculation
 from .config import USUAL, EngineConfig
 from .decode_graphs import DecodeGraphs
 from .engine import Engine
@@ -111,7 +112,8 @@ def engine_where_it_is(
     runner = ModelRunner(model, cache, graphs)
     ends = end_token_ids(model.model)
     options = usual_options(model, config)
-    return Engine(runner, scheduler, ends, config.sink_window, options, tokenizer)
+    speculation = find_speculation(config, model, manager, tokenizer)
+    return Engine(runner, scheduler, ends, config.sink_window, options, tokenizer, speculation)
 
 
 def usual_options(model: PagedModel, config: EngineConfig) -> dict[str, Any]:

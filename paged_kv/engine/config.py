@@ -19,6 +19,8 @@ from ..errors import ConfigError
 from ..models.calibration import Calibration
 from ..units import parse_memory
 from ..validation import MAX_COUNT, is_flag, is_integer, require
+from .draft_model import DraftModel
+from .prompt_lookup import PromptLookup
 
 MOST: Final = {
     "num_blocks": MAX_COUNT,
@@ -52,6 +54,7 @@ class EngineConfig:
     enforce_eager: bool = False
     sink_window: SinkWindow | None = None
     generation_config: str | None = MODELS_OWN
+    speculation: PromptLookup | DraftModel | None = None
 
     def __post_init__(self) -> None:
         resolve_format(self.kv_format)
@@ -63,6 +66,9 @@ class EngineConfig:
         window = self.sink_window
         is_window = window is None or isinstance(window, SinkWindow)
         require("sink_window", window, is_window, "a SinkWindow")
+        guesses = self.speculation
+        is_source = guesses is None or isinstance(guesses, (PromptLookup, DraftModel))
+        require("speculation", guesses, is_source, "a PromptLookup, a DraftModel or None")
         own = self.generation_config
         require("generation_config", own, own in (None, MODELS_OWN), '"auto" or None')
         if self.kv_memory is not None:

@@ -25,6 +25,7 @@ from ..errors import (
     PagedKVError,
     StepFailedError,
 )
+from ..scheduler.drafts import NO_DRAFTS, Drafts
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import Fork, ScheduledStep
 from .beam_search import BeamSearch, BeamSearchParams
@@ -38,11 +39,13 @@ from .live_request import (
     TokenDraw,
     draws_of,
     shortlists_of,
+    with_following,
 )
 from .model_runner import ModelRunner
 from .prompt_look import looks_of
 from .sampler import Sampling, sampling_arrays
 from .sampling_params import SamplingParams
+from .speculation import Speculation
 
 
 class Engine:
@@ -56,8 +59,10 @@ class Engine:
         sink_window: SinkWindow | None = None,
         defaults: Mapping[str, Any] = NO_DEFAULTS,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.runner = runner
+        self.speculation = speculation
         self.model = runner.model
         self.cache = runner.cache
         self.scheduler = scheduler
@@ -301,7 +306,7 @@ class Engine:
     def _step(self) -> list[SequenceUpdate | SearchUpdate]:
         flight, self._flight = self._flight, None
         if flight is None:
-            scheduled = self.scheduler.schedule()
+            scheduled = self.scheduler.schedule(self._drafts())
             if scheduled is None:
                 return []
             if scheduled.swap_outs or scheduled.swap_ins:
@@ -316,6 +321,9 @@ class Engine:
             self._land(flight)
         return updates
 
+    def _drafts(self) -> Drafts:
+        return self.speculation.drafts_for(self._live.values()) if self.speculation else NO_DRAFTS
+
     def _launch(self, scheduled: ScheduledStep, drawn: Drawn | None = None) -> Flight:
         """Begin a step: the device may still be computing it when this returns.
 
@@ -326,14 +334,15 @@ class Engine:
         draws = draws_of(scheduled, self._live)
         shortlists = shortlists_of(scheduled, self._searches)
         looks, places = looks_of(scheduled, self._live)
+        all_draws = with_following(draws)
         logits, inputs = self.runner.run(
             scheduled.plan,
             scheduled.token_ids,
             places,
-            sampling_arrays(draws, shortlists, looks),
+            sampling_arrays(all_draws, shortlists, looks),
             drawn,
         )
-        sampling = Sampling(logits, inputs, draws, shortlists, looks)
+        sampling = Sampling(logits, inputs, all_draws, shortlists, looks)
         return Flight(scheduled, draws, shortlists, sampling, looks)
 
     def _land(self, flight: Flight) -> list[SequenceUpdate | SearchUpdate]:
@@ -350,6 +359,7 @@ class Engine:
         """Whether the next step can begin before it is known what this one draws."""
         return (
             self.runner.runs_ahead
+            and self.speculation is None  # which wants to know all tokens
             and not self._searches
             and flight.is_simple
             and self.scheduler.may_advance(flight.scheduled)
@@ -379,9 +389,10 @@ class Engine:
                 flight.tell(scheduled, drawn.sources)
                 following = self._launch(scheduled)
             updates: list[SequenceUpdate | SearchUpdate] = [
-                self._advance(draw)
+                update
                 for draw in flight.draws
                 if draw.is_wanted and not draw.is_tried_again
+                for update in self._advance(draw)
             ]
             self._flight = following
         if not all(draw.is_finite for draw in flight.draws):
@@ -398,11 +409,13 @@ class Engine:
         aborted = set(self._aborted)
         wanted = [d for d in draws if d.is_wanted and d.live.request_id not in aborted]
         token_ids = np.zeros(len(scheduled.sampled_seq_ids), dtype=np.int64)
+        num_accepted = np.zeros_like(token_ids)
         is_spoilt = np.zeros(len(token_ids), dtype=np.bool_)
         forks: list[Fork] = []
         for draw in wanted:
             if draw.leader is None:
-                token_ids[draw.row] = draw.token_id
+                taken = draw.taken
+                token_ids[draw.row], num_accepted[draw.row] = taken[-1].token_id, len(taken) - 1
             elif draw.error is None:
                 forks.append(Fork(draw.leader.request, draw.live.request, draw.token_id))
         spoilt_rows = [draw.row for draw in draws if not draw.is_finite]
@@ -410,14 +423,16 @@ class Engine:
         is_spoilt[spoilt_rows] = True
         searches = self._collect(shortlists)
         branches = [b for b in (search.advance() for search in searches) if b is not None]
-        self.scheduler.update(scheduled, token_ids, forks, branches, is_spoilt)
+        self.scheduler.update(scheduled, token_ids, forks, branches, is_spoilt, num_accepted)
         self.num_steps += 1
         settled = [draw for draw in wanted if not draw.is_to_be_retried]
         for draw in settled:
             if draw.leader is not None:
                 draw.live.leader = None
                 draw.leader.siblings.remove(draw.live)
-        updates: list[SequenceUpdate | SearchUpdate] = [self._advance(draw) for draw in settled]
+        updates: list[SequenceUpdate | SearchUpdate] = [
+            update for draw in settled for update in self._advance(draw)
+        ]
         updates += [self._end_search(search) for search in searches if search.is_over]
         return updates
 
@@ -438,17 +453,21 @@ class Engine:
         del self._searches[name]
         return SearchUpdate(request_id=name, output=search.output)
 
-    def _advance(self, draw: TokenDraw) -> SequenceUpdate:
-        """Give a request its token, or the reason why there is none; either may end it."""
+    def _advance(self, draw: TokenDraw) -> list[SequenceUpdate]:
+        """Give a request its tokens, or the reason why there is none; either may end it."""
         live = draw.live
         if draw.error is not None:
             self._end_with(live, draw.error, None)
-            return live.last_update()
-        live.take(draw)
-        live.finish_reason = live.end
+            return [live.last_update()]
+        taken, updates = draw.taken, []
+        for each in taken:
+            live.take(each)
+            live.finish_reason = live.end
+            updates.append(live.last_update())
+        live.draft_length.learn(len(draw.drafts), len(taken) - 1)
         if live.finish_reason is not None:
             self._finish(live)
-        return live.last_update()
+        return updates
 
     def _end_with(
         self, live: LiveRequest, error: PagedKVError, cause: BaseException | None

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from ..errors import PagedKVError
 from ..scheduler.request import Request, RequestStatus
 from ..scheduler.step import ScheduledStep
 from .beam_search import Beam, BeamOutput, BeamSearch
+from .draft_length import DraftLength
 from .sampler import Draw, Shortlist, uniform_numbers
 from .sampling_params import SamplingParams
 from .token_logprob import TokenLogprob
@@ -58,6 +61,7 @@ class LiveRequest:
     log_probabilities: array[float] = field(default_factory=lambda: array("d"))  # where wanted
     likeliest: list[Sequence[tuple[int, float]]] = field(default_factory=list)  # with `logprobs`
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # where wanted
+    draft_length: DraftLength = field(default_factory=DraftLength)
     finish_reason: str | None = None  # of a `SequenceUpdate`, or "abort"
     error: PagedKVError | None = None
 
@@ -85,11 +89,18 @@ class LiveRequest:
     def end(self) -> str | None:
         """How its tokens end it: "stop", "length", or not at all."""
         num_tokens = len(self.token_ids)
-        if not num_tokens:
-            return None
-        if self.token_ids[-1] in self.end_token_ids and num_tokens >= self.params.least_tokens:
+        return self.end_with(self.token_ids[-1], num_tokens) if num_tokens else None
+
+    def end_with(self, token_id: int, num_tokens: int) -> str | None:
+        """How this token would end it, were it the last of so many."""
+        if token_id in self.end_token_ids and num_tokens >= self.params.least_tokens:
             return "stop"
         return "length" if num_tokens == self.request.max_tokens else None
+
+    @property
+    def may_try_drafts(self) -> bool:
+        """Whether it decodes, and each of its tokens is drawn as if the drafts before it held."""
+        return not self.siblings and not self.rules.needs_tokens and self.request.is_decoding
 
     def restart(self) -> None:
         """Back to where no scheduler knows it, with the tokens that it was given."""
@@ -114,10 +125,31 @@ class LiveRequest:
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class TokenDraw(Draw):
-    """The next token of a request; the first one of a sibling is drawn from its leader's row."""
+    """The next token of a request; the first one of a sibling is drawn from its leader's row.
+
+    Where a request tries `drafts`, `following` are the draws behind each of them.
+    """
 
     live: LiveRequest
     leader: LiveRequest | None = None
+    num_ahead: int = 0  # drafts that it comes behind
+    drafts: Sequence[int] = ()
+    following: Sequence[TokenDraw] = ()
+
+    @property
+    def taken(self) -> list[TokenDraw]:
+        """This draw and those behind it that count: as far as each draft is what was drawn.
+
+        What cannot be drawn behind a draft is left to the next step, as is all behind an end.
+        """
+        taken, num_before = [self], len(self.live.token_ids)
+        for draft, following in zip(self.drafts, self.following, strict=True):
+            token_id = taken[-1].token_id
+            is_right = token_id == draft and taken[-1].error is None and following.error is None
+            if not is_right or self.live.end_with(token_id, num_before + len(taken)):
+                break
+            taken.append(following)
+        return taken
 
     @property
     def is_wanted(self) -> bool:
@@ -155,27 +187,62 @@ def draws_of(scheduled: ScheduledStep, lives: Mapping[str, LiveRequest]) -> list
         live = lives.get(request.request_id)
         if live is None:  # a beam search
             continue
-        rules = live.rules.of_row(
-            request.num_output_tokens, request.prompt_token_ids, live.token_ids
-        )
-        is_warped = bool(rules.warpers)
-        draw = TokenDraw(row=row, params=live.params, live=live, rules=rules, is_warped=is_warped)
+        draw = draw_of(live, row, request.num_output_tokens)
         draws.append(draw)
         first_draws += [
-            TokenDraw(row=row, params=live.params, live=each, leader=live, is_warped=is_warped)
+            TokenDraw(row=row, params=live.params, live=each, leader=live, is_warped=draw.is_warped)
             for each in live.siblings
         ]
     draws += first_draws
-    random = [draw for draw in draws if not draw.params.is_greedy]
+    add_following(draws, scheduled)
+    random = [each for each in with_following(draws) if not each.params.is_greedy]
     if random:
         uniforms = uniform_numbers(
             [draw.live.seed for draw in random],
             [draw.live.sample_index for draw in random],
-            [draw.live.request.num_output_tokens for draw in random],
+            [draw.live.request.num_output_tokens + draw.num_ahead for draw in random],
         )
         for draw, uniform in zip(random, uniforms.tolist(), strict=True):
             draw.uniform = uniform
     return draws
+
+
+def draw_of(live: LiveRequest, row: int, num_output: int, num_ahead: int = 0) -> TokenDraw:
+    """The draw of a request's token after so many, and so many drafts, from a row of logits."""
+    prompt = live.request.prompt_token_ids
+    rules = live.rules.of_row(num_output + num_ahead, prompt, live.token_ids)
+    return TokenDraw(
+        row=row,
+        params=live.params,
+        live=live,
+        rules=rules,
+        is_warped=bool(rules.warpers),
+        num_ahead=num_ahead,
+    )
+
+
+def add_following(draws: Sequence[TokenDraw], scheduled: ScheduledStep) -> None:
+    """Give draws those behind the drafts of their requests, whose rows come after all others."""
+    if scheduled.plan.num_draft_tokens is None:
+        return
+    num_drafts = scheduled.num_drafts
+    ends, first_row = np.cumsum(num_drafts).tolist(), len(num_drafts)
+    tokens = scheduled.token_ids[scheduled.draft_token_index].tolist()
+    for draw in draws:
+        count = int(num_drafts[draw.row]) if draw.leader is None else 0
+        if count:
+            start, num_output = ends[draw.row] - count, draw.live.request.num_output_tokens
+            draw.drafts = tokens[start : start + count]
+            draw.following = [
+                draw_of(draw.live, first_row + start + place, num_output, place + 1)
+                for place in range(count)
+            ]
+
+
+def with_following(draws: Sequence[TokenDraw]) -> Sequence[TokenDraw]:
+    """All draws, also those behind drafts."""
+    following = [each for draw in draws for each in draw.following]
+    return [*draws, *following] if following else draws
 
 
 def shortlists_of(

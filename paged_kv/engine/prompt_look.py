@@ -31,15 +31,17 @@ def looks_of(
 ) -> tuple[list[PromptLook], IntArray]:
     """What a step can tell of prompts, and the places among its tokens whose logits are needed.
 
-    Those of the sequences that sample come first. A token is told by the one before it, the first
-    by none.
+    Those of the sequences that sample come first, then those of drafts. A token is told by the one
+    before it, the first by none.
     """
-    plan, num_sampled = scheduled.plan, len(scheduled.sampled_token_index)
+    plan, sampled = scheduled.plan, scheduled.sampled_token_index
     looks: list[PromptLook] = []
-    places: list[IntArray] = [scheduled.sampled_token_index]
-    if plan.num_tokens == num_sampled:  # nobody is within a prompt
-        return looks, places[0]
-    first_row = num_sampled
+    places: list[IntArray] = [sampled]
+    if plan.num_draft_tokens is not None:
+        places.append(scheduled.draft_token_index)
+    first_row = sum(map(len, places))
+    if plan.num_tokens == len(sampled):  # nobody is within a prompt
+        return looks, sampled
     for index, seq_id in enumerate(plan.seq_ids.tolist()):
         request = scheduled.requests_by_seq_id[seq_id]
         live = lives.get(request.request_id)

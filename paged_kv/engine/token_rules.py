@@ -116,6 +116,11 @@ class TokenRules:
         )
 
     @property
+    def needs_tokens(self) -> bool:
+        """Whether what they do to a row depends on all tokens before it."""
+        return bool(self.processors or self.warpers) or self.has_penalties
+
+    @property
     def has_penalties(self) -> bool:
         params = self.params
         is_repetition = params.repetition_penalty not in (None, 1.0)

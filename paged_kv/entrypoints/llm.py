@@ -25,7 +25,9 @@ from ..cache.memory_stats import MemoryStats
 from ..engine.beam_search import BeamSearch, BeamSearchParams, Hypothesis
 from ..engine.build import build_engine
 from ..engine.config import MODELS_OWN, USUAL, EngineConfig
+from ..engine.draft_model import DraftModel
 from ..engine.output_processor import OutputProcessor, TextOutput, TextUpdate
+from ..engine.prompt_lookup import PromptLookup
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import Prompt, encode_prompt
 from ..errors import ConfigError, GenerationError, PagedKVError
@@ -90,8 +92,10 @@ class LLM:
     sinks and a window of newest tokens, and may go on beyond the model's length, for ever, in
     constant memory. What the model's generation config asks for, as a repetition penalty or
     sampling, holds for every request that says nothing else; with `generation_config` None only
-    its end tokens count. Several threads may use one LLM: their requests are decoded together, and
-    each waits while another one steps the engine.
+    its end tokens count. With `speculation` a step tries guesses of several next tokens at once,
+    out of what was there before or of a smaller model's: tokens are the same, steps are fewer.
+    Several threads may use one LLM: their requests are decoded together, and each waits while
+    another one steps the engine.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class LLM:
         enforce_eager: bool = False,
         sink_window: SinkWindow | None = None,
         generation_config: str | None = MODELS_OWN,
+        speculation: PromptLookup | DraftModel | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -136,18 +141,18 @@ class LLM:
             enforce_eager=enforce_eager,
             sink_window=sink_window,
             generation_config=generation_config,
+            speculation=speculation,
         )
-        source = Source(gguf_file, revision, trust_remote_code)
         dtype, device = parse_dtype(dtype), parse_device(device)
-        model, tokenizer = source.load(model, tokenizer, dtype)
-        self._processor = OutputProcessor(tokenizer)
+        source = Source(gguf_file, revision, trust_remote_code)
+        model, self.tokenizer = source.load(model, tokenizer, dtype)
+        self._processor = OutputProcessor(self.tokenizer)
         self._model = PagedModel(model, widens=dtype is None and computes_wide(model, device))
         try:
-            self.engine = build_engine(self._model, config, device, tokenizer)
+            self.engine = build_engine(self._model, config, device, self.tokenizer)
         except BaseException:
             self._model.close()
             raise
-        self.tokenizer = tokenizer
         self._request_numbers = itertools.count()
         self._outputs: dict[str, Output] = {}  # of requests that some iterator waits for
         self._lock = RLock()  # held by the thread that steps the engine
@@ -162,6 +167,8 @@ class LLM:
 
     def close(self) -> None:
         """Give the model its own attention back; this object cannot be used afterwards."""
+        if self.engine.speculation is not None:
+            self.engine.speculation.close()
         self._model.close()
 
     @property

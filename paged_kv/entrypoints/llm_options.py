@@ -15,6 +15,8 @@ from ..engine.sampling_params import SamplingParams
 from ..errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from ..engine.draft_model import DraftModel
+    from ..engine.prompt_lookup import PromptLookup
     from .llm import LLM
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -76,6 +78,15 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of `paged-kv calibrate`; none: do without (on the library's own text)",
     )
+    memory.add_argument(
+        "--prompt-lookup",
+        type=int,
+        metavar="TOKENS",
+        help="try so many tokens at once that followed the same ones before; outputs stay the same",
+    )
+    memory.add_argument(
+        "--draft-model", metavar="MODEL", help="try what this smaller model says, instead"
+    )
     memory.add_argument("--device", help="cpu or cuda (default: where the model loads)")
     memory.add_argument("--threads", type=int, help="CPU threads (torch's default)")
 
@@ -131,8 +142,22 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
         kv_dtype=getattr(torch, arguments.kv_dtype) if arguments.kv_dtype else None,
         calibration=None if arguments.calibration == "none" else arguments.calibration,
         generation_config=None if arguments.generation_config == "none" else "auto",
+        speculation=speculation(arguments),
         device=arguments.device,
     )
+
+
+def speculation(arguments: argparse.Namespace) -> PromptLookup | DraftModel | None:
+    from ..engine.draft_model import DraftModel
+    from ..engine.prompt_lookup import PromptLookup
+
+    if arguments.draft_model is not None:
+        if arguments.prompt_lookup is not None:
+            raise InvalidRequestError("give --prompt-lookup or --draft-model, not both")
+        return DraftModel(model=arguments.draft_model)
+    if arguments.prompt_lookup is None:
+        return None
+    return PromptLookup(num_tokens=arguments.prompt_lookup)
 
 
 def sink_window(arguments: argparse.Namespace) -> SinkWindow | None:

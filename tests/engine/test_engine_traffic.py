@@ -31,6 +31,20 @@ def test_steps_that_begin_before_the_last_one_is_read(seed):
         assert num_ahead["_step_ahead"] > 3
 
 
+@pytest.mark.filterwarnings("ignore:speculation is off")  # where an error strikes a guess
+@pytest.mark.parametrize("seed", range(6))
+def test_guesses_change_nothing_but_the_number_of_steps(seed):
+    """Right and wrong ones, without faults but what is not finite; then whatever strikes."""
+    calm = Rates(line_fault=0, runner_fault=0, spoilt=0.02)
+    for rates in (calm, BUSY):
+        traffic = EngineTraffic(seed, rates=rates, speculates=True)
+        traffic.serve(40)
+        statistics = traffic.engine.scheduler.statistics()
+        least = 20 if rates is calm else 5
+        assert statistics.num_draft_tokens >= statistics.num_accepted_tokens > least
+        assert statistics.num_draft_tokens > statistics.num_accepted_tokens or rates is BUSY
+
+
 def count_calls(engine, name):
     """How often a method of the engine is called, as a `Counter` that goes on counting."""
     counts, method = Counter(), getattr(engine, name)

@@ -76,11 +76,11 @@ class Traffic(RuleBasedStateMachine):
             self.scheduler.add(request)
             self.requests[request.request_id] = request
 
-    def planned(self) -> ScheduledStep:
+    def planned(self, num_drafts: int = 0) -> ScheduledStep:
         """Schedule, and check the step against everything a step promises."""
         scheduler = self.scheduler
         had_run = {request.request_id for request in running(scheduler)}
-        step = scheduler.schedule()
+        step = scheduler.schedule({name: self.drafts(name, num_drafts) for name in had_run})
         assert step is not None, "unfinished requests, but no step"
         counts = counts_of(scheduler, step)
         assert 1 <= sum(counts.values()) <= scheduler.token_budget
@@ -102,12 +102,19 @@ class Traffic(RuleBasedStateMachine):
             end = begin + starts[row + 1] - starts[row]
             tokens = slice(starts[row], starts[row + 1])
             assert step.plan.positions[tokens].tolist() == list(range(begin, end))
-            assert step.token_ids[tokens].tolist() == request.token_ids[begin:end]
-            if end == len(request.token_ids):
-                complete_now.append((request, starts[row + 1] - 1))
+            known = request.token_ids
+            drafts = [] if end < len(known) else self.drafts(request.request_id, num_drafts)
+            assert step.token_ids[tokens].tolist() == (known + drafts)[begin:end]
+            if end >= len(known):
+                complete_now.append((request, starts[row] + len(known) - begin - 1))
+                assert end < request.num_prompt_tokens + request.max_tokens
         sampled = zip(step.sampled_requests, step.sampled_token_index.tolist(), strict=True)
         assert list(sampled) == complete_now
         return step
+
+    def drafts(self, name: str, count: int) -> list[int]:
+        length = len(self.requests[name].token_ids)
+        return [token_of(name, length + place) for place in range(count)]
 
     def finish(self, step: ScheduledStep) -> None:
         for name, count in counts_of(self.scheduler, step).items():
@@ -124,6 +131,24 @@ class Traffic(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         self.finish(self.planned())
+
+    @precondition(lambda self: self.requests)
+    @rule(num_drafts=st.integers(1, 6), share=st.floats(0, 1))
+    def drafted_step(self, num_drafts: int, share: float) -> None:
+        """Of the drafts that each request tries a part is right."""
+        step = self.planned(num_drafts)
+        accepted = (step.num_drafts * share).astype(int).tolist()
+        for name, count in counts_of(self.scheduler, step).items():
+            self.stored[name] += count
+        tokens = []
+        for request, tried, kept in zip(
+            step.sampled_requests, step.num_drafts.tolist(), accepted, strict=True
+        ):
+            self.stored[request.request_id] -= tried - kept
+            tokens.append(token_of(request.request_id, len(request.token_ids) + kept))
+        for request in self.scheduler.update(step, tokens, num_accepted=accepted):
+            self.scheduler.finish(request)
+            self.forget(request)
 
     @precondition(lambda self: self.requests)
     @rule()

@@ -31,6 +31,8 @@ def test_statistics_say_what_is_and_what_was():
         num_preemptions=0,
         num_query_tokens=8,
         num_hit_tokens=0,
+        num_draft_tokens=0,
+        num_accepted_tokens=0,
     )
     add(scheduler, "c", a.token_ids[:5])
     complete(scheduler, scheduler.schedule())
@@ -45,6 +47,8 @@ def test_statistics_say_what_is_and_what_was():
         num_preemptions=1,
         num_query_tokens=8,
         num_hit_tokens=0,
+        num_draft_tokens=0,
+        num_accepted_tokens=0,
     )
     run_step(scheduler)
     statistics = scheduler.statistics()

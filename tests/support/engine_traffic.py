@@ -24,6 +24,7 @@ from paged_kv.errors import NonFiniteLogitsError, OutOfBlocksError, StepFailedEr
 from paged_kv.scheduler.request import Request
 from paged_kv.scheduler.scheduler import Scheduler
 from tests.support.faults import DeviceError, Faults, Tally, Violation
+from tests.support.guesses import Guesses
 from tests.support.simulated_model import (
     VOCAB_SIZE,
     SimulatedRunner,
@@ -81,9 +82,10 @@ class EngineTraffic:
         rates: Rates | None = None,
         has_thread: bool = False,
         runs_ahead: bool = False,
+        speculates: bool = False,
     ) -> None:
         self.seed = seed
-        self.runs_ahead = runs_ahead
+        self.runs_ahead, self.speculates = runs_ahead, speculates
         self.rates = Rates() if rates is None else rates
         self.random = random.Random(seed)
         self.tally = Tally()
@@ -136,7 +138,8 @@ class EngineTraffic:
         self.runner = SimulatedRunner(scheduler, runs_ahead=self.runs_ahead)
         self.runner.on_run, self.runner.after_run = self._on_run, self._after_run
         self.runner.on_copy = self._after_run
-        return Engine(self.runner, scheduler, ENDS)  # type: ignore[arg-type]
+        speculation = Guesses(self).new_speculation() if self.speculates else None
+        return Engine(self.runner, scheduler, ENDS, speculation=speculation)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         manager, scheduler = self.engine.manager, self.engine.scheduler
@@ -145,6 +148,7 @@ class EngineTraffic:
             f"seed {self.seed}, {self.shape}, {manager.num_blocks} blocks, {num_host} on the host, "
             f"{manager.max_num_seqs} sequences, token_budget {scheduler.token_budget}, "
             f"prefix_caching={manager.prefix_cache is not None}, runs_ahead={self.runs_ahead}, "
+            f"speculates={self.speculates}, "
             f"step {self._num_steps}"
         )
 
@@ -280,7 +284,7 @@ class EngineTraffic:
         self._num_steps += 1
         self._in_step = []
         before = self.engine.num_steps
-        updates, error = self.faults.call(self.engine.step)
+        updates, error = self.faults.call(self.engine.step, is_absorbed=self.speculates)
         if error is not None and isinstance(error, Exception):
             if self.random.random() < self.rates.fail_step:
                 for name in self._names_of_last_step():
@@ -399,19 +403,24 @@ class EngineTraffic:
         assert isinstance(params, SamplingParams)
         self._check_end(name, sent, reason, live.error)
         self.tally.num_tokens += len(got)
-        window = params.sink_window
-        expected = expected_tokens(
+        expected = self.alone(sent, live, len(got) + 1)
+        is_whole = reason in ("stop", "length")
+        if got != (expected if is_whole else expected[: len(got)]):
+            self.fail("changed", f"request {name} ({reason}) got {got}, alone {expected}")
+
+    def alone(self, sent: Sent, live: LiveRequest, count: int) -> list[int]:
+        """The output of a request, at most so many tokens, if nobody else were there."""
+        assert isinstance(sent.params, SamplingParams)
+        window = sent.params.sink_window
+        return expected_tokens(
             sent.prompt,
-            params,
+            sent.params,
             max_tokens=live.request.max_tokens,
             sample_index=live.sample_index,
             end_token_ids=live.end_token_ids,
             window=None if window is None else window.fitted(self.engine.manager.geometry),
-            count=len(got) + 1,
+            count=count,
         )
-        is_whole = reason in ("stop", "length")
-        if got != (expected if is_whole else expected[: len(got)]):
-            self.fail("changed", f"request {name} ({reason}) got {got}, alone {expected}")
 
     def _check_search(self, name: str, sent: Sent, search: BeamSearch) -> None:
         assert isinstance(sent.params, BeamSearchParams)
