@@ -321,8 +321,7 @@ class Engine:
 
         Last tokens that the host does not know are `drawn`.
         """
-        found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
-        self._last_names = [request.request_id for request in found if request is not None]
+        self._last_names = [request.request_id for request in scheduled.requests]
         draws = draws_of(scheduled, self._live)
         shortlists = shortlists_of(scheduled, self._searches)
         looks, places = looks_of(scheduled, self._live)
@@ -332,6 +331,7 @@ class Engine:
             places,
             sampling_arrays(draws, shortlists, looks),
             drawn,
+            scheduled.adapters,
         )
         sampling = Sampling(logits, inputs, draws, shortlists, looks)
         return Flight(scheduled, draws, shortlists, sampling, looks)
@@ -371,7 +371,9 @@ class Engine:
             if scheduled is not None:
                 self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
                 drawn = flight.drawn_for(scheduled.plan.seq_ids, self.manager.max_num_seqs)
-                if self.runner.takes_drawn(scheduled.plan, scheduled.sampled_token_index):
+                if self.runner.takes_drawn(
+                    scheduled.plan, scheduled.sampled_token_index, scheduled.adapters
+                ):
                     following = self._launch(scheduled, drawn)
             flight.sampling.settle()
             self.scheduler.settle(sampled_seq_ids[goes_on], flight.token_ids[goes_on])
