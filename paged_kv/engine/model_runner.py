@@ -77,6 +77,6 @@ class ModelRunner:
         chosen = self.model.adapters.of_step(adapters, plan.token_rows, logit_tokens)
         step = self.cache.begin(plan, token_ids=token_ids, logit_tokens=logit_tokens, extra=extra)
         logits = self.model.forward(
-            step.token_ids, step.positions, step.logit_tokens, self.cache, step, adapters=chosen
+            step.token_ids, step.positions, step.logit_tokens, self.cache, step, chosen
         )
         return logits.float(), step.extra

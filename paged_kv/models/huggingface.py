@@ -286,8 +286,8 @@ class PagedModel:
         logit_rows: Tensor,
         cache: PagedKVCache,
         step: Step,
-        observe: Observer | None = None,
         adapters: TokenAdapters | None = None,
+        observe: Observer | None = None,
     ) -> Tensor:
         """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`.
 
