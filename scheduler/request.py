@@ -55,7 +55,8 @@ class Request:
     Lower `priority` is served first, then earlier `arrival`, which the scheduler assigns; but one
     level of priority is worth no more than `AGING_STEPS` steps of waiting. Requests
     share cached blocks only where their `extra_keys` are equal too: an adapter's name, the hash of
-    an image, a tenant's salt. `max_tokens` None is without end, which takes a `sink_window`.
+    an image, a tenant's salt. `max_tokens` None is without end, which takes a `sink_window`. What
+    `adapters` its tokens are computed with is for who runs the model.
     """
 
     request_id: str
@@ -65,6 +66,7 @@ class Request:
     extra_keys: Sequence[ExtraKey] = ()
     sink_window: SinkWindow | None = None
     branching: Branching | None = None
+    adapters: tuple[str, ...] = ()  # their names
     arrival: int | None = field(default=None, init=False)
     turn: int = field(default=0, init=False)  # its step of arrival, moved by its priority
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)

@@ -90,6 +90,17 @@ class ScheduledStep:
     requests_by_seq_id: NDArray[np.object_] = field(repr=False)
 
     @cached_property
+    def requests(self) -> list[Request]:
+        """[N] The plan's requests; to be read before the step ends."""
+        requests: list[Request] = self.requests_by_seq_id[self.plan.seq_ids].tolist()
+        return requests
+
+    @property
+    def adapters(self) -> list[tuple[str, ...]]:
+        """[N] Of each sequence, the names of those that its tokens are computed with."""
+        return [request.adapters for request in self.requests]
+
+    @cached_property
     def sampled_requests(self) -> list[Request]:
         """[M] The requests that sample; to be read before the step ends."""
         requests: list[Request] = self.requests_by_seq_id[self.sampled_seq_ids].tolist()

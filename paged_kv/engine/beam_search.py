@@ -38,7 +38,8 @@ class BeamSearchParams:
     ends if `early_stopping`; if not, it ends when the best beam scores no better at its present
     length than the worst of them; with "never" when it could not score better at any length
     (estimated at the greatest where `length_penalty` is positive). One beam is greedy search.
-    `max_tokens`, `stop_token_ids`, `ignore_eos` and `cache_salt` are those of `SamplingParams`.
+    `max_tokens`, `stop_token_ids`, `ignore_eos`, `cache_salt` and `adapter` are those of
+    `SamplingParams`.
     """
 
     num_beams: int = 4
@@ -49,6 +50,7 @@ class BeamSearchParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     cache_salt: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_beams", "num_return"):
@@ -75,6 +77,7 @@ class BeamSearchParams:
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             cache_salt=self.cache_salt,
+            adapter=self.adapter,
         )
 
     def score(self, log_probability: float, length: int) -> float:

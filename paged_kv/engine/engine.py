@@ -329,8 +329,7 @@ class Engine:
 
         Last tokens that the host does not know are `drawn`.
         """
-        found = scheduled.requests_by_seq_id[scheduled.plan.seq_ids].tolist()
-        self._last_names = [request.request_id for request in found if request is not None]
+        self._last_names = [request.request_id for request in scheduled.requests]
         draws = draws_of(scheduled, self._live)
         shortlists = shortlists_of(scheduled, self._searches)
         looks, places = looks_of(scheduled, self._live)
@@ -341,6 +340,7 @@ class Engine:
             places,
             sampling_arrays(all_draws, shortlists, looks),
             drawn,
+            scheduled.adapters,
         )
         sampling = Sampling(logits, inputs, all_draws, shortlists, looks)
         return Flight(scheduled, draws, shortlists, sampling, looks)
@@ -381,7 +381,9 @@ class Engine:
             if scheduled is not None:
                 self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
                 drawn = flight.drawn_for(scheduled.plan.seq_ids, self.manager.max_num_seqs)
-                if self.runner.takes_drawn(scheduled.plan, scheduled.sampled_token_index):
+                if self.runner.takes_drawn(
+                    scheduled.plan, scheduled.sampled_token_index, scheduled.adapters
+                ):
                     following = self._launch(scheduled, drawn)
             flight.sampling.settle()
             self.scheduler.settle(sampled_seq_ids[goes_on], flight.token_ids[goes_on])

@@ -11,7 +11,9 @@ from typing import Any, Final
 from transformers import PreTrainedTokenizerBase
 
 from ..blocks.sink_window import SinkWindow
+from ..blocks.token_chain import ExtraKey
 from ..errors import InvalidRequestError, PromptTooLongError
+from ..models.adapters import AdapterNames
 from ..models.huggingface import PagedModel
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
@@ -145,12 +147,14 @@ class Intake:
             if max_tokens is None:
                 max_tokens = max(min(room, self._longest - len(prompt_token_ids)), 1)
             max_tokens = min(max_tokens, room)
+        adapters = self._model.adapters_for(params.adapter)
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
             max_tokens=max_tokens,
             priority=priority,
-            extra_keys=cache_keys(params),
+            extra_keys=cache_keys(params, adapters),
+            adapters=adapters,
             sink_window=sink_window,
         )
         self._scheduler.check(request)
@@ -217,12 +221,14 @@ class Intake:
                 )
 
 
-def cache_keys(params: SamplingParams) -> tuple[str, ...]:
+def cache_keys(params: SamplingParams, adapters: AdapterNames) -> tuple[ExtraKey, ...]:
     """What must be equal for requests to share cached blocks.
 
     A prompt of which each token is looked at is computed as a whole: its key is nobody else's.
+    Names of adapters are bytes, which no salt is.
     """
-    keys = () if params.cache_salt is None else (params.cache_salt,)
+    keys: tuple[ExtraKey, ...] = tuple(name.encode(errors="surrogatepass") for name in adapters)
+    keys = keys if params.cache_salt is None else (*keys, params.cache_salt)
     return keys if params.prompt_logprobs is None else (*keys, f"looked at {token_hex()}")
 
 

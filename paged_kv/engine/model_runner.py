@@ -16,6 +16,7 @@ from ..blocks.step_plan import StepPlan
 from ..cache.decode_tables import Drawn
 from ..cache.kv_cache import NO_ARRAYS, PagedKVCache
 from ..cache.step_staging import StagedArray
+from ..models.adapters import AdapterNames
 from ..models.huggingface import PagedModel
 from ..scheduler.step import BlockCopy
 from .decode_graphs import DecodeGraphs
@@ -30,6 +31,7 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.graphs = graphs
+        self._captured_with = model.adapters.active
 
     def copy_swapped(self, swap_outs: Sequence[BlockCopy], swap_ins: Sequence[BlockCopy]) -> None:
         """Copy blocks to the host, then from it, before anything is written to the pool."""
@@ -43,9 +45,14 @@ class ModelRunner:
         """Whether a device computes steps while the host goes on."""
         return self.graphs is not None
 
-    def takes_drawn(self, plan: StepPlan, logit_tokens: IntArray) -> bool:
+    def takes_drawn(
+        self, plan: StepPlan, logit_tokens: IntArray, adapters: Sequence[AdapterNames] = ()
+    ) -> bool:
         """Whether a plan can be run with tokens that are only on the device."""
-        return self.graphs is not None and self.graphs.fits(plan, logit_tokens)
+        if self.graphs is None or not self.graphs.fits(plan, logit_tokens):
+            return False
+        is_captured = all(names == self._captured_with for names in adapters)
+        return is_captured and self.model.adapters.active == self._captured_with
 
     @torch.inference_mode()
     def run(
@@ -55,18 +62,21 @@ class ModelRunner:
         logit_tokens: IntArray,
         extra: Mapping[str, StagedArray] = NO_ARRAYS,
         drawn: Drawn | None = None,
+        adapters: Sequence[AdapterNames] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute a plan's tokens [T] and store their keys and values.
 
         Returns logits [M, V] in float32 of the tokens at the places `logit_tokens` [M] among them,
         and the `extra` arrays on the device, where they arrive together with the plan. The next
         step may overwrite the logits. Last tokens that the host does not know are `drawn`, for a
-        plan that `takes_drawn`.
+        plan that `takes_drawn`. Sequences [N] have the `adapters` that are given, or all of them
+        those that are active in the model.
         """
-        if self.graphs is not None and self.graphs.fits(plan, logit_tokens):
+        if self.graphs is not None and self.takes_drawn(plan, logit_tokens, adapters):
             return self.graphs.run(plan, token_ids, extra, drawn)
+        chosen = self.model.adapters.of_step(adapters, plan.token_rows, logit_tokens)
         step = self.cache.begin(plan, token_ids=token_ids, logit_tokens=logit_tokens, extra=extra)
         logits = self.model.forward(
-            step.token_ids, step.positions, step.logit_tokens, self.cache, step
+            step.token_ids, step.positions, step.logit_tokens, self.cache, step, chosen
         )
         return logits.float(), step.extra

@@ -84,8 +84,10 @@ class SamplingParams:
     text: stop at them with `stop_token_ids`. With `logprobs` each token comes with its
     log-probability by the model's own logits and with those of so many likeliest ones, with
     `prompt_logprobs` each token of the prompt, which then shares no cached blocks. Requests
-    share cached blocks only with requests of the same `cache_salt`. With a `sink_window` the
-    request is windowed: it may go on for ever in constant memory; None is the engine's own setting.
+    share cached blocks only with requests of the same `cache_salt`, and of the same `adapter`: the
+    name of one of a peft model's adapters, "__base__" for none, or None for what is active in the
+    model. With a `sink_window` the request is windowed: it may go on for ever in constant memory;
+    None is the engine's own setting.
     """
 
     temperature: float | None = None
@@ -115,6 +117,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     cache_salt: str | None = None
+    adapter: str | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -178,8 +181,9 @@ class SamplingParams:
         require("stop", self.stop, is_text, "a string or a list of strings")
         require("stop", self.stop, all(self.stop_strings), "strings that are not empty")
         require("ignore_eos", self.ignore_eos, is_flag(self.ignore_eos), "True or False")
-        is_text = self.cache_salt is None or isinstance(self.cache_salt, str)
-        require("cache_salt", self.cache_salt, is_text, "None or a string")
+        for name in ("cache_salt", "adapter"):
+            value = getattr(self, name)
+            require(name, value, value is None or isinstance(value, str), "None or a string")
         form = self.structured_output
         is_form = form is None or isinstance(form, StructuredOutput)
         require("structured_output", form, is_form, "None or a StructuredOutput")

@@ -71,8 +71,9 @@ class LLM:
     """A Hugging Face causal language model that decodes many requests on quantized KV blocks.
 
     `model` is a local folder, a hub name, a GGUF file (or the `gguf_file` of a folder or hub name)
-    or a loaded model, which this object takes over until `close()`; of a hub name `revision` says
-    which version, and `trust_remote_code` lets its own code run. `kv_format` is the name of one
+    or a loaded model, which this object takes over until `close()`, also one that peft has wrapped
+    or that has adapters (see `adapters`); of a hub name `revision` says which version, and
+    `trust_remote_code` lets its own code run. `kv_format` is the name of one
     of `FORMATS` or a `KVFormat`. What is not quantized of a sequence has `kv_dtype`: without it the
     model's precision, but bfloat16 beside quantized tokens of a float32 model. `dtype` is the
     precision to load and compute in; without it all have the checkpoint's, but a CPU without a unit
@@ -100,7 +101,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel,
+        model: str | Path | PreTrainedModel | torch.nn.Module,
         *,
         gguf_file: str | None = None,
         revision: str | None = None,
@@ -145,9 +146,9 @@ class LLM:
         )
         dtype, device = parse_dtype(dtype), parse_device(device)
         source = Source(gguf_file, revision, trust_remote_code)
-        model, self.tokenizer = source.load(model, tokenizer, dtype)
+        loaded, self.tokenizer = source.load(model, tokenizer, dtype)
         self._processor = OutputProcessor(self.tokenizer)
-        self._model = PagedModel(model, widens=dtype is None and computes_wide(model, device))
+        self._model = PagedModel(loaded, widens=dtype is None and computes_wide(loaded, device))
         try:
             self.engine = build_engine(self._model, config, device, self.tokenizer)
         except BaseException:
@@ -174,6 +175,11 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         return self.engine.manager.max_model_len
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the model's adapters, for `SamplingParams(adapter=...)`, also of later ones."""
+        return self._model.adapters.names
 
     def memory_stats(self) -> MemoryStats:
         """What the pool holds now, and what captured decode steps take beside it."""

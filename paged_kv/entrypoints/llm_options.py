@@ -44,6 +44,7 @@ SAMPLING_OPTIONS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
     "min_tokens": (int, "fewest tokens to generate"),
     "n": (int, "continuations of each prompt"),
     "best_of": (int, "sample so many and keep the n likeliest"),
+    "adapter": (str, "name of one of the model's; __base__: none (what is active)"),
     "logprobs": (int, "with each token so many likeliest ones, in JSON"),
 }
 

@@ -9,9 +9,10 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
@@ -25,7 +26,7 @@ class Attachment:
 
     count: int
     implementation: str
-    was_training: bool
+    training: list[nn.Module]  # parts that were in training mode
     dtype: torch.dtype
     fingerprint: bytes | None = None  # of the model before it was widened
     widened: WidenedModel | None = None
@@ -42,7 +43,9 @@ def attach(model: PreTrainedModel, implementation: str) -> None:
     """Switch a model's attention; counts, so that several owners may share a model."""
     if model not in attachments:
         own = model.config._attn_implementation
-        before = Attachment(0, own, model.training, model.dtype)
+        module = cast(nn.Module, model)
+        training = [part for part in module.modules() if part.training]
+        before = Attachment(0, own, training, model.dtype)
         model.set_attn_implementation(implementation)
         if model.config._attn_implementation != implementation:
             raise UnsupportedModelError(
@@ -86,4 +89,5 @@ def detach(model: PreTrainedModel) -> None:
             if change is not None:
                 change.undo()
         model.set_attn_implementation(attachment.implementation)
-        model.train(attachment.was_training)
+        for part in attachment.training:
+            part.training = True

@@ -160,7 +160,9 @@ def calibrate(model: PagedModel, token_ids: Sequence[int]) -> Calibration:
         def observe(layer: int, queries: Tensor, keys: Tensor, start: int = start) -> None:
             moments[layer].add(queries, keys, is_head=start < NUM_HEAD_TOKENS)
 
-        model.forward(step.token_ids, step.positions, step.logit_tokens, cache, step, observe)
+        model.forward(
+            step.token_ids, step.positions, step.logit_tokens, cache, step, observe=observe
+        )
         manager.commit(plan)
     layers = tuple(each.key_calibration() for each in moments)
     return Calibration(layers, model.fingerprint())

@@ -36,6 +36,7 @@ from .active_step import (
     running,
     running_step,
 )
+from .adapters import AdapterNames, Adapters, TokenAdapters, applying, refuse_invoked, state_of
 from .attachment import attach, attaching, attachments, detach, fuse_once, widen_once
 from .length_limit import find_length_limit
 from .rotary import Rotation, StepTurns, find_rotation
@@ -215,6 +216,7 @@ class PagedModel:
 
     def _attach(self, model: PreTrainedModel, widens: bool) -> None:
         self.model = model
+        self.adapters = Adapters(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         attach(model, IMPLEMENTATION)
         # Detaches once: by close(), or when nothing refers to this object any more.
@@ -284,17 +286,33 @@ class PagedModel:
         logit_rows: Tensor,
         cache: PagedKVCache,
         step: Step,
+        adapters: TokenAdapters | None = None,
         observe: Observer | None = None,
     ) -> Tensor:
-        """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`."""
+        """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`.
+
+        Without `adapters` all tokens get those that are active in the model.
+        """
         if not self._detach.alive:
             raise PagedKVError("this LLM is closed")
         turns = None
         if step.is_windowed is not None:
             turns = StepTurns(positions, step.is_windowed, step.head_shifts, self.rotations, {})
             positions = turns.model_positions
-        with running(ActiveStep(cache, step, self._cache_layer, turns, observe)):
-            return self._call(token_ids, positions, logit_rows)
+        active = ActiveStep(cache, step, self._cache_layer, turns, observe)
+        with running(active):
+            return self._call(token_ids, positions, logit_rows, adapters)
+
+    def adapters_for(self, name: str | None) -> AdapterNames:
+        """What a request with this `adapter` is computed with; see `Adapters.find`."""
+        return self.adapters.find(name, self._try_adapters)
+
+    @torch.inference_mode()
+    def _try_adapters(self, adapters: TokenAdapters) -> None:
+        """Run a few tokens with adapters, or raise whatever that raises."""
+        positions = torch.arange(len(adapters.of_tokens), device=self.device)
+        with running(Probe()):
+            self._call(positions, positions, positions[-1:], adapters)
 
     def check_batch(self, num_tokens: int) -> None:
         """Raise `ConfigError` for steps of so many tokens, where their places would count."""
@@ -313,11 +331,19 @@ class PagedModel:
         """
         return rotations_of(self.model)
 
-    def _call(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+    def _call(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        adapters: TokenAdapters | None = None,
+    ) -> Tensor:
+        ids, places = token_ids[None], positions[None]
         arguments = {"logits_to_keep": logit_rows} if self._keeps_logits else {}
-        logits: Tensor = self.model(
-            input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **arguments
-        ).logits
+        with applying(self.model, adapters, keeps_logits=self._keeps_logits):
+            logits: Tensor = self.model(
+                input_ids=ids, position_ids=places, use_cache=False, **arguments
+            ).logits
         return logits[0] if self._keeps_logits else logits[0, logit_rows]
 
     @torch.inference_mode()
@@ -392,6 +418,8 @@ def fingerprint_of(model: PreTrainedModel) -> bytes:
             flat = tensor.flatten()
             samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
             digest.update(samples.view(torch.uint8).numpy().tobytes())
+    for state in state_of(model):
+        digest.update(state)
     return digest.digest()
 
 
@@ -412,6 +440,7 @@ def check_probe(model: PreTrainedModel, probe: Probe) -> None:
 def refuse_unsupported(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` for what no probe can see."""
     name, config = type(model).__name__, model.config.get_text_config()
+    refuse_invoked(model)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model")
     recurrent = [

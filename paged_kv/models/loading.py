@@ -23,6 +23,7 @@ from ..cache.device_memory import require_device
 from ..cache.layer_spec import FULL_PRECISION_DTYPES
 from ..errors import ConfigError, MissingDependencyError, ModelNotFoundError
 from ..validation import is_flag, require
+from .adapters import configs_of, unwrapped
 
 # As the hub has them: "name" or "owner/name".
 HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -31,6 +32,7 @@ EXPECTED_DTYPES: Final = "float32, bfloat16 or float16"
 GGUF_ENDING: Final = ".gguf"
 GGUF_MAGIC: Final = b"GGUF"
 GGUF_PACKAGES: Final = ("gguf", "accelerate")  # which transformers asks for
+ADAPTER_CONFIG: Final = "adapter_config.json"
 MAX_NAMES: Final = 5  # of tensors in a message
 
 
@@ -43,15 +45,19 @@ class Source(NamedTuple):
 
     def load(
         self,
-        model: str | Path | PreTrainedModel,
+        model: str | Path | PreTrainedModel | torch.nn.Module,
         tokenizer: PreTrainedTokenizerBase | None,
         dtype: torch.dtype | None,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-        """A model and its tokenizer, if they are not loaded yet; a loaded model may have none."""
+        """A model and its tokenizer, if they are not loaded yet; a loaded model may have none.
+
+        One that peft has wrapped is the model inside, with its adapters.
+        """
         self.check()
+        model = cast("str | Path | PreTrainedModel", unwrapped(model))
         if not isinstance(model, PreTrainedModel):
             found = load_model(model, dtype, self.gguf_file, self)
-            return found, tokenizer or load_tokenizer(model, self.gguf_file, self)
+            return found, tokenizer or self._tokenizer_of(found, model)
         for name in ("gguf_file", "revision"):
             value = getattr(self, name)
             if value is not None:
@@ -59,6 +65,16 @@ class Source(NamedTuple):
         if dtype is not None and model.dtype != dtype:
             raise ConfigError(f"the loaded model is {model.dtype}, but dtype={dtype} was asked for")
         return model, tokenizer
+
+    def _tokenizer_of(self, model: PreTrainedModel, name: str | Path) -> PreTrainedTokenizerBase:
+        """The tokenizer at a name, or where there is only an adapter, that of its model."""
+        try:
+            return load_tokenizer(name, self.gguf_file, self)
+        except ModelNotFoundError:
+            base = model.name_or_path
+            if not configs_of(model) or not base or base == str(name):
+                raise
+            return load_tokenizer(base, None, self._replace(revision=None))
 
     def check(self) -> None:
         is_name = self.revision is None or (isinstance(self.revision, str) and bool(self.revision))
@@ -100,6 +116,10 @@ def load_model(
     have no place; `MissingDependencyError` where a package that it needs does.
     """
     found, gguf_file = find_checkpoint(name, gguf_file)
+    if os.path.exists(os.path.join(found, ADAPTER_CONFIG)) and find_spec("peft") is None:
+        raise MissingDependencyError(
+            f"there is an adapter in {found!r}, which needs peft: pip install 'paged-kv[adapters]'"
+        )
     require("dtype", dtype, dtype is None or dtype in FULL_PRECISION_DTYPES, EXPECTED_DTYPES)
     try:
         model, report = cast(Any, AutoModelForCausalLM).from_pretrained(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..cache.device_memory import require_device
+from .adapters import adapters_own
 from .replacements import Replacements
 from .wrapped_weights import has_wrapped_weights
 
@@ -92,14 +93,17 @@ class WidenedModel:
         kinds: dict[type, Any] = {nn.Linear: WideLinear, nn.Embedding: WideEmbedding}
         kept: set[int] = set()
         others: set[int] = set()
+        small = {id(module) for module in adapters_own(model)}
+        known: list[nn.Module] = []
         for module in model.modules():
             is_known = type(module) in kinds and "forward" not in module.__dict__
+            is_known = is_known and id(module) not in small
+            known += [module] if is_known else []
             for name, parameter in module.named_parameters(recurse=False):
                 (kept if is_known and name == "weight" else others).add(id(parameter))
         try:
-            for module in model.modules():
-                if type(module) in kinds and "forward" not in module.__dict__:
-                    self._forwards.replace(module, kinds[type(module)](module))
+            for module in known:
+                self._forwards.replace(module, kinds[type(module)](module))
             for tensor in [*model.parameters(), *model.buffers()]:
                 is_kept = id(tensor) in kept - others
                 if tensor.is_floating_point() and not is_kept:

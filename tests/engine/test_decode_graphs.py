@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -16,6 +17,7 @@ import triton
 
 from paged_kv import LLM, SamplingParams, SinkWindow
 from paged_kv.engine.decode_graphs import DecodeGraphs, rounded_up
+from tests.support.adapters import lora, scatter
 from tests.support.interpreter import speed_up
 from tests.support.pretend_gpu import PretendGpu, move_to_gpu, pretend_gpu
 
@@ -163,6 +165,29 @@ def test_a_model_that_cannot_be_captured_runs_on(gpu: PretendGpu) -> None:
         assert not graphs_of(llm).is_enabled
         assert llm.engine.cache._tables._changed is None
         assert tokens_of(llm, prompts_of(5), greedy(6)) == expected
+
+
+def test_graphs_hold_the_adapter_that_was_active_and_serve_no_other(gpu: PretendGpu) -> None:
+    def adapted() -> Any:
+        model = peft.get_peft_model(tiny_model(), lora(["q_proj", "down_proj"]), "cat")
+        model.add_adapter("dog", lora(["o_proj"], r=2))
+        scatter(model)
+        return model.eval()
+
+    prompts, params = prompts_of(9), {}
+    for name in ("__base__", "cat", "dog"):
+        params[name] = [SamplingParams(max_tokens=5, ignore_eos=True, adapter=name)]
+    with llm_of(adapted()) as llm:
+        expected = {name: tokens_of(llm, prompts, one) for name, one in params.items()}
+    assert len({str(tokens) for tokens in expected.values()}) == 3
+    model, replays = adapted(), []
+    move_to_gpu(model)
+    with llm_of(model) as llm:
+        for active, name in (("cat", "__base__"), ("cat", "cat"), ("dog", "dog")):
+            model.set_adapter(active)
+            assert tokens_of(llm, prompts, params[name]) == expected[name]
+            replays.append(sum(replays_of(llm).values()))
+    assert replays[0] == 0 < replays[1] == replays[2]
 
 
 def test_an_interrupted_step_is_computed_again(gpu: PretendGpu) -> None:

@@ -177,6 +177,7 @@ RIGHT_VALUES: dict[str, list[Any]] = {
     "prompt_logprobs": [None, 0, 1],
     "structured_output": [None],
     "cache_salt": [None, "", "x", "1"],
+    "adapter": [None],
     "stop": [None, "x", "1", [], ["a"]],
     "stop_token_ids": [[], [1]],
     "ignore_eos": [True],

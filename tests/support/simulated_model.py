@@ -73,6 +73,9 @@ class SimulatedModel:
     vocab_size = VOCAB_SIZE
     rotations: Mapping[int, object] = {}
 
+    def adapters_for(self, name: str | None) -> tuple[str, ...]:
+        return () if name is None else (name,)
+
 
 class SimulatedRunner:
     """Computes plans on `BlockContents`.
@@ -100,7 +103,9 @@ class SimulatedRunner:
             self.contents.swap_in(copy.device_block_ids, copy.host_block_ids)
             self.on_copy()
 
-    def takes_drawn(self, plan: StepPlan, logit_tokens: IntArray) -> bool:
+    def takes_drawn(
+        self, plan: StepPlan, logit_tokens: IntArray, adapters: Sequence[tuple[str, ...]]
+    ) -> bool:
         """As `ModelRunner.takes_drawn`; some of the plans could not be captured."""
         return plan.is_decode and len(logit_tokens) == plan.num_tokens and plan.number % 5 < 4
 
@@ -111,14 +116,16 @@ class SimulatedRunner:
         logit_tokens: IntArray,
         extra: Mapping[str, NDArray[Any]],
         drawn: Drawn | None = None,
+        adapters: Sequence[tuple[str, ...]] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `ModelRunner.run`."""
         if drawn is not None:
-            assert self.takes_drawn(plan, logit_tokens)
+            assert self.takes_drawn(plan, logit_tokens, adapters)
             is_drawn = drawn.sources >= 0
             token_ids[is_drawn] = drawn.token_ids.numpy()[drawn.sources[is_drawn]]
         self.contents.poison_free(kept=plan.copy_sources)
         requests: list[Request] = self.scheduler._running.by_seq_id[plan.seq_ids].tolist()
+        assert adapters == [request.adapters for request in requests]
         spoilt_row = self.on_run(requests)
         arrays = self.contents.begin(plan)
         rows = []

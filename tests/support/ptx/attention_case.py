@@ -42,6 +42,7 @@ from tests.support.windowed_oracle import expected_of_windows, rotated_stream
 
 LENGTHS: Final = (1, 380, 170)  # of which 70 more seal a block in every format
 STEPS: Final = ((1, 1, 1), (1, 70, 3))  # decode; a prefill chunk beside a verified draft
+STREAM: Final = SinkWindow(4, 130)
 STREAM_CHUNKS: Final = ((130, 30), (120, 200), (100, 100), (70, 7))
 STREAM_STEPS: Final = ((1, 1), (70, 3))
 
@@ -183,7 +184,7 @@ def run_case(case: Case) -> Outcome:
     windows: dict[int, SinkWindow | None] = {}
     if case.is_stream:
         fleet = Fleet([spec], dtype=case.dtype, max_model_len=1200, backend="torch")
-        for seed, wanted in enumerate((SinkWindow(4, 130), None)):
+        for seed, wanted in enumerate((STREAM, None)):
             stream = make_stream([spec], 700, seed, case.dtype, case.gqa_group)
             window = wanted and fleet.manager.fitted_window(wanted)
             stream = rotated_stream(stream, window) if window else stream
