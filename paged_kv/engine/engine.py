@@ -416,7 +416,7 @@ class Engine:
         forks: list[Fork] = []
         for draw in wanted:
             if draw.leader is None:
-                taken = draw.taken
+                taken = draw.accept()
                 token_ids[draw.row], num_accepted[draw.row] = taken[-1].token_id, len(taken) - 1
             elif draw.error is None:
                 forks.append(Fork(draw.leader.request, draw.live.request, draw.token_id))
@@ -436,6 +436,8 @@ class Engine:
             update for draw in settled for update in self._advance(draw)
         ]
         updates += [self._end_search(search) for search in searches if search.is_over]
+        if self.speculation is not None:
+            self.speculation.learn(draws)
         return updates
 
     def _collect(self, shortlists: Sequence[BeamShortlist]) -> list[BeamSearch]:
@@ -461,12 +463,11 @@ class Engine:
         if draw.error is not None:
             self._end_with(live, draw.error, None)
             return [live.last_update()]
-        taken, updates = draw.taken, []
-        for each in taken:
+        updates = []
+        for each in draw.taken:
             live.take(each)
             live.finish_reason = live.end
             updates.append(live.last_update())
-        live.draft_length.learn(len(draw.drafts), len(taken) - 1)
         if live.finish_reason is not None:
             self._finish(live)
         return updates

@@ -127,7 +127,8 @@ class LiveRequest:
 class TokenDraw(Draw):
     """The next token of a request; the first one of a sibling is drawn from its leader's row.
 
-    Where a request tries `drafts`, `following` are the draws behind each of them.
+    Where a request tries `drafts`, `following` are the draws behind each of them, of which
+    `num_accepted` turn out to count.
     """
 
     live: LiveRequest
@@ -135,9 +136,9 @@ class TokenDraw(Draw):
     num_ahead: int = 0  # drafts that it comes behind
     drafts: Sequence[int] = ()
     following: Sequence[TokenDraw] = ()
+    num_accepted: int = 0
 
-    @property
-    def taken(self) -> list[TokenDraw]:
+    def accept(self) -> list[TokenDraw]:
         """This draw and those behind it that count: as far as each draft is what was drawn.
 
         What cannot be drawn behind a draft is left to the next step, as is all behind an end.
@@ -149,7 +150,13 @@ class TokenDraw(Draw):
             if not is_right or self.live.end_with(token_id, num_before + len(taken)):
                 break
             taken.append(following)
+        self.num_accepted = len(taken) - 1
         return taken
+
+    @property
+    def taken(self) -> Sequence[TokenDraw]:
+        """The draws that count, once they are accepted."""
+        return [self, *self.following[: self.num_accepted]]
 
     @property
     def is_wanted(self) -> bool:

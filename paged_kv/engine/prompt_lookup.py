@@ -29,7 +29,7 @@ class PromptLookup:
     num_tokens: int = 16
     max_ngram: int = 4
     min_ngram: int = 2
-    max_step_tokens: int = 32
+    max_step_tokens: int = 64
 
     def __post_init__(self) -> None:
         require_count("num_tokens", self.num_tokens, most=MOST_TOKENS)

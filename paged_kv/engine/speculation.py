@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from ..blocks.token_chain import TokenIds
 from ..scheduler.drafts import NO_DRAFTS, Drafts
-from .live_request import LiveRequest
+from .draft_length import DraftPauses
+from .live_request import LiveRequest, TokenDraw
 
 
 class DraftSource(Protocol):
@@ -36,6 +37,7 @@ class Speculation:
         self._source: DraftSource | None = source
         self.num_tokens = num_tokens
         self.max_step_tokens = max_step_tokens
+        self._pauses = DraftPauses()
 
     def drafts_for(self, lives: Iterable[LiveRequest]) -> Drafts:
         """What the next step may try."""
@@ -44,22 +46,28 @@ class Speculation:
         ready = [live for live in running if live.may_try_drafts]
         if self._source is None or not ready or room < len(ready):
             return NO_DRAFTS
+        if not self._pauses.begin_step():
+            return NO_DRAFTS
         most = min(self.num_tokens, room // len(ready))
-        lengths = {live.request_id: min(live.draft_length.take(), most) for live in ready}
-        counts = {name: length for name, length in lengths.items() if length}
-        contexts = {
-            live.request_id: live.request.known_tokens
-            for live in ready
-            if live.request_id in counts
-        }
+        counts = {live.request_id: min(live.draft_length.num_tokens, most) for live in ready}
+        contexts = {live.request_id: live.request.known_tokens for live in ready}
         try:
-            return self._source.guess(contexts, counts) if counts else NO_DRAFTS
+            return self._source.guess(contexts, counts)
         except MemoryError:
             raise  # nobody's fault: it is asked again
         except Exception as error:
             warnings.warn(f"speculation is off from here on: {error!r}", stacklevel=2)
             self.close()
             return NO_DRAFTS
+
+    def learn(self, draws: Sequence[TokenDraw]) -> None:
+        """What became of the guesses of a step, whose tokens its requests have got."""
+        tried = [draw for draw in draws if draw.drafts]
+        for draw in tried:
+            draw.live.draft_length.learn(len(draw.drafts), draw.num_accepted)
+        if tried:
+            num_seqs = sum(draw.leader is None for draw in draws)
+            self._pauses.learn(num_seqs, sum(draw.num_accepted for draw in tried))
 
     def close(self) -> None:
         source, self._source = self._source, None
