@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..blocks.sink_window import SinkWindow
 from ..errors import InvalidRequestError, PromptTooLongError
-from ..models.huggingface import PagedModel
+from ..models.attached_model import AttachedModel
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from .beam_search import BeamSearch, BeamSearchParams, find_branching, max_blocks_of_beams
@@ -38,7 +38,7 @@ class Intake:
 
     def __init__(
         self,
-        model: PagedModel,
+        model: AttachedModel,
         scheduler: Scheduler,
         ends: frozenset[int],
         sink_window: SinkWindow | None,

@@ -29,9 +29,10 @@ from ..engine.output_processor import OutputProcessor, TextOutput, TextUpdate
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import Prompt, encode_prompt
 from ..errors import ConfigError, GenerationError, PagedKVError
+from ..models.attached_model import Route
 from ..models.calibration import Calibration
-from ..models.huggingface import PagedModel
 from ..models.loading import Source, parse_device, parse_dtype
+from ..models.routes import choose_route
 from ..models.widening import computes_wide
 from ..scheduler.statistics import SchedulerStatistics
 from ..validation import is_list_of
@@ -141,7 +142,7 @@ class LLM:
         dtype, device = parse_dtype(dtype), parse_device(device)
         model, tokenizer = source.load(model, tokenizer, dtype)
         self._processor = OutputProcessor(tokenizer)
-        self._model = PagedModel(model, widens=dtype is None and computes_wide(model, device))
+        self._model = choose_route(model, widens=dtype is None and computes_wide(model, device))
         try:
             self.engine = build_engine(self._model, config, device, tokenizer)
         except BaseException:
@@ -167,6 +168,11 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         return self.engine.manager.max_model_len
+
+    @property
+    def route(self) -> Route:
+        """How the model reads blocks: "fused", by our kernels, or by "gather", where it cannot."""
+        return self._model.route
 
     def memory_stats(self) -> MemoryStats:
         """What the pool holds now, and what captured decode steps take beside it."""

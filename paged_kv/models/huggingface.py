@@ -10,11 +10,7 @@ Many arguments because transformers calls `paged_attention_forward` with them.
 
 from __future__ import annotations
 
-import inspect
-import weakref
-from collections.abc import Sequence
 from functools import cached_property
-from hashlib import sha256
 from typing import Any, Final, cast
 
 import torch
@@ -22,11 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..cache.attention import paged_attention
-from ..cache.formats import KVFormat
-from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache, Step
-from ..cache.layer_spec import LayerSpec
-from ..errors import ConfigError, PagedKVError, UnsupportedModelError
+from ..errors import PagedKVError, UnsupportedModelError
 from .active_step import (
     ActiveStep,
     LayerCall,
@@ -36,10 +29,10 @@ from .active_step import (
     running,
     running_step,
 )
-from .attachment import attach, attaching, attachments, detach, fuse_once, widen_once
+from .attached_model import AttachedModel, LayerShape
+from .attachment import fuse_once
 from .length_limit import find_length_limit
 from .rotary import Rotation, StepTurns, find_rotation
-from .wrapped_weights import stored_tensors
 
 # Not containing "flash", "sdpa", "flex_attention" or "/": transformers treats those specially.
 IMPLEMENTATION: Final = "paged_kv"
@@ -199,7 +192,7 @@ def attention_chunk_of(module: nn.Module) -> int | None:
 AttentionInterface.register(IMPLEMENTATION, paged_attention_forward)
 
 
-class PagedModel:
+class PagedModel(AttachedModel):
     """A causal language model attached to paged attention.
 
     Attaching switches the model's attention implementation and takes it out of training mode. On a
@@ -208,73 +201,16 @@ class PagedModel:
     as it was, where paged attention would not compute what the model means.
     """
 
+    route = "fused"
+    implementation = IMPLEMENTATION
+
     def __init__(self, model: PreTrainedModel, *, widens: bool = False) -> None:
         refuse_unsupported(model)
-        with attaching:
-            self._attach(model, widens)
+        super().__init__(model, widens=widens)
 
-    def _attach(self, model: PreTrainedModel, widens: bool) -> None:
-        self.model = model
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        attach(model, IMPLEMENTATION)
-        # Detaches once: by close(), or when nothing refers to this object any more.
-        self._detach = weakref.finalize(self, detach, model)
-        self._detach.atexit = False
-        try:
-            if widens:
-                widen_once(model, self.fingerprint())
-            self.layer_shapes, self.vocab_size = self._probe()
-            self._cache_layer = {layer: place for place, layer in enumerate(self.layer_shapes)}
-            fuse_once(model, self._rehearse, attend_tokens)
-            self._dtype = attachments[model].dtype
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights, also where the model computes in float32."""
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def close(self) -> None:
-        """Give the model its own attention implementation back."""
-        self._detach()
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    def fingerprint(self) -> bytes:
-        """32 bytes that differ between models: by architecture, and by a sample of every weight."""
-        attachment = attachments.get(self.model)
-        if attachment is not None and attachment.fingerprint is not None:
-            return attachment.fingerprint
-        return fingerprint_of(self.model)
-
-    def layers(
-        self, kv_format: KVFormat, calibration: Sequence[KeyCalibration] | None = None
-    ) -> list[LayerSpec]:
-        """What the cache of this model must hold, in the order of its layers."""
-        known = [None] * len(self.layer_shapes) if calibration is None else calibration
-        if len(known) != len(self.layer_shapes):
-            raise ConfigError(
-                f"a calibration of {len(known)} layers is not one of this model's "
-                f"{len(self.layer_shapes)}"
-            )
-        return [
-            LayerSpec(
-                kv_format=kv_format,
-                num_kv_heads=heads,
-                key_dim=key,
-                value_dim=value,
-                calibration=each,
-            )
-            for (heads, key, value), each in zip(self.layer_shapes.values(), known, strict=True)
-        ]
+    def _make_ready(self) -> None:
+        self._cache_layer = {layer: place for place, layer in enumerate(self.layer_shapes)}
+        fuse_once(self.model, self._rehearse, attend_tokens)
 
     @torch.inference_mode()
     def forward(
@@ -286,8 +222,7 @@ class PagedModel:
         step: Step,
         observe: Observer | None = None,
     ) -> Tensor:
-        """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`."""
-        if not self._detach.alive:
+        if self.is_closed:
             raise PagedKVError("this LLM is closed")
         turns = None
         if step.is_windowed is not None:
@@ -296,29 +231,17 @@ class PagedModel:
         with running(ActiveStep(cache, step, self._cache_layer, turns, observe)):
             return self._call(token_ids, positions, logit_rows)
 
-    def check_batch(self, num_tokens: int) -> None:
-        """Raise `ConfigError` for steps of so many tokens, where their places would count."""
-        limit, reason, what = find_length_limit(self.model)
-        if what == "place" and limit is not None and num_tokens > limit:
-            raise ConfigError(
-                f"token_budget must be at most {limit}, got {num_tokens}: beyond that {reason}"
-            )
-
     @cached_property
     def rotations(self) -> dict[int, Rotation]:
-        """How each layer embeds positions.
-
-        Raises `UnsupportedModelError` where that is not by turning channels, so that the
-        sinks of a window could not be brought near.
-        """
         return rotations_of(self.model)
 
     def _call(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
-        arguments = {"logits_to_keep": logit_rows} if self._keeps_logits else {}
+        keeps_logits = "logits_to_keep" in self._arguments
+        arguments = {"logits_to_keep": logit_rows} if keeps_logits else {}
         logits: Tensor = self.model(
             input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **arguments
         ).logits
-        return logits[0] if self._keeps_logits else logits[0, logit_rows]
+        return logits[0] if keeps_logits else logits[0, logit_rows]
 
     @torch.inference_mode()
     def _rehearse(self) -> None:
@@ -330,13 +253,12 @@ class PagedModel:
         self._call(tokens, positions, tokens[-1:])
 
     @torch.inference_mode()
-    def _probe(self) -> tuple[dict[int, tuple[int, int, int]], int]:
-        """Run a few tokens: which layers call attention with what shapes, and how many logits."""
+    def _probe(self) -> tuple[dict[int, LayerShape], int]:
         probe = Probe()
         tokens = torch.zeros(PROBE_LENGTH, dtype=torch.int64, device=self.device)
         positions = torch.arange(PROBE_LENGTH, device=self.device)
         name = type(self.model).__name__
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+        if "position_ids" not in self._arguments:
             raise UnsupportedModelError(f"{name} takes no position_ids")
         try:
             with running(probe):
@@ -381,18 +303,6 @@ def rotations_of(model: PreTrainedModel) -> dict[int, Rotation]:
             )
         rotations[layer] = found[1]
     return rotations
-
-
-def fingerprint_of(model: PreTrainedModel) -> bytes:
-    """`PagedModel.fingerprint` of a model as it is."""
-    digest = sha256(type(model).__name__.encode())
-    for name, weight in model.state_dict().items():
-        for tensor in stored_tensors(weight):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            flat = tensor.flatten()
-            samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
-            digest.update(samples.view(torch.uint8).numpy().tobytes())
-    return digest.digest()
 
 
 def check_probe(model: PreTrainedModel, probe: Probe) -> None:
