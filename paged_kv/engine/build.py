@@ -81,6 +81,9 @@ def engine_where_it_is(
     """An engine on the device of its model."""
     dtype = config.kv_dtype or usual_kv_dtype(layers[0].kv_format, model.dtype)
     swap_space, num_host_blocks = parse_memory(config.swap_space, "swap_space", least=0), 0
+    if model.keeps_states:
+        what = "0: states of recurrent layers, which this model has, are not swapped"
+        require("swap_space", config.swap_space, not swap_space, what)
     if swap_space:
         num_host_blocks = num_blocks_for(swap_space, layers, dtype)
     cache = PagedKVCache(
@@ -93,7 +96,7 @@ def engine_where_it_is(
     manager = cache.new_manager(
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
-        prefix_caching=config.prefix_caching,
+        prefix_caching=config.prefix_caching and not model.keeps_states,
         model_fingerprint=model.fingerprint(),
     )
     if config.sink_window is not None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from transformers import PreTrainedTokenizerBase
 
 from ..blocks.sink_window import SinkWindow
-from ..errors import InvalidRequestError, PromptTooLongError
+from ..errors import InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from ..models.attached_model import AttachedModel
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
@@ -104,6 +104,10 @@ class Intake:
         Raises `InvalidRequestError` for a prompt that cannot be served, `OutOfBlocksError` where
         its beams might not fit.
         """
+        if self._model.keeps_states:
+            raise UnsupportedModelError(
+                "beams fork, and the states of recurrent layers, which this model has, do not"
+            )
         unfit = sorted(set(self._defaults).difference(LIMITS_OF_SAMPLES))
         if unfit:
             raise InvalidRequestError(

@@ -175,10 +175,14 @@ class LLM:
         return self._model.route
 
     def memory_stats(self) -> MemoryStats:
-        """What the pool holds now, and what captured decode steps take beside it."""
+        """What the pool holds now, and what there is beside it."""
         stats = self.engine.cache.memory_stats(self.engine.manager)
         graphs = self.engine.runner.graphs
-        return stats if graphs is None else replace(stats, decode_graphs=graphs.num_bytes)
+        return replace(
+            stats,
+            decode_graphs=0 if graphs is None else graphs.num_bytes,
+            recurrent_states=self._model.state_bytes(self.engine.cache),
+        )
 
     def statistics(self) -> SchedulerStatistics:
         """Requests, blocks, preemptions and the prefix cache's hits: now, and so far."""

@@ -42,6 +42,7 @@ class AttachedModel(ABC):
 
     route: ClassVar[Route]
     implementation: ClassVar[str | None]  # of its attention; None is the model's own
+    keeps_states = False  # of recurrent layers: its sequences cannot begin behind their first token
 
     def __init__(self, model: PreTrainedModel, *, widens: bool = False) -> None:
         with attaching:
@@ -109,6 +110,10 @@ class AttachedModel(ABC):
     def close(self) -> None:
         """Give the model its own attention implementation back."""
         self._detach()
+
+    def state_bytes(self, cache: PagedKVCache) -> int:
+        """What is kept of sequences on `cache` beside their blocks."""
+        return 0
 
     @property
     def num_parameters(self) -> int:

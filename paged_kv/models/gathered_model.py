@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from ..blocks.geometry import IntArray
 from ..cache.attention import store_tokens
@@ -31,8 +32,16 @@ from .attached_model import AttachedModel, LayerShape
 from .huggingface import IMPLEMENTATION, has_unlisted_window
 from .length_limit import find_length_limit
 from .paged_layer import PagedLayer
+from .recurrent_states import (
+    HYBRID,
+    KNOWN,
+    CacheLayer,
+    HybridPagedLayer,
+    RecurrentState,
+    RecurrentStates,
+)
 from .rotary import Rotation
-from .token_states import MODEL_ERRORS, states_of_a_token
+from .token_states import MODEL_ERRORS, layers_of_a_token
 
 NARROW_WINDOW: Final = 4
 REHEARSED_PIECES: Final = ((5, 2), (1, 1), (4, 7))  # tokens of two sequences in each step
@@ -46,7 +55,8 @@ class GatheredModel(AttachedModel):
     """A causal language model that computes with its own attention on what blocks hold.
 
     One sequence after the other, and the slower the longer their contexts are. Nothing of the model
-    is replaced. Windows, graphs and calibrations need attention of ours.
+    is replaced. Recurrent layers go on from the sequence's states (see `recurrent_states`).
+    Windows, graphs and calibrations need attention of ours.
     """
 
     route = "gather"
@@ -69,10 +79,13 @@ class GatheredModel(AttachedModel):
         plan = step.source
         wanted = np.array(logit_rows.tolist(), dtype=np.int64)
         owners = np.searchsorted(plan.query_start_loc, wanted, side="right") - 1
+        states = self._states.setdefault(cache, RecurrentStates())
         contexts, places, logits = [], [], []
         stored, bounds = StoredContext.of_step(cache, step), pairwise(plan.query_start_loc.tolist())
         for row, (start, end) in enumerate(bounds):
-            context = SequenceContext(cache, stored[row], int(plan.context_lens[row]))
+            length = int(plan.context_lens[row])
+            state = states.of(int(plan.seq_ids[row]), length)
+            context = SequenceContext(cache, stored[row], length, state)
             own = np.flatnonzero(owners == row)
             contexts.append(context)
             places.append(own)
@@ -84,12 +97,19 @@ class GatheredModel(AttachedModel):
         for layer in range(len(cache.layers)):
             keys, values = zip(*(context.new_tokens(layer) for context in contexts), strict=True)
             store_tokens(torch.cat(keys), torch.cat(values), cache, layer, step)
+        for seq_id, context in zip(plan.seq_ids.tolist(), contexts, strict=True):
+            if self.keeps_states:
+                states.keep(seq_id, context.state_before, context.state)
         order = np.argsort(np.concatenate(places))
         return torch.cat(logits)[torch.from_numpy(order).to(cache.device)]
 
     @property
     def rotations(self) -> dict[int, Rotation]:
         raise UnsupportedModelError(f"{self._name} cannot be windowed: {UNSEEN}")
+
+    def state_bytes(self, cache: PagedKVCache) -> int:
+        states = self._states.get(cache)
+        return 0 if states is None else states.num_bytes
 
     @property
     def _name(self) -> str:
@@ -99,10 +119,28 @@ class GatheredModel(AttachedModel):
         self, token_ids: Tensor, positions: Tensor, rows: IntArray, context: SequenceContext
     ) -> Tensor:
         """Logits [M, V] of the tokens `rows` [M] among new ones [L] of a sequence."""
-        cache = Cache(
-            layers=[PagedLayer(context, layer) for layer in range(len(self.layer_shapes))]
-        )
-        return self._call(token_ids, positions, rows, cache)
+        kept, logits = np.unique(rows), []
+        num_tokens = len(token_ids)
+        size = 1 if self._continues_singly and context.length else num_tokens
+        for start in range(0, num_tokens, size):
+            piece = slice(start, start + size)
+            own = kept[(kept >= start) & (kept < start + size)] - start
+            layers = self._layers_on(context)
+            context.state.copied_to(layers)
+            logits.append(self._call(token_ids[piece], positions[piece], own, Cache(layers=layers)))
+            context.advance(size, layers)
+        return torch.cat(logits)[torch.from_numpy(np.searchsorted(kept, rows)).to(self.device)]
+
+    def _layers_on(self, context: SequenceContext) -> list[CacheLayer]:
+        """Cache layers of a sequence: keys and values are those of its blocks."""
+        layers: list[CacheLayer] = list(DynamicCache(config=self.model.config).layers)
+        for place, number in enumerate(self.layer_shapes):
+            layer = layers[number]
+            if isinstance(layer, HYBRID):
+                layers[number] = HybridPagedLayer(context, place, layer.number_of_states)
+            else:
+                layers[number] = PagedLayer(context, place)
+        return layers
 
     def _call(self, token_ids: Tensor, positions: Tensor, rows: IntArray, cache: Cache) -> Tensor:
         kept = torch.from_numpy(rows).to(token_ids.device)
@@ -135,28 +173,53 @@ class GatheredModel(AttachedModel):
             raise UnsupportedModelError(
                 f"{self._name} was given attention that reads blocks: give it another one"
             )
-        states = states_of_a_token(self.model)
+        layers = layers_of_a_token(self.model)
+        for number, layer in enumerate(layers):
+            if type(layer) not in KNOWN:
+                raise UnsupportedModelError(
+                    f"{self._name} stores a {type(layer).__name__} in layer {number}, which is "
+                    "neither keys and values of every token nor a state of fixed size"
+                )
+        self.keeps_states = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+        shapes = {
+            number: (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+            for number, layer in enumerate(layers)
+            if getattr(layer, "keys", None) is not None
+        }
+        if not shapes:
+            raise UnsupportedModelError(
+                f"{self._name} stores no keys and values, so needs no blocks"
+            )
         token = torch.zeros(1, dtype=torch.int64, device=self.device)
         try:
-            vocab_size = self._compute_alone(token).shape[-1]
+            return shapes, self._compute_alone(token).shape[-1]
         except MODEL_ERRORS as error:
             raise UnsupportedModelError(f"{self._name} cannot compute a token by itself") from error
-        shapes = {
-            layer: (keys.shape[1], keys.shape[3], values.shape[3])
-            for layer, (keys, values) in enumerate(states)
-        }
-        return shapes, vocab_size
 
     def _make_ready(self) -> None:
         """Rehearse what the engine will do, on two sequences in pieces.
 
-        Where a window is known by its mask alone, it is made so narrow that its edge is seen.
+        Layers that go on from a state may do so for one token only.
         """
+        self._states: WeakKeyDictionary[PagedKVCache, RecurrentStates] = WeakKeyDictionary()
+        self._continues_singly = False
         limit = find_length_limit(self.model).num_tokens
         ends = np.cumsum(REHEARSED_PIECES, axis=0)
         ends = ends[(ends <= (limit or ends[-1])).all(1)]
-        if not len(ends) or self.device.type == "meta":  # no numbers to compare
+        if not len(ends) or self.device.type == "meta" or self._says_the_same(ends):
             return
+        self._continues_singly = self.keeps_states
+        if not self._continues_singly or not self._says_the_same(ends):
+            raise UnsupportedModelError(
+                f"{self._name} says something else where its tokens come in pieces: it sees later "
+                "ones, or depends on more than keys, values and states of them"
+            )
+
+    def _says_the_same(self, ends: IntArray) -> bool:
+        """Whether logits do not depend on pieces, with steps that go up to `ends` [steps, 2].
+
+        Where a window is known by its mask alone, it is made so narrow that its edge is seen.
+        """
         sequences = [torch.arange(1, end + 1, device=self.device) for end in ends[-1].tolist()]
         try:
             with narrow_window(self.model):
@@ -166,11 +229,8 @@ class GatheredModel(AttachedModel):
             raise UnsupportedModelError(f"{self._name} cannot compute tokens in pieces") from error
         spread = (expected - expected.mean(-1, keepdim=True)).norm()
         is_half = self.dtype in (torch.float16, torch.bfloat16)
-        if (given - expected).norm() > (HALF_TOLERANCE if is_half else TOLERANCE) * spread:
-            raise UnsupportedModelError(
-                f"{self._name} says something else where its tokens come in pieces: it sees later "
-                "ones, or depends on more than keys and values of every token"
-            )
+        tolerance = HALF_TOLERANCE if is_half else TOLERANCE
+        return not (given - expected).norm() > tolerance * spread  # NaN tells nothing
 
     def _compute_in_pieces(self, sequences: Sequence[Tensor], ends: IntArray) -> list[Tensor]:
         """Logits [L, V] of each sequence, computed on blocks, one step up to each of the `ends`."""
@@ -213,22 +273,35 @@ def narrow_window(model: PreTrainedModel) -> Iterator[None]:
 
 
 class SequenceContext:
-    """What a sequence has stored, for one forward pass, and what is new in it."""
+    """What a sequence has stored, for one step, and what is new in it."""
 
-    def __init__(self, cache: PagedKVCache, stored: StoredContext, length: int) -> None:
-        self._cache, self._stored = cache, stored
-        self.length = length  # of what is stored: it stays until the pass is over
-        self.max_length = -1  # none, in transformers' words
+    max_length = -1  # none, in transformers' words
+
+    def __init__(
+        self, cache: PagedKVCache, stored: StoredContext, length: int, state: RecurrentState
+    ) -> None:
+        self._cache, self._stored, self._num_stored = cache, stored, length
         self._columns = torch.arange(length, device=cache.device)[None]
-        self._new: dict[int, tuple[Tensor, Tensor]] = {}
+        self._new: dict[int, tuple[Tensor, Tensor]] = {}  # [1, H, n, D]
+        self.length = length  # with those new tokens that all layers have computed
+        self.state_before = self.state = state
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self._new:
-            raise UnsupportedModelError(f"layer {layer} stores keys more than once")
+        earlier = self._new.get(layer)
+        num_new = 0 if earlier is None else earlier[0].shape[2]
+        if self._num_stored + num_new != self.length:
+            raise UnsupportedModelError(f"layer {layer} does not store keys once for each token")
+        if earlier is not None:
+            key, value = (torch.cat(two, 2) for two in zip(earlier, (key, value), strict=True))
         self._new[layer] = key, value
-        if not self.length:
+        if not self._num_stored:
             return key, value
-        return self._stored.joined(self._cache, layer, key, value, self._columns, self.length)
+        return self._stored.joined(self._cache, layer, key, value, self._columns, self._num_stored)
+
+    def advance(self, num_tokens: int, layers: Sequence[CacheLayer]) -> None:
+        """All layers have computed so many tokens more, and know what these cache layers do."""
+        self.length += num_tokens
+        self.state = RecurrentState.of(self.length, layers)
 
     def new_tokens(self, layer: int) -> tuple[Tensor, Tensor]:
         """New keys and values [L, H, D] of a layer."""

@@ -321,9 +321,8 @@ def check_probe(model: PreTrainedModel, probe: Probe) -> None:
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` for what no probe can see."""
+    refuse_encoder_decoder(model)
     name, config = type(model).__name__, model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model")
     recurrent = [
         kind
         for kind in getattr(config, "layer_types", None) or ()
@@ -334,6 +333,11 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} has recurrent layers{f' ({recurrent[0]})' if recurrent else ''}; "
             "their state is not a KV cache"
         )
+
+
+def refuse_encoder_decoder(model: PreTrainedModel) -> None:
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder model")
 
 
 def has_unlisted_window(config: object) -> bool:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from .attached_model import AttachedModel
 from .gathered_model import GatheredModel
-from .huggingface import PagedModel, refuse_unsupported
+from .huggingface import PagedModel, refuse_encoder_decoder
 
 logger = logging.getLogger("paged_kv")
 
@@ -20,7 +20,7 @@ def choose_route(model: PreTrainedModel, *, widens: bool = False) -> AttachedMod
     Raises `UnsupportedModelError`, with the reasons against both, where neither computes what the
     model means.
     """
-    refuse_unsupported(model)
+    refuse_encoder_decoder(model)
     try:
         return PagedModel(model, widens=widens)
     except UnsupportedModelError as refusal:

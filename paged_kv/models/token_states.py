@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from ..errors import UnsupportedModelError
 MODEL_ERRORS: Final = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
-def states_of_a_token(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
-    """What each layer stores for one token: keys [1, H, 1, D] and values.
+def layers_of_a_token(model: PreTrainedModel) -> list[Any]:
+    """The layers of transformers' own cache after one token.
 
-    Raises `UnsupportedModelError` where that is not all that a model remembers.
+    Raises `UnsupportedModelError` for a model that cannot be called so.
     """
     name = type(model).__name__
     if model.config.is_encoder_decoder:
@@ -30,8 +30,17 @@ def states_of_a_token(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
             model(input_ids=token, past_key_values=states, use_cache=True)
     except MODEL_ERRORS as error:
         raise UnsupportedModelError(f"{name} cannot compute a token by itself") from error
+    return list(states.layers)
+
+
+def states_of_a_token(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
+    """What each layer stores for one token: keys [1, H, 1, D] and values.
+
+    Raises `UnsupportedModelError` where that is not all that a model remembers.
+    """
+    name = type(model).__name__
     found: list[tuple[Tensor, Tensor]] = []
-    for layer in states.layers:
+    for layer in layers_of_a_token(model):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         is_plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
         if not is_plain or keys is None or values is None or not keys.numel():

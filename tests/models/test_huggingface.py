@@ -243,18 +243,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "mamba": ("MambaForCausalLM", {}, RECURRENT),
     "mamba2": ("Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 16, "n_groups": 1}, RECURRENT),
     "rwkv": ("RwkvForCausalLM", {"attention_hidden_size": 64}, RECURRENT),
-    "jamba": (
-        "JambaForCausalLM",
-        {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
-        RECURRENT,
-    ),
-    "qwen3-next": ("Qwen3NextForCausalLM", {"num_hidden_layers": 4, **zoo.EXPERTS}, RECURRENT),
-    "falcon-h1": (
-        "FalconH1ForCausalLM",
-        {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
-        RECURRENT,
-    ),
-    "lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}, RECURRENT),
     "t5": (
         "T5ForConditionalGeneration",
         {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
