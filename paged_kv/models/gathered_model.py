@@ -35,6 +35,7 @@ from .paged_layer import PagedLayer
 from .recurrent_states import (
     HYBRID,
     KNOWN,
+    NO_TOKENS,
     CacheLayer,
     HybridPagedLayer,
     RecurrentState,
@@ -84,7 +85,9 @@ class GatheredModel(AttachedModel):
         stored, bounds = StoredContext.of_step(cache, step), pairwise(plan.query_start_loc.tolist())
         for row, (start, end) in enumerate(bounds):
             length = int(plan.context_lens[row])
-            state = states.of(int(plan.seq_ids[row]), length)
+            state = NO_TOKENS
+            if self.keeps_states:
+                state = states.of(int(plan.seq_ids[row]), length)
             context = SequenceContext(cache, stored[row], length, state)
             own = np.flatnonzero(owners == row)
             contexts.append(context)
