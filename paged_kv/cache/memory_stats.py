@@ -20,8 +20,8 @@ class MemoryStats:
 
     Blocks that several sequences share count once. `used` counts the records of sealed blocks and
     the tokens that open blocks hold; the rest of the open blocks' records is `wasted`. `cached`, a
-    part of `free`, still holds prefixes that can be hit. `decode_graphs` is beside the pool: what a
-    GPU's captured decode steps take.
+    part of `free`, still holds prefixes that can be hit. Beside the pool are `decode_graphs`, what
+    a GPU's captured decode steps take, and the `recurrent_states` of sequences.
     """
 
     total: int
@@ -34,6 +34,7 @@ class MemoryStats:
     tail: int
     cached: int
     decode_graphs: int = 0
+    recurrent_states: int = 0
 
 
 def measure_memory(cache: PagedKVCache, manager: BlockManager) -> MemoryStats:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..blocks.block_manager import BlockManager
-from ..blocks.geometry import IntArray, ragged_arange
+from ..blocks.geometry import BlockGeometry, BlockIds, IntArray, ragged_arange
 from ..kernels.eager.quantize import dequantize_keys, dequantize_values
-from .kv_cache import PagedKVCache
+from .kv_cache import PagedKVCache, Step
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,62 @@ class StoredContext:
     @classmethod
     def of(cls, manager: BlockManager, seq_ids: IntArray, device: torch.device) -> StoredContext:
         """All that these sequences store, before a step that is reserved."""
-        geometry, table = manager.geometry, manager.tables.ids
         lengths, num_sealed = manager.num_computed_tokens[seq_ids], manager.num_sealed[seq_ids]
+        table = manager.tables.ids[seq_ids]
+        return cls.of_table(manager.geometry, lengths, num_sealed, table, device)
+
+    @classmethod
+    def of_step(cls, cache: PagedKVCache, step: Step) -> list[StoredContext]:
+        """What each sequence of a step stored before it: N of them, of one sequence each."""
+        lengths = step.source.context_lens
+        num_sealed = step.inputs.num_sealed.cpu().numpy()
+        table = step.inputs.block_table.cpu().numpy()
+        rows = [slice(row, row + 1) for row in range(len(lengths))]
+        return [
+            cls.of_table(cache.geometry, lengths[row], num_sealed[row], table[row], cache.device)
+            for row in rows
+        ]
+
+    @classmethod
+    def of_table(
+        cls,
+        geometry: BlockGeometry,
+        lengths: IntArray,
+        num_sealed: IntArray,
+        table: BlockIds | IntArray,
+        device: torch.device,
+    ) -> StoredContext:
+        """N sequences with so many tokens [N], body blocks [N] and block ids [N, W]."""
         rows, tokens = ragged_arange(lengths)
         body_ends = geometry.num_head_tokens + num_sealed * geometry.block_size
         is_open = (tokens < geometry.num_head_tokens) | (tokens >= body_ends[rows])
         rows, tokens = rows[is_open], tokens[is_open]
         places, offsets = np.divmod(tokens, geometry.open_block_size)
-        slots = table[seq_ids[rows], places].astype(np.int64) * geometry.open_block_size + offsets
+        slots = table[rows, places].astype(np.int64) * geometry.open_block_size + offsets
         sealed_rows, indices = ragged_arange(num_sealed)
-        sealed_ids = table[seq_ids[sealed_rows], geometry.body_places(indices)].astype(np.int64)
+        sealed_ids = table[sealed_rows, geometry.body_places(indices)].astype(np.int64)
         starts = geometry.num_head_tokens + indices * geometry.block_size
         sealed_tokens = starts[:, None] + np.arange(geometry.block_size)
         arrays = (rows, tokens, slots, sealed_rows, sealed_tokens, sealed_ids)
         return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+
+    def joined(
+        self,
+        cache: PagedKVCache,
+        layer: int,
+        key: Tensor,
+        value: Tensor,
+        columns: Tensor,
+        length: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer stores, as by `read`, and behind `length` positions new ones."""
+        keys, values = (
+            new.new_zeros(*new.shape[:2], length + new.shape[2], new.shape[3])
+            for new in (key, value)
+        )
+        self.read(cache, layer, keys, values, columns)
+        keys[:, :, length:], values[:, :, length:] = key, value
+        return keys, values
 
     def read(
         self, cache: PagedKVCache, layer: int, keys: Tensor, values: Tensor, columns: Tensor

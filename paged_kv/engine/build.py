@@ -17,9 +17,9 @@ from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
 from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for, usual_kv_dtype
 from ..errors import ConfigError
+from ..models.attached_model import AttachedModel
 from ..models.calibration import Calibration, usual_calibration
 from ..models.generation_config import generation_options
-from ..models.huggingface import PagedModel
 from ..models.length_limit import model_length
 from ..models.loading import end_token_ids, move_model
 from ..scheduler.scheduler import Scheduler
@@ -37,7 +37,7 @@ FLOPS_PER_SECOND: Final = {"cpu": 1e11, "cuda": 1e14}
 
 
 def build_engine(
-    model: PagedModel,
+    model: AttachedModel,
     config: EngineConfig,
     device: torch.device | str | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -73,7 +73,7 @@ def build_engine(
 
 
 def engine_where_it_is(
-    model: PagedModel,
+    model: AttachedModel,
     config: EngineConfig,
     layers: list[LayerSpec],
     max_model_len: int,
@@ -82,6 +82,9 @@ def engine_where_it_is(
     """An engine on the device of its model."""
     dtype = config.kv_dtype or usual_kv_dtype(layers[0].kv_format, model.dtype)
     swap_space, num_host_blocks = parse_memory(config.swap_space, "swap_space", least=0), 0
+    if model.keeps_states:
+        what = "0: states of recurrent layers, which this model has, are not swapped"
+        require("swap_space", config.swap_space, not swap_space, what)
     if swap_space:
         num_host_blocks = num_blocks_for(swap_space, layers, dtype)
     cache = PagedKVCache(
@@ -94,7 +97,7 @@ def engine_where_it_is(
     manager = cache.new_manager(
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
-        prefix_caching=config.prefix_caching,
+        prefix_caching=config.prefix_caching and not model.keeps_states,
         model_fingerprint=model.fingerprint(),
     )
     if config.sink_window is not None:
@@ -107,8 +110,9 @@ def engine_where_it_is(
     )
     warm_up()
     graphs = None
-    if cache.device.type == "cuda" and cache.backend is not TORCH_BACKEND:
-        graphs = None if config.enforce_eager else DecodeGraphs(model, cache, manager)
+    has_kernels = cache.device.type == "cuda" and cache.backend is not TORCH_BACKEND
+    if has_kernels and model.route == "fused" and not config.enforce_eager:
+        graphs = DecodeGraphs(model, cache, manager)
     runner = ModelRunner(model, cache, graphs)
     ends = end_token_ids(model.model)
     options = usual_options(model, config)
@@ -116,7 +120,7 @@ def engine_where_it_is(
     return Engine(runner, scheduler, ends, config.sink_window, options, tokenizer, speculation)
 
 
-def usual_options(model: PagedModel, config: EngineConfig) -> dict[str, Any]:
+def usual_options(model: AttachedModel, config: EngineConfig) -> dict[str, Any]:
     """What the model's generation config says of sampling; `ConfigError` where it is unfit."""
     if config.generation_config is None:
         return {}
@@ -128,7 +132,7 @@ def usual_options(model: PagedModel, config: EngineConfig) -> dict[str, Any]:
     return options
 
 
-def fitted_format(model: PagedModel, config: EngineConfig) -> KVFormat:
+def fitted_format(model: AttachedModel, config: EngineConfig) -> KVFormat:
     """The format that is asked for; its head keeps all sinks where every request is windowed."""
     kv_format, window = resolve_format(config.kv_format), config.sink_window
     if window is None:
@@ -141,7 +145,7 @@ def fitted_format(model: PagedModel, config: EngineConfig) -> KVFormat:
 
 
 def find_calibration(
-    model: PagedModel,
+    model: AttachedModel,
     config: EngineConfig,
     kv_format: KVFormat,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -154,6 +158,8 @@ def find_calibration(
         wanted.require_model(model)
         return wanted.layers
     if wanted is None or tokenizer is None or not kv_format.wants_calibration:
+        return None
+    if model.route == "gather":  # it tells of no queries
         return None
     return usual_calibration(model, tokenizer).layers
 
@@ -178,7 +184,7 @@ def pool_size(
     return min(wanted, num_blocks_for(usual_kv_memory(device), layers, dtype))
 
 
-def swap_cost(model: PagedModel, cache: PagedKVCache) -> float:
+def swap_cost(model: AttachedModel, cache: PagedKVCache) -> float:
     """Tokens that can be computed in the time in which one block is copied to or from the host.
 
     From two assumptions that hold within a factor of a few: see `HOST_BYTES_PER_SECOND` and

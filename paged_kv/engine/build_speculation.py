@@ -10,6 +10,7 @@ from ..cache.formats import NATIVE
 from ..cache.kv_cache import PagedKVCache
 from ..cache.layer_spec import cache_geometry, num_blocks_for, usual_kv_dtype
 from ..errors import ConfigError
+from ..models.attached_model import AttachedModel
 from ..models.huggingface import PagedModel
 from ..models.length_limit import model_length
 from ..models.loading import NEWEST, move_model
@@ -22,7 +23,7 @@ from .speculation import Speculation
 
 def find_speculation(
     config: EngineConfig,
-    model: PagedModel,
+    model: AttachedModel,
     manager: BlockManager,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Speculation | None:
@@ -33,6 +34,9 @@ def find_speculation(
     wanted = config.speculation
     if wanted is None:
         return None
+    if model.keeps_states:
+        name = type(model.model).__name__
+        raise ConfigError(f"speculation: {name} has recurrent layers, which take no token back")
     limits = wanted.num_tokens, wanted.max_step_tokens
     if not isinstance(wanted, DraftModel):
         return Speculation(wanted, *limits)
@@ -48,7 +52,7 @@ def find_speculation(
 
 
 def load_draft_model(
-    wanted: DraftModel, model: PagedModel, tokenizer: PreTrainedTokenizerBase | None
+    wanted: DraftModel, model: AttachedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> PagedModel:
     """The smaller model on the device of the other one."""
     found, own = NEWEST.load(wanted.model, None, None)

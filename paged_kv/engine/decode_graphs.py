@@ -21,7 +21,7 @@ from ..blocks.step_plan import StepPlan
 from ..cache.decode_tables import BatchKind, DecodeBatch, Drawn
 from ..cache.kv_cache import PagedKVCache, Step
 from ..cache.step_staging import StagedArray
-from ..models.huggingface import PagedModel
+from ..models.attached_model import AttachedModel
 
 LEAST_STRIDE: Final = 8  # sequences between two sizes, from there on
 
@@ -61,7 +61,7 @@ class DecodeGraphs:
     `num_bytes` of the device's memory were taken by capturing.
     """
 
-    def __init__(self, model: PagedModel, cache: PagedKVCache, manager: BlockManager) -> None:
+    def __init__(self, model: AttachedModel, cache: PagedKVCache, manager: BlockManager) -> None:
         self.model = model
         self.cache = cache
         self.tables = cache.decode_tables(manager)

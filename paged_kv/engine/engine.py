@@ -180,12 +180,13 @@ class Engine:
                     rules=self.intake.rules(request, params),
                 )
                 samples.append(live)
-            leader, *siblings = samples
-            leader.siblings = siblings
+            leaders = samples if self.model.keeps_states else samples[:1]  # states do not fork
+            leaders[0].siblings = siblings = samples[len(leaders) :]
             for sibling in siblings:
-                sibling.leader = leader
+                sibling.leader = leaders[0]
             with self._change:
-                self.scheduler.add(leader.request)
+                for leader in leaders:
+                    self.scheduler.add(leader.request)
                 self._live |= {live.request_id: live for live in samples}
         return samples
 

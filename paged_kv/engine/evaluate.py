@@ -23,7 +23,7 @@ from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
 from ..cache.layer_spec import cache_geometry, usual_kv_dtype
 from ..errors import ConfigError
-from ..models.huggingface import PagedModel
+from ..models.attached_model import AttachedModel
 from .model_runner import ModelRunner
 from .recall import RecallContext
 
@@ -94,7 +94,7 @@ class TeacherForcing:
 
     def __init__(
         self,
-        model: PagedModel,
+        model: AttachedModel,
         kv_format: KVFormat,
         windows: IntArray,
         calibration: Sequence[KeyCalibration] | None = None,
@@ -127,7 +127,7 @@ class TeacherForcing:
 
 
 def compare_formats(
-    model: PagedModel,
+    model: AttachedModel,
     kv_formats: Sequence[KVFormat],
     windows: IntArray,
     *,
@@ -159,7 +159,7 @@ def compare_formats(
 
 
 def count_recalled(
-    model: PagedModel,
+    model: AttachedModel,
     kv_format: KVFormat,
     contexts: Sequence[RecallContext],
     *,

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..blocks.sink_window import SinkWindow
 from ..blocks.token_chain import ExtraKey
-from ..errors import InvalidRequestError, PromptTooLongError
+from ..errors import InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from ..models.adapters import AdapterNames
-from ..models.huggingface import PagedModel
+from ..models.attached_model import AttachedModel
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from .beam_search import BeamSearch, BeamSearchParams, find_branching, max_blocks_of_beams
@@ -40,7 +40,7 @@ class Intake:
 
     def __init__(
         self,
-        model: PagedModel,
+        model: AttachedModel,
         scheduler: Scheduler,
         ends: frozenset[int],
         sink_window: SinkWindow | None,
@@ -106,6 +106,10 @@ class Intake:
         Raises `InvalidRequestError` for a prompt that cannot be served, `OutOfBlocksError` where
         its beams might not fit.
         """
+        if self._model.keeps_states:
+            raise UnsupportedModelError(
+                "beams fork, and the states of recurrent layers, which this model has, do not"
+            )
         unfit = sorted(set(self._defaults).difference(LIMITS_OF_SAMPLES))
         if unfit:
             raise InvalidRequestError(

@@ -17,7 +17,7 @@ from ..cache.decode_tables import Drawn
 from ..cache.kv_cache import NO_ARRAYS, PagedKVCache
 from ..cache.step_staging import StagedArray
 from ..models.adapters import AdapterNames
-from ..models.huggingface import PagedModel
+from ..models.attached_model import AttachedModel
 from ..scheduler.step import BlockCopy
 from .decode_graphs import DecodeGraphs
 
@@ -26,7 +26,7 @@ class ModelRunner:
     """A model on the blocks of a cache; with `graphs`, its decode steps are captured."""
 
     def __init__(
-        self, model: PagedModel, cache: PagedKVCache, graphs: DecodeGraphs | None = None
+        self, model: AttachedModel, cache: PagedKVCache, graphs: DecodeGraphs | None = None
     ) -> None:
         self.model = model
         self.cache = cache

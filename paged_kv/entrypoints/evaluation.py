@@ -23,8 +23,8 @@ from ..cache.layer_spec import sequence_bytes, usual_kv_dtype
 from ..engine.evaluate import Quality, compare_formats, count_recalled, token_windows
 from ..engine.recall import RecallContext, recall_contexts
 from ..errors import ConfigError
+from ..models.attached_model import AttachedModel
 from ..models.calibration import Calibration
-from ..models.huggingface import PagedModel
 from ..models.length_limit import find_length_limit
 from .kept_results import KeptResults
 from .progress import WorkBar
@@ -37,7 +37,7 @@ class Evaluation:
 
     def __init__(
         self,
-        model: PagedModel,
+        model: AttachedModel,
         tokenizer: PreTrainedTokenizerBase,
         kv_formats: Sequence[KVFormat],
         kept: KeptResults,

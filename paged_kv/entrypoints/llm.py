@@ -31,9 +31,10 @@ from ..engine.prompt_lookup import PromptLookup
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import Prompt, encode_prompt
 from ..errors import ConfigError, GenerationError, PagedKVError
+from ..models.attached_model import Route
 from ..models.calibration import Calibration
-from ..models.huggingface import PagedModel
 from ..models.loading import Source, parse_device, parse_dtype
+from ..models.routes import choose_route
 from ..models.widening import computes_wide
 from ..scheduler.statistics import SchedulerStatistics
 from ..validation import is_list_of
@@ -148,7 +149,7 @@ class LLM:
         source = Source(gguf_file, revision, trust_remote_code)
         loaded, self.tokenizer = source.load(model, tokenizer, dtype)
         self._processor = OutputProcessor(self.tokenizer)
-        self._model = PagedModel(loaded, widens=dtype is None and computes_wide(loaded, device))
+        self._model = choose_route(loaded, widens=dtype is None and computes_wide(loaded, device))
         try:
             self.engine = build_engine(self._model, config, device, self.tokenizer)
         except BaseException:
@@ -181,11 +182,20 @@ class LLM:
         """Names of the model's adapters, for `SamplingParams(adapter=...)`, also of later ones."""
         return self._model.adapters.names
 
+    @property
+    def route(self) -> Route:
+        """How the model reads blocks: "fused", by our kernels, or by "gather", where it cannot."""
+        return self._model.route
+
     def memory_stats(self) -> MemoryStats:
-        """What the pool holds now, and what captured decode steps take beside it."""
+        """What the pool holds now, and what there is beside it."""
         stats = self.engine.cache.memory_stats(self.engine.manager)
         graphs = self.engine.runner.graphs
-        return stats if graphs is None else replace(stats, decode_graphs=graphs.num_bytes)
+        return replace(
+            stats,
+            decode_graphs=0 if graphs is None else graphs.num_bytes,
+            recurrent_states=self._model.state_bytes(self.engine.cache),
+        )
 
     def statistics(self) -> SchedulerStatistics:
         """Requests, blocks, preemptions and the prefix cache's hits: now, and so far."""

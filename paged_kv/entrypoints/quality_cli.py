@@ -18,8 +18,8 @@ from .result_file import explained
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..models.attached_model import AttachedModel
     from ..models.calibration import Calibration
-    from ..models.huggingface import PagedModel
 
 EVALUATE: Final = """What KV formats change in what a model says, on a text that it continues token
 by token: Kullback-Leibler divergence from the native format, its standard error and 99th
@@ -64,17 +64,17 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
 
 
-def load(arguments: argparse.Namespace) -> tuple[PagedModel, PreTrainedTokenizerBase]:
+def load(arguments: argparse.Namespace) -> tuple[AttachedModel, PreTrainedTokenizerBase]:
     import torch
 
-    from ..models.huggingface import PagedModel
     from ..models.loading import load_model, load_tokenizer, quiet_loading
+    from ..models.routes import choose_route
 
     quiet_loading()
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     tokenizer = load_tokenizer(arguments.model)
     tokenizer.model_max_length = MAX_COUNT  # or it warns of texts that are cut to windows
-    return PagedModel(load_model(arguments.model, dtype)), tokenizer
+    return choose_route(load_model(arguments.model, dtype)), tokenizer
 
 
 def read_text(path: Path | None) -> str | None:
@@ -85,13 +85,15 @@ def read_text(path: Path | None) -> str | None:
 
 
 def find_calibration(
-    name: str, model: PagedModel, tokenizer: PreTrainedTokenizerBase
+    name: str, model: AttachedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Calibration | None:
     from ..models.calibration import Calibration, usual_calibration
 
     if name == "none":
         return None
     if name == "usual":
+        if model.route == "gather":  # it tells of no queries
+            return None
         return usual_calibration(model, tokenizer)
     calibration = Calibration.load(name)
     calibration.require_model(model)

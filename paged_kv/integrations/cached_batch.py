@@ -119,6 +119,10 @@ class CachedBatch:
         num_ahead = step.num_positions if step is not None and self._is_whole(step) else 0
         return int(self._is_stored.shape[1]) + num_ahead
 
+    @property
+    def max_length(self) -> int:
+        return self.settings.max_cache_len
+
     # -- steps ----------------------------------------------------------------------------------
 
     def expect(self, attention_mask: Tensor | None) -> None:
@@ -315,14 +319,7 @@ class CachedBatch:
         length = self._is_stored.shape[1]
         if not length or step.context is None:
             return key, value
-        joined = [
-            new.new_zeros(*new.shape[:2], length + new.shape[2], new.shape[3])
-            for new in (key, value)
-        ]
-        step.context.read(self._pool.cache, layer, joined[0], joined[1], step.columns)
-        for whole, new in zip(joined, (key, value), strict=True):
-            whole[:, :, length:] = new
-        return joined[0], joined[1]
+        return step.context.joined(self._pool.cache, layer, key, value, step.columns, length)
 
     def _is_whole(self, step: BatchStep) -> bool:
         return len(step.step.stored_layers) == len(self.settings.layers)

@@ -14,13 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache
 
 from ..blocks.sink_window import SinkWindow
 from ..cache.formats import KVFormat, resolve_format
@@ -34,15 +28,12 @@ from ..cache.layer_spec import (
 from ..cache.memory_stats import MemoryStats
 from ..errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from ..models.active_step import Probe, running
+from ..models.attached_model import fingerprint_of
 from ..models.attachment import attachments
 from ..models.calibration import Calibration
-from ..models.huggingface import (
-    IMPLEMENTATION,
-    check_probe,
-    fingerprint_of,
-    refuse_unsupported,
-    rotations_of,
-)
+from ..models.huggingface import IMPLEMENTATION, check_probe, refuse_unsupported, rotations_of
+from ..models.paged_layer import PagedLayer
+from ..models.token_states import states_of_a_token
 from ..units import parse_memory
 from ..validation import is_integer, require, require_count, require_instance
 from .cached_batch import CachedBatch
@@ -97,7 +88,7 @@ class PagedCache(Cache):
             require("kv_memory", kv_memory, num_blocks is None, "left out beside num_blocks")
             kv_memory = parse_memory(kv_memory, "kv_memory")
         known = find_calibration(model, calibration)
-        states = states_of_a_token(model, attends=attends)
+        states = find_states(model, attends=attends)
         layers = specs_of(states, kv_format, known)
         dtype = kv_dtype or usual_kv_dtype(kv_format, states[0][0].dtype)
         geometry, rotations = cache_geometry(layers, dtype), None
@@ -188,55 +179,6 @@ class PagedCache(Cache):
         self._batch.keeps_drafts = True
 
 
-class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a `PagedCache`, as transformers asks for it."""
-
-    is_croppable = True
-    is_sliding = False  # it returns all positions; masks leave out what a window does not see
-
-    def __init__(self, batch: CachedBatch, layer: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.batch, self.layer = batch, layer
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Blocks are taken when tokens are stored."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Store keys and values [N, H, L, D] of new tokens; returns those of all tokens so far."""
-        return self.batch.update(self.layer, key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        return self.batch.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return self.batch.settings.max_cache_len
-
-    def offload(self) -> None:
-        """Blocks stay where they are."""
-
-    def prefetch(self) -> None:
-        """Blocks stay where they are."""
-
-    def reset(self) -> None:
-        raise_for_one_layer("reset")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise_for_one_layer("reorder_cache")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise_for_one_layer("crop")
-
-
-def raise_for_one_layer(name: str) -> None:
-    raise InvalidRequestError(f"layers share their sequences: call {name} of the PagedCache")
-
-
 def row_numbers(name: str, rows: Tensor) -> list[int]:
     """Rows as integers; a mask names those where it is true."""
     if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.is_floating_point():
@@ -291,45 +233,26 @@ def find_calibration(
     return calibration
 
 
-def states_of_a_token(model: PreTrainedModel, *, attends: bool) -> list[tuple[Tensor, Tensor]]:
-    """What each layer stores for one token: keys [1, H, 1, D] and values, found by computing one.
+def find_states(model: PreTrainedModel, *, attends: bool) -> list[tuple[Tensor, Tensor]]:
+    """What each layer stores for one token: keys [1, H, 1, D] and values.
 
     Raises `UnsupportedModelError` where that is not all that a model remembers, or, where attention
     `attends` to blocks, this would not be what the model means.
     """
-    name, probe = type(model).__name__, Probe()
-    if attends:
-        refuse_fused(model)
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model")
-    states = DynamicCache(config=model.config)
-    try:
-        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        with torch.no_grad(), running(probe):
-            model(input_ids=token, past_key_values=states, use_cache=True)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(f"{name} cannot compute a token by itself") from error
-    found: list[tuple[Tensor, Tensor]] = []
-    for layer in states.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        is_plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        if not is_plain or keys is None or values is None or not keys.numel():
-            raise UnsupportedModelError(
-                f"{name} stores a {type(layer).__name__} in layer {len(found)}, which is not keys "
-                "and values of every token"
-            )
-        found.append((keys, values))
-    if attends:
-        check_probe(model, probe)
-        shapes = [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in found]
-        if list(probe.shapes.values()) != shapes:
-            raise UnsupportedModelError(
-                f"{name} attends to other keys than it stores; give it another attention "
-                "implementation"
-            )
-    if not found:
-        raise UnsupportedModelError(f"{name} stores nothing in a cache")
-    return found
+    if not attends:
+        return states_of_a_token(model)
+    refuse_fused(model)
+    probe = Probe()
+    with running(probe):
+        states = states_of_a_token(model)
+    check_probe(model, probe)
+    shapes = [(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in states]
+    if list(probe.shapes.values()) != shapes:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} attends to other keys than it stores; give it another "
+            "attention implementation"
+        )
+    return states
 
 
 def refuse_fused(model: PreTrainedModel) -> None:

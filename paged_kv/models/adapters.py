@@ -95,6 +95,11 @@ class TokenAdapters:
     of_tokens: list[str]  # [T]
     of_logits: list[str]  # [M]
 
+    @classmethod
+    def of_one(cls, name: str | None, num_tokens: int, num_logits: int) -> TokenAdapters | None:
+        """The same for all; None for what is active."""
+        return None if name is None else cls([name] * num_tokens, [name] * num_logits)
+
 
 _applied: ContextVar[TokenAdapters | None] = ContextVar("paged_kv_adapters", default=None)
 

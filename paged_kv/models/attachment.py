@@ -22,7 +22,7 @@ from .widening import WidenedModel
 
 @dataclass
 class Attachment:
-    """How many PagedModels use a model, and what to go back to after the last one."""
+    """How many `AttachedModel`s use a model, and what to go back to after the last one."""
 
     count: int
     implementation: str
@@ -39,20 +39,25 @@ attachments: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.We
 attaching = threading.RLock()
 
 
-def attach(model: PreTrainedModel, implementation: str) -> None:
-    """Switch a model's attention; counts, so that several owners may share a model."""
+def attach(model: PreTrainedModel, implementation: str | None) -> None:
+    """Switch a model's attention; counts, so that several owners may share a model.
+
+    None leaves its attention as it is.
+    """
+    own, name = model.config._attn_implementation, type(model).__name__
+    wanted = own if implementation is None else implementation
     if model not in attachments:
-        own = model.config._attn_implementation
         module = cast(nn.Module, model)
         training = [part for part in module.modules() if part.training]
         before = Attachment(0, own, training, model.dtype)
-        model.set_attn_implementation(implementation)
-        if model.config._attn_implementation != implementation:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} never calls transformers' attention interface"
-            )
+        if wanted != own and model._can_set_attn_implementation():  # or it warns, and sets parts
+            model.set_attn_implementation(wanted)
+        if model.config._attn_implementation != wanted:
+            raise UnsupportedModelError(f"{name} never calls transformers' attention interface")
         model.train(False)
         attachments[model] = before
+    elif own != wanted:
+        raise UnsupportedModelError(f"{name} is in use with attention of its own")
     attachments[model].count += 1
 
 
@@ -88,6 +93,7 @@ def detach(model: PreTrainedModel) -> None:
         for change in (attachment.fused, attachment.widened):
             if change is not None:
                 change.undo()
-        model.set_attn_implementation(attachment.implementation)
+        if model.config._attn_implementation != attachment.implementation:
+            model.set_attn_implementation(attachment.implementation)
         for part in attachment.training:
             part.training = True

@@ -27,7 +27,7 @@ from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
 from ..errors import ConfigError
 from ..private_folder import owned_folder
-from .huggingface import PagedModel
+from .attached_model import AttachedModel
 from .length_limit import find_length_limit
 
 TEXT: Final = Path(__file__).parent / "calibration.txt"
@@ -90,7 +90,7 @@ class Calibration:
         except (KeyError, ValueError) as error:
             raise ConfigError(f"the calibration {str(path)!r} is broken: {error}") from error
 
-    def require_model(self, model: PagedModel) -> None:
+    def require_model(self, model: AttachedModel) -> None:
         """Raise `ConfigError` unless this was learned of that model."""
         self.require_fingerprint(model.fingerprint())
 
@@ -137,7 +137,7 @@ class Moments:
         )
 
 
-def calibrate(model: PagedModel, token_ids: Sequence[int]) -> Calibration:
+def calibrate(model: AttachedModel, token_ids: Sequence[int]) -> Calibration:
     """Run a text through the model, without quantizing anything; at most 2048 tokens count."""
     if len(token_ids) < MIN_TOKENS:
         raise ConfigError(
@@ -169,7 +169,7 @@ def calibrate(model: PagedModel, token_ids: Sequence[int]) -> Calibration:
 
 
 def calibrate_on_text(
-    model: PagedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None
+    model: AttachedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None
 ) -> Calibration:
     """`calibrate` on a text, or on the one that comes with the library."""
     text = TEXT.read_text(encoding="utf-8") if text is None else text
@@ -182,7 +182,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return token_ids
 
 
-def usual_calibration(model: PagedModel, tokenizer: PreTrainedTokenizerBase) -> Calibration:
+def usual_calibration(model: AttachedModel, tokenizer: PreTrainedTokenizerBase) -> Calibration:
     """That on the library's own text: read where it was kept, or else made and kept."""
     fingerprint = model.fingerprint()
     token_ids = encode(tokenizer, TEXT.read_text(encoding="utf-8"))

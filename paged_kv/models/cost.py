@@ -21,8 +21,8 @@ from ..cache.layer_spec import (
     sequence_bytes,
 )
 from ..errors import ModelNotFoundError
-from .huggingface import PagedModel
 from .loading import find_model, first_lines
+from .routes import choose_route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def probe_layers(name: str | Path) -> tuple[list[LayerSpec], torch.dtype]:
             f"no causal language model at {str(name)!r}: {first_lines(error)}"
         ) from error
     dtype = config.get_text_config().dtype or torch.float32
-    paged = PagedModel(model.to(dtype))
+    paged = choose_route(model.to(dtype))
     return paged.layers(FORMATS["native"]), dtype
 
 

@@ -10,11 +10,7 @@ Many arguments because transformers calls `paged_attention_forward` with them.
 
 from __future__ import annotations
 
-import inspect
-import weakref
-from collections.abc import Sequence
 from functools import cached_property
-from hashlib import sha256
 from typing import Any, Final, cast
 
 import torch
@@ -22,11 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..cache.attention import paged_attention
-from ..cache.formats import KVFormat
-from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache, Step
-from ..cache.layer_spec import LayerSpec
-from ..errors import ConfigError, PagedKVError, UnsupportedModelError
+from ..errors import PagedKVError, UnsupportedModelError
 from .active_step import (
     ActiveStep,
     LayerCall,
@@ -36,11 +29,11 @@ from .active_step import (
     running,
     running_step,
 )
-from .adapters import AdapterNames, Adapters, TokenAdapters, applying, refuse_invoked, state_of
-from .attachment import attach, attaching, attachments, detach, fuse_once, widen_once
+from .adapters import TokenAdapters, applying
+from .attached_model import AttachedModel, LayerShape
+from .attachment import fuse_once
 from .length_limit import find_length_limit
 from .rotary import Rotation, StepTurns, find_rotation
-from .wrapped_weights import stored_tensors
 
 # Not containing "flash", "sdpa", "flex_attention" or "/": transformers treats those specially.
 IMPLEMENTATION: Final = "paged_kv"
@@ -200,7 +193,7 @@ def attention_chunk_of(module: nn.Module) -> int | None:
 AttentionInterface.register(IMPLEMENTATION, paged_attention_forward)
 
 
-class PagedModel:
+class PagedModel(AttachedModel):
     """A causal language model attached to paged attention.
 
     Attaching switches the model's attention implementation and takes it out of training mode. On a
@@ -209,74 +202,16 @@ class PagedModel:
     as it was, where paged attention would not compute what the model means.
     """
 
+    route = "fused"
+    implementation = IMPLEMENTATION
+
     def __init__(self, model: PreTrainedModel, *, widens: bool = False) -> None:
         refuse_unsupported(model)
-        with attaching:
-            self._attach(model, widens)
+        super().__init__(model, widens=widens)
 
-    def _attach(self, model: PreTrainedModel, widens: bool) -> None:
-        self.model = model
-        self.adapters = Adapters(model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        attach(model, IMPLEMENTATION)
-        # Detaches once: by close(), or when nothing refers to this object any more.
-        self._detach = weakref.finalize(self, detach, model)
-        self._detach.atexit = False
-        try:
-            if widens:
-                widen_once(model, self.fingerprint())
-            self.layer_shapes, self.vocab_size = self._probe()
-            self._cache_layer = {layer: place for place, layer in enumerate(self.layer_shapes)}
-            fuse_once(model, self._rehearse, attend_tokens)
-            self._dtype = attachments[model].dtype
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights, also where the model computes in float32."""
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def close(self) -> None:
-        """Give the model its own attention implementation back."""
-        self._detach()
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    def fingerprint(self) -> bytes:
-        """32 bytes that differ between models: by architecture, and by a sample of every weight."""
-        attachment = attachments.get(self.model)
-        if attachment is not None and attachment.fingerprint is not None:
-            return attachment.fingerprint
-        return fingerprint_of(self.model)
-
-    def layers(
-        self, kv_format: KVFormat, calibration: Sequence[KeyCalibration] | None = None
-    ) -> list[LayerSpec]:
-        """What the cache of this model must hold, in the order of its layers."""
-        known = [None] * len(self.layer_shapes) if calibration is None else calibration
-        if len(known) != len(self.layer_shapes):
-            raise ConfigError(
-                f"a calibration of {len(known)} layers is not one of this model's "
-                f"{len(self.layer_shapes)}"
-            )
-        return [
-            LayerSpec(
-                kv_format=kv_format,
-                num_kv_heads=heads,
-                key_dim=key,
-                value_dim=value,
-                calibration=each,
-            )
-            for (heads, key, value), each in zip(self.layer_shapes.values(), known, strict=True)
-        ]
+    def _make_ready(self) -> None:
+        self._cache_layer = {layer: place for place, layer in enumerate(self.layer_shapes)}
+        fuse_once(self.model, self._rehearse, attend_tokens)
 
     @torch.inference_mode()
     def forward(
@@ -289,11 +224,7 @@ class PagedModel:
         adapters: TokenAdapters | None = None,
         observe: Observer | None = None,
     ) -> Tensor:
-        """Run one step of tokens [T] at positions [T]; logits [M, V] of the tokens `logit_rows`.
-
-        Without `adapters` all tokens get those that are active in the model.
-        """
-        if not self._detach.alive:
+        if self.is_closed:
             raise PagedKVError("this LLM is closed")
         turns = None
         if step.is_windowed is not None:
@@ -303,10 +234,6 @@ class PagedModel:
         with running(active):
             return self._call(token_ids, positions, logit_rows, adapters)
 
-    def adapters_for(self, name: str | None) -> AdapterNames:
-        """What a request with this `adapter` is computed with; see `Adapters.find`."""
-        return self.adapters.find(name, self._try_adapters)
-
     @torch.inference_mode()
     def _try_adapters(self, adapters: TokenAdapters) -> None:
         """Run a few tokens with adapters, or raise whatever that raises."""
@@ -314,21 +241,8 @@ class PagedModel:
         with running(Probe()):
             self._call(positions, positions, positions[-1:], adapters)
 
-    def check_batch(self, num_tokens: int) -> None:
-        """Raise `ConfigError` for steps of so many tokens, where their places would count."""
-        limit, reason, what = find_length_limit(self.model)
-        if what == "place" and limit is not None and num_tokens > limit:
-            raise ConfigError(
-                f"token_budget must be at most {limit}, got {num_tokens}: beyond that {reason}"
-            )
-
     @cached_property
     def rotations(self) -> dict[int, Rotation]:
-        """How each layer embeds positions.
-
-        Raises `UnsupportedModelError` where that is not by turning channels, so that the
-        sinks of a window could not be brought near.
-        """
         return rotations_of(self.model)
 
     def _call(
@@ -339,12 +253,13 @@ class PagedModel:
         adapters: TokenAdapters | None = None,
     ) -> Tensor:
         ids, places = token_ids[None], positions[None]
-        arguments = {"logits_to_keep": logit_rows} if self._keeps_logits else {}
-        with applying(self.model, adapters, keeps_logits=self._keeps_logits):
+        keeps_logits = "logits_to_keep" in self._arguments
+        arguments = {"logits_to_keep": logit_rows} if keeps_logits else {}
+        with applying(self.model, adapters, keeps_logits=keeps_logits):
             logits: Tensor = self.model(
                 input_ids=ids, position_ids=places, use_cache=False, **arguments
             ).logits
-        return logits[0] if self._keeps_logits else logits[0, logit_rows]
+        return logits[0] if keeps_logits else logits[0, logit_rows]
 
     @torch.inference_mode()
     def _rehearse(self) -> None:
@@ -356,13 +271,12 @@ class PagedModel:
         self._call(tokens, positions, tokens[-1:])
 
     @torch.inference_mode()
-    def _probe(self) -> tuple[dict[int, tuple[int, int, int]], int]:
-        """Run a few tokens: which layers call attention with what shapes, and how many logits."""
+    def _probe(self) -> tuple[dict[int, LayerShape], int]:
         probe = Probe()
         tokens = torch.zeros(PROBE_LENGTH, dtype=torch.int64, device=self.device)
         positions = torch.arange(PROBE_LENGTH, device=self.device)
         name = type(self.model).__name__
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+        if "position_ids" not in self._arguments:
             raise UnsupportedModelError(f"{name} takes no position_ids")
         try:
             with running(probe):
@@ -409,20 +323,6 @@ def rotations_of(model: PreTrainedModel) -> dict[int, Rotation]:
     return rotations
 
 
-def fingerprint_of(model: PreTrainedModel) -> bytes:
-    """`PagedModel.fingerprint` of a model as it is."""
-    digest = sha256(type(model).__name__.encode())
-    for name, weight in model.state_dict().items():
-        for tensor in stored_tensors(weight):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            flat = tensor.flatten()
-            samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()
-            digest.update(samples.view(torch.uint8).numpy().tobytes())
-    for state in state_of(model):
-        digest.update(state)
-    return digest.digest()
-
-
 def check_probe(model: PreTrainedModel, probe: Probe) -> None:
     """Raise `UnsupportedModelError` where a forward pass did not tell of all its attention."""
     name, config = type(model).__name__, model.config.get_text_config()
@@ -439,10 +339,8 @@ def check_probe(model: PreTrainedModel, probe: Probe) -> None:
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` for what no probe can see."""
+    refuse_encoder_decoder(model)
     name, config = type(model).__name__, model.config.get_text_config()
-    refuse_invoked(model)
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model")
     recurrent = [
         kind
         for kind in getattr(config, "layer_types", None) or ()
@@ -453,6 +351,11 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             f"{name} has recurrent layers{f' ({recurrent[0]})' if recurrent else ''}; "
             "their state is not a KV cache"
         )
+
+
+def refuse_encoder_decoder(model: PreTrainedModel) -> None:
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder model")
 
 
 def has_unlisted_window(config: object) -> bool:

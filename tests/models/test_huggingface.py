@@ -240,23 +240,9 @@ def test_control_shared_block(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 RECURRENT = r"recurrent layers"
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "falcon": ("FalconForCausalLM", {}, r"FalconForCausalLM never calls .*attention interface"),
-    "bloom": ("BloomForCausalLM", {}, r"BloomForCausalLM never calls .*attention interface"),
     "mamba": ("MambaForCausalLM", {}, RECURRENT),
     "mamba2": ("Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 16, "n_groups": 1}, RECURRENT),
     "rwkv": ("RwkvForCausalLM", {"attention_hidden_size": 64}, RECURRENT),
-    "jamba": (
-        "JambaForCausalLM",
-        {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
-        RECURRENT,
-    ),
-    "qwen3-next": ("Qwen3NextForCausalLM", {"num_hidden_layers": 4, **zoo.EXPERTS}, RECURRENT),
-    "falcon-h1": (
-        "FalconH1ForCausalLM",
-        {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
-        RECURRENT,
-    ),
-    "lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention", "conv"]}, RECURRENT),
     "t5": (
         "T5ForConditionalGeneration",
         {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
@@ -264,14 +250,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "bert-encoder": ("BertLMHeadModel", {}, r"BertSelfAttention is not causal"),
     "doge-mask": ("DogeForCausalLM", {}, r"DogeAttention brings its own attention mask"),
-    "diffllama-twice": ("DiffLlamaForCausalLM", {}, r"calls attention more than once"),
 }
 
 
-def assert_refused(model: PreTrainedModel, match: str, **settings: Any) -> None:
+def assert_refused(
+    model: PreTrainedModel, match: str, attach: Callable[..., Any] = PagedModel
+) -> None:
     implementation = model.config._attn_implementation
     with pytest.raises(UnsupportedModelError, match=match):
-        LLM(model, num_blocks=POOL, **settings)
+        attach(model)
     assert model.config._attn_implementation == implementation != IMPLEMENTATION
 
 
@@ -279,7 +266,7 @@ def assert_refused(model: PreTrainedModel, match: str, **settings: Any) -> None:
 def test_refused(name: str) -> None:
     class_name, settings, match = REFUSED[name]
     model = zoo.build(class_name, **settings)
-    assert_refused(model, match)
+    assert_refused(model, match, LLM)
     if not model.config.is_encoder_decoder:  # the model still works by itself
         assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
@@ -291,7 +278,7 @@ def test_refused_before_a_missing_length_limit_is_reported(
     """Nobody should be asked for `max_model_len` of a model that is then refused."""
     monkeypatch.delitem(zoo.SIZES, "max_position_embeddings")
     class_name, settings, match = REFUSED[name]
-    assert_refused(zoo.build(class_name, **settings), match)
+    assert_refused(zoo.build(class_name, **settings), match, LLM)
 
 
 def test_a_model_is_served_as_far_as_its_angles_do_not_depend_on_the_batch() -> None:
