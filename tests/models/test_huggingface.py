@@ -178,7 +178,7 @@ def test_control_altered_attention(
 
 
 @pytest.mark.parametrize("offset", [1, -1])
-@pytest.mark.parametrize("name", zoo.each(["llama", "gpt2", "deepseek-v3", "bert-decoder"]))
+@pytest.mark.parametrize("name", zoo.each(["llama", "gemma3", "deepseek-v3", "bert-decoder"]))
 def test_control_causal_offset(name: str, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of a prompt that see their successor, or not themselves, lead to others."""
     attention = paged_kv.models.huggingface.paged_attention

@@ -8,6 +8,7 @@ changes what is generated. No token ends a sequence.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -49,7 +50,9 @@ def build(class_name: str, **settings: Any) -> PreTrainedModel:
 
     Vectors that start as zeros, biases above all, are drawn too: else nobody would miss them.
     """
-    model_class = getattr(transformers, class_name)
+    with warnings.catch_warnings():  # some modules warn of themselves when they are loaded
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**{**SIZES, **settings})).eval()
     assert isinstance(model, PreTrainedModel)

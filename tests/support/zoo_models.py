@@ -195,7 +195,7 @@ MODELS: dict[str, Configuration] = {
     "phi": Configuration("PhiForCausalLM", {}, "partial rotary, parallel blocks"),
     "phi-qk-norm": Configuration(
         "PhiForCausalLM",
-        {"qk_layernorm": True},
+        {"qk_layernorm": True, "initializer_range": 0.3},
         "partial rotary, parallel blocks, norms of q and k",
     ),
     "phi3": Configuration("Phi3ForCausalLM", {}, "q, k and v in one matrix"),
@@ -358,10 +358,14 @@ MODELS: dict[str, Configuration] = {
         {"use_parallel_residual": False},
         "one block after the other",
     ),
-    "gpt-bigcode": Configuration("GPTBigCodeForCausalLM", {}, "one kv head, learned positions"),
+    "gpt-bigcode": Configuration(
+        "GPTBigCodeForCausalLM",
+        {"activation_function": "tanh"},
+        "one kv head, learned positions",
+    ),
     "gpt-bigcode-mha": Configuration(
         "GPTBigCodeForCausalLM",
-        {"multi_query": False},
+        {"multi_query": False, "activation_function": "tanh"},
         "a kv head for each head",
     ),
     "gpt-oss": Configuration(
@@ -374,11 +378,15 @@ MODELS: dict[str, Configuration] = {
         {"hidden_act": "tanh"},
         "norms without weights behind RoPE",
     ),
-    "ctrl": Configuration("CTRLLMHeadModel", {"dff": 96}, "fixed positions"),
-    "biogpt": Configuration("BioGptForCausalLM", {}, "learned positions"),
+    "ctrl": Configuration(
+        "CTRLLMHeadModel",
+        {"dff": 96, "initializer_range": 0.4},
+        "fixed positions",
+    ),
+    "biogpt": Configuration("BioGptForCausalLM", {"hidden_act": "tanh"}, "learned positions"),
     "opt": Configuration(
         "OPTForCausalLM",
-        {"ffn_dim": 96, "word_embed_proj_dim": 64},
+        {"ffn_dim": 96, "word_embed_proj_dim": 64, "activation_function": "tanh"},
         "learned positions with an offset",
     ),
     "starcoder2": Configuration("Starcoder2ForCausalLM", {"hidden_act": "tanh"}, "biases"),
@@ -441,7 +449,7 @@ MODELS: dict[str, Configuration] = {
         "alternating windows, full layers without RoPE",
     ),
     "exaone-moe": Configuration("ExaoneMoeForCausalLM", {**ALTERNATING, **EXPERTS}, "experts"),
-    "fuyu": Configuration("FuyuForCausalLM", {}, "text alone"),
+    "fuyu": Configuration("FuyuForCausalLM", {"initializer_range": 0.4}, "text alone"),
     "helium": Configuration("HeliumForCausalLM", HEAD_DIM, "interleaved RoPE"),
     "hunyuan": Configuration("HunYuanDenseV1ForCausalLM", HEAD_DIM, "norms of q and k behind RoPE"),
     "hunyuan-moe": Configuration(
@@ -516,7 +524,11 @@ MODELS: dict[str, Configuration] = {
         "windows",
     ),
     "nemotron": Configuration("NemotronForCausalLM", {}, "partial rotary"),
-    "persimmon": Configuration("PersimmonForCausalLM", {}, "partial rotary, norms of q and k"),
+    "persimmon": Configuration(
+        "PersimmonForCausalLM",
+        {"hidden_act": "tanh", "initializer_range": 0.3},
+        "partial rotary, norms of q and k",
+    ),
     "seed-oss": Configuration("SeedOssForCausalLM", HEAD_DIM, "biases"),
     "smollm3": Configuration(
         "SmolLM3ForCausalLM",

@@ -203,7 +203,7 @@ OTHERS: dict[str, Configuration] = {
     ),
     "zaya": Configuration(
         "ZayaForCausalLM",
-        {**EXPERTS, **HEAD_DIM, "router_hidden_size": 16},
+        {**EXPERTS, **HEAD_DIM, "num_experts_per_tok": 1, "router_hidden_size": 16},
         "convolutions of q, k and v",
         OWN_STATE,
     ),
