@@ -555,7 +555,8 @@ MODELS: dict[str, Configuration] = {
     "roc-bert": Configuration(
         "RoCBertForCausalLM",
         {
-            **BERT, "shape_vocab_size": VOCAB_SIZE, "shape_embed_dim": 16,
+            **BERT, "initializer_range": 0.35,
+            "shape_vocab_size": VOCAB_SIZE, "shape_embed_dim": 16,
             "pronunciation_vocab_size": VOCAB_SIZE, "pronunciation_embed_dim": 16,
         },
         "as a decoder",
