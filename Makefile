@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-emulated test-ptx test-vllm soak soak-short mutants structure lint clean
+.PHONY: demo test test-emulated test-ptx test-vllm soak soak-short mutants structure models lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -66,6 +66,10 @@ mutants: $(VENV)/.installed
 # Every file in one line, from what it says of itself.
 structure:
 	$(PYTHON) bench/tools/house.py --tree > docs/structure.md
+
+# What becomes of every model of the zoo, from what its tests run.
+models: $(VENV)/.installed
+	$(BIN)/python -m tests.support.zoo_table > docs/models.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -53,6 +53,10 @@ INERT_ARGUMENTS: Final = frozenset(
     }
 )
 RECURRENT_LAYER_TYPES: Final = ("linear", "mamba", "recurrent", "conv", "rwkv")
+# Of these alone a model is no recurrent one, whatever else its architecture can be made of.
+ATTENTION_LAYER_TYPES: Final = frozenset(
+    {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+)
 PROBE_LENGTH: Final = 3
 REHEARSED_LENGTH: Final = 100
 ROTATION_PROBE: Final = (0, 1, 2, 5, 17, 100)  # positions of one token
@@ -341,16 +345,17 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` for what no probe can see."""
     refuse_encoder_decoder(model)
     name, config = type(model).__name__, model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None) or ()
     recurrent = [
-        kind
-        for kind in getattr(config, "layer_types", None) or ()
-        if any(word in kind for word in RECURRENT_LAYER_TYPES)
+        kind for kind in layer_types if any(word in kind for word in RECURRENT_LAYER_TYPES)
     ]
-    if getattr(model, "_is_stateful", False) or recurrent:
+    has_attention_alone = layer_types and ATTENTION_LAYER_TYPES.issuperset(layer_types)
+    if recurrent:
         raise UnsupportedModelError(
-            f"{name} has recurrent layers{f' ({recurrent[0]})' if recurrent else ''}; "
-            "their state is not a KV cache"
+            f"{name} has recurrent layers ({recurrent[0]}); their state is not a KV cache"
         )
+    if getattr(model, "_is_stateful", False) and not has_attention_alone:
+        raise UnsupportedModelError(f"{name} keeps a state of its own, which is not a KV cache")
 
 
 def refuse_encoder_decoder(model: PreTrainedModel) -> None:
@@ -359,9 +364,15 @@ def refuse_encoder_decoder(model: PreTrainedModel) -> None:
 
 
 def has_unlisted_window(config: object) -> bool:
-    """True where a window is configured but no list of layer types says for which layers."""
+    """True where a window is configured but no list of layer types says for which layers.
+
+    One that hides nothing, because no sequence is longer, is none.
+    """
+    window = getattr(config, "sliding_window", None)
+    longest = getattr(config, "max_position_embeddings", None)
     return (
-        getattr(config, "sliding_window", None) is not None
+        window is not None
+        and (longest is None or window < longest)
         and getattr(config, "use_sliding_window", True) is not False
         and not getattr(config, "layer_types", None)
     )

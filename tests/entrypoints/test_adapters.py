@@ -23,7 +23,7 @@ from paged_kv.errors import (
     UnsupportedModelError,
 )
 from paged_kv.models import loading
-from paged_kv.models.huggingface import fingerprint_of
+from paged_kv.models.attached_model import fingerprint_of
 from tests.support import zoo
 from tests.support.adapters import (
     NAMES,

@@ -5,6 +5,7 @@ time and demand other tokens: they show that the equalities here would notice.""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -28,31 +29,15 @@ from paged_kv.errors import ConfigError, PagedKVError, UnsupportedModelError
 from paged_kv.models.huggingface import IMPLEMENTATION, PagedModel
 from paged_kv.scheduler.request import Request
 from tests.support import paged_models, zoo
-from tests.support.paged_models import POOL, open_llm
+from tests.support.paged_models import POOL, greedy, open_llm
 
 preempted = paged_models.preempted
 
 SMALL_POOL = 20  # the prompts alone need 37 blocks of 16 tokens, the longest sequence 11
 
-SETTINGS: dict[str, dict[str, int]] = {
-    "one-go": {"token_budget": 1024, "num_blocks": POOL},
-    "chunked": {"token_budget": 40, "num_blocks": POOL},
-    "preempted": {"token_budget": 1024, "num_blocks": SMALL_POOL},
-}
-
 FORMATS = ("native", "int8", "int4", "int2")
 
 QUANTIZED_FORMATS = FORMATS[1:]
-
-
-def greedy(
-    llm: LLM, prompts: Sequence[list[int]], num_new_tokens: int = zoo.NUM_NEW_TOKENS
-) -> list[list[int]]:
-    """Greedy tokens for each prompt, all at once; afterwards every block is free again."""
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=num_new_tokens), show_progress=False)
-    llm.engine.scheduler.check_integrity()
-    assert llm.engine.manager.num_free_blocks == llm.engine.manager.num_blocks
-    return [output.token_ids for output in outputs]
 
 
 def paged_tokens(name: str, **settings: Any) -> list[list[int]]:
@@ -62,31 +47,6 @@ def paged_tokens(name: str, **settings: Any) -> list[list[int]]:
 
 
 # -- the same tokens ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
-def test_tokens_equal_those_of_the_model_alone(
-    name: str, setting: str, preempted: list[Request]
-) -> None:
-    with open_llm(zoo.model(name), **SETTINGS[setting]) as llm:
-        tokens = greedy(llm, zoo.prompts())
-        num_steps = llm.engine.num_steps
-    assert tokens == zoo.expected_tokens(name)
-    assert bool(preempted) == (setting == "preempted")
-    if setting == "one-go":
-        assert num_steps == zoo.NUM_NEW_TOKENS  # one step for all prompts
-    if setting == "chunked":
-        assert num_steps > sum(zoo.PROMPT_LENGTHS) // SETTINGS["chunked"]["token_budget"]
-
-
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
-def test_expected_tokens_are_diverse(name: str) -> None:
-    sequences = zoo.expected_tokens(name)
-    assert all(len(tokens) == zoo.NUM_NEW_TOKENS for tokens in sequences)
-    assert min(len(set(tokens)) for tokens in sequences) >= 3
-    assert len({token for tokens in sequences for token in tokens}) >= 40
-    assert len({tuple(tokens) for tokens in sequences}) == len(sequences)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gpt2", "gpt-oss"])
@@ -182,37 +142,71 @@ def test_control_unaltered_attention(name: str, monkeypatch: pytest.MonkeyPatch)
     assert paged_tokens(name) == zoo.expected_tokens(name)
 
 
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
-def test_control_old_context_forgotten(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every architecture, tokens that do not see the past beyond 20 tokens are others."""
-    alter(monkeypatch, "sliding_window", lambda value: 20)
-    with open_llm(zoo.model(name)) as llm:
-        tokens = greedy(llm, zoo.prompts()[-2:])
-    assert all(a != b for a, b in zip(tokens, zoo.expected_tokens(name)[-2:], strict=True))
+def dropped(value: Any) -> None:
+    assert value is not None
+
+
+CONTROLS = {
+    **{
+        f"{name}-window-{number:+}": (name, "sliding_window", add(number))
+        for name in ("mistral-window", "gemma2", "gemma3", "gemma4", "gpt-oss",
+                     "deepseek-v4-windows")
+        for number in (1, -1)
+    },
+    "llama4-chunk+1": ("llama4", "attention_chunk", add(1)),
+    "llama4-chunk-1": ("llama4", "attention_chunk", add(-1)),
+    "gemma2-softcap": ("gemma2", "softcap", dropped),
+    "vaultgemma-softcap": ("vaultgemma", "softcap", dropped),
+    "gemma2-scale": ("gemma2", "scale", dropped),
+    "gpt2-layer-scale": ("gpt2-layer-scale", "scale", dropped),
+    "granite-scale": ("granite", "scale", dropped),
+    "gpt-oss-sinks": ("gpt-oss", "sink_logits", dropped),
+    "granite-swa-sinks": ("granite-swa", "sink_logits", dropped),
+    "deepseek-v4-sinks": ("deepseek-v4-windows", "sink_logits", dropped),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "argument", "change"),
-    [
-        pytest.param("mistral-window", "sliding_window", add(1), id="mistral-window-plus-1"),
-        pytest.param("mistral-window", "sliding_window", add(-1), id="mistral-window-minus-1"),
-        pytest.param("gemma2", "sliding_window", add(1), id="gemma2-window-plus-1"),
-        pytest.param("gemma2", "sliding_window", add(-1), id="gemma2-window-minus-1"),
-        pytest.param("gemma3", "sliding_window", add(1), id="gemma3-window-plus-1"),
-        pytest.param("gemma3", "sliding_window", add(-1), id="gemma3-window-minus-1"),
-        pytest.param("gemma2", "softcap", lambda _: None, id="gemma2-softcap-dropped"),
-        pytest.param("gemma2", "scale", lambda _: None, id="gemma2-scale-dropped"),
-        pytest.param("gpt2-layer-scale", "scale", lambda _: None, id="gpt2-scale-dropped"),
-        pytest.param("llama4", "attention_chunk", add(1), id="llama4-chunk-plus-1"),
-        pytest.param("gpt-oss", "sink_logits", lambda _: None, id="gpt-oss-sinks-dropped"),
-        pytest.param("gpt-oss", "sliding_window", add(1), id="gpt-oss-window-plus-1"),
-    ],
+    [pytest.param(*each, id=id, marks=zoo.group(each[0])) for id, each in CONTROLS.items()],
 )
 def test_control_altered_attention(
     name: str, argument: str, change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alter(monkeypatch, argument, change)
     assert paged_tokens(name) != zoo.expected_tokens(name)
+
+
+@pytest.mark.parametrize("offset", [1, -1])
+@pytest.mark.parametrize("name", zoo.each(["llama", "gemma3", "deepseek-v3", "bert-decoder"]))
+def test_control_causal_offset(name: str, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of a prompt that see their successor, or not themselves, lead to others."""
+    attention = paged_kv.models.huggingface.paged_attention
+
+    def shifted(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(key) > 1:
+            key, value = key.roll(offset, 0), value.roll(offset, 0)
+        return attention(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(paged_kv.models.huggingface, "paged_attention", shifted)
+    with open_llm(zoo.model(name)) as llm:
+        tokens = greedy(llm, zoo.prompts()[-2:-1], zoo.NUM_NEW_TOKENS)
+    assert tokens != zoo.expected_tokens(name)[-2:-1]
+
+
+@pytest.mark.parametrize("name", zoo.each(["llama", "gpt2", "deepseek-v3", "bert-decoder"]))
+def test_control_newest_stored_token_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from_plan = StepArrays.from_plan
+
+    def from_plan_less(geometry: BlockGeometry, plan: StepPlan, *args: Any) -> StepArrays:
+        arrays = from_plan(geometry, plan, *args)
+        arrays.context_lens[arrays.context_lens > 1] -= 1
+        return arrays
+
+    monkeypatch.setattr(StepArrays, "from_plan", from_plan_less)
+    with open_llm(zoo.model(name)) as llm:
+        tokens = greedy(llm, zoo.prompts()[-2:-1], zoo.NUM_NEW_TOKENS)
+    assert tokens != zoo.expected_tokens(name)[-2:-1]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
@@ -237,21 +231,6 @@ def test_control_shared_block(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 # -- refusals -------------------------------------------------------------------------------------
 
-RECURRENT = r"recurrent layers"
-
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "mamba": ("MambaForCausalLM", {}, RECURRENT),
-    "mamba2": ("Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 16, "n_groups": 1}, RECURRENT),
-    "rwkv": ("RwkvForCausalLM", {"attention_hidden_size": 64}, RECURRENT),
-    "t5": (
-        "T5ForConditionalGeneration",
-        {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
-        r"encoder-decoder",
-    ),
-    "bert-encoder": ("BertLMHeadModel", {}, r"BertSelfAttention is not causal"),
-    "doge-mask": ("DogeForCausalLM", {}, r"DogeAttention brings its own attention mask"),
-}
-
 
 def assert_refused(
     model: PreTrainedModel, match: str, attach: Callable[..., Any] = PagedModel
@@ -262,23 +241,15 @@ def assert_refused(
     assert model.config._attn_implementation == implementation != IMPLEMENTATION
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str) -> None:
-    class_name, settings, match = REFUSED[name]
-    model = zoo.build(class_name, **settings)
-    assert_refused(model, match, LLM)
-    if not model.config.is_encoder_decoder:  # the model still works by itself
-        assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
-
-
 @pytest.mark.parametrize("name", ["mamba", "t5"])
 def test_refused_before_a_missing_length_limit_is_reported(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody should be asked for `max_model_len` of a model that is then refused."""
     monkeypatch.delitem(zoo.SIZES, "max_position_embeddings")
-    class_name, settings, match = REFUSED[name]
-    assert_refused(zoo.build(class_name, **settings), match, LLM)
+    configuration = zoo.CONFIGURATIONS[name]
+    model = zoo.build(configuration.class_name, **configuration.settings)
+    assert_refused(model, re.escape(configuration.outcome.refusal), LLM)
 
 
 def test_a_model_is_served_as_far_as_its_angles_do_not_depend_on_the_batch() -> None:
@@ -357,65 +328,6 @@ def test_refused_when_a_window_is_not_passed_on() -> None:
     model = zoo.build("LlamaForCausalLM")
     model.config.layer_types = ["sliding_attention"] * 3
     assert_refused(model, r"has a sliding window but does not pass it on")
-
-
-SERVED_OR_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    # Keys of later layers are those of earlier ones.
-    "gemma3n-shared-kv": (
-        "Gemma3nForCausalLM",
-        {
-            "num_hidden_layers": 6,
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
-            "num_kv_shared_layers": 2,
-            "sliding_window": zoo.WINDOW,
-            "head_dim": 16,
-            "intermediate_size": [96] * 6,
-            "activation_sparsity_pattern": [0.0] * 6,
-            "vocab_size_per_layer_input": zoo.VOCAB_SIZE,
-            "hidden_size_per_layer_input": 16,
-            "laurel_rank": 8,
-        },
-    ),
-    "bert-decoder": ("BertLMHeadModel", {"is_decoder": True}),
-    # Takes no `position_ids`: counts positions from the start of the batch.
-    "bart-decoder": (
-        "BartForCausalLM",
-        {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96,
-         "num_hidden_layers": 2},
-    ),
-    # Put the sliding window in the mask only, and have no `layer_types`.
-    "moshi-window": (
-        "MoshiForCausalLM",
-        {"ffn_dim": 96, "sliding_window": zoo.WINDOW, "head_dim": 16},
-    ),
-    "phimoe-window": ("PhimoeForCausalLM", {**zoo.EXPERTS, "sliding_window": zoo.WINDOW}),
-    # Reads the attention mask that transformers does not build for paged attention.
-    "deepseek-v3.2-indexer": (
-        "DeepseekV32ForCausalLM",
-        {
-            **zoo.LATENT_ATTENTION,
-            **zoo.EXPERTS,
-            "index_n_heads": 2,
-            "index_head_dim": 16,
-            "index_topk": 8,
-        },
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SERVED_OR_REFUSED)
-def test_served_exactly_or_refused(name: str) -> None:
-    class_name, settings = SERVED_OR_REFUSED[name]
-    model = zoo.build(class_name, **settings)
-    implementation = model.config._attn_implementation
-    try:
-        llm = open_llm(model)
-    except UnsupportedModelError:
-        assert model.config._attn_implementation == implementation
-        return
-    with llm:
-        tokens = greedy(llm, zoo.prompts())
-    assert tokens == zoo.generate_alone(model, zoo.prompts())
 
 
 # -- attached and given back ----------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
 
-from paged_kv import LLM
+from paged_kv import LLM, SamplingParams
 from paged_kv.scheduler.request import Request
 from paged_kv.scheduler.scheduler import Scheduler
+
+from .zoo import NUM_NEW_TOKENS
 
 NAN_BYTE = 0xFF
 
@@ -37,3 +40,13 @@ def open_llm(model: PreTrainedModel, **settings: Any) -> LLM:
         arena.fill_(NAN_BYTE)
     llm.engine.scheduler.steps_ahead = 0  # so that a small pool preempts
     return llm
+
+
+def greedy(
+    llm: LLM, prompts: Sequence[list[int]], num_new_tokens: int = NUM_NEW_TOKENS
+) -> list[list[int]]:
+    """Greedy tokens for each prompt, all at once; afterwards every block is free again."""
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=num_new_tokens), show_progress=False)
+    llm.engine.scheduler.check_integrity()
+    assert llm.engine.manager.num_free_blocks == llm.engine.manager.num_blocks
+    return [output.token_ids for output in outputs]

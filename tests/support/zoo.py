@@ -8,160 +8,57 @@ changes what is generated. No token ends a sequence.
 from __future__ import annotations
 
 import random
+import warnings
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
-VOCAB_SIZE = 300
-MAX_MODEL_LEN = 512
-WINDOW = 24
+from .zoo_models import MODELS
+from .zoo_others import OTHERS
+from .zoo_pieces import (  # noqa: F401 -- tests build models of these, too
+    ALTERNATING,
+    CHUNKED,
+    EXPERTS,
+    LATENT_ATTENTION,
+    MAX_MODEL_LEN,
+    SIZES,
+    VOCAB_SIZE,
+    WINDOW,
+)
+
 # Shorter and longer than a block of 16 tokens, the window of 24 and a token budget of 40.
 PROMPT_LENGTHS = (1, 5, 17, 40, 64, 97, 131, 150)
-NUM_NEW_TOKENS = 24
+NUM_NEW_TOKENS = 16
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": MAX_MODEL_LEN,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-ALTERNATING = {
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "sliding_window": WINDOW,
-}
-EXPERTS = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
-LATENT_ATTENTION = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
-CHUNKED = {
-    "num_hidden_layers": 4,
-    "layer_types": ["chunked_attention", "full_attention"] * 2,
-    "no_rope_layers": [1, 0, 1, 0],
-    "attention_chunk_size": WINDOW,
-    "head_dim": 16,
-    "num_local_experts": 2,
-    "intermediate_size_mlp": 96,
-}
-
-
-def rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10_000.0, **parameters}}
-
-
-# Name -> transformers class, and what differs from SIZES.
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", {}),
-    "llama-rope-linear": ("LlamaForCausalLM", rope("linear", factor=2.0)),
-    "llama-rope-llama3": (
-        "LlamaForCausalLM",
-        rope(
-            "llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=64,
-        ),
-    ),
-    "llama-rope-yarn": (
-        "LlamaForCausalLM",
-        rope("yarn", factor=4.0, original_max_position_embeddings=128),
-    ),
-    # As far as their angles depend on nothing but positions.
-    "llama-rope-dynamic": ("LlamaForCausalLM", rope("dynamic", factor=2.0)),
-    "gemma3-rope-dynamic": (
-        "Gemma3ForCausalLM",
-        {
-            **ALTERNATING,
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-                "full_attention": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
-            },
-        },
-    ),
-    "phi3-rope-longrope": (
-        "Phi3ForCausalLM",
-        {
-            "original_max_position_embeddings": 256,
-            **rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8),
-        },
-    ),
-    "qwen2": ("Qwen2ForCausalLM", {}),
-    "qwen2-window": (
-        "Qwen2ForCausalLM",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    ),
-    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}),
-    "mistral-window": ("MistralForCausalLM", {"sliding_window": WINDOW}),
-    "gemma2": (
-        "Gemma2ForCausalLM",
-        {
-            **ALTERNATING,
-            "head_dim": 16,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 30.0,
-            "query_pre_attn_scalar": 8,
-        },
-    ),
-    "gemma3": (
-        "Gemma3ForCausalLM",
-        {**ALTERNATING, "head_dim": 16, "query_pre_attn_scalar": 8},
-    ),
-    "gpt2": ("GPT2LMHeadModel", {}),
-    "gpt2-layer-scale": ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
-    "gpt-neox": ("GPTNeoXForCausalLM", {}),
-    "olmo2": ("Olmo2ForCausalLM", {}),
-    "phi3": ("Phi3ForCausalLM", {}),
-    "phi3-window": ("Phi3ForCausalLM", {"sliding_window": WINDOW}),
-    "stablelm": ("StableLmForCausalLM", {}),
-    "nemotron": ("NemotronForCausalLM", {}),
-    "cohere2": ("Cohere2ForCausalLM", ALTERNATING),
-    "opt": ("OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "deepseek-v3": ("DeepseekV3ForCausalLM", {**LATENT_ATTENTION, **EXPERTS}),
-    "llama4": ("Llama4ForCausalLM", {**CHUNKED, "attn_temperature_tuning": False}),
-    "llama4-temperature": (
-        "Llama4ForCausalLM",
-        {**CHUNKED, "attn_temperature_tuning": True, "floor_scale": 1200},
-    ),
-    "gpt-oss": ("GptOssForCausalLM", {**ALTERNATING, **EXPERTS, "head_dim": 16}),
-    "mixtral": ("MixtralForCausalLM", EXPERTS),
-    "qwen2-moe": ("Qwen2MoeForCausalLM", EXPERTS),
-}
+CONFIGURATIONS = {**MODELS, **OTHERS}
+ARCHITECTURES = [name for name, model in CONFIGURATIONS.items() if not model.outcome.refusal]
+REFUSED = [name for name, model in CONFIGURATIONS.items() if model.outcome.refusal]
 
 
 def build(class_name: str, **settings: Any) -> PreTrainedModel:
-    """A float32 model of a transformers class: `SIZES`, overridden by `settings`."""
-    model_class = getattr(transformers, class_name)
+    """A float32 model of a transformers class: `SIZES`, overridden by `settings`.
+
+    Vectors that start as zeros, biases above all, are drawn too: else nobody would miss them.
+    """
+    with warnings.catch_warnings():  # some modules warn of themselves when they are loaded
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**{**SIZES, **settings})).eval()
     assert isinstance(model, PreTrainedModel)
+    for weight in model.parameters():
+        if weight.dim() == 1 and not weight.any():
+            torch.nn.init.normal_(weight, std=0.1)
     return model
 
 
@@ -171,8 +68,25 @@ def model(name: str) -> PreTrainedModel:
 
     Eager attention is what an architecture means: sdpa leaves out Gemma2's softcap.
     """
-    class_name, settings = ARCHITECTURES[name]
-    return build(class_name, **settings, attn_implementation="eager")
+    configuration = CONFIGURATIONS[name]
+    return build(configuration.class_name, **configuration.settings, attn_implementation="eager")
+
+
+def model_type(name: str) -> str:
+    """The family of a configuration, as transformers names it, without loading its code."""
+    class_name = CONFIGURATIONS[name].class_name
+    names = {**MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    return min((family for family, named in names.items() if named == class_name), key=len)
+
+
+def group(name: str) -> pytest.MarkDecorator:
+    """Tests of one model run in one process, which keeps what the model generated."""
+    return pytest.mark.xdist_group(f"zoo-{name}")
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: models by name."""
+    return [pytest.param(name, marks=group(name)) for name in names]
 
 
 @cache
