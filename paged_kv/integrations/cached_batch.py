@@ -21,8 +21,9 @@ from ..blocks.geometry import IntArray
 from ..blocks.step_plan import StepPlan
 from ..cache.attention import paged_attention, store_tokens
 from ..cache.kv_cache import Step
-from ..cache.stored_context import StoredContext, read_sealed
+from ..cache.stored_context import read_blocks, read_context, stored_places
 from ..errors import InvalidRequestError, OutOfBlocksError, UnsupportedModelError
+from ..kernels.stored_places import DenseTokens, StoredPlaces
 from ..models.active_step import expect_call
 from .sequence_pool import PoolSettings, SequencePool
 
@@ -48,7 +49,7 @@ class BatchStep:
     is_token: Mask  # [N, L] all others are padding
     num_drafts: IntArray  # [R] last tokens of each sequence in the plan that may go again
     token_places: Tensor | None  # [T] of tokens among N * L; None where there is no padding
-    context: StoredContext | None  # where it is read before attention
+    context: StoredPlaces | None  # what is read before attention
     columns: Tensor  # [N, most tokens stored] positions of what was stored before
 
     @property
@@ -231,7 +232,7 @@ class CachedBatch:
         cache, manager = self._pool.cache, self._pool.manager
         context = None
         if not self.attends:
-            context = StoredContext.of(manager, self._seq_ids, cache.device)
+            context = stored_places(manager, self._seq_ids, cache.device)
         most_drafts = cache.geometry.block_size if self.keeps_drafts else 0
         num_drafts = np.minimum(counts - 1, most_drafts)
         plan = manager.reserve(seq_ids, counts, num_drafts if num_drafts.any() else None)
@@ -315,14 +316,17 @@ class CachedBatch:
         length = self._is_stored.shape[1]
         if not length or step.context is None:
             return key, value
-        joined = [
-            new.new_zeros(*new.shape[:2], length + new.shape[2], new.shape[3])
+        keys, values = (
+            new.new_empty(*new.shape[:2], length + new.shape[2], new.shape[3])
             for new in (key, value)
-        ]
-        step.context.read(self._pool.cache, layer, joined[0], joined[1], step.columns)
-        for whole, new in zip(joined, (key, value), strict=True):
+        )
+        for whole, new in ((keys, key), (values, value)):
+            if not self._is_stored.all():
+                whole[:, :, :length] = 0
             whole[:, :, length:] = new
-        return joined[0], joined[1]
+        target = DenseTokens(keys, values, step.columns)
+        read_context(self._pool.cache, layer, step.context, target)
+        return keys, values
 
     def _is_whole(self, step: BatchStep) -> bool:
         return len(step.step.stored_layers) == len(self.settings.layers)
@@ -463,7 +467,7 @@ class CachedBatch:
         return [
             (keys[is_read], values[is_read])
             for keys, values in (
-                read_sealed(cache, layer, ids, cache.dtype) for layer in range(len(cache.layers))
+                read_blocks(cache, layer, ids, cache.dtype) for layer in range(len(cache.layers))
             )
         ]
 
