@@ -12,8 +12,8 @@ token, so that what else a machine does falls on all of them.
 
 Bytes are those of all tensors that a cache holds once a token is stored, codes packed as they are;
 of ours, all blocks in use, open and sealed. The mean is over the decoded tokens, because caches
-that quantize hold most just before they do. The token that the prompt's own pass gives is not
-counted.
+that quantize hold most just before they do; 128 tokens are a whole period of each. The token that
+the prompt's own pass gives is not counted.
 
 The peers are no dependency; those that cannot be imported are left out, and said to be:
 
@@ -26,9 +26,10 @@ import argparse
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ DECODING, WHOLE = "decoding", "prompt and decoding"
 DIVERGENCE = "KL from DynamicCache"
 FUSED, GATHER = "paged_kv", "sdpa"  # attention of the model, which chooses our route
 ROUTES = {FUSED: "fused", GATHER: "gather"}
-FORMATS = {FUSED: ("native", "int8", "int4", "int2"), GATHER: ("int8", "int4", "int2")}
+FORMATS = {FUSED: ("native", "int8", "int4", "int2"), GATHER: ("int4", "int2")}
+MIB = 1 << 20
 HQQ_AXES = {"axis_key": 1, "axis_value": 1}
 
 
@@ -215,8 +217,8 @@ class Figures:
     def of(cls, generation: Generation, batch_size: int) -> Figures:
         decoded, held = generation.seconds[1:], np.array(generation.held[1:]) / batch_size
         values = {
-            BYTES: (float(held.mean()) / 1024, "KiB"),
-            MOST: (float(held.max()) / 1024, "KiB"),
+            BYTES: (float(held.mean()) / MIB, "MiB"),
+            MOST: (float(held.max()) / MIB, "MiB"),
             DECODING: (batch_size * len(decoded) / sum(decoded), "tokens/s"),
             WHOLE: (batch_size * len(generation.seconds) / sum(generation.seconds), "tokens/s"),
         }
@@ -273,6 +275,26 @@ def measure(
     return rows
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The figures of a report in Markdown: a line for each cache, its batches beside each other."""
+    columns = {BYTES: "MiB", DECODING: "tokens/s", WHOLE: "with prompt", DIVERGENCE: "KL"}
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        batch, _, name = (part.strip() for part in row["case"].split(",", 2))
+        if row["metric"] in columns and row["baseline"] is None:
+            found.setdefault(name, {})[batch, row["metric"]] = row["value"]
+    batches = list(dict.fromkeys(batch for batch, _ in found[REFERENCE]))
+    heads = [f"{batch}: {head}" for batch in batches for head in columns.values()]
+    lines = [" | ".join(["| Cache", *heads]) + " |", "|---|" + "---:|" * len(heads)]
+    for name, values in found.items():
+        cells = [
+            "" if value is None else f"{value:#.3g}".rstrip(".")
+            for value in (values.get((batch, metric)) for batch in batches for metric in columns)
+        ]
+        lines.append(" | ".join([f"| {name}", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -281,7 +303,7 @@ def main() -> None:
     parser.add_argument("--book", type=Path, required=True, help="plain text")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="sequences")
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
-    parser.add_argument("--tokens", type=int, default=96, help="decoded ones of each sequence")
+    parser.add_argument("--tokens", type=int, default=128, help="decoded ones of each sequence")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, help="of the CPU")
     add_arguments(parser)
@@ -307,7 +329,8 @@ def main() -> None:
     rows = []
     for batch_size in arguments.batches:
         rows += measure(models, known, tokens[:batch_size], arguments.prompt)
-    write_report("generate_cache", rows, arguments.json)
+        write_report("generate_cache", rows, arguments.json)  # of what there is so far
+    print(table([asdict(row) for row in rows]))
 
 
 if __name__ == "__main__":

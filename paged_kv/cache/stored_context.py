@@ -5,6 +5,8 @@ Knows a manager's tables and which layer reads how, never which attention reads 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,30 +18,44 @@ from ..kernels.stored_places import DenseTokens, StoredPlaces
 from .kv_cache import PagedKVCache
 
 
-def stored_places(manager: BlockManager, seq_ids: IntArray, device: torch.device) -> StoredPlaces:
-    """All that these sequences store, before a step that is reserved."""
-    geometry, table = manager.geometry, manager.tables.ids
-    lengths, num_sealed = manager.num_computed_tokens[seq_ids], manager.num_sealed[seq_ids]
-    rows, tokens = ragged_arange(lengths)
-    body_ends = geometry.num_head_tokens + num_sealed * geometry.block_size
-    is_open = (tokens < geometry.num_head_tokens) | (tokens >= body_ends[rows])
-    rows, tokens = rows[is_open], tokens[is_open]
-    places, offsets = np.divmod(tokens, geometry.open_block_size)
-    slots = table[seq_ids[rows], places].astype(np.int64) * geometry.open_block_size + offsets
-    sealed_rows, indices = ragged_arange(num_sealed)
-    sealed_ids = table[seq_ids[sealed_rows], geometry.body_places(indices)].astype(np.int64)
-    starts = geometry.num_head_tokens + indices * geometry.block_size
-    sealed_tokens = starts[:, None] + np.arange(geometry.block_size)
-    arrays = (rows, tokens, slots, sealed_rows, sealed_tokens, sealed_ids)
-    return StoredPlaces(*(torch.from_numpy(array).to(device) for array in arrays))
+@dataclass(frozen=True)
+class StoredContext:
+    """Where the stored tokens of N sequences lie, for every layer of a cache."""
 
+    places: StoredPlaces
 
-def read_context(
-    cache: PagedKVCache, layer: int, places: StoredPlaces, target: DenseTokens
-) -> None:
-    """Write what a layer stores at these places into dense tensors."""
-    rotates_values = cache.layers[layer].kv_format.rotates_values
-    cache.backend.read_stored(cache.records[layer], places, target, rotates_values=rotates_values)
+    @classmethod
+    def of(cls, manager: BlockManager, seq_ids: IntArray, device: torch.device) -> StoredContext:
+        """All that these sequences store, before a step that is reserved."""
+        geometry, table = manager.geometry, manager.tables.ids
+        lengths, num_sealed = manager.num_computed_tokens[seq_ids], manager.num_sealed[seq_ids]
+        rows, tokens = ragged_arange(lengths)
+        body_ends = geometry.num_head_tokens + num_sealed * geometry.block_size
+        is_open = (tokens < geometry.num_head_tokens) | (tokens >= body_ends[rows])
+        rows, tokens = rows[is_open], tokens[is_open]
+        places, offsets = np.divmod(tokens, geometry.open_block_size)
+        slots = table[seq_ids[rows], places].astype(np.int64) * geometry.open_block_size + offsets
+        sealed_rows, indices = ragged_arange(num_sealed)
+        sealed_ids = table[seq_ids[sealed_rows], geometry.body_places(indices)].astype(np.int64)
+        starts = geometry.num_head_tokens + indices * geometry.block_size
+        sealed_tokens = starts[:, None] + np.arange(geometry.block_size)
+        arrays = (rows, tokens, slots, sealed_rows, sealed_tokens, sealed_ids)
+        return cls(StoredPlaces(*(torch.from_numpy(array).to(device) for array in arrays)))
+
+    def read(
+        self, cache: PagedKVCache, layer: int, keys: Tensor, values: Tensor, columns: Tensor
+    ) -> None:
+        """Write what a layer stores into `keys` and `values` [N, H, L, D], in their precision.
+
+        Both are contiguous. Token j of sequence i goes to `columns[i, j]`, [N, at least the
+        longest].
+        """
+        cache.backend.read_stored(
+            cache.records[layer],
+            self.places,
+            DenseTokens(keys, values, columns),
+            rotates_values=cache.layers[layer].kv_format.rotates_values,
+        )
 
 
 def read_blocks(

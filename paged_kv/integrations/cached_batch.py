@@ -21,9 +21,8 @@ from ..blocks.geometry import IntArray
 from ..blocks.step_plan import StepPlan
 from ..cache.attention import paged_attention, store_tokens
 from ..cache.kv_cache import Step
-from ..cache.stored_context import read_blocks, read_context, stored_places
+from ..cache.stored_context import StoredContext, read_blocks
 from ..errors import InvalidRequestError, OutOfBlocksError, UnsupportedModelError
-from ..kernels.stored_places import DenseTokens, StoredPlaces
 from ..models.active_step import expect_call
 from .sequence_pool import PoolSettings, SequencePool
 
@@ -49,7 +48,7 @@ class BatchStep:
     is_token: Mask  # [N, L] all others are padding
     num_drafts: IntArray  # [R] last tokens of each sequence in the plan that may go again
     token_places: Tensor | None  # [T] of tokens among N * L; None where there is no padding
-    context: StoredPlaces | None  # what is read before attention
+    context: StoredContext | None  # what is read before attention
     columns: Tensor  # [N, most tokens stored] positions of what was stored before
 
     @property
@@ -232,7 +231,7 @@ class CachedBatch:
         cache, manager = self._pool.cache, self._pool.manager
         context = None
         if not self.attends:
-            context = stored_places(manager, self._seq_ids, cache.device)
+            context = StoredContext.of(manager, self._seq_ids, cache.device)
         most_drafts = cache.geometry.block_size if self.keeps_drafts else 0
         num_drafts = np.minimum(counts - 1, most_drafts)
         plan = manager.reserve(seq_ids, counts, num_drafts if num_drafts.any() else None)
@@ -324,8 +323,7 @@ class CachedBatch:
             if not self._is_stored.all():
                 whole[:, :, :length] = 0
             whole[:, :, length:] = new
-        target = DenseTokens(keys, values, step.columns)
-        read_context(self._pool.cache, layer, step.context, target)
+        step.context.read(self._pool.cache, layer, keys, values, step.columns)
         return keys, values
 
     def _is_whole(self, step: BatchStep) -> bool:
