@@ -20,12 +20,15 @@ from .kv_cache import PagedKVCache
 
 @dataclass(frozen=True)
 class StoredContext:
-    """Where the stored tokens of N sequences lie, for every layer of a cache."""
+    """Where the stored tokens of N sequences lie and belong, for every layer of a cache."""
 
     places: StoredPlaces
+    columns: Tensor  # [N, at least the longest]: of token j of sequence i
 
     @classmethod
-    def of(cls, manager: BlockManager, seq_ids: IntArray, device: torch.device) -> StoredContext:
+    def of(
+        cls, manager: BlockManager, seq_ids: IntArray, columns: IntArray, device: torch.device
+    ) -> StoredContext:
         """All that these sequences store, before a step that is reserved."""
         geometry, table = manager.geometry, manager.tables.ids
         lengths, num_sealed = manager.num_computed_tokens[seq_ids], manager.num_sealed[seq_ids]
@@ -40,20 +43,18 @@ class StoredContext:
         starts = geometry.num_head_tokens + indices * geometry.block_size
         sealed_tokens = starts[:, None] + np.arange(geometry.block_size)
         arrays = (rows, tokens, slots, sealed_rows, sealed_tokens, sealed_ids)
-        return cls(StoredPlaces(*(torch.from_numpy(array).to(device) for array in arrays)))
+        found = (torch.from_numpy(array).to(device) for array in arrays)
+        return cls(StoredPlaces(*found), torch.from_numpy(columns).to(device))
 
-    def read(
-        self, cache: PagedKVCache, layer: int, keys: Tensor, values: Tensor, columns: Tensor
-    ) -> None:
+    def read(self, cache: PagedKVCache, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write what a layer stores into `keys` and `values` [N, H, L, D], in their precision.
 
-        Both are contiguous. Token j of sequence i goes to `columns[i, j]`, [N, at least the
-        longest].
+        Both are contiguous. Token j of sequence i goes to `columns[i, j]`.
         """
         cache.backend.read_stored(
             cache.records[layer],
             self.places,
-            DenseTokens(keys, values, columns),
+            DenseTokens(keys, values, self.columns),
             rotates_values=cache.layers[layer].kv_format.rotates_values,
         )
 

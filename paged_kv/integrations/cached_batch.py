@@ -49,7 +49,6 @@ class BatchStep:
     num_drafts: IntArray  # [R] last tokens of each sequence in the plan that may go again
     token_places: Tensor | None  # [T] of tokens among N * L; None where there is no padding
     context: StoredContext | None  # what is read before attention
-    columns: Tensor  # [N, most tokens stored] positions of what was stored before
 
     @property
     def num_positions(self) -> int:
@@ -231,7 +230,9 @@ class CachedBatch:
         cache, manager = self._pool.cache, self._pool.manager
         context = None
         if not self.attends:
-            context = StoredContext.of(manager, self._seq_ids, cache.device)
+            context = StoredContext.of(
+                manager, self._seq_ids, positions_of(self._is_stored), cache.device
+            )
         most_drafts = cache.geometry.block_size if self.keeps_drafts else 0
         num_drafts = np.minimum(counts - 1, most_drafts)
         plan = manager.reserve(seq_ids, counts, num_drafts if num_drafts.any() else None)
@@ -245,8 +246,7 @@ class CachedBatch:
         places = None
         if not is_token.all():
             places = torch.from_numpy(is_token.reshape(-1).nonzero()[0]).to(cache.device)
-        columns = torch.from_numpy(positions_of(self._is_stored)).to(cache.device)
-        return BatchStep(plan, step, is_token, num_drafts, places, context, columns)
+        return BatchStep(plan, step, is_token, num_drafts, places, context)
 
     def _start(self, batch_size: int) -> None:
         """Sequences that store nothing yet."""
@@ -323,7 +323,7 @@ class CachedBatch:
             if not self._is_stored.all():
                 whole[:, :, :length] = 0
             whole[:, :, length:] = new
-        step.context.read(self._pool.cache, layer, keys, values, step.columns)
+        step.context.read(self._pool.cache, layer, keys, values)
         return keys, values
 
     def _is_whole(self, step: BatchStep) -> bool:
