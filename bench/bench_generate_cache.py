@@ -13,7 +13,8 @@ token, so that what else a machine does falls on all of them.
 Bytes are those of all tensors that a cache holds once a token is stored, codes packed as they are;
 of ours, all blocks in use, open and sealed. The mean is over the decoded tokens, because caches
 that quantize hold most just before they do; 128 tokens are a whole period of each. The token that
-the prompt's own pass gives is not counted.
+the prompt's own pass gives is not counted. A prompt's pass is one turn, however long: on a busy
+machine only decoding can be compared.
 
 The peers are no dependency; those that cannot be imported are left out, and said to be:
 
@@ -277,7 +278,7 @@ def measure(
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The figures of a report in Markdown: a line for each cache, its batches beside each other."""
-    columns = {BYTES: "MiB", DECODING: "tokens/s", WHOLE: "with prompt", DIVERGENCE: "KL"}
+    columns = {BYTES: "MiB", DECODING: "tokens/s", DIVERGENCE: "mnat"}
     found: dict[str, dict[tuple[str, str], float]] = {}
     for row in rows:
         batch, _, name = (part.strip() for part in row["case"].split(",", 2))
@@ -287,12 +288,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = [f"{batch}: {head}" for batch in batches for head in columns.values()]
     lines = [" | ".join(["| Cache", *heads]) + " |", "|---|" + "---:|" * len(heads)]
     for name, values in found.items():
-        cells = [
-            "" if value is None else f"{value:#.3g}".rstrip(".")
-            for value in (values.get((batch, metric)) for batch in batches for metric in columns)
-        ]
+        figures = [values.get((batch, metric)) for batch in batches for metric in columns]
+        cells = ["" if figure is None else written(figure) for figure in figures]
         lines.append(" | ".join([f"| {name}", *cells]) + " |")
     return "\n".join(lines)
+
+
+def written(figure: float) -> str:
+    """Three digits, three behind the point at most."""
+    figure = round(figure, 3) + 0.0  # no -0.0
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:#.3g}"
 
 
 def main() -> None:

@@ -132,6 +132,14 @@ def test_caches_of_generate_go_in_turns(book, tmp_path, monkeypatch):
         assert kl in metrics or any(metric.startswith("failed: ") for metric in metrics)
 
 
+def test_the_documented_caches_are_those_measured():
+    root = Path(__file__).parents[2]
+    report = json.loads((root / "bench" / "results" / "generate_cache.json").read_text())
+    documented = (root / "docs" / "embedding.md").read_text()
+    assert bench_generate_cache.table(report["rows"]) in documented
+    assert f"commit {report['commit']}" in documented
+
+
 def test_bytes_of_a_cache_are_those_of_all_its_tensors():
     parts = [torch.zeros(3, dtype=torch.uint8), ({"scale": torch.zeros(2)}, "name", None)]
     assert bench_generate_cache.held_bytes(parts) == 3 + 8
