@@ -15,7 +15,10 @@ from traceback import format_exception_only
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "numpy", "numba", "xformers", "vllm")
+PACKAGES = (
+    *("torch", "triton", "transformers", "numpy", "numba", "xformers", "vllm"),
+    *("optimum-quanto", "hqq"),
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 

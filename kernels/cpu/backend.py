@@ -10,9 +10,11 @@ from ..block_views import LayerBlocks
 from ..new_tokens import NewTokens
 from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
+from ..stored_places import DenseTokens, StoredPlaces
 from .attention import attend, prepare
 from .decoder_layer import DecoderLayer
 from .plan import CpuPlan, WorkItems
+from .read import read_stored
 from .rotation import rotate
 from .store import seal_blocks, store_tokens
 from .warming import warm_up
@@ -40,6 +42,16 @@ class CpuBackend:
 
     def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
         store_tokens(new, layer, step)
+
+    def read_stored(
+        self,
+        layer: LayerBlocks,
+        places: StoredPlaces,
+        target: DenseTokens,
+        *,
+        rotates_values: bool = False,
+    ) -> None:
+        read_stored(layer, places, target, rotates_values=rotates_values)
 
     def attend_and_store(
         self, new: NewTokens, layer: LayerBlocks, plan: KernelPlan, rules: ScoreRules

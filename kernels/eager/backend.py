@@ -10,7 +10,9 @@ from ..block_views import LayerBlocks
 from ..new_tokens import NewTokens
 from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
+from ..stored_places import DenseTokens, StoredPlaces
 from .attention import EagerPlan, attend
+from .read import read_stored
 from .rotation import rotate
 from .store import store_tokens
 
@@ -37,6 +39,16 @@ class EagerBackend:
 
     def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
         store_tokens(new, layer, step)
+
+    def read_stored(
+        self,
+        layer: LayerBlocks,
+        places: StoredPlaces,
+        target: DenseTokens,
+        *,
+        rotates_values: bool = False,
+    ) -> None:
+        read_stored(layer, places, target, rotate if rotates_values else None)
 
     def attend_and_store(
         self, new: NewTokens, layer: LayerBlocks, plan: KernelPlan, rules: ScoreRules

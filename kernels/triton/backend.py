@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..block_views import LayerBlocks
+from ..eager.read import read_stored
 from ..new_tokens import NewTokens
 from ..rules import ScoreRules
 from ..step_inputs import KernelPlan, StepInputs
+from ..stored_places import DenseTokens, StoredPlaces
 from .attention import Attender, attend
 from .plan import TritonPlan
 from .rotation import rotate
@@ -40,6 +42,16 @@ class TritonBackend:
 
     def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
         store_tokens(new, layer, step)
+
+    def read_stored(
+        self,
+        layer: LayerBlocks,
+        places: StoredPlaces,
+        target: DenseTokens,
+        *,
+        rotates_values: bool = False,
+    ) -> None:
+        read_stored(layer, places, target, rotate if rotates_values else None)
 
     def attend_and_store(
         self, new: NewTokens, layer: LayerBlocks, plan: KernelPlan, rules: ScoreRules

@@ -21,6 +21,7 @@ from ..kernels.eager.backend import EagerBackend
 from ..kernels.new_tokens import NewTokens
 from ..kernels.rules import ScoreRules
 from ..kernels.step_inputs import KernelPlan, StepInputs
+from ..kernels.stored_places import DenseTokens, StoredPlaces
 
 BACKEND_VARIABLE: Final = "PAGED_KV_BACKEND"
 NEEDED_PACKAGE: Final = {"cpu": "numba", "triton": "triton", "xformers": "xformers"}
@@ -54,6 +55,19 @@ class Backend(Protocol):
 
     def store_tokens(self, new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
         """Write the new tokens to open blocks, and seal what the step seals."""
+
+    def read_stored(
+        self,
+        layer: LayerBlocks,
+        places: StoredPlaces,
+        target: DenseTokens,
+        *,
+        rotates_values: bool = False,
+    ) -> None:
+        """Write all that these places hold, dequantized, as `eager.read` says it, bit by bit.
+
+        Values that were rotated when they were stored are turned back.
+        """
 
     def attend_and_store(
         self, new: NewTokens, layer: LayerBlocks, plan: KernelPlan, rules: ScoreRules

@@ -21,7 +21,7 @@ from ..blocks.geometry import IntArray
 from ..blocks.step_plan import StepPlan
 from ..cache.attention import paged_attention, store_tokens
 from ..cache.kv_cache import Step
-from ..cache.stored_context import StoredContext, read_sealed
+from ..cache.stored_context import StoredContext, read_blocks
 from ..errors import InvalidRequestError, OutOfBlocksError, UnsupportedModelError
 from ..models.active_step import expect_call
 from .sequence_pool import PoolSettings, SequencePool
@@ -48,8 +48,7 @@ class BatchStep:
     is_token: Mask  # [N, L] all others are padding
     num_drafts: IntArray  # [R] last tokens of each sequence in the plan that may go again
     token_places: Tensor | None  # [T] of tokens among N * L; None where there is no padding
-    context: StoredContext | None  # where it is read before attention
-    columns: Tensor  # [N, most tokens stored] positions of what was stored before
+    context: StoredContext | None  # what is read before attention
 
     @property
     def num_positions(self) -> int:
@@ -235,7 +234,9 @@ class CachedBatch:
         cache, manager = self._pool.cache, self._pool.manager
         context = None
         if not self.attends:
-            context = StoredContext.of(manager, self._seq_ids, cache.device)
+            context = StoredContext.of(
+                manager, self._seq_ids, positions_of(self._is_stored), cache.device
+            )
         most_drafts = cache.geometry.block_size if self.keeps_drafts else 0
         num_drafts = np.minimum(counts - 1, most_drafts)
         plan = manager.reserve(seq_ids, counts, num_drafts if num_drafts.any() else None)
@@ -249,8 +250,7 @@ class CachedBatch:
         places = None
         if not is_token.all():
             places = torch.from_numpy(is_token.reshape(-1).nonzero()[0]).to(cache.device)
-        columns = torch.from_numpy(positions_of(self._is_stored)).to(cache.device)
-        return BatchStep(plan, step, is_token, num_drafts, places, context, columns)
+        return BatchStep(plan, step, is_token, num_drafts, places, context)
 
     def _start(self, batch_size: int) -> None:
         """Sequences that store nothing yet."""
@@ -319,7 +319,9 @@ class CachedBatch:
         length = self._is_stored.shape[1]
         if not length or step.context is None:
             return key, value
-        return step.context.joined(self._pool.cache, layer, key, value, step.columns, length)
+        is_padded = not self._is_stored.all()
+        new = key, value
+        return step.context.joined(self._pool.cache, layer, new, length, is_padded=is_padded)
 
     def _is_whole(self, step: BatchStep) -> bool:
         return len(step.step.stored_layers) == len(self.settings.layers)
@@ -460,7 +462,7 @@ class CachedBatch:
         return [
             (keys[is_read], values[is_read])
             for keys, values in (
-                read_sealed(cache, layer, ids, cache.dtype) for layer in range(len(cache.layers))
+                read_blocks(cache, layer, ids, cache.dtype) for layer in range(len(cache.layers))
             )
         ]
 

@@ -306,7 +306,6 @@ class SequenceContext:
         adapter: str | None,
     ) -> None:
         self._cache, self._stored, self._num_stored = cache, stored, length
-        self._columns = torch.arange(length, device=cache.device)[None]
         self._new: dict[int, tuple[Tensor, Tensor]] = {}  # [1, H, n, D]
         self.length = length  # with those new tokens that all layers have computed
         self.state_before = self.state = state
@@ -322,7 +321,8 @@ class SequenceContext:
         self._new[layer] = key, value
         if not self._num_stored:
             return key, value
-        return self._stored.joined(self._cache, layer, key, value, self._columns, self._num_stored)
+        new, length = (key, value), self._num_stored
+        return self._stored.joined(self._cache, layer, new, length, is_padded=False)
 
     def advance(self, num_tokens: int, layers: Sequence[CacheLayer]) -> None:
         """All layers have computed so many tokens more, and know what these cache layers do."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_continuations
+import bench_generate_cache
 import bench_windowed_real
 import numpy as np
 import pytest
+import torch
 from quality_windows import STRETCH, stretches
 
 TEXT = Path(__file__).parents[1] / "support" / "data" / "persuasion-excerpt.txt"
@@ -103,3 +106,61 @@ def test_repeated_runs_are_counted():
 def test_agreement_ends_at_the_first_other_token():
     assert bench_continuations.num_agreeing([1, 2, 3], [1, 2, 4]) == 2
     assert bench_continuations.num_agreeing([1, 2], [1, 2, 4]) == 2
+
+
+def test_caches_of_generate_go_in_turns(book, tmp_path, monkeypatch):
+    output = tmp_path / "caches.json"
+    options = ["--book", str(book), "--json", str(output), "--quick"]
+    monkeypatch.setattr("sys.argv", ["bench_generate_cache.py", *options])
+    bench_generate_cache.main()
+    rows = json.loads(output.read_text())["rows"]
+    case = "batch 2, 160 + 4 tokens, "
+    found = {(row["case"].removeprefix(case), row["metric"]): row for row in rows}
+    held, kl = bench_generate_cache.BYTES, bench_generate_cache.DIVERGENCE
+    for kv_format in ("int4", "int2"):
+        fused, gather = (f"PagedCache {kv_format}, {route}" for route in ("fused", "gather"))
+        assert found[fused, held]["value"] == found[gather, held]["value"]
+        assert found[fused, kl]["value"] == pytest.approx(found[gather, kl]["value"], rel=0.2)
+    native, int8, int2 = (f"PagedCache {name}, fused" for name in ("native", "int8", "int2"))
+    assert found[native, kl]["value"] < found[int8, kl]["value"] < found[int2, kl]["value"]
+    beside = found[f"{int8}, beside DynamicCache", held]
+    assert beside["ratio"] == pytest.approx(beside["baseline_value"] / beside["value"])
+    # Each other cache has its figures, or the reason why it has none.
+    for backend, bits in ((backend, bits) for backend in ("quanto", "hqq") for bits in (4, 2)):
+        name = bench_generate_cache.peer(backend, bits)
+        metrics = {metric for who, metric in found if who == name}
+        assert kl in metrics or any(metric.startswith("failed: ") for metric in metrics)
+
+
+def test_the_documented_caches_are_those_measured():
+    root = Path(__file__).parents[2]
+    report = json.loads((root / "bench" / "results" / "generate_cache.json").read_text())
+    documented = (root / "docs" / "embedding.md").read_text()
+    assert bench_generate_cache.table(report["rows"]) in documented
+    assert f"commit {report['commit']}" in documented
+
+
+def test_bytes_of_a_cache_are_those_of_all_its_tensors():
+    parts = [torch.zeros(3, dtype=torch.uint8), ({"scale": torch.zeros(2)}, "name", None)]
+    assert bench_generate_cache.held_bytes(parts) == 3 + 8
+
+
+def test_a_cache_that_fails_leaves_the_race_and_says_why():
+    class Failing:
+        def __init__(self, name: str, last: int) -> None:
+            self.contestant = SimpleNamespace(name=name)
+            self.logits, self.divergences, self.count, self.last = torch.zeros(1, 2), [], 0, last
+
+        def advance(self) -> None:
+            self.count += 1
+            if self.count == self.last:
+                raise RuntimeError("out of luck")
+
+    generations = [Failing("reference", 0), Failing("short", 2), Failing("long", 0)]
+    failed = list(bench_generate_cache.race(generations, 3))
+    assert [(name, str(error)) for name, error in failed] == [("short", "out of luck")]
+    assert [(each.contestant.name, each.count) for each in generations] == [
+        ("reference", 4),
+        ("long", 4),
+    ]
+    assert len(generations[1].divergences) == 2

@@ -216,8 +216,8 @@ def test_quantized_formats_run(kv_format: str) -> None:
 def test_control_one_token_less_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     joined = StoredContext.joined
 
-    def forgetful(stored: StoredContext, *args: Any) -> tuple[Tensor, Tensor]:
-        keys, values = joined(stored, *args)
+    def forgetful(stored: StoredContext, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        keys, values = joined(stored, *args, **options)
         return keys, values.index_fill(2, torch.tensor([max(keys.shape[2] - 3, 0)]), 0.0)
 
     with open_llm(gathered_zoo.model(name), max_model_len=zoo.MAX_MODEL_LEN) as llm:
