@@ -71,6 +71,7 @@ class SimulatedModel:
     """What an engine asks of a model."""
 
     vocab_size = VOCAB_SIZE
+    keeps_states = False
     rotations: Mapping[int, object] = {}
 
     def adapters_for(self, name: str | None) -> tuple[str, ...]:
