@@ -1357,6 +1357,49 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         ],
     ),
     *faults_in(
+        "paged_kv/engine/live_request.py",
+        "engine/test_engine_traffic",
+        [
+            Fault(
+                "whatever-was-guessed-is-right",
+                "is_right = token_id == draft and",
+                "is_right =",
+            ),
+            Fault(
+                "tokens-behind-guesses-are-drawn-by-the-first-number",
+                "draw.live.request.num_output_tokens + draw.num_ahead for draw",
+                "draw.live.request.num_output_tokens for draw",
+            ),
+            Fault(
+                "guesses-go-on-behind-an-end",
+                "if not is_right or self.live.end_with(token_id, num_before + len(taken)):",
+                "if not is_right:",
+            ),
+        ],
+    ),
+    *faults_in(
+        "scheduler/drafts.py",
+        "scheduler/test_drafts",
+        [
+            Fault(
+                "guesses-go-beyond-a-seal",
+                "beside = np.minimum(beside, next_seals - 1 - stored - num_new)",
+                "pass",
+            ),
+        ],
+    ),
+    *faults_in(
+        "scheduler/step.py",
+        "scheduler/test_drafts",
+        [
+            Fault(
+                "no-guess-is-kept",
+                "kept[plan.token_rows[self.sampled_token_index]] += num_accepted",
+                "kept += 0",
+            ),
+        ],
+    ),
+    *faults_in(
         "paged_kv/entrypoints/outputs.py",
         "entrypoints/test_sharing_llm",
         [
