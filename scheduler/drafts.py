@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from reprlib import repr as short_repr
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -18,7 +19,7 @@ from paged_kv.errors import InvalidStepError
 
 from .running import RunningRequests
 
-Drafts = Mapping[str, TokenIds]  # by request id, the tokens that may follow those that it has
+Drafts = Mapping[str, Sequence[int] | TokenIds]  # by request id, the tokens that may follow those that it has
 NO_DRAFTS: Final[Drafts] = MappingProxyType({})
 
 
@@ -46,6 +47,13 @@ class TakenTokens(NamedTuple):
             np.concatenate([self.token_ids, as_token_ids(token_ids)]),
             counts,
         )
+
+
+def checked_drafts(drafts: Drafts) -> Drafts:
+    """The same as arrays; raises `InvalidStepError` or `InvalidRequestError` for what are none."""
+    if not isinstance(drafts, Mapping):
+        raise InvalidStepError(f"drafts must be tokens by request id, got {short_repr(drafts)}")
+    return {name: as_token_ids(token_ids) for name, token_ids in drafts.items()}
 
 
 def count_drafts(
@@ -99,7 +107,7 @@ def tokens_to_compute(
         for request, count in zip(requests, plan.num_draft_tokens.tolist(), strict=True)
         if count
     ]
-    token_ids[is_draft] = as_token_ids(np.concatenate(tried))
+    token_ids[is_draft] = np.concatenate(tried)
     return token_ids
 
 

@@ -27,6 +27,7 @@ from .drafts import (
     Drafts,
     TakenTokens,
     checked_acceptance,
+    checked_drafts,
     count_drafts,
     tokens_to_compute,
 )
@@ -94,6 +95,7 @@ class Scheduler(Roster):
         """
         if self._step is not None:
             raise InvalidStepError("update or cancel the step before")
+        drafts = checked_drafts(drafts)
         with self._change:
             preempted: list[Request] = []
             seq_ids, num_new = self._choose(preempted)

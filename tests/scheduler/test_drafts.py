@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from paged_kv.errors import InvalidStepError
+from paged_kv.errors import InvalidRequestError, InvalidStepError
 from paged_kv.scheduler.request import Request
 from paged_kv.scheduler.scheduler import Scheduler
 from paged_kv.scheduler.step import Fork, ScheduledStep
@@ -144,6 +144,26 @@ def test_a_prompt_may_try_drafts_with_its_last_tokens():
     finish(scheduler, step, [5])
     assert a.num_output_tokens == 6
     drain(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "match"),
+    [
+        ([1], "drafts must be tokens by request id"),
+        ({"a": [1.5]}, "1.5"),
+        ({"a": [-1]}, "-1"),
+        ({"a": "text"}, "token"),
+    ],
+)
+def test_what_are_no_drafts_is_refused_before_anything_changes(drafts, match):
+    scheduler = make_scheduler()
+    add(scheduler, "a", 5, max_tokens=10)
+    run_step(scheduler)
+    with pytest.raises((InvalidStepError, InvalidRequestError), match=match):
+        scheduler.schedule(drafts)
+    assert scheduler.is_whole
+    drain(scheduler)
+    assert_nothing_is_held(scheduler)
 
 
 @pytest.mark.parametrize("accepted", [[-1], [4], [1, 1], [0.5]])
