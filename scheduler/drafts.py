@@ -19,7 +19,7 @@ from paged_kv.errors import InvalidStepError
 
 from .running import RunningRequests
 
-Drafts = Mapping[str, Sequence[int] | TokenIds]  # by request id, the tokens that may follow those that it has
+Drafts = Mapping[str, Sequence[int] | TokenIds]  # by request id, what may follow its tokens
 NO_DRAFTS: Final[Drafts] = MappingProxyType({})
 
 
