@@ -90,7 +90,7 @@ def test_preempted_searches_find_the_same(model, prefix_caching, token_budget):
         preempted = []
         schedule = llm.engine.scheduler.schedule
 
-        def preempt_and_schedule() -> Any:
+        def preempt_and_schedule(drafts: Any) -> Any:
             scheduler = llm.engine.scheduler
             for search in list(llm.engine._searches.values()):
                 request = search.request
@@ -98,7 +98,7 @@ def test_preempted_searches_find_the_same(model, prefix_caching, token_budget):
                     preempted.append((len(request.seq_ids), search.num_generated))
                     scheduler._preempt(request)
                     scheduler.check_integrity()
-            return schedule()
+            return schedule(drafts)
 
         llm.engine.scheduler.schedule = preempt_and_schedule  # type: ignore[method-assign]
         assert_same(searched(search_beams(llm.engine, prompts, params)), expected)

@@ -81,8 +81,8 @@ def test_a_request_that_fails_after_some_tokens_keeps_them_and_their_text(
     """Only the sequence that reaches position 68 fails: prompt 3 of 63 tokens, after 6 outputs."""
     forward = PagedModel.forward
 
-    def poisoned(self, token_ids, positions, logit_rows, cache, step):
-        logits = forward(self, token_ids, positions, logit_rows, cache, step).clone()
+    def poisoned(self, token_ids, positions, logit_rows, *step):
+        logits = forward(self, token_ids, positions, logit_rows, *step).clone()
         logits[positions[logit_rows] == 68] = torch.nan
         return logits
 

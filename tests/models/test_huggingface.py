@@ -429,9 +429,9 @@ def test_positions_reach_the_model_per_sequence(monkeypatch: pytest.MonkeyPatch)
     seen: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
     call = PagedModel._call
 
-    def record(paged: PagedModel, token_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    def record(paged: PagedModel, token_ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:
         seen.append((token_ids.numpy().copy(), positions.numpy().copy()))
-        return call(paged, token_ids, positions, rows)
+        return call(paged, token_ids, positions, *rest)
 
     monkeypatch.setattr(PagedModel, "_call", record)
     prompts = zoo.prompts((3, 5))
