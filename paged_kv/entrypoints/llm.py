@@ -7,14 +7,10 @@ Many arguments because the settings of an `LLM` are keywords of its own, not of 
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import RLock, get_ident
-from typing import Final, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +22,7 @@ from ..engine.beam_search import BeamSearch, BeamSearchParams, Hypothesis
 from ..engine.build import build_engine
 from ..engine.config import MODELS_OWN, USUAL, EngineConfig
 from ..engine.draft_model import DraftModel
-from ..engine.output_processor import OutputProcessor, TextOutput, TextUpdate
+from ..engine.output_processor import OutputProcessor
 from ..engine.prompt_lookup import PromptLookup
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import Prompt, encode_prompt
@@ -41,31 +37,7 @@ from ..validation import is_list_of
 from .batch import as_batch, as_params, naming_prompt
 from .outputs import Completion, OutputAssembler, RequestOutput, StreamEvent
 from .progress import Progress
-
-MAX_WAITING: Final = 256  # updates of a request that nobody takes, before it is paused
-WAITING_SECONDS: Final = 1e-4
-
-
-class Output(NamedTuple):
-    """Where the text of a request belongs: an iterator's queue, prompt and sample."""
-
-    text: TextOutput
-    ready: deque[Output]
-    prompt_index: int
-    sample_index: int
-
-    def event(self, update: TextUpdate) -> StreamEvent:
-        return StreamEvent(
-            prompt_index=self.prompt_index,
-            sample_index=self.sample_index,
-            token_id=update.token_id,
-            text=update.text,
-            finish_reason=update.finish_reason,
-            log_probability=update.log_probability,
-            likeliest=update.likeliest,
-            prompt_logprobs=update.prompt_logprobs,
-            error=update.error,
-        )
+from .text_engine import Output, TextEngine
 
 
 class LLM:
@@ -155,11 +127,7 @@ class LLM:
         except BaseException:
             self._model.close()
             raise
-        self._request_numbers = itertools.count()
-        self._outputs: dict[str, Output] = {}  # of requests that some iterator waits for
-        self._lock = RLock()  # held by the thread that steps the engine
-        self._waiting: set[int] = set()  # threads that want to
-        self._is_behind = False  # an exception kept outputs from what the engine has for them
+        self.requests = TextEngine(self.engine, self._processor)
 
     def __enter__(self) -> LLM:
         return self
@@ -297,7 +265,7 @@ class LLM:
 
     def _search(self, prompts: Sequence[list[int]], params: BeamSearchParams) -> list[BeamSearch]:
         """Queue searches and step the engine until they are over."""
-        names = [str(next(self._request_numbers)) for _ in prompts]
+        names = self.requests.new_ids(len(prompts))
         searches: list[BeamSearch] = []
         try:
             for name, token_ids in zip(names, prompts, strict=True):
@@ -305,13 +273,13 @@ class LLM:
             while not all(search.is_done for search in searches):
                 if not all(search.is_done or search.request.is_unfinished for search in searches):
                     raise PagedKVError("a beam search was aborted by somebody else")
-                self._step()
+                self.requests.step()
             return searches
         finally:
             try:
-                self._let_go(names)
+                self.requests.let_go(names)
             except BaseException:  # as a second interrupt: nobody else would do it
-                self._let_go(names)
+                self.requests.let_go(names)
                 raise
 
     def _complete(self, prompt_token_ids: list[int], hypothesis: Hypothesis) -> Completion:
@@ -361,92 +329,42 @@ class LLM:
         keep_going: bool = False,
     ) -> Iterator[StreamEvent]:
         """Queue requests and step the engine until they are over."""
-        left: set[str] = set()
+        requests, left = self.requests, set[str]()
         ready: deque[Output] = deque()
         try:
             for prompt_index, (token_ids, p) in enumerate(zip(prompts, params, strict=True)):
-                request_ids = [str(next(self._request_numbers)) for _ in range(p.num_samples)]
+                request_ids = requests.new_ids(p.num_samples)
                 priority = 0 if priorities is None else priorities[prompt_index]
                 left.update(request_ids)
-                lives = self.engine.add_request(request_ids, token_ids, p, priority=priority)
-                for sample_index, live in enumerate(lives):
-                    text = self._processor.follow(live, token_ids)
-                    output = Output(text, ready, prompt_index, sample_index)
-                    self._outputs[live.request_id] = output
+                requests.add(
+                    request_ids,
+                    token_ids,
+                    p,
+                    ready.append,
+                    priority=priority,
+                    prompt_index=prompt_index,
+                )
             while left:
                 if not ready:
-                    self._step(ready, keep_going=keep_going)
+                    requests.step(lambda: ready, keep_going=keep_going)
                     continue
                 output = ready[0]
                 if output.text.is_paused:
-                    self._resume(output.text)
+                    requests.resume(output.text)
                 update = output.text.take()
                 if update is None:
                     ready.popleft()
                     continue
                 if update.finish_reason is not None:
-                    self._outputs.pop(output.text.live.request_id, None)
+                    requests.forget(output.text.live.request_id)
                     left.discard(output.text.live.request_id)
                 yield output.event(update)
         finally:
             try:
-                self._let_go(left)
+                requests.let_go(left)
             except BaseException:  # as a second interrupt: nobody else would do it
-                self._let_go(left)
+                requests.let_go(left)
                 raise
-
-    def _let_go(self, request_ids: Collection[str]) -> None:
-        """Nobody waits for these any more; those that are not over end."""
-        for request_id in request_ids:
-            self._outputs.pop(request_id, None)
-        self.engine.abort_all(request_ids)
-
-    def _step(self, ready: deque[Output] | None = None, *, keep_going: bool = False) -> None:
-        """Step the engine, unless another thread's step has made something ready meanwhile.
-
-        What it did is ready then for those who wait for it, in whatever thread.
-        """
-        self._waiting.add(get_ident())
-        with self._lock:
-            self._waiting.discard(get_ident())
-            if not ready:
-                self._step_engine(keep_going)
-        if self._waiting:
-            time.sleep(WAITING_SECONDS)  # or this thread would take the lock again before they can
-
-    def _step_engine(self, keep_going: bool) -> None:
-        everybody, self._is_behind = self._is_behind, True
-        try:
-            names = [update.request_id for update in self.engine.step()]
-        except Exception as error:
-            if not keep_going or not self.engine.fail_step(error):
-                raise
-            names = []
-        names += self.engine.take_ended()
-        everybody |= not names
-        for name in list(self._outputs) if everybody else names:
-            output = self._outputs.get(name)
-            if output is not None:  # or its iterator was closed in the middle of the step
-                self._read(output)
-        self._is_behind = False
-
-    def _read(self, output: Output) -> None:
-        """Make ready what has come for an output; one that nobody takes waits."""
-        text = output.text
-        text.catch_up()
-        if text.is_stopped:
-            self.engine.abort(text.live.request_id)
-        elif text.num_waiting >= MAX_WAITING and not text.is_paused:
-            text.is_paused = True
-            self.engine.pause(text.live.request_id)
-        output.ready.append(output)
-
-    def _resume(self, text: TextOutput) -> None:
-        """Let a request go on of whose updates most were taken."""
-        with self._lock:
-            if text.num_waiting <= MAX_WAITING // 2:
-                self.engine.resume(text.live.request_id)
-                text.is_paused = False
 
 
 def raise_failures(outputs: list[RequestOutput]) -> None:

@@ -134,7 +134,7 @@ def test_a_bad_request_is_refused_by_value_before_anything_is_queued(
         for word in words:
             assert word in str(caught.value)
         assert (llm.engine.scheduler.num_running, llm.engine.scheduler.num_waiting) == (1, 0)
-        assert len(llm._outputs) == 1
+        assert len(llm.requests) == 1
         assert [*tokens, *(event.token_id for event in open_stream)] == greedy[2]
     assert tokens_of(llm.generate(prompts[:2], params_of())) == greedy[:2]
 

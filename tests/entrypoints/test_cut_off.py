@@ -28,7 +28,7 @@ def strike_every_line(llm: LLM, begin: Callable[[], Callable[[], object]]) -> in
         llm.engine.step()
         del function
         assert not llm.engine.has_unfinished, lines.where
-        assert not llm._outputs, lines.where
+        assert not llm.requests, lines.where
         assert_nothing_is_held(llm)
     return counter.count
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from paged_kv import LLM
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.engine.text import Detokenizer
-from paged_kv.entrypoints.llm import MAX_WAITING
+from paged_kv.entrypoints.text_engine import MAX_WAITING
 from paged_kv.errors import (
     GenerationError,
     InvalidRequestError,

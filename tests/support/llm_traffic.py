@@ -423,7 +423,7 @@ class LLMTraffic:
             "sequences": manager.max_num_seqs - manager.num_free_seqs,
             "host blocks": 0 if host is None else host.num_allocated,
             "requests": len(engine._live) + len(engine._searches) + len(engine._aborted),
-            "outputs": len(self.llm._outputs),
+            "outputs": len(self.llm.requests),
         }
         for name, number in numbers.items():
             if number:

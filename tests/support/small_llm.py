@@ -61,7 +61,7 @@ def assert_nothing_is_held(llm: LLM) -> None:
     engine.scheduler.check_integrity()
     assert not engine.has_unfinished
     assert not engine._live
-    assert not llm._outputs
+    assert not llm.requests
     assert engine.manager.num_free_blocks == engine.manager.num_blocks
     stats = llm.memory_stats()
     assert stats.free == stats.total
