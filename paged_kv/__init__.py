@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import (
+    ClosedError,
     ConfigError,
     GenerationError,
     InvalidRequestError,
@@ -24,6 +25,8 @@ from .errors import (
     OutOfBlocksError,
     PagedKVError,
     PromptTooLongError,
+    QueueFullError,
+    RequestTimeoutError,
     TransferError,
     UnsupportedModelError,
 )
@@ -61,6 +64,9 @@ if TYPE_CHECKING:
     from .engine.sampling_params import SamplingParams as SamplingParams
     from .engine.structured_output import StructuredOutput as StructuredOutput
     from .engine.token_logprob import TokenLogprob as TokenLogprob
+    from .entrypoints.async_llm import AsyncLLM as AsyncLLM
+    from .entrypoints.async_request import AsyncRequest as AsyncRequest
+    from .entrypoints.async_request import RequestTimes as RequestTimes
     from .entrypoints.llm import LLM as LLM
     from .entrypoints.outputs import Completion as Completion
     from .entrypoints.outputs import RequestOutput as RequestOutput
@@ -82,6 +88,8 @@ _HOME = {
     "INT8": "cache.formats",
     "LLM": "entrypoints.llm",
     "NATIVE": "cache.formats",
+    "AsyncLLM": "entrypoints.async_llm",
+    "AsyncRequest": "entrypoints.async_request",
     "BeamSearchParams": "engine.beam_search",
     "BlockCopy": "scheduler.step",
     "BlockGeometry": "blocks.geometry",
@@ -102,6 +110,7 @@ _HOME = {
     "PromptLookup": "engine.prompt_lookup",
     "Request": "scheduler.request",
     "RequestOutput": "entrypoints.outputs",
+    "RequestTimes": "entrypoints.async_request",
     "SamplingParams": "engine.sampling_params",
     "ScheduledStep": "scheduler.step",
     "Scheduler": "scheduler.scheduler",
@@ -125,6 +134,7 @@ _HOME = {
 _EXTRA_PACKAGES = ("transformers", "tokenizers", "safetensors", "rich")
 
 __all__ = [
+    "ClosedError",
     "ConfigError",
     "GenerationError",
     "InvalidRequestError",
@@ -135,6 +145,8 @@ __all__ = [
     "OutOfBlocksError",
     "PagedKVError",
     "PromptTooLongError",
+    "QueueFullError",
+    "RequestTimeoutError",
     "TransferError",
     "UnsupportedModelError",
     *_HOME,

@@ -49,6 +49,18 @@ class StepFailedError(PagedKVError, RuntimeError):
     """A step raised an exception, which is the cause of this; the requests of that step end."""
 
 
+class QueueFullError(PagedKVError, RuntimeError):
+    """As many requests as may wait and run are there; nothing was queued."""
+
+
+class ClosedError(PagedKVError, RuntimeError):
+    """Who serves requests takes no more, or has ended one, because it is being closed."""
+
+
+class RequestTimeoutError(PagedKVError, TimeoutError):
+    """A request was not over within its time, and has ended."""
+
+
 class GenerationError(PagedKVError):
     """Some requests of a `generate` call failed while they ran.
 

@@ -72,7 +72,8 @@ class Request:
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     seq_ids: list[int] = field(default_factory=list, init=False)  # while it runs
     is_paused: bool = field(default=False, init=False)  # it keeps its place and computes nothing
-    has_shared: bool = field(default=False, init=False)  # it began with blocks of others
+    num_shared_tokens: int = field(default=0, init=False)  # that it began with, in others' blocks
+    num_hit_tokens: int | None = field(default=None, init=False)  # of its prompt, the first time
     is_retried: bool = field(default=False, init=False)  # because what it shared may be spoilt
     num_preemptions: int = 0
     times_passed: int = 0  # later requests that were admitted because this one did not fit
@@ -121,7 +122,7 @@ class Request:
     def may_be_retried(self) -> bool:
         """Whether, if what is computed for it is not finite, that may be the fault of others."""
         is_single = self.status is RequestStatus.RUNNING and self.branching is None
-        return is_single and self.has_shared and not self.is_retried
+        return is_single and self.num_shared_tokens > 0 and not self.is_retried
 
     @property
     def is_unfinished(self) -> bool:
@@ -146,6 +147,12 @@ class Request:
     def arrive(self, arrival: int, step: int) -> None:
         """It is the scheduler's `arrival`th request and came in so many steps; its rank stays."""
         self.arrival, self.turn = arrival, self.priority * AGING_STEPS + step
+
+    def began_with(self, num_tokens: int) -> None:
+        """Its sequence has started, with so many tokens in blocks that others computed."""
+        self.num_shared_tokens = num_tokens
+        if self.num_hit_tokens is None:
+            self.num_hit_tokens = num_tokens
 
     @property
     def num_tokens(self) -> int:

@@ -281,7 +281,7 @@ class Scheduler(Roster):
         self.waiting.remove(request)
         if request.swapped is None:
             seq_id = self.manager.add_sequence(request.tokens)
-            request.has_shared = bool(self.manager.num_computed_tokens[seq_id])
+            request.began_with(int(self.manager.num_computed_tokens[seq_id]))
         else:
             swapped_in = self.manager.swap_in(request.swapped)
             assert swapped_in is not None, "its need was checked"

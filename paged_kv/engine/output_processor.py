@@ -57,6 +57,17 @@ class TextOutput:
         return reading.first + len(reading.updates) - self._num_taken
 
     @property
+    def is_over(self) -> bool:
+        """Whether its last update is known."""
+        return self._reading.is_over
+
+    @property
+    def newest(self) -> TextUpdate | None:
+        """The update that was read last, unless it was taken before the last `catch_up`."""
+        updates = self._reading.updates
+        return updates[-1] if updates else None
+
+    @property
     def is_stopped(self) -> bool:
         """Whether a stop string or a tokenizer that fails has ended what the engine has not."""
         return self._reading.is_over and self.live.finish_reason is None

@@ -92,9 +92,9 @@ class TextEngine:
             self._outputs.pop(request_id, None)
         self.engine.abort_all(request_ids)
 
-    def forget(self, request_id: str) -> None:
-        """Nobody waits for a request that is over."""
-        self._outputs.pop(request_id, None)
+    def forget(self, request_id: str) -> bool:
+        """Nobody waits for a request that is over; whether somebody did."""
+        return self._outputs.pop(request_id, None) is not None
 
     def step(
         self, is_ready: Callable[[], object] | None = None, *, keep_going: bool = False
