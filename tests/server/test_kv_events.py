@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
 from threading import Event
@@ -9,14 +10,17 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import zmq
 
-from paged_kv import LLM, SamplingParams
+from paged_kv import SamplingParams
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.events import BlockRemoved, BlockStored, CacheCleared
 from paged_kv.blocks.geometry import BlockGeometry
-from paged_kv.entrypoints.demo import MODEL_FOLDER
+from paged_kv.entrypoints.cli import build_parser
+from paged_kv.entrypoints.llm_options import load_llm
 from paged_kv.entrypoints.server.event_publisher import EventPublisher
 from paged_kv.entrypoints.server.kv_events import MessageBatch, UniformBlocks
+from paged_kv.entrypoints.server.observation_options import add_observation, observed
 from paged_kv.errors import ConfigError
 from tests.support import router
 from tests.support.prefix_caching import S, compute, every_geometry, manager_of, serve, tokens
@@ -333,6 +337,16 @@ def test_an_endpoint_that_cannot_be_had_is_refused(publisher):
             EventPublisher(2, endpoint, replay_endpoint=replay)
 
 
+def test_an_endpoint_without_a_wildcard_is_connected_to():
+    with zmq.Context() as context, context.socket(zmq.SUB) as socket:
+        socket.subscribe("")
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
+        publisher = EventPublisher(2, f"tcp://127.0.0.1:{port}")
+        while not socket.poll(20):
+            publisher.publish([CacheCleared()])
+        publisher.close()
+
+
 def test_closing_sends_what_is_queued():
     publisher = EventPublisher(2, EVERYWHERE)
     subscriber = Subscriber(local(publisher.endpoint))
@@ -350,19 +364,23 @@ def test_closing_sends_what_is_queued():
 # -- an LLM ---------------------------------------------------------------------------------------
 
 
-def test_a_router_knows_what_an_llm_has_cached():
-    settings = {"kv_format": "int4", "num_blocks": 60, "calibration": None}
-    with LLM(MODEL_FOLDER, record_events=True, **settings) as llm:
-        size = llm.engine.manager.geometry.open_block_size
-        publisher = EventPublisher(size, EVERYWHERE, replay_endpoint=EVERYWHERE)
-        prompt = [9 + n % 50 for n in range(330)]
+def test_options_of_a_server_tell_routers_what_its_llm_has_cached(monkeypatch):
+    monkeypatch.setattr("paged_kv.entrypoints.server.logs.configure_logging", lambda form: None)
+    parser = argparse.ArgumentParser()
+    add_observation(parser)
+    settings = ["--kv-format", "int4", "--num-blocks", "60", "--calibration", "none"]
+    events = ["--kv-events", EVERYWHERE, "--kv-events-replay", EVERYWHERE]
+    arguments = build_parser().parse_args(["chat", *settings])
+    vars(arguments).update(vars(parser.parse_args(events)))
+    prompt = [9 + n % 50 for n in range(330)]
+    with load_llm(arguments) as llm, observed(arguments, llm, "demo") as observation:
         llm.generate([prompt], SamplingParams(max_tokens=1, cache_salt="s"))
-        publisher.step_done(llm)
-        index = RouterIndex(size)
+        observation.step_done(llm)
+        publisher = observation.publisher
         with Subscriber(local(publisher.endpoint), local(publisher.replay_endpoint)) as subscriber:
             while not (batches := subscriber.replay(0)):
                 pass
-        publisher.close()
+        index = RouterIndex(llm.engine.manager.geometry.open_block_size)
         index.apply(batches[0][1])
         chain = llm.engine.manager.chain_tokens(prompt, ("s",))
         assert llm.engine.manager.find_prefix(chain).num_tokens == 32 + 2 * 128

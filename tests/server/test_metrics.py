@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from paged_kv import LLM, AsyncLLM, PromptLookup, SamplingParams
 from paged_kv.entrypoints.async_request import RequestTimes
@@ -19,6 +21,7 @@ from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.server.figures import Figures
 from paged_kv.entrypoints.server.metrics import Metrics, token_bounds
 from paged_kv.entrypoints.server.observation import Observation
+from paged_kv.entrypoints.server_view import Reading, ServerView, histograms_of
 
 NAME = 'a "model"\\with\nall'
 PROMPT = [9 + n % 50 for n in range(200)]
@@ -233,6 +236,11 @@ def test_a_scrape_tells_of_requests_that_ran(llm):
     assert scrape("vllm:spec_decode_num_draft_tokens_total") == figures["drafts"]["tried"]
     assert scrape("vllm:cache_config_info", block_size="64", num_gpu_blocks="200") == 1
     assert scrape("process_resident_memory_bytes") > 1e6
+    view = ServerView("here")
+    view.show(Reading(1.0, figures, histograms_of(observation.exposition().decode())))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(view.frame(200))
+    assert console.file.getvalue().count("p50") == 3
 
 
 def test_figures_add_up_when_nothing_runs_any_more(llm):

@@ -9,12 +9,11 @@ import json
 import logging
 import sys
 from datetime import datetime, timezone
-from typing import Any, Final, Literal
+from typing import Any
 
 from ..async_request import Feed
 from ..llm import LLM
 
-LOG_FORMATS: Final = ("text", "json")
 log = logging.getLogger(__name__)
 
 
@@ -53,8 +52,8 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     return fields
 
 
-def configure_logging(log_format: Literal["text", "json"], level: int = logging.INFO) -> None:
-    """Lines of that form on standard error, of this package and of whoever logs beside it."""
+def configure_logging(log_format: str, level: int = logging.INFO) -> None:
+    """Lines of "json" or "text" on standard error, of this package and whoever logs beside it."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else FieldFormatter())
     logging.basicConfig(handlers=[handler], level=level, force=True)
