@@ -99,6 +99,7 @@ def engine_where_it_is(
         max_model_len=max_model_len,
         prefix_caching=config.prefix_caching and not model.keeps_states,
         model_fingerprint=model.fingerprint(),
+        record_events=config.record_events,
     )
     if config.sink_window is not None:
         manager.fitted_window(config.sink_window)  # or it raises

@@ -50,6 +50,7 @@ class EngineConfig:
     max_slowdown: float | None = None
     max_model_len: int | None = None
     prefix_caching: bool = True
+    record_events: bool = False
     swap_space: int | str = 0
     num_threads: int | None = None
     enforce_eager: bool = False
@@ -83,7 +84,7 @@ class EngineConfig:
                 f"got {self.kv_memory!r} and {self.num_blocks}"
             )
         parse_memory(self.swap_space, "swap_space", least=0)
-        for name in ("prefix_caching", "enforce_eager"):
+        for name in ("prefix_caching", "record_events", "enforce_eager"):
             require(name, getattr(self, name), is_flag(getattr(self, name)), "True or False")
         for name, most in MOST.items():
             value = getattr(self, name)
