@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,19 +14,17 @@ from typing import Any
 import pytest
 
 from paged_kv import SamplingParams, SinkWindow
+from tests.support.browser import CHROMIUM, chromium
 from tests.support.running_server import NAME, RunningServer, running
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
 expect = sync_api.expect
 expect.set_options(timeout=60_000)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is the browser"),
     pytest.mark.xdist_group("browser"),
 ]
 
-QUIET = ("background-networking", "sync", "component-update", "gpu")  # what it does without
-ARGUMENTS = ("--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in QUIET))
 CHATS, STATISTICS = "**/v1/chat/completions", "**/statistics"
 SCRIPT = "<img src=x onerror='window.caught = 1'><script>window.caught = 1</script>"
 FIGURES: dict[str, Any] = {
@@ -42,10 +39,8 @@ FIGURES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
