@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-emulated test-ptx test-vllm soak soak-short mutants structure models lint clean
+.PHONY: demo test test-emulated test-ptx test-vllm test-page soak soak-short mutants structure models lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -40,6 +40,11 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
 	> "$$site/vllm-0.32.0+cpu.dist-info/METADATA"
 	touch $@
+
+# The page at / in a real browser, /usr/bin/chromium (apt install chromium).
+test-page: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt --group page
+	$(BIN)/python -m pytest -q tests/server/test_page.py
 
 # Random requests through engines that faults strike, a batch job that is killed again and again, and
 # random operations on the block manager beside a reference; what goes wrong says how to repeat it.
