@@ -46,22 +46,25 @@ test-page: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt --group page
 	$(BIN)/python -m pytest -q tests/server/test_page.py
 
-# Random requests through engines that faults strike, a batch job that is killed again and again, and
-# random operations on the block manager beside a reference; what goes wrong says how to repeat it.
-# `soak-short` takes a minute.
+# Random requests through engines that faults strike, a batch job that is killed again and again,
+# random operations on the block manager beside a reference, and clients of all kinds at a server;
+# what goes wrong says how to repeat it. `soak-short` takes two minutes.
 REQUESTS ?= 100000
 REAL_REQUESTS ?= 2000
 STEPS ?= 1000000
+HTTP_REQUESTS ?= 2000
 SEED ?= 0
 SOAK := PYTHONPATH=bench $(BIN)/python -m tests.soak
 soak: $(VENV)/.installed
 	$(SOAK).soak_engine --requests $(REQUESTS) --real-requests $(REAL_REQUESTS) --seed $(SEED) --json bench/results/soak.json
 	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_job --requests 500 --kills 10 --json bench/results/soak_job.json
 	$(SOAK).soak_block_manager --steps $(STEPS) --seed $(SEED)
+	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_http --requests $(HTTP_REQUESTS) --seed $(SEED) --json bench/results/soak_http.json
 
 soak-short: $(VENV)/.installed
 	$(SOAK).soak_engine --seconds 50 --seed $(SEED)
 	$(SOAK).soak_block_manager --steps 20000 --seed $(SEED)
+	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_http --requests 200 --seed $(SEED)
 
 # Faults of one line, each in a copy of the checkout: whether the tests see it. A few seconds to two
 # minutes each, together about half an hour on two cores.
