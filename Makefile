@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-emulated test-ptx test-vllm soak soak-short mutants structure models lint clean
+.PHONY: demo test test-emulated test-ptx test-vllm test-page soak soak-short mutants structure models lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -41,22 +41,30 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	> "$$site/vllm-0.32.0+cpu.dist-info/METADATA"
 	touch $@
 
-# Random requests through engines that faults strike, a batch job that is killed again and again, and
-# random operations on the block manager beside a reference; what goes wrong says how to repeat it.
-# `soak-short` takes a minute.
+# The page at / in a real browser, /usr/bin/chromium (apt install chromium).
+test-page: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt --group page
+	$(BIN)/python -m pytest -q tests/server/test_page.py
+
+# Random requests through engines that faults strike, a batch job that is killed again and again,
+# random operations on the block manager beside a reference, and clients of all kinds at a server;
+# what goes wrong says how to repeat it. `soak-short` takes two minutes.
 REQUESTS ?= 100000
 REAL_REQUESTS ?= 2000
 STEPS ?= 1000000
+HTTP_REQUESTS ?= 2000
 SEED ?= 0
 SOAK := PYTHONPATH=bench $(BIN)/python -m tests.soak
 soak: $(VENV)/.installed
 	$(SOAK).soak_engine --requests $(REQUESTS) --real-requests $(REAL_REQUESTS) --seed $(SEED) --json bench/results/soak.json
 	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_job --requests 500 --kills 10 --json bench/results/soak_job.json
 	$(SOAK).soak_block_manager --steps $(STEPS) --seed $(SEED)
+	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_http --requests $(HTTP_REQUESTS) --seed $(SEED) --json bench/results/soak_http.json
 
 soak-short: $(VENV)/.installed
 	$(SOAK).soak_engine --seconds 50 --seed $(SEED)
 	$(SOAK).soak_block_manager --steps 20000 --seed $(SEED)
+	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_http --requests 200 --seed $(SEED)
 
 # Faults of one line, each in a copy of the checkout: whether the tests see it. A few seconds to two
 # minutes each, together about half an hour on two cores.

@@ -140,6 +140,7 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
         token_budget=arguments.token_budget,
         max_model_len=arguments.max_model_len,
         prefix_caching=not arguments.no_prefix_caching,
+        record_events=getattr(arguments, "kv_events", None) is not None,  # a server may have it
         swap_space=arguments.swap_space or 0,
         num_threads=arguments.threads,
         sink_window=sink_window(arguments),

@@ -9,7 +9,7 @@ from ..async_llm import AsyncLLM
 from . import chat_completions, completions, embeddings, models, state, tokens
 from .api_key_guard import ApiKeyGuard
 from .error_answers import handle_errors
-from .page_files import add_page, page_files
+from .page_files import add_page, files_by_path
 from .served import Observer, Served
 from .settings import ServerSettings
 
@@ -26,7 +26,7 @@ def create_app(
     handle_errors(app)
     if settings.api_key is not None:
         app.add_middleware(
-            ApiKeyGuard, api_key=settings.api_key, open_paths=frozenset(page_files())
+            ApiKeyGuard, api_key=settings.api_key, open_paths=frozenset(files_by_path())
         )
     if settings.allow_origins:
         app.add_middleware(
