@@ -45,19 +45,23 @@ class DrainingServer(uvicorn.Server):
         )
         self._engine = engine
         self._drain_timeout = settings.drain_timeout
-        self._draining: asyncio.Task[None] | None = None
+        self._draining: list[asyncio.Task[None]] = []
 
     def stop(self) -> None:
-        """Drain and end; when called again, end at once. In the thread of the event loop."""
-        if self._draining is None:
-            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        """Drain and end; a second time, with errors for what is left; a third, whatever is left.
+
+        In the thread of the event loop.
+        """
+        timeout = 0 if self._draining else self._drain_timeout
+        if len(self._draining) < 2:
+            self._draining.append(asyncio.get_running_loop().create_task(self._drain(timeout)))
         else:
             self.should_exit = self.force_exit = True
 
-    async def _drain(self) -> None:
+    async def _drain(self, timeout: float | None) -> None:
         num_left = self._engine.num_requests
         warn(f"ending: {num_left} requests are left" if num_left else "ending")
-        await self._engine.drain(self._drain_timeout)
+        await self._engine.drain(timeout)
         self.should_exit = True
 
     @contextmanager

@@ -10,15 +10,17 @@ from typing import Final
 
 from ...errors import MissingDependencyError
 from ...units import parse_memory
+from ...validation import require
 from ..batch_job import warn
 from ..llm_options import add_generation_config, load_llm
 from ..result_file import explained
 from .settings import DEFAULT_DRAIN_SECONDS, DEFAULT_MAX_REQUESTS, ServerSettings
 
 SERVE: Final = """Serve a model over HTTP, as OpenAI's API has it: completions, chats, models.
-SIGINT and SIGTERM end it when what was accepted is answered; a second one ends it at once."""
+SIGINT and SIGTERM end it when what was accepted is answered; a second one ends that too."""
 API_KEY_VARIABLE: Final = "PAGED_KV_API_KEY"
 DEFAULT_PORT: Final = 8000
+MAX_PORT: Final = 65535
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
@@ -86,13 +88,11 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that is bound and does not listen yet."""
+    require("--port", port, 0 <= port <= MAX_PORT, f"from 0 to {MAX_PORT}")
     with explained("listen at", f"{host}:{port}"):
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-        except OverflowError:
-            raise OSError(0, "a port is a number from 0 to 65535") from None
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
