@@ -108,7 +108,7 @@ def package_files(checkout: Path) -> set[str]:
     """What an installation from a checkout holds."""
     package = checkout / "paged_kv"
     found = [*package.rglob("*.py"), package / "py.typed", *package.glob("demo_model/*")]
-    found.append(package / "models" / "calibration.txt")
+    found += [package / "models" / "calibration.txt", *package.glob("entrypoints/server/page/*")]
     names = {path.relative_to(checkout).as_posix() for path in found}
     for folder in LINKED:
         paths = (checkout / folder).rglob("*.py")

@@ -52,15 +52,31 @@ def encode_prompt(
         raise InvalidRequestError("without a tokenizer a prompt must be token ids")
     if isinstance(prompt, str):
         return encode_text(prompt, tokenizer, max_tokens)
-    if tokenizer.chat_template is None:
+    return encode_chat(cast(ChatMessages, prompt), tokenizer, max_tokens)
+
+
+def encode_chat(
+    messages: ChatMessages,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_tokens: int | None,
+    *,
+    add_special_tokens: bool = False,
+    **template_options: Any,
+) -> list[int]:
+    """Token ids of chat messages by their template, which `template_options` are for.
+
+    A prompt for an answer follows them unless `add_generation_prompt` is False.
+    """
+    if tokenizer is None or tokenizer.chat_template is None:
         raise InvalidRequestError("chat messages need a tokenizer with a chat template")
+    options = {"add_generation_prompt": True, **template_options}
     try:
         rendered = tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", list(prompt)), add_generation_prompt=True, tokenize=False
+            cast("list[dict[str, str]]", list(messages)), tokenize=False, **options
         )
     except Exception as error:  # a template is a program of the model's: it may raise anything
         raise InvalidRequestError(f"the chat template refuses the messages: {error}") from error
-    return encode_text(str(rendered), tokenizer, max_tokens, add_special_tokens=False)
+    return encode_text(str(rendered), tokenizer, max_tokens, add_special_tokens=add_special_tokens)
 
 
 def unpacked(prompt: Prompt) -> Prompt:

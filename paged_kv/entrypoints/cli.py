@@ -1,4 +1,4 @@
-"""The command line: `paged-kv generate | eval | calibrate | demo | info`.
+"""The command line: `paged-kv generate | chat | serve | eval | calibrate | demo | info`.
 
 Knows arguments, standard input and output; never blocks, nor what is in a line or a result.
 """
@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -20,6 +19,7 @@ from ..errors import InvalidRequestError, PagedKVError
 from ..units import format_memory, parse_memory
 from .batch_job import BatchJob, warn
 from .chat_cli import CHAT, add_chat
+from .installed_version import version
 from .llm_options import SAMPLING_OPTIONS, add_memory, add_sampling, load_llm, sampling_params
 from .quality_cli import EVALUATE, LEARN, add_calibrate, add_evaluate
 from .request_lines import Line, encode_json, fingerprint, json_lines, prepare, text_lines
@@ -33,6 +33,7 @@ from .result_file import (
     explained,
     part_of,
 )
+from .server.serve_cli import SERVE, add_serve
 from .terminal import emit
 
 if TYPE_CHECKING:
@@ -92,18 +93,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_chat(chat)
     add_memory(chat)
     add_sampling(chat)
+    server = commands.add_parser("serve", help="a model over HTTP", description=SERVE)
+    add_serve(server)
+    add_memory(server)
     add_evaluate(commands.add_parser("eval", help="what formats change", description=EVALUATE))
     add_calibrate(commands.add_parser("calibrate", help="learn a model's keys", description=LEARN))
     add_demo(commands.add_parser("demo", help="see every KV format at work", description=DEMO))
     add_info(commands.add_parser("info", help="what a model's tokens cost", description=INFO))
     return parser
-
-
-def version() -> str:
-    try:
-        return metadata.version("paged-kv")
-    except metadata.PackageNotFoundError:
-        return "(a checkout that is not installed)"
 
 
 GENERATE: Final = """Continue prompts: those given as arguments, else one for each line of standard

@@ -104,13 +104,17 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
             help=text if default is None else f"{text} ({default})",
         )
     sampling.add_argument("--stop", action="append", default=[], help="end before this text")
-    sampling.add_argument(
+    add_generation_config(sampling)
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence")
+
+
+def add_generation_config(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--generation-config",
         choices=("auto", "none"),
         default="auto",
         help="what the model's says of options that are not given: apply it or not (auto)",
     )
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on past end-of-sequence")
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:

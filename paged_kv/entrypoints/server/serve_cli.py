@@ -1,0 +1,103 @@
+"""`paged-kv serve`: a model behind an address. Knows arguments and signals, never requests."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+from typing import Final
+
+from ...errors import MissingDependencyError
+from ...units import parse_memory
+from ..batch_job import warn
+from ..llm_options import add_generation_config, load_llm
+from ..result_file import explained
+from .settings import DEFAULT_DRAIN_SECONDS, DEFAULT_MAX_REQUESTS, ServerSettings
+
+SERVE: Final = """Serve a model over HTTP, as OpenAI's API has it: completions, chats, models.
+SIGINT and SIGTERM end it when what was accepted is answered; a second one ends it at once."""
+API_KEY_VARIABLE: Final = "PAGED_KV_API_KEY"
+DEFAULT_PORT: Final = 8000
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run_serve)
+    parser.add_argument("model", nargs="?", help="folder, hub name or .gguf (the demo model)")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    server.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any (8000)")
+    server.add_argument(
+        "--api-key", metavar="KEY", help=f"what clients have to send ({API_KEY_VARIABLE}, or none)"
+    )
+    server.add_argument("--served-model-name", metavar="NAME", help="its name in requests (MODEL)")
+    server.add_argument(
+        "--max-requests",
+        type=int,
+        default=DEFAULT_MAX_REQUESTS,
+        help="that run or wait; of more each gets status 429 (256)",
+    )
+    server.add_argument("--max-body", default="8MiB", metavar="SIZE", help="of a request (8MiB)")
+    server.add_argument(
+        "--request-timeout", type=float, metavar="SECONDS", help="that a request may take (no end)"
+    )
+    server.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=DEFAULT_DRAIN_SECONDS,
+        metavar="SECONDS",
+        help="for what was accepted before a signal (30)",
+    )
+    add_generation_config(server)
+    server.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages may ask, in browsers (none)",
+    )
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    try:
+        from .draining_server import serve
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"serving needs {error.name}: pip install 'paged-kv[server]'"
+        ) from error
+
+    settings = ServerSettings(
+        model_name=arguments.served_model_name or arguments.model or "demo",
+        api_key=arguments.api_key or os.environ.get(API_KEY_VARIABLE) or None,
+        max_body=parse_memory(arguments.max_body),
+        request_timeout=arguments.request_timeout,
+        drain_timeout=arguments.drain_timeout,
+        max_requests=arguments.max_requests,
+        allow_origins=arguments.allow_origin,
+    )
+    # Bound before the model is loaded, and listened at when it is.
+    with bound_socket(arguments.host, arguments.port) as listener, load_llm(arguments) as llm:
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        warn(f"serving {settings.model_name!r} at http://{shown}:{port}")
+        asyncio.run(serve(llm, settings, listener))
+    return 0
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that is bound and does not listen yet."""
+    with explained("listen at", f"{host}:{port}"):
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+        except OverflowError:
+            raise OSError(0, "a port is a number from 0 to 65535") from None
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+        return listener

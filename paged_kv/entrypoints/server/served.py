@@ -1,0 +1,90 @@
+"""The model that is served: its names, its engine and its tokens' texts, for all endpoints.
+
+Knows what requests call a model and what an engine makes of it, never HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import Final
+
+from ...engine.sampling_params import SamplingParams
+from ...engine.text import Prompt
+from ..async_llm import AsyncLLM
+from ..batch import naming_prompt
+from .generation import Generation
+from .refusal import Refusal
+from .sampling_fields import SamplingFields
+from .settings import ServerSettings
+from .token_texts import TokenTexts
+
+DEFAULT_TEMPERATURE: Final = 1.0  # OpenAI's
+
+
+class Served:
+    """One engine under the name of its model, and of each of its adapters."""
+
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.token_texts = TokenTexts(engine.llm.tokenizer)
+        self.created = int(time.time())
+
+    @property
+    def names(self) -> list[str]:
+        """What requests may call it: its own name, then its adapters'."""
+        own = self.settings.model_name
+        return [own, *(name for name in self.engine.llm.adapters if name != own)]
+
+    def check_name(self, name: str | None) -> str:
+        """The name that answers give; None is the model's own."""
+        if name is None:
+            return self.settings.model_name
+        if name not in self.names:
+            message = f"the model {name!r:.200} does not exist"
+            raise Refusal(message, 404, code="model_not_found", param="model")
+        return name
+
+    def completed(self, params: SamplingParams, body: SamplingFields) -> SamplingParams:
+        """With what the server decides: the adapter that a model's name means, and OpenAI's
+        temperature where neither the request nor the model says one.
+        """
+        intake = self.engine.llm.engine.intake
+        if intake.completed(params).temperature is None:
+            params = replace(params, temperature=DEFAULT_TEMPERATURE)
+        is_endless = params.max_tokens is None and (params.sink_window or intake.sink_window)
+        if is_endless and not body.stream:
+            raise Refusal("a windowed request needs max_tokens or stream", param="max_tokens")
+        name = self.check_name(body.model)
+        if name == self.settings.model_name:
+            return params
+        if params.adapter not in (None, name):
+            raise Refusal(
+                f"adapter {params.adapter!r:.200} is not the model {name!r}", param="adapter"
+            )
+        return replace(params, adapter=name)
+
+    @asynccontextmanager
+    async def generation(
+        self, prompts: Sequence[Prompt], params: SamplingParams, priority: int
+    ) -> AsyncIterator[Generation]:
+        """Requests of all prompts, which end with the block. Raises what the engine refuses."""
+        if len(prompts) > self.settings.max_requests:
+            message = f"{len(prompts)} prompts are more than {self.settings.max_requests} requests"
+            raise Refusal(message, param="prompt")
+        async with AsyncExitStack() as stack:
+            requests = []
+            for index, prompt in enumerate(prompts):
+                with naming_prompt(index, len(prompts)):
+                    request = await self.engine.submit(
+                        prompt,
+                        params,
+                        priority=priority,
+                        timeout=self.settings.request_timeout,
+                        wait=False,
+                    )
+                requests.append(await stack.enter_async_context(request))
+            yield Generation(requests)

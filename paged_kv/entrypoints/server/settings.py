@@ -1,0 +1,49 @@
+"""What a server is told beside its model. Knows values and their ranges, never requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ...validation import is_finite, is_list_of, require, require_count
+
+DEFAULT_MAX_BODY: Final = 8 << 20
+DEFAULT_MAX_REQUESTS: Final = 256
+DEFAULT_DRAIN_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """`model_name` is what requests call the model. With an `api_key` all but the state of the
+    server needs it. A body of more than `max_body` bytes is refused, and so are requests beside
+    `max_requests` others. One that takes more than `request_timeout` seconds ends with an error;
+    so do those that are not over `drain_timeout` seconds after a signal (None: they may take their
+    time). Pages of `allow_origins` may read answers in a browser ("*": all pages).
+    """
+
+    model_name: str
+    api_key: str | None = None
+    max_body: int = DEFAULT_MAX_BODY
+    max_requests: int = DEFAULT_MAX_REQUESTS
+    request_timeout: float | None = None
+    drain_timeout: float | None = DEFAULT_DRAIN_SECONDS
+    allow_origins: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        require("model_name", self.model_name, is_text(self.model_name), "text")
+        # Not shown: what is wrong with a key is mostly a letter of it.
+        is_key = self.api_key is None or (is_text(self.api_key) and self.api_key.isascii())
+        require("api_key", "what is not shown", is_key, "ASCII text that is not empty")
+        require_count("max_body", self.max_body)
+        require_count("max_requests", self.max_requests)
+        for name in ("request_timeout", "drain_timeout"):
+            limit = getattr(self, name)
+            is_limit = limit is None or (is_finite(limit) and limit > 0)
+            require(name, limit, is_limit, "None or a number of seconds above 0")
+        origins = self.allow_origins
+        require("allow_origins", origins, is_list_of(origins, is_text), "a list of origins")
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
