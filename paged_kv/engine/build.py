@@ -117,7 +117,16 @@ def engine_where_it_is(
     ends = end_token_ids(model.model)
     options = usual_options(model, config)
     speculation = find_speculation(config, model, manager, tokenizer)
-    return Engine(runner, scheduler, ends, config.sink_window, options, tokenizer, speculation)
+    return Engine(
+        runner,
+        scheduler,
+        ends,
+        config.sink_window,
+        options,
+        tokenizer,
+        speculation,
+        config.max_slowdown,
+    )
 
 
 def usual_options(model: AttachedModel, config: EngineConfig) -> dict[str, Any]:

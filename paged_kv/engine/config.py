@@ -18,7 +18,7 @@ from ..cache.layer_spec import FULL_PRECISION_DTYPES
 from ..errors import ConfigError
 from ..models.calibration import Calibration
 from ..units import parse_memory
-from ..validation import MAX_COUNT, is_flag, is_integer, require
+from ..validation import MAX_COUNT, is_finite, is_flag, is_integer, require
 from .draft_model import DraftModel
 from .prompt_lookup import PromptLookup
 
@@ -47,6 +47,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     token_budget: int = 1024
     max_prefill_tokens: int | None = None
+    max_slowdown: float | None = None
     max_model_len: int | None = None
     prefix_caching: bool = True
     swap_space: int | str = 0
@@ -69,6 +70,9 @@ class EngineConfig:
         guesses = self.speculation
         is_source = guesses is None or isinstance(guesses, (PromptLookup, DraftModel))
         require("speculation", guesses, is_source, "a PromptLookup, a DraftModel or None")
+        slowdown = self.max_slowdown
+        is_ratio = slowdown is None or (is_finite(slowdown) and slowdown > 1)
+        require("max_slowdown", slowdown, is_ratio, "None or a number above 1")
         own = self.generation_config
         require("generation_config", own, own in (None, MODELS_OWN), '"auto" or None')
         if self.kv_memory is not None:

@@ -57,7 +57,10 @@ class LLM:
     keeps it; None does without. The pool is sized by `num_blocks` or by `kv_memory` (bytes, or text
     such as "2GiB"); without either by what `max_num_seqs` full-length sequences need, at most 1 GiB
     and at most half of the memory that is free. A step runs at most `max_num_seqs` sequences and
-    `token_budget` tokens, of one prompt at most `max_prefill_tokens`. With `prefix_caching` prompts
+    `token_budget` tokens, of one prompt at most `max_prefill_tokens`. With a `max_slowdown` prompts
+    are computed in such small pieces beside requests that decode that a step takes at most about so
+    many times as long as without them: tokens come evenly, prompts wait longer. With
+    `prefix_caching` prompts
     that begin alike share their blocks, also with earlier ones. Sequences that must make room go to
     `swap_space` bytes of host memory where that is cheaper than computing
     them again. On a CPU model and kernels share torch's threads; `num_threads` sets how many there
@@ -88,6 +91,7 @@ class LLM:
         max_num_seqs: int = 64,
         token_budget: int = 1024,
         max_prefill_tokens: int | None = None,
+        max_slowdown: float | None = None,
         max_model_len: int | None = None,
         prefix_caching: bool = True,
         swap_space: int | str = 0,
@@ -108,6 +112,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             token_budget=token_budget,
             max_prefill_tokens=max_prefill_tokens,
+            max_slowdown=max_slowdown,
             max_model_len=max_model_len,
             prefix_caching=prefix_caching,
             swap_space=swap_space,

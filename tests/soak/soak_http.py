@@ -18,6 +18,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final
 
 import httpx
@@ -64,7 +66,12 @@ class Server:
 
     @classmethod
     def start(cls, arguments: tuple[str, ...]) -> Server:
-        process = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         assert process.stderr is not None
         for line in process.stderr:
             if "at http://" in line:
@@ -72,6 +79,7 @@ class Server:
                 break
         else:
             raise Wrong(f"the server has not started: {process.wait()}")
+        Thread(target=shutil.copyfileobj, args=(process.stderr, sys.stderr), daemon=True).start()
         give_up = time.monotonic() + STARTING_SECONDS
         while time.monotonic() < give_up:
             try:
@@ -257,7 +265,7 @@ class Clients:
     async def send_nonsense(self, question: Question) -> str:
         """What is no request is refused in OpenAI's form, or its connection is closed."""
         kind, raw, expected = self.rng.choice(nonsense(question))
-        status, body = await send_raw(self.server.url, raw)
+        status, body = await send_raw(self.server.url, raw, is_cut_off=0 in expected)
         if status not in expected:
             raise Wrong(f"{kind}: status {status}, {body[:200]!r}")
         if status and "error" not in json.loads(body):
@@ -333,14 +341,14 @@ def nonsense(question: Question) -> list[tuple[str, bytes, set[int]]]:
     ]
 
 
-async def send_raw(url: str, raw: bytes) -> tuple[int, bytes]:
-    """Status and body of the answer to bytes, after which no more are sent; 0: there is none."""
+async def send_raw(url: str, raw: bytes, *, is_cut_off: bool) -> tuple[int, bytes]:
+    """Status and body of the answer to bytes, after which one may hang up; 0: there is none."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         writer.write(raw)
         await writer.drain()
-        if writer.can_write_eof():
+        if is_cut_off:
             writer.write_eof()
         answer = await asyncio.wait_for(reader.read(), PATIENCE_SECONDS)
     except ConnectionError:
@@ -431,7 +439,7 @@ async def soak(arguments: argparse.Namespace) -> int:
     for each in rows:
         print(f"{each.metric}: {each.value:g} {each.unit}")
     if arguments.json:
-        write_report(arguments.json, "soak_http", rows)
+        write_report("soak_http", rows, arguments.json)
     return 1 if wrong else 0
 
 
