@@ -10,14 +10,16 @@ from . import chat_completions, completions, embeddings, models, state, tokens
 from .api_key_guard import ApiKeyGuard
 from .error_answers import handle_errors
 from .page_files import add_page, page_files
-from .served import Served
+from .served import Observer, Served
 from .settings import ServerSettings
 
 
-def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
+def create_app(
+    engine: AsyncLLM, settings: ServerSettings, observer: Observer | None = None
+) -> FastAPI:
     """An ASGI application; engine and model stay their owner's, who closes them afterwards."""
     app = FastAPI(title="paged-kv", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.served = Served(engine, settings)
+    app.state.served = Served(engine, settings, observer)
     for part in (chat_completions, completions, embeddings, models, tokens, state):
         app.include_router(part.router)
     add_page(app)
