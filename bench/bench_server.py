@@ -78,8 +78,11 @@ class Load:
 class Server:
     """A process that serves a model at a port of its own, until the block ends."""
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
+    ) -> None:
         self.name = name
+        self._log = log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -88,11 +91,10 @@ class Server:
         self._environment = {**os.environ, **environment}
 
     def __enter__(self) -> Server:
-        self._process = subprocess.Popen(
-            self._command,
-            env=self._environment,
-            stdout=subprocess.DEVNULL,
-        )
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                self._command, env=self._environment, stdout=log, stderr=log
+            )
         deadline = time.monotonic() + MOST_SECONDS
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -151,12 +153,12 @@ def servers_of(arguments: argparse.Namespace) -> list[Server]:
     ours = [*our_command(arguments), "serve", arguments.model, *options_of(alike | own)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {"OMP_NUM_THREADS": str(arguments.threads), "PYTHONPATH": paths}
-    servers = [Server(OURS, [*ours, "--no-prefix-caching"], environment)]
+    servers = [Server(OURS, [*ours, "--no-prefix-caching"], environment, arguments.log)]
     if not arguments.alone:
         peer = [*vllm_command(arguments), "serve", arguments.model]
         peer += options_of(alike | {"kv-cache-memory-bytes": MEMORY})
         peer.append("--no-enable-prefix-caching")
-        servers.append(Server(PEER, peer, vllm_environment(arguments.threads)))
+        servers.append(Server(PEER, peer, vllm_environment(arguments.threads), arguments.log))
     return servers
 
 
@@ -185,7 +187,8 @@ def drive(server: Server, load: Load, arguments: argparse.Namespace) -> dict[str
         command += ["--skip-chat-template", "--disable-shuffle", "--ignore-eos", "--disable-tqdm"]
         command += ["--save-result", "--save-detailed"]
         environment = {**os.environ, **vllm_environment(1)}
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        with arguments.log.open("a") as log:
+            subprocess.run(command, env=environment, check=True, stdout=log, stderr=log)
         result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text())
     return result
 
@@ -227,7 +230,7 @@ class Offline:
             "longest": LONGEST,
         }
         engine = Engine(OFFLINE, "ours.py", sys.executable, arguments.dtype, arguments.kv_format)
-        self._process = Process(engine, job, Path(os.devnull))
+        self._process = Process(engine, job, arguments.log)
 
     def run(self) -> dict[str, float]:
         self._process.run()
@@ -350,6 +353,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=96)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="that count")
+    parser.add_argument("--log", type=Path, default=os.devnull, help="where messages go")
     add_arguments(parser)
     arguments = parser.parse_args()
     count, num_new, rounds = arguments.requests, arguments.output_tokens, arguments.rounds

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import bench_server
 import pytest
+
+from paged_kv.entrypoints.cli import build_parser
 
 # Answers /health as a server, or writes what `vllm bench serve` writes.
 STAND_IN = """
@@ -98,6 +101,13 @@ def test_requests_that_end_early_are_no_figures(tmp_path, monkeypatch):
 
 
 def test_a_server_that_ends_is_no_server():
-    server = bench_server.Server("nobody", [sys.executable, "-c", "pass"], {})
+    server = bench_server.Server("nobody", [sys.executable, "-c", "pass"], {}, Path(os.devnull))
     with pytest.raises(RuntimeError, match=r"nobody does not serve: .* -c pass --port"), server:
         pass
+
+
+def test_a_server_lets_tokens_come_evenly_unless_it_is_told_otherwise():
+    parser = build_parser()
+    assert parser.parse_args(["serve", "model"]).max_slowdown == 3
+    assert parser.parse_args(["serve", "model", "--max-slowdown", "9"]).max_slowdown == 9
+    assert parser.parse_args(["generate", "--model", "model"]).max_slowdown is None

@@ -19,10 +19,11 @@ SERVE: Final = """Serve a model over HTTP, as OpenAI's API has it: completions, 
 SIGINT and SIGTERM end it when what was accepted is answered; a second one ends it at once."""
 API_KEY_VARIABLE: Final = "PAGED_KV_API_KEY"
 DEFAULT_PORT: Final = 8000
+MAX_SLOWDOWN: Final = 3.0  # p99 of the times between tokens stays below four medians
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run_serve)
+    parser.set_defaults(run=run_serve, max_slowdown=MAX_SLOWDOWN)
     parser.add_argument("model", nargs="?", help="folder, hub name or .gguf (the demo model)")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
