@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import socket
 from typing import Final
 
 from ...errors import MissingDependencyError
 from ...units import parse_memory
-from ..batch_job import warn
 from ..llm_options import add_generation_config, load_llm
 from ..result_file import explained
+from .observation_options import add_observation
 from .settings import DEFAULT_DRAIN_SECONDS, DEFAULT_MAX_REQUESTS, ServerSettings
 
 SERVE: Final = """Serve a model over HTTP, as OpenAI's API has it: completions, chats, models.
 SIGINT and SIGTERM end it when what was accepted is answered; a second one ends it at once."""
 API_KEY_VARIABLE: Final = "PAGED_KV_API_KEY"
 DEFAULT_PORT: Final = 8000
+log = logging.getLogger(__name__)
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +58,14 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="whose pages may ask, in browsers (none)",
     )
+    add_observation(parser)
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
     try:
         from .draining_server import serve
+        from .logs import logging_as
+        from .observation_options import observed
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"serving needs {error.name}: pip install 'paged-kv[server]'"
@@ -76,11 +81,16 @@ def run_serve(arguments: argparse.Namespace) -> int:
         allow_origins=arguments.allow_origin,
     )
     # Bound before the model is loaded, and listened at when it is.
-    with bound_socket(arguments.host, arguments.port) as listener, load_llm(arguments) as llm:
+    with (
+        logging_as(arguments.log_format),
+        bound_socket(arguments.host, arguments.port) as listener,
+        load_llm(arguments) as llm,
+        observed(arguments, llm, settings.model_name) as observation,
+    ):
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        warn(f"serving {settings.model_name!r} at http://{shown}:{port}")
-        asyncio.run(serve(llm, settings, listener))
+        log.info("serving %r at http://%s:%d", settings.model_name, shown, port)
+        asyncio.run(serve(llm, settings, listener, observation))
     return 0
 
 
