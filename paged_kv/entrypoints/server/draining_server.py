@@ -16,16 +16,20 @@ from ..async_llm import AsyncLLM
 from ..batch_job import STOP_SIGNALS, warn
 from ..llm import LLM
 from .app import create_app
+from .observation import Observation
+from .served import Observer
 from .settings import ServerSettings
 
 KEEP_ALIVE_SECONDS: Final = 75  # longer than clients keep connections, which would find them closed
 SENDING_SECONDS: Final = 5  # for clients that have not read what was generated for them
 
 
-async def serve(llm: LLM, settings: ServerSettings, listener: socket.socket) -> None:
+async def serve(
+    llm: LLM, settings: ServerSettings, observation: Observation, listener: socket.socket
+) -> None:
     """Answer requests at a bound socket until a signal comes and what was accepted is over."""
-    async with AsyncLLM(llm, max_requests=settings.max_requests) as engine:
-        await DrainingServer(engine, settings).serve([listener])
+    async with AsyncLLM(llm, max_requests=settings.max_requests, listener=observation) as engine:
+        await DrainingServer(engine, settings, observation).serve([listener])
 
 
 class DrainingServer(uvicorn.Server):
@@ -33,10 +37,11 @@ class DrainingServer(uvicorn.Server):
     is asked for.
     """
 
-    def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings, observer: Observer) -> None:
         super().__init__(
             uvicorn.Config(
-                create_app(engine, settings),
+                create_app(engine, settings, observer),
+                log_config=None,  # its loggers are as the process has configured logging
                 lifespan="off",
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=SENDING_SECONDS,

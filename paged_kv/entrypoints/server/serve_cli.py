@@ -14,6 +14,7 @@ from ...validation import require
 from ..batch_job import warn
 from ..llm_options import add_generation_config, load_llm
 from ..result_file import explained
+from .observation_options import add_observation, observed
 from .settings import DEFAULT_DRAIN_SECONDS, DEFAULT_MAX_REQUESTS, ServerSettings
 
 SERVE: Final = """Serve a model over HTTP, as OpenAI's API has it: completions, chats, models.
@@ -58,6 +59,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="whose pages may ask, in browsers (none)",
     )
+    add_observation(parser)
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
@@ -78,11 +80,15 @@ def run_serve(arguments: argparse.Namespace) -> int:
         allow_origins=arguments.allow_origin,
     )
     # Bound before the model is loaded, and listened at when it is.
-    with bound_socket(arguments.host, arguments.port) as listener, load_llm(arguments) as llm:
+    with (
+        bound_socket(arguments.host, arguments.port) as listener,
+        load_llm(arguments) as llm,
+        observed(arguments, llm, settings.model_name) as observation,
+    ):
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         warn(f"serving {settings.model_name!r} at http://{shown}:{port}")
-        asyncio.run(serve(llm, settings, listener))
+        asyncio.run(serve(llm, settings, observation, listener))
     return 0
 
 
