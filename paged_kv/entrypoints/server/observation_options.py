@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from ..llm import LLM
-
 if TYPE_CHECKING:
+    from ..llm import LLM
     from .observation import Observation
 
 LOG_FORMATS: Final = ("text", "json")
