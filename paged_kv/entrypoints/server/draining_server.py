@@ -23,8 +23,6 @@ from .settings import ServerSettings
 
 KEEP_ALIVE_SECONDS: Final = 75  # longer than clients keep connections, which would find them closed
 SENDING_SECONDS: Final = 5  # for clients that have not read what was generated for them
-
-
 log = logging.getLogger(__name__)
 
 
@@ -32,8 +30,7 @@ async def serve(
     llm: LLM, settings: ServerSettings, listener: socket.socket, observation: Observation
 ) -> None:
     """Answer requests at a bound socket until a signal comes and what was accepted is over."""
-    limit = settings.max_requests
-    async with AsyncLLM(llm, max_requests=limit, listener=observation) as engine:
+    async with AsyncLLM(llm, max_requests=settings.max_requests, listener=observation) as engine:
         await DrainingServer(engine, settings, observation).serve([listener])
 
 
@@ -48,7 +45,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(engine, settings, observer),
-                log_config=None,  # its lines are like all others
+                log_config=None,  # as the process has it
                 lifespan="off",
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=SENDING_SECONDS,
@@ -57,19 +54,23 @@ class DrainingServer(uvicorn.Server):
         )
         self._engine = engine
         self._drain_timeout = settings.drain_timeout
-        self._draining: asyncio.Task[None] | None = None
+        self._draining: list[asyncio.Task[None]] = []
 
     def stop(self) -> None:
-        """Drain and end; when called again, end at once. In the thread of the event loop."""
-        if self._draining is None:
-            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        """Drain and end; a second time, with errors for what is left; a third, whatever is left.
+
+        In the thread of the event loop.
+        """
+        timeout = 0 if self._draining else self._drain_timeout
+        if len(self._draining) < 2:
+            self._draining.append(asyncio.get_running_loop().create_task(self._drain(timeout)))
         else:
             self.should_exit = self.force_exit = True
 
-    async def _drain(self) -> None:
+    async def _drain(self, timeout: float | None) -> None:
         num_left = self._engine.num_requests
         log.info("ending: %d requests are left", num_left)
-        await self._engine.drain(self._drain_timeout)
+        await self._engine.drain(timeout)
         self.should_exit = True
 
     @contextmanager

@@ -11,20 +11,23 @@ from typing import Final
 
 from ...errors import MissingDependencyError
 from ...units import parse_memory
+from ...validation import require
 from ..llm_options import add_generation_config, load_llm
 from ..result_file import explained
-from .observation_options import add_observation
+from .observation_options import add_observation, observed
 from .settings import DEFAULT_DRAIN_SECONDS, DEFAULT_MAX_REQUESTS, ServerSettings
 
 SERVE: Final = """Serve a model over HTTP, as OpenAI's API has it: completions, chats, models.
-SIGINT and SIGTERM end it when what was accepted is answered; a second one ends it at once."""
+SIGINT and SIGTERM end it when what was accepted is answered; a second one ends that too."""
 API_KEY_VARIABLE: Final = "PAGED_KV_API_KEY"
 DEFAULT_PORT: Final = 8000
+MAX_PORT: Final = 65535
+MAX_SLOWDOWN: Final = 3.0  # p99 of the times between tokens stays below four medians
 log = logging.getLogger(__name__)
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run_serve)
+    parser.set_defaults(run=run_serve, max_slowdown=MAX_SLOWDOWN)
     parser.add_argument("model", nargs="?", help="folder, hub name or .gguf (the demo model)")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
@@ -65,7 +68,6 @@ def run_serve(arguments: argparse.Namespace) -> int:
     try:
         from .draining_server import serve
         from .logs import logging_as
-        from .observation_options import observed
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"serving needs {error.name}: pip install 'paged-kv[server]'"
@@ -96,13 +98,11 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that is bound and does not listen yet."""
+    require("--port", port, 0 <= port <= MAX_PORT, f"from 0 to {MAX_PORT}")
     with explained("listen at", f"{host}:{port}"):
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-        except OverflowError:
-            raise OSError(0, "a port is a number from 0 to 65535") from None
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
