@@ -30,8 +30,7 @@ async def serve(
     llm: LLM, settings: ServerSettings, listener: socket.socket, observation: Observation
 ) -> None:
     """Answer requests at a bound socket until a signal comes and what was accepted is over."""
-    limit = settings.max_requests
-    async with AsyncLLM(llm, max_requests=limit, listener=observation) as engine:
+    async with AsyncLLM(llm, max_requests=settings.max_requests, listener=observation) as engine:
         await DrainingServer(engine, settings, observation).serve([listener])
 
 
@@ -40,9 +39,7 @@ class DrainingServer(uvicorn.Server):
     is asked for.
     """
 
-    def __init__(
-        self, engine: AsyncLLM, settings: ServerSettings, observer: Observer | None = None
-    ) -> None:
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings, observer: Observer) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(engine, settings, observer),

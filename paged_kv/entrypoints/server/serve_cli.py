@@ -68,7 +68,6 @@ def run_serve(arguments: argparse.Namespace) -> int:
     try:
         from .draining_server import serve
         from .logs import logging_as
-        from .observation_options import observed
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"serving needs {error.name}: pip install 'paged-kv[server]'"
