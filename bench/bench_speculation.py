@@ -27,8 +27,8 @@ from paged_kv.models.calibration import TEXT
 from paged_kv.models.loading import load_model, load_tokenizer
 
 PASSAGE, AGAIN = 200, 20  # tokens
-SIZES, QUICK_SIZES = (1, 4, 8, 32), (2,)  # sequences
-ROUNDS = 5
+SIZES, QUICK_SIZES = (1, 4, 8), (2,)  # sequences
+ROUNDS = 3
 FORMATS = ("native", "int8")
 
 

@@ -61,6 +61,10 @@ class RequestTimeoutError(PagedKVError, TimeoutError):
     """A request was not over within its time, and has ended."""
 
 
+class NoAnswerError(PagedKVError, ConnectionError):
+    """A server does not say how it is; it may do so later."""
+
+
 class GenerationError(PagedKVError):
     """Some requests of a `generate` call failed while they ran.
 

@@ -22,6 +22,7 @@ from paged_kv.errors import (
 from paged_kv.validation import is_finite, require, require_count, require_instance
 
 from .admission import Room, find_admissible
+from .budget import cut_to_budget, step_budget
 from .drafts import (
     NO_DRAFTS,
     Drafts,
@@ -81,6 +82,7 @@ class Scheduler(Roster):
         if max_prefill_tokens is not None:
             max_prefill_tokens = require_count("max_prefill_tokens", max_prefill_tokens)
         self.max_prefill_tokens = max_prefill_tokens
+        self.most_beside_decodes: int | None = None  # tokens of prompts, set between steps
         super().__init__(manager, swap_cost=swap_cost)
         self.steps_ahead = require_count("steps_ahead", steps_ahead, least=0)
         self._watermark_blocks = int(watermark * manager.num_blocks)
@@ -114,10 +116,10 @@ class Scheduler(Roster):
 
     def _choose(self, preempted: list[Request]) -> tuple[IntArray, IntArray]:
         """Sequences of the next step and how many tokens each computes, admitted ones included."""
-        seq_ids, num_new = self._share_budget(self.token_budget)
+        seq_ids, num_new, num_left = self._share_budget(self.token_budget)
         while True:
             if len(self.waiting) and self.manager.num_free_seqs:
-                seq_ids, num_new = self._admit(seq_ids, num_new)
+                seq_ids, num_new = self._admit(seq_ids, num_new, num_left)
             if len(seq_ids) or not self._running.paused:
                 return seq_ids, num_new
             if all(request.is_paused for request in self.waiting):
@@ -153,7 +155,7 @@ class Scheduler(Roster):
                 budget = int(num_new.sum()) // 2
             else:
                 return None
-            seq_ids, num_new = self._share_budget(budget)
+            seq_ids, num_new, _ = self._share_budget(budget)
             plan = self.manager.reserve(seq_ids, num_new)
         return plan
 
@@ -185,31 +187,29 @@ class Scheduler(Roster):
             requests_by_seq_id=self._running.by_seq_id,
         )
 
-    def _share_budget(self, budget: int) -> tuple[IntArray, IntArray]:
-        """Running sequences that compute tokens, best rank first, and how many of them."""
+    def _share_budget(self, budget: int) -> tuple[IntArray, IntArray, int]:
+        """Running sequences that compute tokens, best rank first, how many, and what is left."""
         seq_ids = self._running.active_seq_ids
         num_new = self.manager.num_computable(seq_ids)
         if self._running.branching:
             seq_ids, num_new = seq_ids[num_new > 0], num_new[num_new > 0]
         if self.max_prefill_tokens is not None:
             num_new = np.minimum(num_new, self.max_prefill_tokens)
+        budget = step_budget(num_new, budget, self.most_beside_decodes)
         if int(num_new.sum()) > budget:
-            is_decode = num_new == 1
-            budget_left = budget - np.count_nonzero(is_decode)
-            if budget_left > 0:
-                of_prompts = np.where(is_decode, 0, num_new)
-                before = np.cumsum(of_prompts) - of_prompts
-                num_new = np.where(is_decode, 1, np.minimum(of_prompts, budget_left - before))
-            else:
-                num_new = self._running.whose_turn(seq_ids, budget).astype(np.int64)
-            seq_ids, num_new = seq_ids[num_new > 0], num_new[num_new > 0]
-        return seq_ids, num_new
+            cut = cut_to_budget(num_new, budget)
+            if cut is None:
+                cut = self._running.whose_turn(seq_ids, budget).astype(np.int64)
+            seq_ids, num_new = seq_ids[cut > 0], cut[cut > 0]
+        return seq_ids, num_new, budget - int(num_new.sum())
 
-    def _admit(self, seq_ids: IntArray, num_new: IntArray) -> tuple[IntArray, IntArray]:
+    def _admit(
+        self, seq_ids: IntArray, num_new: IntArray, num_left: int
+    ) -> tuple[IntArray, IntArray]:
         """Add waiting requests while sequences, budget and blocks for their whole prompts last."""
         if self._lack.persists(self._num_free_seqs, self.manager.num_free_blocks):
             return seq_ids, num_new
-        room = self._room_beside(seq_ids, num_new)
+        room = self._room_beside(seq_ids, num_new, num_left)
         if room.blocks_now < 0 or room.is_used_up:
             return seq_ids, num_new
         if self._lack.persists(room.num_seqs, room.blocks_later):
@@ -231,7 +231,7 @@ class Scheduler(Roster):
         """Sequences that may start: the others are kept for requests that branch."""
         return self.manager.num_free_seqs - self._running.num_kept
 
-    def _room_beside(self, seq_ids: IntArray, num_new: IntArray) -> Room:
+    def _room_beside(self, seq_ids: IntArray, num_new: IntArray, num_left: int) -> Room:
         """What is left beside running sequences that compute so many tokens in this step."""
         manager, running = self.manager, self._running.seq_ids
         blocks_later = manager.num_free_blocks
@@ -244,7 +244,7 @@ class Scheduler(Roster):
         to_compute = manager.blocks_needed(seq_ids, num_new)
         to_catch_up = manager.blocks_needed(running, manager.num_computable(running))
         return Room(
-            num_tokens=self.token_budget - int(num_new.sum()),
+            num_tokens=num_left,
             most_tokens=self.max_prefill_tokens or self.token_budget,
             steps_ahead=self.steps_ahead,
             num_seqs=self._num_free_seqs,

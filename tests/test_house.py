@@ -208,7 +208,7 @@ def test_what_crosses_between_blocks_cache_and_kernels_has_types() -> None:
 def test_test_folders_mirror_the_rooms() -> None:
     folders = {path.name for path in TESTS.iterdir() if path.is_dir()} - {"__pycache__"}
     rooms = {room_of(module) for module in MODULES} - {"ground"}
-    assert folders == rooms | {"support", "soak"}
+    assert folders == rooms | {"server", "support", "soak"}
     kept_apart = [*TESTS.glob("support/**/test_*.py"), *TESTS.glob("soak/**/test_*.py")]
     assert not kept_apart, "pytest collects tests from the rooms' folders"
 

@@ -150,6 +150,7 @@ GOOD: dict[Callable[..., object], dict[str, object]] = {
         "token_budget": 9,
         "max_model_len": 7,
         "prefix_caching": True,
+        "record_events": False,
         "swap_space": 0,
         "num_threads": None,
         "enforce_eager": False,

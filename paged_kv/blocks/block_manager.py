@@ -65,7 +65,7 @@ class BlockManager(Holdings):
         """
         is_plain = isinstance(extra_keys, tuple) and not extra_keys
         root = self._root if is_plain else root_hash(self._fingerprint, extra_keys)
-        chain = TokenChain(as_token_ids(token_ids), root, sink_window)
+        chain = TokenChain(as_token_ids(token_ids), root, sink_window, tuple(extra_keys))
         self.sequences.check_length(chain)
         if sink_window is not None:
             chain.sink_window = self.fitted_window(sink_window)

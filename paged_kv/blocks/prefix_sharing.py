@@ -259,7 +259,9 @@ class PrefixSharing(NoPrefixSharing):
             block_hash=chain.hashes[link],
             parent_hash=chain.hashes[link - 1] if link else chain.root,
             token_ids=tuple(chain.token_ids[start:end].tolist()),
+            num_tokens_before=start,
             block_id=block_id,
+            extra_keys=chain.extra_keys,
         )
 
     # -- the cache as a whole -------------------------------------------------------------------

@@ -72,23 +72,29 @@ def link_hash(parent: bytes, token_bytes: bytes) -> bytes:
 class TokenChain:
     """The tokens of a sequence, and the hash of each complete link as far as it was needed.
 
+    The `extra_keys` are those that `root` was made of, for events to tell.
     With a `sink_window` they are a windowed sequence's, which shares only what comes before any
     eviction: K/V of later tokens depend on what they did not see.
     """
 
-    __slots__ = ("hashes", "root", "sink_window", "token_ids")
+    __slots__ = ("extra_keys", "hashes", "root", "sink_window", "token_ids")
 
     def __init__(
-        self, token_ids: TokenIds, root: bytes, sink_window: SinkWindow | None = None
+        self,
+        token_ids: TokenIds,
+        root: bytes,
+        sink_window: SinkWindow | None = None,
+        extra_keys: tuple[ExtraKey, ...] = (),
     ) -> None:
         self.token_ids = token_ids
         self.root = root
         self.sink_window = sink_window
+        self.extra_keys = extra_keys
         self.hashes: list[bytes] = []
 
     def with_tokens(self, token_ids: TokenIds) -> TokenChain:
         """The same hashes over an array that begins with the same tokens."""
-        chain = TokenChain(token_ids, self.root, self.sink_window)
+        chain = TokenChain(token_ids, self.root, self.sink_window, self.extra_keys)
         chain.hashes = self.hashes.copy()
         return chain
 

@@ -99,6 +99,7 @@ def engine_where_it_is(
         max_model_len=max_model_len,
         prefix_caching=config.prefix_caching and not model.keeps_states,
         model_fingerprint=model.fingerprint(),
+        record_events=config.record_events,
     )
     if config.sink_window is not None:
         manager.fitted_window(config.sink_window)  # or it raises
@@ -117,7 +118,16 @@ def engine_where_it_is(
     ends = end_token_ids(model.model)
     options = usual_options(model, config)
     speculation = find_speculation(config, model, manager, tokenizer)
-    return Engine(runner, scheduler, ends, config.sink_window, options, tokenizer, speculation)
+    return Engine(
+        runner,
+        scheduler,
+        ends,
+        config.sink_window,
+        options,
+        tokenizer,
+        speculation,
+        config.max_slowdown,
+    )
 
 
 def usual_options(model: AttachedModel, config: EngineConfig) -> dict[str, Any]:

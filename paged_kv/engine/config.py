@@ -18,7 +18,7 @@ from ..cache.layer_spec import FULL_PRECISION_DTYPES
 from ..errors import ConfigError
 from ..models.calibration import Calibration
 from ..units import parse_memory
-from ..validation import MAX_COUNT, is_flag, is_integer, require
+from ..validation import MAX_COUNT, is_finite, is_flag, is_integer, require
 from .draft_model import DraftModel
 from .prompt_lookup import PromptLookup
 
@@ -47,8 +47,10 @@ class EngineConfig:
     max_num_seqs: int = 64
     token_budget: int = 1024
     max_prefill_tokens: int | None = None
+    max_slowdown: float | None = None
     max_model_len: int | None = None
     prefix_caching: bool = True
+    record_events: bool = False
     swap_space: int | str = 0
     num_threads: int | None = None
     enforce_eager: bool = False
@@ -69,6 +71,9 @@ class EngineConfig:
         guesses = self.speculation
         is_source = guesses is None or isinstance(guesses, (PromptLookup, DraftModel))
         require("speculation", guesses, is_source, "a PromptLookup, a DraftModel or None")
+        slowdown = self.max_slowdown
+        is_ratio = slowdown is None or (is_finite(slowdown) and slowdown > 1)
+        require("max_slowdown", slowdown, is_ratio, "None or a number above 1")
         own = self.generation_config
         require("generation_config", own, own in (None, MODELS_OWN), '"auto" or None')
         if self.kv_memory is not None:
@@ -79,7 +84,7 @@ class EngineConfig:
                 f"got {self.kv_memory!r} and {self.num_blocks}"
             )
         parse_memory(self.swap_space, "swap_space", least=0)
-        for name in ("prefix_caching", "enforce_eager"):
+        for name in ("prefix_caching", "record_events", "enforce_eager"):
             require(name, getattr(self, name), is_flag(getattr(self, name)), "True or False")
         for name, most in MOST.items():
             value = getattr(self, name)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock, get_ident
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..blocks.sink_window import SinkWindow
 from ..cache.decode_tables import Drawn
 from ..change import Change
-from ..errors import (
-    InvalidRequestError,
-    InvalidStepError,
-    PagedKVError,
-    StepFailedError,
-)
+from ..errors import InvalidRequestError, InvalidStepError, PagedKVError, StepFailedError
 from ..scheduler.drafts import NO_DRAFTS, Drafts
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import Fork, ScheduledStep
@@ -42,6 +38,7 @@ from .live_request import (
     with_following,
 )
 from .model_runner import ModelRunner
+from .prefill_pace import PrefillPace
 from .prompt_look import looks_of
 from .sampler import Sampling, sampling_arrays
 from .sampling_params import SamplingParams
@@ -60,9 +57,11 @@ class Engine:
         defaults: Mapping[str, Any] = NO_DEFAULTS,
         tokenizer: PreTrainedTokenizerBase | None = None,
         speculation: Speculation | None = None,
+        max_slowdown: float | None = None,
     ) -> None:
         self.runner = runner
         self.speculation = speculation
+        self.pace = None if max_slowdown is None else PrefillPace(scheduler, max_slowdown)
         self.model = runner.model
         self.cache = runner.cache
         self.scheduler = scheduler
@@ -330,6 +329,7 @@ class Engine:
 
         Last tokens that the host does not know are `drawn`.
         """
+        began = perf_counter()
         self._last_names = [request.request_id for request in scheduled.requests]
         draws = draws_of(scheduled, self._live)
         shortlists = shortlists_of(scheduled, self._searches)
@@ -344,15 +344,20 @@ class Engine:
             scheduled.adapters,
         )
         sampling = Sampling(logits, inputs, all_draws, shortlists, looks)
-        return Flight(scheduled, draws, shortlists, sampling, looks)
+        return Flight(scheduled, draws, shortlists, sampling, looks, began)
 
     def _land(self, flight: Flight) -> list[SequenceUpdate | SearchUpdate]:
         """Wait for a step and do what follows from it."""
-        flight.sampling.settle()
+        self._wait_for(flight)
         for look in flight.looks:
             look.tell()
         with self._change:
             return self._update(flight.scheduled, flight.draws, flight.shortlists)
+
+    def _wait_for(self, flight: Flight) -> None:
+        flight.sampling.settle()
+        if self.pace is not None:
+            self.pace.note(flight.scheduled, flight.began)
 
     # -- steps ahead ----------------------------------------------------------------------------
 
@@ -386,7 +391,7 @@ class Engine:
                     scheduled.plan, scheduled.sampled_token_index, scheduled.adapters
                 ):
                     following = self._launch(scheduled, drawn)
-            flight.sampling.settle()
+            self._wait_for(flight)
             self.scheduler.settle(sampled_seq_ids[goes_on], flight.token_ids[goes_on])
             if scheduled is not None and following is None:
                 flight.tell(scheduled, drawn.sources)

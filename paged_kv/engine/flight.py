@@ -26,6 +26,7 @@ class Flight:
     shortlists: Sequence[BeamShortlist]
     sampling: Sampling
     looks: Sequence[PromptLook] = ()
+    began: float = 0.0  # a `perf_counter`
 
     @property
     def is_simple(self) -> bool:

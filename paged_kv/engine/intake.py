@@ -22,6 +22,7 @@ from .grammar import GrammarCompiler
 from .sampling_params import SamplingParams
 from .token_rules import TokenRules, rules_of
 
+LOOKED_AT: Final = "looked at "  # how a key begins that one request has alone
 NO_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType({})
 # What only matters where tokens are drawn, which beam search does not.
 LIMITS_OF_SAMPLES: Final = (
@@ -233,7 +234,12 @@ def cache_keys(params: SamplingParams, adapters: AdapterNames) -> tuple[ExtraKey
     """
     keys: tuple[ExtraKey, ...] = tuple(name.encode(errors="surrogatepass") for name in adapters)
     keys = keys if params.cache_salt is None else (*keys, params.cache_salt)
-    return keys if params.prompt_logprobs is None else (*keys, f"looked at {token_hex()}")
+    return keys if params.prompt_logprobs is None else (*keys, f"{LOOKED_AT}{token_hex()}")
+
+
+def is_nobody_elses(keys: Sequence[ExtraKey]) -> bool:
+    """Whether no other request can share the blocks of one with these keys."""
+    return any(isinstance(key, str) and key.startswith(LOOKED_AT) for key in keys)
 
 
 def most_that_fit(limit: int, blocks_of: Callable[[int], int], num_blocks: int) -> int:

@@ -54,7 +54,7 @@ class Feed:
         self.timer: asyncio.TimerHandle | None = None  # of its timeout
         self.is_over = False  # for the event loop
         self._owner = owner
-        self._num_tokens = [0] * params.num_samples  # that were counted
+        self.num_tokens = [0] * params.num_samples  # of each sample, that were counted
         self._end_error: PagedKVError | None = None  # why it was ended, where that is an error
         self._num_untaken = params.num_samples  # whose end was not taken
         self._ready: deque[Output] = deque()
@@ -72,8 +72,8 @@ class Feed:
         """An output has more, or is over."""
         self._ready.append(output)
         now, live, index = time.monotonic(), output.text.live, output.sample_index
-        num_new = len(live.token_ids) - self._num_tokens[index]
-        self._num_tokens[index] += num_new
+        num_new = len(live.token_ids) - self.num_tokens[index]
+        self.num_tokens[index] += num_new
         if num_new:
             self.times.num_output_tokens += num_new
             self.times.first_token = self.times.first_token or now

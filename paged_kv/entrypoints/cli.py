@@ -1,4 +1,4 @@
-"""The command line: `paged-kv generate | chat | serve | eval | calibrate | demo | info`.
+"""The command line: `paged-kv generate | chat | serve | top | eval | calibrate | demo | info`.
 
 Knows arguments, standard input and output; never blocks, nor what is in a line or a result.
 """
@@ -35,6 +35,7 @@ from .result_file import (
 )
 from .server.serve_cli import SERVE, add_serve
 from .terminal import emit
+from .top_cli import TOP, add_top
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_memory(server)
     add_evaluate(commands.add_parser("eval", help="what formats change", description=EVALUATE))
     add_calibrate(commands.add_parser("calibrate", help="learn a model's keys", description=LEARN))
+    add_top(commands.add_parser("top", help="a live view of a server", description=TOP))
     add_demo(commands.add_parser("demo", help="see every KV format at work", description=DEMO))
     add_info(commands.add_parser("info", help="what a model's tokens cost", description=INFO))
     return parser

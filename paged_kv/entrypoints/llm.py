@@ -57,19 +57,22 @@ class LLM:
     keeps it; None does without. The pool is sized by `num_blocks` or by `kv_memory` (bytes, or text
     such as "2GiB"); without either by what `max_num_seqs` full-length sequences need, at most 1 GiB
     and at most half of the memory that is free. A step runs at most `max_num_seqs` sequences and
-    `token_budget` tokens, of one prompt at most `max_prefill_tokens`. With `prefix_caching` prompts
-    that begin alike share their blocks, also with earlier ones. Sequences that must make room go to
-    `swap_space` bytes of host memory where that is cheaper than computing
-    them again. On a CPU model and kernels share torch's threads; `num_threads` sets how many there
-    are, for the whole process. On a GPU decode steps are captured as graphs, which
+    `token_budget` tokens, of one prompt at most `max_prefill_tokens`. With a `max_slowdown` prompts
+    are computed in such small pieces beside requests that decode that a step takes at most about so
+    many times as long as without them: tokens come evenly, prompts wait longer. With
+    `prefix_caching` prompts that begin alike share their blocks, also with earlier ones; with
+    `record_events` what happens to cached blocks is kept until `engine.manager.take_events()`.
+    Sequences that must make room go to `swap_space` bytes of host memory where that is cheaper than
+    computing them again. On a CPU model and kernels share torch's threads; `num_threads` sets how
+    many there are, for the whole process. On a GPU decode steps are captured as graphs, which
     `enforce_eager` leaves out. With a `sink_window` every request is windowed: it keeps attention
     sinks and a window of newest tokens, and may go on beyond the model's length, for ever, in
     constant memory. What the model's generation config asks for, as a repetition penalty or
-    sampling, holds for every request that says nothing else; with `generation_config` None only
-    its end tokens count. With `speculation` a step tries guesses of several next tokens at once,
-    out of what was there before or of a smaller model's: tokens are the same, steps are fewer.
-    Several threads may use one LLM: their requests are decoded together, and each waits while
-    another one steps the engine.
+    sampling, holds for every request that says nothing else; with `generation_config` None only its
+    end tokens count. With `speculation` a step tries guesses of several next tokens at once, out of
+    what was there before or of a smaller model's: tokens are the same, steps are fewer. Several
+    threads may use one LLM: their requests are decoded together, and each waits while another one
+    steps the engine.
     """
 
     def __init__(
@@ -88,8 +91,10 @@ class LLM:
         max_num_seqs: int = 64,
         token_budget: int = 1024,
         max_prefill_tokens: int | None = None,
+        max_slowdown: float | None = None,
         max_model_len: int | None = None,
         prefix_caching: bool = True,
+        record_events: bool = False,
         swap_space: int | str = 0,
         num_threads: int | None = None,
         enforce_eager: bool = False,
@@ -108,8 +113,10 @@ class LLM:
             max_num_seqs=max_num_seqs,
             token_budget=token_budget,
             max_prefill_tokens=max_prefill_tokens,
+            max_slowdown=max_slowdown,
             max_model_len=max_model_len,
             prefix_caching=prefix_caching,
+            record_events=record_events,
             swap_space=swap_space,
             num_threads=num_threads,
             enforce_eager=enforce_eager,

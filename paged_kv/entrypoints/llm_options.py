@@ -57,6 +57,12 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--num-blocks", type=int, help="pool size in blocks, instead")
     memory.add_argument("--max-num-seqs", type=int, default=64, help="sequences at once (64)")
     memory.add_argument("--token-budget", type=int, default=1024, help="tokens a step (1024)")
+    memory.add_argument(
+        "--max-slowdown",
+        type=float,
+        metavar="TIMES",
+        help="that a step takes of one without prompts: tokens come evenly (no end; serve: 3)",
+    )
     memory.add_argument("--max-model-len", type=int, help="longest sequence (the model's)")
     memory.add_argument(
         "--no-prefix-caching", action="store_true", help="share no blocks between prompts"
@@ -138,8 +144,10 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
         num_blocks=arguments.num_blocks,
         max_num_seqs=arguments.max_num_seqs,
         token_budget=arguments.token_budget,
+        max_slowdown=arguments.max_slowdown,
         max_model_len=arguments.max_model_len,
         prefix_caching=not arguments.no_prefix_caching,
+        record_events=getattr(arguments, "kv_events", None) is not None,  # a server may have it
         swap_space=arguments.swap_space or 0,
         num_threads=arguments.threads,
         sink_window=sink_window(arguments),

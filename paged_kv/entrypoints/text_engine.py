@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from threading import RLock, get_ident
 from typing import Final, NamedTuple
 
@@ -143,6 +144,12 @@ class TextEngine:
             text.is_paused = True
             self.engine.pause(text.live.request_id)
         output.tell(output)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Nobody steps the engine meanwhile: for what reads what a step changes."""
+        with self._lock:
+            yield
 
     def resume(self, text: TextOutput) -> None:
         """Let a request go on of whose updates most were taken."""

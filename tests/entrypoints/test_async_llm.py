@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import re
 import threading
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -28,6 +30,7 @@ from paged_kv import (
 from paged_kv.engine.engine import Engine
 from paged_kv.entrypoints import async_request, text_engine
 from paged_kv.entrypoints.async_request import Feed
+from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.engine_thread import MOST_FAULTS
 from paged_kv.entrypoints.outputs import StreamEvent
 from paged_kv.entrypoints.waiting_room import WaitingRoom
@@ -482,3 +485,11 @@ def test_random_traffic(serve, prompts, greedy):
 
     ends = serve(use, max_requests=12, llm_options={"num_blocks": 40})
     assert {"length", "left"} <= set(ends)
+
+
+def test_the_example_of_the_docs_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "async.md").read_text()
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert example is not None
+    exec(example[1].replace("path/to/model", str(MODEL_FOLDER)), {})
+    assert len(capsys.readouterr().out) > 100

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import bench_continuations
 import bench_generate_cache
+import bench_speculation
 import bench_windowed_real
 import numpy as np
 import pytest
@@ -164,3 +165,19 @@ def test_a_cache_that_fails_leaves_the_race_and_says_why():
         ("long", 4),
     ]
     assert len(generations[1].divergences) == 2
+
+
+def test_guesses_are_measured_and_change_no_token(tmp_path, monkeypatch):
+    output = tmp_path / "speculation.json"
+    monkeypatch.setattr("sys.argv", ["bench_speculation.py", "--quick", "--json", str(output)])
+    bench_speculation.main()
+    rows = json.loads(output.read_text())["rows"]
+    found = {(row["case"], row["metric"]): row for row in rows}
+    for kv_format in bench_speculation.FORMATS:
+        for kind in ("repeating", "going on"):
+            case = f"{kv_format}, {kind}, 2 sequences"
+            same = found[case, "runs with the same tokens"]
+            assert same["value"] == same["baseline_value"] == 4
+            decoded = found[case, "decoded"]
+            assert decoded["ratio"] == decoded["value"] / decoded["baseline_value"]
+        assert found[f"{kv_format}, repeating, 2 sequences", "guesses a token"]["value"] > 0

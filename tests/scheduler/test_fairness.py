@@ -48,6 +48,24 @@ def test_prompts_share_by_rank_what_decodes_leave():
     assert run_step(scheduler) == {**served, "first": 1, "second": 28}
 
 
+def test_prompts_take_no_more_beside_decodes_than_is_set():
+    scheduler, decodes = eight_decodes()
+    scheduler.most_beside_decodes = 5
+    add(scheduler, "a", 7)
+    add(scheduler, "b", 50)
+    served = dict.fromkeys(decodes, 1)
+    assert run_step(scheduler) == {**served, "a": 5}
+    assert run_step(scheduler) == {**served, "a": 2, "b": 3}
+    scheduler.most_beside_decodes = None
+    assert run_step(scheduler) == {**served, "a": 1, "b": 47}
+    drain(scheduler)
+    scheduler.most_beside_decodes = 5
+    add(scheduler, "alone", 100)
+    assert run_step(scheduler) == {"alone": 64}
+    drain(scheduler)
+    assert_nothing_is_held(scheduler)
+
+
 def test_a_prompt_takes_no_more_of_a_step_than_its_cap():
     scheduler, decodes = eight_decodes(max_prefill_tokens=20)
     for name in ("a", "b", "c"):
@@ -167,6 +185,7 @@ def test_every_request_finishes_within_a_bound_whatever_else_arrives(seed):
         max_prefill_tokens=rng.choice([None, 3, 10]),
         prefix_caching=rng.random() < 0.5,
     )
+    scheduler.most_beside_decodes = rng.choice([None, 1, 6])
     levels, rate = 3, rng.uniform(0.5, 1.5)
     born: dict[Request, int] = {}
     longest, num_made = 0, 0

@@ -19,6 +19,7 @@ def llm() -> Iterator[LLM]:
         kv_format="native",
         num_blocks=400,
         max_num_seqs=8,
+        dtype="float32",  # the tokens of transcripts
     ) as llm:
         yield llm
 

@@ -19,6 +19,7 @@ from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.server.draining_server import DrainingServer
 from paged_kv.entrypoints.server.serve_cli import bound_socket
 from paged_kv.entrypoints.server.settings import ServerSettings
+from paged_kv.errors import ClosedError
 
 NAME = "demo"
 SECONDS = 30.0  # for what takes a moment; no test waits so long unless it fails
@@ -40,12 +41,15 @@ class RecordingLLM(AsyncLLM):
     def __init__(self, llm: LLM, *, max_requests: int) -> None:
         super().__init__(llm, max_requests=max_requests)
         self.submitted: list[tuple[Any, SamplingParams, dict[str, Any]]] = []
+        self.is_dry = False  # note them and nothing else
 
     async def submit(
         self, prompt: Any, params: SamplingParams | None = None, **options: Any
     ) -> AsyncRequest:
         assert params is not None
         self.submitted.append((prompt, params, options))
+        if self.is_dry:
+            raise ClosedError("dry")
         return await super().submit(prompt, params, **options)
 
 
@@ -56,6 +60,8 @@ class RunningServer:
         self.llm = llm
         self._settings = settings
         self._listener = bound_socket("127.0.0.1", 0)
+        # Small, so that what nobody reads is soon held up.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=SECONDS, trust_env=False)
@@ -77,10 +83,12 @@ class RunningServer:
         self._thread.start()
         assert self._is_made.wait(SECONDS)
 
-    def stop(self) -> None:
+    def stop(self, *, closes_client: bool = True) -> None:
         """As a signal does it."""
-        self.client.close()
-        self._loop.call_soon_threadsafe(self.server.stop)
+        if closes_client:
+            self.client.close()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self.server.stop)
 
     def join(self) -> None:
         self._thread.join(SECONDS)

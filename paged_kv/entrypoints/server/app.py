@@ -9,22 +9,24 @@ from ..async_llm import AsyncLLM
 from . import chat_completions, completions, embeddings, models, state, tokens
 from .api_key_guard import ApiKeyGuard
 from .error_answers import handle_errors
-from .page_files import add_page, page_files
-from .served import Served
+from .page_files import add_page, files_by_path
+from .served import Observer, Served
 from .settings import ServerSettings
 
 
-def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
+def create_app(
+    engine: AsyncLLM, settings: ServerSettings, observer: Observer | None = None
+) -> FastAPI:
     """An ASGI application; engine and model stay their owner's, who closes them afterwards."""
     app = FastAPI(title="paged-kv", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.served = Served(engine, settings)
+    app.state.served = Served(engine, settings, observer)
     for part in (chat_completions, completions, embeddings, models, tokens, state):
         app.include_router(part.router)
     add_page(app)
     handle_errors(app)
     if settings.api_key is not None:
         app.add_middleware(
-            ApiKeyGuard, api_key=settings.api_key, open_paths=frozenset(page_files())
+            ApiKeyGuard, api_key=settings.api_key, open_paths=frozenset(files_by_path())
         )
     if settings.allow_origins:
         app.add_middleware(

@@ -18,7 +18,7 @@ from ..outputs import Completion, StreamEvent
 from .chat_request import ChatRequest
 from .event_stream import EventStream, unless_disconnected
 from .generation import Generation
-from .json_body import json_body
+from .json_body import body_as
 from .logprobs import chat_logprobs
 from .served import Served
 
@@ -27,7 +27,7 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(
-    body: Annotated[ChatRequest, Depends(json_body(ChatRequest))], request: Request
+    body: Annotated[ChatRequest, Depends(body_as(ChatRequest))], request: Request
 ) -> Response:
     answer = ChatAnswer(request.app.state.served, body)
     if body.stream:

@@ -16,7 +16,7 @@ from ..outputs import Completion, RequestOutput, StreamEvent
 from .completion_request import CompletionRequest
 from .event_stream import EventStream, unless_disconnected
 from .generation import Generation
-from .json_body import json_body
+from .json_body import body_as
 from .logprobs import CompletionLogprobs
 from .served import Served
 
@@ -25,7 +25,7 @@ router = APIRouter()
 
 @router.post("/v1/completions")
 async def create_completion(
-    body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))], request: Request
+    body: Annotated[CompletionRequest, Depends(body_as(CompletionRequest))], request: Request
 ) -> Response:
     answer = CompletionAnswer(request.app.state.served, body)
     if body.stream:

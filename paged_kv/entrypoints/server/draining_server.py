@@ -16,16 +16,20 @@ from ..async_llm import AsyncLLM
 from ..batch_job import STOP_SIGNALS, warn
 from ..llm import LLM
 from .app import create_app
+from .observation import Observation
+from .served import Observer
 from .settings import ServerSettings
 
 KEEP_ALIVE_SECONDS: Final = 75  # longer than clients keep connections, which would find them closed
 SENDING_SECONDS: Final = 5  # for clients that have not read what was generated for them
 
 
-async def serve(llm: LLM, settings: ServerSettings, listener: socket.socket) -> None:
+async def serve(
+    llm: LLM, settings: ServerSettings, listener: socket.socket, observation: Observation
+) -> None:
     """Answer requests at a bound socket until a signal comes and what was accepted is over."""
-    async with AsyncLLM(llm, max_requests=settings.max_requests) as engine:
-        await DrainingServer(engine, settings).serve([listener])
+    async with AsyncLLM(llm, max_requests=settings.max_requests, listener=observation) as engine:
+        await DrainingServer(engine, settings, observation).serve([listener])
 
 
 class DrainingServer(uvicorn.Server):
@@ -33,10 +37,13 @@ class DrainingServer(uvicorn.Server):
     is asked for.
     """
 
-    def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
+    def __init__(
+        self, engine: AsyncLLM, settings: ServerSettings, observer: Observer | None = None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
-                create_app(engine, settings),
+                create_app(engine, settings, observer),
+                log_config=None,  # as the process has it
                 lifespan="off",
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=SENDING_SECONDS,
@@ -45,19 +52,23 @@ class DrainingServer(uvicorn.Server):
         )
         self._engine = engine
         self._drain_timeout = settings.drain_timeout
-        self._draining: asyncio.Task[None] | None = None
+        self._draining: list[asyncio.Task[None]] = []
 
     def stop(self) -> None:
-        """Drain and end; when called again, end at once. In the thread of the event loop."""
-        if self._draining is None:
-            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        """Drain and end; a second time, with errors for what is left; a third, whatever is left.
+
+        In the thread of the event loop.
+        """
+        timeout = 0 if self._draining else self._drain_timeout
+        if len(self._draining) < 2:
+            self._draining.append(asyncio.get_running_loop().create_task(self._drain(timeout)))
         else:
             self.should_exit = self.force_exit = True
 
-    async def _drain(self) -> None:
+    async def _drain(self, timeout: float | None) -> None:
         num_left = self._engine.num_requests
         warn(f"ending: {num_left} requests are left" if num_left else "ending")
-        await self._engine.drain(self._drain_timeout)
+        await self._engine.drain(timeout)
         self.should_exit = True
 
     @contextmanager

@@ -92,6 +92,8 @@ def named_parameter(message: str) -> str | None:
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
     found = error_answer(error)
     headers = {**(getattr(error, "headers", None) or {}), **found.headers}
+    if not isinstance(error, (PagedKVError, HTTPException)):
+        headers["Connection"] = "close"  # as uvicorn does, having logged it
     return JSONResponse(found.body, found.status, headers)
 
 

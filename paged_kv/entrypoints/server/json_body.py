@@ -20,7 +20,7 @@ Body = TypeVar("Body", bound=BaseModel)
 JSON: Final = "application/json"
 
 
-def json_body(kind: type[Body]) -> Callable[[Request], Awaitable[Body]]:
+def body_as(kind: type[Body]) -> Callable[[Request], Awaitable[Body]]:
     """A dependency of FastAPI: the body of a request as a `kind`."""
 
     async def read(request: Request) -> Body:

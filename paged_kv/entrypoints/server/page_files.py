@@ -18,7 +18,7 @@ HEADERS: Final = {
 }
 
 
-def page_files() -> dict[str, Path]:
+def files_by_path() -> dict[str, Path]:
     """Files by their paths."""
     if not FOLDER.is_dir():
         return {}
@@ -27,7 +27,7 @@ def page_files() -> dict[str, Path]:
 
 
 def add_page(app: FastAPI) -> None:
-    files = page_files()
+    files = files_by_path()
 
     async def send_file(request: Request) -> FileResponse:
         return FileResponse(files[request.url.path], headers=HEADERS)

@@ -77,7 +77,7 @@ class SamplingFields(StrictModel):
     begin_suppress_tokens: list[int] | None = None
     forced_bos_token_id: int | None = None
     forced_eos_token_id: Any = None  # one or a list
-    exponential_decay_length_penalty: list[float] | None = None
+    exponential_decay_length_penalty: Any = None  # a start and a factor
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     sink_window: WindowField | None = None

@@ -10,19 +10,23 @@ from typing import Final
 
 from ...errors import MissingDependencyError
 from ...units import parse_memory
+from ...validation import require
 from ..batch_job import warn
 from ..llm_options import add_generation_config, load_llm
 from ..result_file import explained
+from .observation_options import add_observation, observed
 from .settings import DEFAULT_DRAIN_SECONDS, DEFAULT_MAX_REQUESTS, ServerSettings
 
 SERVE: Final = """Serve a model over HTTP, as OpenAI's API has it: completions, chats, models.
-SIGINT and SIGTERM end it when what was accepted is answered; a second one ends it at once."""
+SIGINT and SIGTERM end it when what was accepted is answered; a second one ends that too."""
 API_KEY_VARIABLE: Final = "PAGED_KV_API_KEY"
 DEFAULT_PORT: Final = 8000
+MAX_PORT: Final = 65535
+MAX_SLOWDOWN: Final = 3.0  # p99 of the times between tokens stays below four medians
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run_serve)
+    parser.set_defaults(run=run_serve, max_slowdown=MAX_SLOWDOWN)
     parser.add_argument("model", nargs="?", help="folder, hub name or .gguf (the demo model)")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
@@ -56,6 +60,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="whose pages may ask, in browsers (none)",
     )
+    add_observation(parser)
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
@@ -76,23 +81,25 @@ def run_serve(arguments: argparse.Namespace) -> int:
         allow_origins=arguments.allow_origin,
     )
     # Bound before the model is loaded, and listened at when it is.
-    with bound_socket(arguments.host, arguments.port) as listener, load_llm(arguments) as llm:
+    with (
+        bound_socket(arguments.host, arguments.port) as listener,
+        load_llm(arguments) as llm,
+        observed(arguments, llm, settings.model_name) as observation,
+    ):
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         warn(f"serving {settings.model_name!r} at http://{shown}:{port}")
-        asyncio.run(serve(llm, settings, listener))
+        asyncio.run(serve(llm, settings, listener, observation))
     return 0
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that is bound and does not listen yet."""
+    require("--port", port, 0 <= port <= MAX_PORT, f"from 0 to {MAX_PORT}")
     with explained("listen at", f"{host}:{port}"):
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-        except OverflowError:
-            raise OSError(0, "a port is a number from 0 to 65535") from None
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final, Protocol
 
 from ...engine.sampling_params import SamplingParams
 from ...engine.text import Prompt
@@ -24,12 +24,25 @@ from .token_texts import TokenTexts
 DEFAULT_TEMPERATURE: Final = 1.0  # OpenAI's
 
 
+class Observer(Protocol):
+    """Who knows what the engine does; may be asked in any thread."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Live figures as plain JSON."""
+
+    def exposition(self) -> bytes:
+        """Metrics, as Prometheus scrapes them."""
+
+
 class Served:
     """One engine under the name of its model, and of each of its adapters."""
 
-    def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
+    def __init__(
+        self, engine: AsyncLLM, settings: ServerSettings, observer: Observer | None = None
+    ) -> None:
         self.engine = engine
         self.settings = settings
+        self.observer = observer
         self.token_texts = TokenTexts(engine.llm.tokenizer)
         self.created = int(time.time())
 

@@ -9,9 +9,12 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from ...errors import ClosedError
 from ..installed_version import version
+from .refusal import Refusal
 from .served import Served
 
 router = APIRouter()
@@ -39,4 +42,14 @@ async def tell_version() -> dict[str, str]:
 @router.get("/statistics")
 async def tell_statistics(request: Request) -> dict[str, Any]:
     served: Served = request.app.state.served
-    return asdict(served.engine.llm.statistics())
+    if served.observer is None:
+        return asdict(served.engine.llm.statistics())
+    return served.observer.statistics()
+
+
+@router.get("/metrics")
+async def tell_metrics(request: Request) -> Response:
+    served: Served = request.app.state.served
+    if served.observer is None:
+        raise Refusal("this server has no metrics", 404)
+    return Response(served.observer.exposition(), media_type=CONTENT_TYPE_LATEST)

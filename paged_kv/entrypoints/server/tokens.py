@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from transformers import PreTrainedTokenizerBase
 
 from ...engine.text import encode_chat, encode_text
-from .json_body import json_body, limited_body, parsed, require_json
+from .json_body import body_as, limited_body, parsed, require_json
 from .refusal import Refusal
 from .served import Served
 from .token_requests import DetokenizeRequest, TokenizeChat, TokenizeText
@@ -58,7 +58,7 @@ async def tokenize(
 
 @router.post("/detokenize")
 async def detokenize(
-    body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))], request: Request
+    body: Annotated[DetokenizeRequest, Depends(body_as(DetokenizeRequest))], request: Request
 ) -> dict[str, str]:
     served: Served = request.app.state.served
     served.check_name(body.model)
