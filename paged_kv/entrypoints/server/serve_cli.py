@@ -14,7 +14,7 @@ from ...units import parse_memory
 from ...validation import require
 from ..llm_options import add_generation_config, load_llm
 from ..result_file import explained
-from .observation_options import add_observation
+from .observation_options import add_observation, observed
 from .settings import DEFAULT_DRAIN_SECONDS, DEFAULT_MAX_REQUESTS, ServerSettings
 
 SERVE: Final = """Serve a model over HTTP, as OpenAI's API has it: completions, chats, models.
