@@ -22,7 +22,10 @@ QUESTIONS = (
     "And why is it red in the evening?",
     "Write four lines about the sea.",
 )
+MAX_TOKENS = 120
 MINUTES = 10
+# Fields of settings, which may be folded.
+SET = "(fields, values) => fields.forEach((field, i) => { field.value = values[i]; })"
 
 
 def take_picture(browser: Any, url: str, path: Path, size: tuple[int, int], scheme: str) -> None:
@@ -33,7 +36,7 @@ def take_picture(browser: Any, url: str, path: Path, size: tuple[int, int], sche
     page.set_default_timeout(MINUTES * 60_000)
     expect.set_options(timeout=MINUTES * 60_000)
     page.goto(url)
-    page.get_by_label("Temperature").evaluate("field => { field.value = 0; }")
+    page.locator("#settings input").evaluate_all(SET, [0, MAX_TOKENS])
     for question in QUESTIONS:
         page.get_by_label("Message", exact=True).fill(question)
         page.keyboard.press("Enter")
