@@ -162,6 +162,7 @@ def test_an_answer_can_be_stopped(page, server, monkeypatch):
     ask(page, "Tell me everything.")
     expect(page.locator(".text")).to_have_text(MUCH)
     assert server.engine.num_requests == 1
+    assert page.locator(".error, .again").filter(visible=True).count() == 0
     page.get_by_role("button", name="Stop").click()
     wait_for_end(page)
     assert last(page, ".usage") == "stopped"
