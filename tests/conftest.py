@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -45,3 +47,21 @@ def one_torch_thread() -> Iterator[None]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_heap() -> None:
+    """No collection of garbage walks through what was loaded before the first test."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_interpreter() -> Iterator[None]:
+    """Triton's, where a test has loaded it, without its slowest habits."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "triton.runtime.interpreter" in sys.modules:
+            from tests.support.interpreter import speed_up
+
+            speed_up(patch)
+        yield

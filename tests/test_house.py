@@ -196,6 +196,15 @@ def test_test_files_are_short() -> None:
     assert not long
 
 
+def test_contributors_are_told_the_limits() -> None:
+    told = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+    assert (
+        f"At most {MOST_LINES} lines a file, {MOST_FUNCTION_LINES} a function, {MOST_ARGUMENTS} "
+        f"arguments (a named tuple counts once), {MOST_TEST_LINES} lines a test file."
+    ) in told
+    assert ROOMS in told
+
+
 def test_what_crosses_between_blocks_cache_and_kernels_has_types() -> None:
     border = [m for m in MODULES if re.fullmatch(r"kernels\.\w+|cache\.\w+|blocks\.step_plan", m)]
     untyped = {name for name in border if re.search(r"\bAny\b", FILES[name].read_text())}

@@ -1,4 +1,4 @@
-"""What the README shows is true: its example runs and its table is what the code computes."""
+"""What the README shows is true: its example runs, its numbers are the code's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 
 from paged_kv import FORMATS, LayerSpec
 from paged_kv.models.cost import format_costs
+from paged_kv.scheduler.admission import MAX_TIMES_PASSED
+from paged_kv.scheduler.request import AGING_STEPS
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_embedding_example_runs() -> None:
@@ -53,5 +56,27 @@ def test_formats_table_is_what_the_code_computes(name: str) -> None:
 def test_every_named_benchmark_exists() -> None:
     named = re.findall(r"\b(?:bench|train)_\w+\.py", README)
     assert named
-    bench = Path(__file__).parent.parent / "bench"
-    assert all(any(bench.rglob(name)) for name in named)
+    assert all(any((ROOT / "bench").rglob(name)) for name in named)
+
+
+def test_numbers_are_those_of_the_code() -> None:
+    words = " ".join(README.split())
+    serving_loop = (ROOT / "examples" / "embed.py").read_text().splitlines()
+    assert f"a whole serving loop around a toy model in {len(serving_loop)} lines" in words
+    assert f"a level of priority is worth {AGING_STEPS} steps of waiting" in words
+    assert f"does not fit may be passed by {MAX_TIMES_PASSED} that do" in words
+
+
+def test_limits_of_errors_and_instructions_are_those_of_the_tests() -> None:
+    pytest.importorskip("triton")
+    from tests.kernels.test_triton_machine_code import BUDGETS
+    from tests.support.triton_fleet import limit_of
+
+    words = " ".join(README.split())
+    int8, int4, int2 = (limit_of(FORMATS[f], torch.float32) for f in ("int8", "int4", "int2"))
+    assert int4 == int2
+    assert f"(int8 within {int8:.0e}, int4 and int2 within {int4:.0e}," in words.replace(
+        "e-3", "e-03"
+    )
+    told = ("native", "int8", "int4", "int3", "int2")
+    assert ", ".join(f"{name} {BUDGETS[name]}" for name in told) in words

@@ -224,9 +224,7 @@ def test_random_steps_agree_with_the_model(geometry):
     machine = type("Machine", (BlockManagerMachine,), {"geometry": geometry})
     run_state_machine_as_test(
         machine,
-        settings=settings(
-            max_examples=150, stateful_step_count=20, deadline=None, derandomize=True
-        ),
+        settings=settings(max_examples=90, stateful_step_count=20, deadline=None, derandomize=True),
     )
 
 

@@ -18,7 +18,6 @@ import triton
 from paged_kv import LLM, SamplingParams, SinkWindow
 from paged_kv.engine.decode_graphs import DecodeGraphs, rounded_up
 from tests.support.adapters import lora, scatter
-from tests.support.interpreter import speed_up
 from tests.support.pretend_gpu import PretendGpu, move_to_gpu, pretend_gpu
 
 pytestmark = [
@@ -26,14 +25,8 @@ pytestmark = [
     # What NumPy says of the interpreter's own scalars and of infinities that kernels mean.
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.usefixtures("_fast_interpreter"),
 ]
 WINDOW = SinkWindow(num_sink_tokens=4, window_size=64)
-
-
-@pytest.fixture
-def _fast_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    speed_up(monkeypatch)
 
 
 @pytest.fixture

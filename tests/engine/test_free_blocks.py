@@ -19,7 +19,7 @@ from tests.support.kv_formats import FORMATS_BY_LABEL
 from tests.support.small_llm import assert_nothing_is_held, tokens_of
 
 NAN_BYTE = 0xFF  # float32, bfloat16 and float16 of these bytes are NaN
-POOLS = {"native": 60, "int8": 24, "int8-block64": 24}
+SMALL_POOLS = {"native": 40, "int8": 16, "int2": 26}  # in which requests preempt each other
 
 
 @pytest.fixture(scope="module")
@@ -53,27 +53,28 @@ def fill_unused(runner: ModelRunner, llm: LLM, plan: StepPlan) -> int:
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("label", FORMATS_BY_LABEL)
 def test_nan_in_blocks_that_nobody_uses_changes_no_output(pristine, monkeypatch, backend, label):
-    """Requests come, share, fork, are preempted, swapped and windowed, in a pool that is reused."""
+    """Requests come, share, fork, are preempted and windowed, in a pool that is reused."""
     rng = random.Random(5)
-    prompts = [[rng.randrange(64) for _ in range(n)] for n in (1, 40, 190, 131, 20, 230)]
+    prompts = [[rng.randrange(64) for _ in range(n)] for n in (1, 40, 190, 131, 150, 230)]
     prompts[3] = prompts[2][:150]
     params = [
         SamplingParams(max_tokens=40),
         SamplingParams(max_tokens=30, temperature=1.0, seed=1, n=2),
         SamplingParams(max_tokens=50),
         SamplingParams(max_tokens=50),
-        SamplingParams(max_tokens=200, sink_window=SinkWindow(0, 130)),
+        SamplingParams(max_tokens=60, sink_window=SinkWindow(0, 130)),
         SamplingParams(max_tokens=60),
     ]
     monkeypatch.setenv("PAGED_KV_BACKEND", backend)
     llm = LLM(
         copy.deepcopy(pristine),
         kv_format=FORMATS_BY_LABEL[label],
-        num_blocks=POOLS.get(label, 40),
+        num_blocks=SMALL_POOLS.get(label, 40),
         max_num_seqs=4,
         token_budget=100,
         swap_space="1MiB",
     )
+    llm.engine.scheduler.steps_ahead = 0  # so that a small pool preempts
     expected = tokens_of(llm.generate(prompts, params))
     llm.reset_prefix_cache()
     run, num_filled = ModelRunner.run, 0
@@ -85,6 +86,7 @@ def test_nan_in_blocks_that_nobody_uses_changes_no_output(pristine, monkeypatch,
 
     monkeypatch.setattr(ModelRunner, "run", fill_and_run)
     assert tokens_of(llm.generate(prompts, params)) == expected
-    assert num_filled > 1000
+    assert num_filled > 300
+    assert llm.statistics().num_preemptions or label not in SMALL_POOLS
     assert_nothing_is_held(llm)
     llm.close()

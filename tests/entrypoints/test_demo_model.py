@@ -31,14 +31,14 @@ CASES: dict[str, KVFormat] = {
 
 @pytest.fixture(scope="module")
 def qualities() -> dict[str, Quality]:
-    """Every case teacher-forced on held-out windows of 1024 tokens, 16 tokens a step."""
+    """Every case teacher-forced on held-out windows of 1024 tokens, 32 tokens a step."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER, model_max_length=1 << 30)
     text = " ".join(EXCERPT.read_text().split())
     ids = tokenizer.encode(text, add_special_tokens=False)
     body = np.array(ids[: NUM_WINDOWS * 1023]).reshape(NUM_WINDOWS, 1023)
     windows = np.insert(body, 0, tokenizer.bos_token_id, axis=1)
     model = PagedModel(AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32))
-    results = compare_formats(model, list(CASES.values()), windows, tokens_per_step=16)
+    results = compare_formats(model, list(CASES.values()), windows, tokens_per_step=32)
     return dict(zip(CASES, results, strict=True))
 
 

@@ -1,18 +1,16 @@
-"""What every test of kernels runs under: Triton's interpreter without its two slowest habits."""
+"""What tests of compiled kernels share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.util import find_spec
+import os
+from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
-def fast_interpreter() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if find_spec("triton"):
-            from tests.support.interpreter import speed_up
-
-            speed_up(patch)
-        yield
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of kernels without machine code: one for all files and processes of a run of tests."""
+    folder = tmp_path_factory.getbasetemp()
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    return (folder.parent if is_worker else folder) / "kernels-without-machine-code"

@@ -13,6 +13,7 @@ pytest.importorskip("numba")
 
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.cache.kv_cache import Step
+from paged_kv.cache.layer_spec import cache_geometry
 from paged_kv.kernels import naive
 from paged_kv.kernels.cpu.backend import CpuBackend
 from paged_kv.kernels.cpu.decoder_layer import DecoderLayer, LayerParts
@@ -32,7 +33,7 @@ two_threads = cpu_kernels.two_threads
 
 CHANNELS, INNER = 96, 160
 EPSILON = 1e-5
-LENGTHS = (0, 1, 63, 130, 200)
+TURNS = 8
 # Hidden states are rounded three times on their way, what is multiplied a few times more.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 
@@ -159,14 +160,17 @@ def test_a_layer_is_what_its_parts_are(case, two_threads):
     """For as many steps as it takes to seal blocks; what it stores is what attention reads."""
     if case.dtype is torch.bfloat16 and not HAS_PAIRS:
         pytest.skip("this processor multiplies no pairs")
-    fleet, slots = ragged_fleet(
-        layer_of(case.kv_format, key_dim=case.head_dim), LENGTHS, gqa_group=case.group
-    )
+    spec = layer_of(case.kv_format, key_dim=case.head_dim)
+    geometry = cache_geometry([spec], torch.float32)
+    sealed_at = geometry.num_head_tokens + geometry.block_size + geometry.min_tail_tokens
+    lengths = (0, 1, 63, 130, sealed_at + geometry.block_size - TURNS // 2)
+    fleet, slots = ragged_fleet(spec, lengths, gqa_group=case.group)
     layer = Layer(case)
     decoder, blocks = DecoderLayer(layer.parts()), fleet.cache.records[0]
-    stored, rotates = None, case.kv_format.rotates_values
-    for turn in range(35):
+    stored, rotates, num_seals = None, case.kv_format.rotates_values, 0
+    for turn in range(TURNS):
         plan, step = begin(fleet, slots)
+        num_seals += len(plan.seal_block_ids)
         check_newest(step, blocks, stored, TOLERANCE[case.dtype])
         hidden = torch.randn(len(slots), CHANNELS).to(case.dtype)
         phases = torch.rand(len(slots), (case.num_turned or case.head_dim) // 2) * 6
@@ -185,6 +189,7 @@ def test_a_layer_is_what_its_parts_are(case, two_threads):
         assert error_of(output, expected) < TOLERANCE[case.dtype], turn
         fleet.manager.commit(plan)
         fleet.poison_blocks(plan.freed_block_ids)
+    assert num_seals or case.kv_format.is_native
 
 
 def check_newest(step: Step, blocks: Any, before: NewTokens | None, limit: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,11 +29,6 @@ def found() -> Iterator[dict[str, np.ndarray]]:
     if not IS_INTERPRETED and DEVICE.type == "cpu":
         pytest.skip("needs TRITON_INTERPRET=1 or a GPU")
     return answers(True, DEVICE)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("triton")
 
 
 def test_all_is_asked_and_as_expected(found):
@@ -79,17 +73,17 @@ def test_answers_and_rows_are_written(found, tmp_path, monkeypatch, capsys):
 
 @needs_compiler
 @pytest.mark.parametrize(("arch", "sums"), [(80, "ampere"), (90, "hopper")])
-def test_the_emulated_gpu_is_as_expected(arch, sums, compiled):
-    emulated = emulated_answers(True, arch, Settings(sums=sums), compiled)
+def test_the_emulated_gpu_is_as_expected(arch, sums, cache_folder):
+    emulated = emulated_answers(True, arch, Settings(sums=sums), cache_folder)
     assert not [row for row in rows_of(emulated, True) if row.ratio is not None]
 
 
 @needs_compiler
-def test_noise_is_told_beside_the_emulated_gpu(compiled):
-    emulated = emulated_answers(True, 90, Settings(noise=0), compiled)
+def test_noise_is_told_beside_the_emulated_gpu(cache_folder):
+    emulated = emulated_answers(True, 90, Settings(noise=0), cache_folder)
     for row in rows_of(emulated, True):  # noise is added to what is rounded already
         assert row.ratio is None or (row.case in APPROXIMATE and row.ratio > 0.5), row
-    exact = emulated_answers(True, 90, Settings(), compiled)
+    exact = emulated_answers(True, 90, Settings(), cache_folder)
     rows = rows_beside(emulated, dict.fromkeys(("exact", "ampere", "hopper"), exact), True)
     differing = {row.case for row in rows if row.metric.startswith("differ") and row.value}
     assert differing == APPROXIMATE

@@ -22,11 +22,6 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="kernels 
 KERNELS = {"attend_open", "attend_sealed", "attend_prefill", "merge_parts", "seal_blocks"}
 
 
-@pytest.fixture(scope="module")
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("triton")
-
-
 @pytest.mark.parametrize(
     ("arch", "case"), [pytest.param(arch, case, id=f"sm{arch}-{case}") for arch, case in CASES]
 )

@@ -25,11 +25,6 @@ ACCUMULATOR = r"(mma\.sync[^;]*\{)\s*%r\d+(, [^{};]*\};)"  # its first register
 BARRIER = r"bar\.sync\s+0;"
 
 
-@pytest.fixture(scope="module")
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("triton")
-
-
 def run_with(
     change: Callable[[str], str], kernel: str, arch: int, folder: Path, case: Case = CASE
 ) -> Outcome:

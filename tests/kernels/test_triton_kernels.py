@@ -50,7 +50,7 @@ many_splits = triton_fleet.many_splits
 @ALL_FORMATS
 def test_ragged_decode_and_verify_match_the_oracle(kv_format, dtype):
     fleet, slots = ragged_fleet(
-        layer_of(kv_format, heads=1), (1, 63, 1000, 16, 17, 330), gqa_group=2, dtype=dtype
+        layer_of(kv_format, heads=1), (1, 63, 600, 16, 17, 330), gqa_group=2, dtype=dtype
     )
     for count in (1, 3):
         check_step(fleet, dict.fromkeys(slots, count))
@@ -60,8 +60,7 @@ def test_ragged_decode_and_verify_match_the_oracle(kv_format, dtype):
 def test_chunks_beside_decodes_match_the_oracle(kv_format, dtype):
     layer = layer_of(kv_format, heads=1)
     fleet, slots = ragged_fleet(layer, (63, 300, 17), gqa_group=3, dtype=dtype, new_tokens=90)
-    check_step(fleet, dict(zip(slots, (25, 1, 67), strict=True)))  # of two and of four tiles
-    check_step(fleet, dict(zip(slots, (1, 22, 2), strict=True)))
+    check_step(fleet, dict(zip(slots, (1, 25, 67), strict=True)))  # of two and of four tiles
 
 
 @pytest.mark.parametrize("dims", [(32, 32), (40, 64), (80, 96), (128, 128), (192, 128), (256, 256)])
@@ -97,9 +96,8 @@ def test_every_group_of_query_heads_matches_the_oracle(kv_format, gqa_group):
 def test_every_rule_matches_the_oracle(kv_format, options, many_splits):
     layer = layer_of(kv_format, heads=1)
     fleet, slots = ragged_fleet(layer, (1, 63, 600), gqa_group=4, new_tokens=80)
-    check_step(fleet, dict.fromkeys(slots, 1), **options)
-    check_step(fleet, dict(zip(slots, (18, 1, 4), strict=True)), **options)
-    check_step(fleet, dict(zip(slots, (1, 1, 18), strict=True)), **options)
+    check_step(fleet, dict(zip(slots, (1, 18, 4), strict=True)), **options)
+    check_step(fleet, dict(zip(slots, (18, 1, 18), strict=True)), **options)
 
 
 @BASE_FORMATS

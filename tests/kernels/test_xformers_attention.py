@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from paged_kv.cache.backend import choose_backend
-from paged_kv.cache.formats import INT8
+from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from tests.support import triton_fleet
 from tests.support.attention_oracle import layer_of
 from tests.support.triton_fleet import DEVICE, SINKS, check_step, ragged_fleet
@@ -26,7 +26,6 @@ from paged_kv.kernels.triton import xformers_attention  # noqa: E402
 
 poison = triton_fleet.poison
 pytestmark = triton_fleet.pytestmark
-BASE_FORMATS = triton_fleet.BASE_FORMATS
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -63,8 +62,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return seen
 
 
-@pytest.mark.parametrize("options", [{}, {"sink_logits": SINKS}, {"scale": 0.3}], ids=str)
-@BASE_FORMATS
+@pytest.mark.parametrize(
+    ("kv_format", "options"),
+    [
+        (NATIVE, {}),
+        (INT8, {}),
+        (INT4, {"sink_logits": SINKS}),
+        (INT2, {"scale": 0.3}),
+    ],
+    ids=["native", "int8", "int4-sink_logits", "int2-scale"],
+)
 def test_chunks_attend_to_themselves_by_xformers(kv_format, options, calls):
     """Two chunks, one of them first tokens, beside a decode; the output is rounded to bfloat16."""
     fleet, seq_ids = ragged_fleet(

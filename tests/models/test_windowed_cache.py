@@ -19,7 +19,7 @@ from tests.models.test_paged_cache import batch_of, check, generate, open_cache
 from tests.support import zoo
 
 WINDOW = SinkWindow(4, 64)
-NUM_NEW = 200
+NUM_NEW = 120
 PROMPTS = (70, 33)
 
 
@@ -50,11 +50,11 @@ def test_memory_is_constant_beyond_the_models_own_length(kv_format):
     model = zoo.model("llama")
     cache, sizes = windowed(model, kv_format), []
     text = batch_of((60,))["input_ids"]
-    for _ in range(8):
+    for _ in range(6):
         inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
         text = generate(model, inputs, past_key_values=cache, max_new_tokens=128)
         sizes.append(cache.memory_stats().allocated)
-    assert text.shape[1] > 2 * zoo.MAX_MODEL_LEN
+    assert text.shape[1] > 1.5 * zoo.MAX_MODEL_LEN
     assert len(set(sizes[4:])) == 1
 
 
@@ -63,12 +63,12 @@ def test_beams_and_drafts():
     model = zoo.model("llama")
     inputs = batch_of((33,))
     cache = windowed(model)
-    generate(model, inputs, past_key_values=cache, max_new_tokens=150, num_beams=3)
+    generate(model, inputs, past_key_values=cache, max_new_tokens=90, num_beams=3)
     check_living(cache, 3)
     cache.reset()
-    plain = generate(model, inputs, past_key_values=cache, max_new_tokens=150)
+    plain = generate(model, inputs, past_key_values=cache, max_new_tokens=90)
     cache.reset()
-    options = {"max_new_tokens": 150, "prompt_lookup_num_tokens": 3}
+    options = {"max_new_tokens": 90, "prompt_lookup_num_tokens": 3}
     assert generate(model, inputs, past_key_values=cache, **options).equal(plain)
     check_living(cache, 1)
 

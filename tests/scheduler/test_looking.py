@@ -145,7 +145,7 @@ def test_whoever_would_start_if_all_were_looked_at_starts(geometry, seed):
     ours, other = make_scheduler(geometry, **options), make_scheduler(geometry, **options)
     other.__class__ = EveryStep
     num_admitted = 0
-    for turn in range(400):
+    for turn in range(250):
         action = rng.random()
         if action < 0.3 and ours.num_waiting < 90:
             opening = rng.choice([[], [7] * 20, [7] * 9 + [8] * 20])

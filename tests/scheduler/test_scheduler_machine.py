@@ -185,7 +185,7 @@ class Traffic(RuleBasedStateMachine):
 
 
 TRAFFIC_SETTINGS = settings(
-    max_examples=280,
+    max_examples=140,
     stateful_step_count=25,
     deadline=None,
     derandomize=True,

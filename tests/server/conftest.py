@@ -7,20 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from paged_kv import LLM
-from paged_kv.entrypoints.demo import MODEL_FOLDER
-from tests.support.running_server import RunningServer, demo_tokenizer, running
+from tests.support.running_server import RunningServer, running
+from tests.support.transcripts import demo_llm
 
 
 @pytest.fixture(scope="session")
 def llm() -> Iterator[LLM]:
-    with LLM(
-        MODEL_FOLDER,
-        tokenizer=demo_tokenizer(),
-        kv_format="native",
-        num_blocks=400,
-        max_num_seqs=8,
-        dtype="float32",  # the tokens of transcripts
-    ) as llm:
+    with demo_llm() as llm:
         yield llm
 
 

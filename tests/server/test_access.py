@@ -115,7 +115,8 @@ def test_what_a_server_says_of_itself(llm):
         assert server.post("/ping").json() == {"status": "alive"}
         assert server.get("/ready").json() == {"status": "ready"}
         assert server.get("/version").json().keys() == {"version"}
-        assert server.get("/statistics").status_code == 200
+        assert server.get("/statistics").json()["model"] == "demo"
+        assert "vllm:num_requests_running" in server.get("/metrics").text
         for path in ("/docs", "/openapi.json", "/redoc"):
             assert server.get(path).status_code == 404
 

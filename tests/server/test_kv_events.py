@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from contextlib import closing
 from threading import Event
 from types import SimpleNamespace
 
@@ -269,12 +270,12 @@ def test_batches_come_in_order_and_missed_ones_are_replayed(publisher):
 
 def test_only_the_newest_batches_are_kept_for_replays():
     publisher = EventPublisher(2, EVERYWHERE, replay_endpoint=EVERYWHERE, buffer_steps=2)
-    with Subscriber(local(publisher.endpoint), local(publisher.replay_endpoint)) as subscriber:
+    subscriber = Subscriber(local(publisher.endpoint), local(publisher.replay_endpoint))
+    with closing(publisher), subscriber:
         for name in (b"a", b"b", b"c"):
             publisher.publish([stored(name)])
         while (kept := [n for n, _ in subscriber.replay(0)]) != [1, 2]:
             assert len(kept) <= 2
-    publisher.close()
 
 
 def test_a_request_that_is_no_number_is_passed_over(publisher, caplog):
@@ -291,7 +292,8 @@ def test_the_engine_never_waits_and_what_was_dropped_is_not_counted_on():
     index = RouterIndex(2)
     go_on, send = Event(), publisher._send
     publisher._send = lambda step: (go_on.wait(10), send(step))
-    with Subscriber(local(publisher.endpoint), local(publisher.replay_endpoint)) as subscriber:
+    subscriber = Subscriber(local(publisher.endpoint), local(publisher.replay_endpoint))
+    with closing(publisher), subscriber:
         publisher.publish([stored(b"a")])
         while not publisher._steps.empty():  # until it is held up with this one
             time.sleep(0.001)
@@ -312,7 +314,6 @@ def test_the_engine_never_waits_and_what_was_dropped_is_not_counted_on():
         assert len(index.contents) == 2
         index.apply(batches[2][1])
         assert list(index.contents) == [int.from_bytes(b"c".rjust(8, b"-"), "big")]
-    publisher.close()
 
 
 def test_a_step_that_cannot_be_sent_is_logged_and_the_next_begins_anew(publisher, caplog):
@@ -364,8 +365,7 @@ def test_closing_sends_what_is_queued():
 # -- an LLM ---------------------------------------------------------------------------------------
 
 
-def test_options_of_a_server_tell_routers_what_its_llm_has_cached(monkeypatch):
-    monkeypatch.setattr("paged_kv.entrypoints.server.logs.configure_logging", lambda form: None)
+def test_options_of_a_server_tell_routers_what_its_llm_has_cached():
     parser = argparse.ArgumentParser()
     add_observation(parser)
     settings = ["--kv-format", "int4", "--num-blocks", "60", "--calibration", "none"]

@@ -17,7 +17,7 @@ from paged_kv.entrypoints.server.logs import (
     FieldFormatter,
     JsonFormatter,
     RequestLog,
-    configure_logging,
+    logging_as,
 )
 
 SECRET = "Xyzzy"
@@ -27,15 +27,6 @@ SECRET = "Xyzzy"
 def llm() -> Iterator[LLM]:
     with LLM(MODEL_FOLDER, kv_format="native", num_blocks=100) as made:
         yield made
-
-
-@pytest.fixture
-def root() -> Iterator[logging.Logger]:
-    """The root logger, as it was afterwards."""
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    yield root
-    root.handlers[:], root.level = before
 
 
 def record_of(text: str, **options: object) -> logging.LogRecord:
@@ -108,11 +99,14 @@ def test_text_has_the_same_fields():
     assert FieldFormatter().format(record_of("started")).endswith(" WARNING started")
 
 
-def test_an_option_decides_which_form_it_has(root, capsys):
+def test_an_option_decides_which_form_it_has(capsys):
+    anybody = logging.getLogger("anybody")
+    before = logging.getLogger().handlers[:], logging.getLogger().level
     for name, is_json in (("json", True), ("text", False)):
-        configure_logging(name)
-        logging.getLogger("anybody").info("hello", extra={"fields": {"n": 1}})
-        logging.getLogger("anybody").debug("not this")
+        with logging_as(name):
+            anybody.info("hello", extra={"fields": {"n": 1}})
+            anybody.debug("not this")
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("{") == is_json
         assert "hello" in line
+    assert (logging.getLogger().handlers, logging.getLogger().level) == before

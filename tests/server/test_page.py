@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.xdist_group("browser"),
 ]
 
+MUCH = re.compile(".{20}", re.DOTALL)
 CHATS, STATISTICS = "**/v1/chat/completions", "**/statistics"
 SCRIPT = "<img src=x onerror='window.caught = 1'><script>window.caught = 1</script>"
 FIGURES: dict[str, Any] = {
@@ -98,6 +99,14 @@ def asked_last(server: RunningServer) -> str:
     return server.llm.tokenizer.decode(server.engine.submitted[-1][0])
 
 
+def wait_for_idle(page: Any, server: RunningServer) -> None:
+    for _ in range(500):
+        if server.engine.num_requests == 0:
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError("a request is still there")
+
+
 def make_endless(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers go on until somebody ends them."""
     submit = server.engine.submit
@@ -151,17 +160,23 @@ def test_a_talk(page, server, llm):
 def test_an_answer_can_be_stopped(page, server, monkeypatch):
     make_endless(server, monkeypatch)
     ask(page, "Tell me everything.")
-    expect(page.locator(".text")).to_have_text(re.compile(".{20}", re.DOTALL))
+    expect(page.locator(".text")).to_have_text(MUCH)
     assert server.engine.num_requests == 1
+    assert page.locator(".error, .again").filter(visible=True).count() == 0
     page.get_by_role("button", name="Stop").click()
     wait_for_end(page)
     assert last(page, ".usage") == "stopped"
     assert len(answers(page)[0]) >= 20
-    for _ in range(200):
-        if server.engine.num_requests == 0:
-            break
-        page.wait_for_timeout(20)
-    assert server.engine.num_requests == 0
+    wait_for_idle(page, server)
+    ask(page, "And more.")
+    expect(page.locator(".text").last).to_have_text(MUCH)
+    page.get_by_role("button", name="New conversation").click()
+    wait_for_idle(page, server)
+    assert page.locator("#turns li").count() == 0
+    ask(page, "Tell me everything.")
+    expect(page.locator(".text")).to_have_text(MUCH)
+    page.get_by_role("button", name="Stop").click()
+    wait_for_end(page)
     monkeypatch.undo()
     page.get_by_label("Most tokens").fill("4")
     page.get_by_role("button", name="Try again").click()

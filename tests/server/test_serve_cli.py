@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,15 @@ from paged_kv.entrypoints.cli import main
 from paged_kv.entrypoints.server import serve_cli
 
 SECONDS = 60.0
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def serve_while(monkeypatch, use: Callable[[str], Any], *options: str) -> tuple[int, Any]:
@@ -36,10 +46,15 @@ def serve_while(monkeypatch, use: Callable[[str], Any], *options: str) -> tuple[
             try:
                 url = f"http://127.0.0.1:{ports[0]}"
                 httpx.get(url + "/health")
-                return use(url)
+                break
             except (IndexError, httpx.ConnectError):
                 time.sleep(0.05)
-        raise TimeoutError
+        try:
+            return use(url)
+        except BaseException:
+            for _ in range(3):  # or the server would go on
+                signalled(signal.SIGTERM)
+            raise
 
     monkeypatch.setattr(serve_cli, "bound_socket", noted)
     with ThreadPoolExecutor(1) as pool:
@@ -95,7 +110,8 @@ def test_a_second_signal_ends_at_once(monkeypatch):
             lines = answer.iter_lines()
             next(lines)
             signalled(signal.SIGTERM)
-            next(lines)
+            while httpx.get(url + "/ready").status_code == 200:
+                time.sleep(0.05)  # two signals at once are one
             signalled(signal.SIGTERM)
             return str([line for line in lines if line][-1])
 

@@ -15,35 +15,35 @@ from playwright.sync_api import expect
 
 from tests.support.browser import chromium
 
-# Name, size, colours.
-VIEWS = (("page", (1200, 800), "light"), ("page-narrow", (390, 800), "dark"))
 QUESTIONS = (
     "Why is the sky blue? Answer in two sentences.",
     "And why is it red in the evening?",
     "Write four lines about the sea.",
 )
+MAX_TOKENS = 120
 MINUTES = 10
+SET = "(fields, values) => fields.forEach((field, i) => { field.value = values[i]; })"
 
 
-def take_picture(browser: Any, url: str, path: Path, size: tuple[int, int], scheme: str) -> None:
-    """Talk as a person would, with the picture taken while the last answer comes."""
-    viewport = dict(zip(("width", "height"), size, strict=True))
-    context = browser.new_context(viewport=viewport, color_scheme=scheme)
-    page = context.new_page()
+def take_pictures(browser: Any, url: str, folder: Path) -> None:
+    """Talk as a person would, and take the pictures while the last answer comes."""
+    page = browser.new_page(viewport={"width": 1200, "height": 800}, color_scheme="light")
     page.set_default_timeout(MINUTES * 60_000)
     expect.set_options(timeout=MINUTES * 60_000)
     page.goto(url)
-    page.get_by_label("Temperature").evaluate("field => { field.value = 0; }")
+    page.locator("#settings input").evaluate_all(SET, [0, MAX_TOKENS])
     for question in QUESTIONS:
         page.get_by_label("Message", exact=True).fill(question)
         page.keyboard.press("Enter")
         if question != QUESTIONS[-1]:
             page.wait_for_selector("#turns li:last-child:not(.coming) .usage")
     expect(page.locator(".text").last).to_have_text(re.compile(".{40}", re.DOTALL))
-    page.locator("#cache:not([open]) summary").evaluate_all("found => found.map((s) => s.click())")
-    page.wait_for_timeout(1500)  # for figures
-    page.screenshot(path=path)
-    context.close()
+    page.screenshot(path=folder / "page.png")
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.emulate_media(color_scheme="dark")
+    page.locator("#cache:not([open]) summary").click()  # it is folded on a phone
+    page.wait_for_timeout(4000)  # for more of the answer, and figures
+    page.screenshot(path=folder / "page-narrow.png")
 
 
 def main() -> None:
@@ -53,10 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True)
     with chromium() as browser:
-        for name, size, scheme in VIEWS:
-            path = arguments.folder / f"{name}.png"
-            take_picture(browser, arguments.url, path, size, scheme)
-            print(path)
+        take_pictures(browser, arguments.url, arguments.folder)
 
 
 if __name__ == "__main__":

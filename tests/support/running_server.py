@@ -17,6 +17,7 @@ from paged_kv.entrypoints.async_llm import AsyncLLM
 from paged_kv.entrypoints.async_request import AsyncRequest
 from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.server.draining_server import DrainingServer
+from paged_kv.entrypoints.server.observation import Observation
 from paged_kv.entrypoints.server.serve_cli import bound_socket
 from paged_kv.entrypoints.server.settings import ServerSettings
 from paged_kv.errors import ClosedError
@@ -38,8 +39,8 @@ def demo_tokenizer() -> PreTrainedTokenizerBase:
 class RecordingLLM(AsyncLLM):
     """Notes what is submitted."""
 
-    def __init__(self, llm: LLM, *, max_requests: int) -> None:
-        super().__init__(llm, max_requests=max_requests)
+    def __init__(self, llm: LLM, settings: ServerSettings, observation: Observation) -> None:
+        super().__init__(llm, max_requests=settings.max_requests, listener=observation)
         self.submitted: list[tuple[Any, SamplingParams, dict[str, Any]]] = []
         self.is_dry = False  # note them and nothing else
 
@@ -73,8 +74,9 @@ class RunningServer:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        async with RecordingLLM(self.llm, max_requests=self._settings.max_requests) as self.engine:
-            self.server = DrainingServer(self.engine, self._settings)
+        observation = Observation(self.llm, self._settings.model_name)
+        async with RecordingLLM(self.llm, self._settings, observation) as self.engine:
+            self.server = DrainingServer(self.engine, self._settings, observation)
             self._listener.listen()  # so that who connects now waits until it is served
             self._is_made.set()
             await self.server.serve([self._listener])

@@ -40,6 +40,12 @@ OTHERS: dict[str, Configuration] = {
         WIDE_HEADS,
     ),
     "falcon": Configuration("FalconForCausalLM", {}, "one kv head, parallel blocks", GATHERED),
+    "falcon-grouped": Configuration(
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        "two kv heads, two norms",
+        GATHERED,
+    ),
     "falcon-alibi": Configuration("FalconForCausalLM", {"alibi": True}, "ALiBi", GATHERED),
     "bloom": Configuration("BloomForCausalLM", {}, "ALiBi", GATHERED),
     "mpt": Configuration("MptForCausalLM", {}, "ALiBi", GATHERED),

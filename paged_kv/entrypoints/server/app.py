@@ -14,10 +14,8 @@ from .served import Observer, Served
 from .settings import ServerSettings
 
 
-def create_app(
-    engine: AsyncLLM, settings: ServerSettings, observer: Observer | None = None
-) -> FastAPI:
-    """An ASGI application; engine and model stay their owner's, who closes them afterwards."""
+def create_app(engine: AsyncLLM, settings: ServerSettings, observer: Observer) -> FastAPI:
+    """An ASGI application; engine and observer stay their owner's, who closes them afterwards."""
     app = FastAPI(title="paged-kv", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.served = Served(engine, settings, observer)
     for part in (chat_completions, completions, embeddings, models, tokens, state):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -13,7 +14,7 @@ from typing import Any, Final
 import uvicorn
 
 from ..async_llm import AsyncLLM
-from ..batch_job import STOP_SIGNALS, warn
+from ..batch_job import STOP_SIGNALS
 from ..llm import LLM
 from .app import create_app
 from .observation import Observation
@@ -22,6 +23,7 @@ from .settings import ServerSettings
 
 KEEP_ALIVE_SECONDS: Final = 75  # longer than clients keep connections, which would find them closed
 SENDING_SECONDS: Final = 5  # for clients that have not read what was generated for them
+log = logging.getLogger(__name__)
 
 
 async def serve(
@@ -37,13 +39,11 @@ class DrainingServer(uvicorn.Server):
     is asked for.
     """
 
-    def __init__(
-        self, engine: AsyncLLM, settings: ServerSettings, observer: Observer | None = None
-    ) -> None:
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings, observer: Observer) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(engine, settings, observer),
-                log_config=None,  # as the process has it
+                log_config=None,  # its lines are like all others
                 lifespan="off",
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=SENDING_SECONDS,
@@ -66,8 +66,7 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def _drain(self, timeout: float | None) -> None:
-        num_left = self._engine.num_requests
-        warn(f"ending: {num_left} requests are left" if num_left else "ending")
+        log.info("ending: %d requests are left", self._engine.num_requests)
         await self._engine.drain(timeout)
         self.should_exit = True
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
@@ -52,11 +54,19 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     return fields
 
 
-def configure_logging(log_format: str, level: int = logging.INFO) -> None:
+@contextmanager
+def logging_as(log_format: str, level: int = logging.INFO) -> Iterator[None]:
     """Lines of "json" or "text" on standard error, of this package and whoever logs beside it."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler, root = logging.StreamHandler(sys.stderr), logging.getLogger()
     handler.setFormatter(JsonFormatter() if log_format == "json" else FieldFormatter())
-    logging.basicConfig(handlers=[handler], level=level, force=True)
+    level_before = root.level
+    root.addHandler(handler)
+    root.setLevel(level)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level_before)
 
 
 class RequestLog:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-from ..llm import LLM
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from ..llm import LLM
     from .observation import Observation
 
-LOG_FORMATS = ("text", "json")
+LOG_FORMATS: Final = ("text", "json")
 
 
 def add_observation(parser: argparse.ArgumentParser) -> None:
@@ -33,10 +32,8 @@ def add_observation(parser: argparse.ArgumentParser) -> None:
 def observed(arguments: argparse.Namespace, llm: LLM, model_name: str) -> Iterator[Observation]:
     """What watches an `LLM` that was loaded with the same arguments, until the block ends."""
     from .event_publisher import EventPublisher
-    from .logs import configure_logging
     from .observation import Observation
 
-    configure_logging(arguments.log_format)
     publisher = None
     if arguments.kv_events is not None:
         publisher = EventPublisher(

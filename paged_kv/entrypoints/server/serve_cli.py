@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import socket
 from typing import Final
@@ -11,7 +12,6 @@ from typing import Final
 from ...errors import MissingDependencyError
 from ...units import parse_memory
 from ...validation import require
-from ..batch_job import warn
 from ..llm_options import add_generation_config, load_llm
 from ..result_file import explained
 from .observation_options import add_observation, observed
@@ -23,6 +23,7 @@ API_KEY_VARIABLE: Final = "PAGED_KV_API_KEY"
 DEFAULT_PORT: Final = 8000
 MAX_PORT: Final = 65535
 MAX_SLOWDOWN: Final = 3.0  # p99 of the times between tokens stays below four medians
+log = logging.getLogger(__name__)
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 def run_serve(arguments: argparse.Namespace) -> int:
     try:
         from .draining_server import serve
+        from .logs import logging_as
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"serving needs {error.name}: pip install 'paged-kv[server]'"
@@ -82,13 +84,14 @@ def run_serve(arguments: argparse.Namespace) -> int:
     )
     # Bound before the model is loaded, and listened at when it is.
     with (
+        logging_as(arguments.log_format),
         bound_socket(arguments.host, arguments.port) as listener,
         load_llm(arguments) as llm,
         observed(arguments, llm, settings.model_name) as observation,
     ):
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        warn(f"serving {settings.model_name!r} at http://{shown}:{port}")
+        log.info("serving %r at http://%s:%d", settings.model_name, shown, port)
         asyncio.run(serve(llm, settings, listener, observation))
     return 0
 

@@ -37,9 +37,7 @@ class Observer(Protocol):
 class Served:
     """One engine under the name of its model, and of each of its adapters."""
 
-    def __init__(
-        self, engine: AsyncLLM, settings: ServerSettings, observer: Observer | None = None
-    ) -> None:
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings, observer: Observer) -> None:
         self.engine = engine
         self.settings = settings
         self.observer = observer

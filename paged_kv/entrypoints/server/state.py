@@ -5,7 +5,6 @@ Knows an engine's figures, never requests.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,7 +13,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ...errors import ClosedError
 from ..installed_version import version
-from .refusal import Refusal
 from .served import Served
 
 router = APIRouter()
@@ -42,14 +40,10 @@ async def tell_version() -> dict[str, str]:
 @router.get("/statistics")
 async def tell_statistics(request: Request) -> dict[str, Any]:
     served: Served = request.app.state.served
-    if served.observer is None:
-        return asdict(served.engine.llm.statistics())
     return served.observer.statistics()
 
 
 @router.get("/metrics")
 async def tell_metrics(request: Request) -> Response:
     served: Served = request.app.state.served
-    if served.observer is None:
-        raise Refusal("this server has no metrics", 404)
     return Response(served.observer.exposition(), media_type=CONTENT_TYPE_LATEST)

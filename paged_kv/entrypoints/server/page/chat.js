@@ -4,11 +4,13 @@ import { unlock, watch } from "./figures.js";
 import { answerTo, keepKey, modelNames, Refusal } from "./server.js";
 
 const ENDS = { length: "cut off at the limit of tokens", stopped: "stopped" };
+const NEAR = 48; // pixels: so far from the end is at the end
 const WIDE = matchMedia("(min-width: 56rem)"); // as in style.css
 
 const element = (id) => document.getElementById(id);
 let turns = [];
 let running = null; // the AbortController of the answer that comes
+let isAtEnd = true; // whoever scrolls back to read stays there
 
 /** A question and its answer, which may be none, cut short or failed. */
 class Turn {
@@ -34,7 +36,8 @@ class Turn {
     this.error = null;
     this.item.classList.add("coming");
     this.parts.text.setAttribute("aria-busy", "true"); // read out when it is whole
-    for (const part of Object.values(this.parts)) part.hidden = part === this.parts.again;
+    this.parts.text.hidden = false;
+    this.parts.error.hidden = this.parts.again.hidden = true;
     for (const name of ["text", "usage", "error"]) this.parts[name].replaceChildren();
   }
 
@@ -73,7 +76,7 @@ function ask(question) {
   turns.push(turn);
   element("welcome").hidden = true;
   element("turns").append(turn.item);
-  element("scroller").scrollTop = element("scroller").scrollHeight;
+  isAtEnd = true;
   run(turn);
 }
 
@@ -83,7 +86,7 @@ async function run(turn) {
   const controller = new AbortController();
   const began = performance.now();
   const end = {};
-  turn.begin();
+  keepInView(() => turn.begin());
   setRunning(controller);
   try {
     for await (const piece of answerTo(chatUpTo(turn), controller.signal)) {
@@ -127,10 +130,8 @@ function setRunning(controller) {
 
 /** Change the conversation; whoever was at its end stays there. */
 function keepInView(change) {
-  const scroller = element("scroller");
-  const isAtEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 48;
   change();
-  if (isAtEnd) scroller.scrollTop = scroller.scrollHeight;
+  if (isAtEnd) element("scroller").scrollTop = element("scroller").scrollHeight;
 }
 
 function usageInWords(usage, seconds) {
@@ -217,6 +218,9 @@ function listen() {
   element("stop").addEventListener("click", () => {
     running?.abort();
     element("question").focus();
+  });
+  element("scroller").addEventListener("scroll", ({ target }) => {
+    isAtEnd = target.scrollHeight - target.scrollTop - target.clientHeight < NEAR;
   });
   element("new").addEventListener("click", begin);
   element("model").addEventListener("change", showModel);
