@@ -323,7 +323,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [" | ".join(["| ", *cases]) + " |", "|---|" + "---:|" * len(cases)]
     for metric, (unit, _) in UNITS.items():
         cells = [written(found.get((case, metric))) for case in cases]
-        lines.append(" | ".join([f"| {metric}, {unit}", *cells]) + " |")
+        head = metric if metric.endswith(unit) else f"{metric}, {unit}"
+        lines.append(" | ".join([f"| {head}", *cells]) + " |")
     return "\n".join(lines)
 
 
