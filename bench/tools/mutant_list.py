@@ -609,6 +609,77 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         ],
     ),
     *faults_in(
+        "scheduler/budget.py",
+        "scheduler/test_fairness scheduler/test_scheduler",
+        [
+            Fault(
+                "decodes-are-given-what-prompts-get-too",
+                "budget_left = budget - np.count_nonzero(is_decode)",
+                "budget_left = budget",
+            ),
+            Fault(
+                "a-prompt-loses-its-own-share-of-the-budget",
+                "before = np.cumsum(of_prompts) - of_prompts",
+                "before = np.cumsum(of_prompts)",
+            ),
+            Fault(
+                "prompts-take-what-they-like-beside-decodes",
+                "return min(token_budget, num_decodes + most_beside_decodes)",
+                "return token_budget",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/prefill_pace.py",
+        "entrypoints/test_prefill_pace",
+        [
+            Fault(
+                "overlapping-steps-count-twice",
+                "max(began, self._last_end), perf_counter()",
+                "began, perf_counter()",
+            ),
+            Fault("one-long-step-counts-in-full", "min(newest, MOST_TIMES * mean)", "newest"),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/entrypoints/async_llm.py",
+        "entrypoints/test_async_llm",
+        [
+            Fault(
+                "a-task-that-leaves-while-it-is-checked-keeps-its-place",
+                "        except BaseException:\n            self._room.leave()",
+                "        except Exception:\n            self._room.leave()",
+            ),
+            Fault(
+                "those-who-wait-are-not-told-that-it-drains",
+                """        self._room.dismiss(ClosedError("no more requests are taken"))\n""",
+                "",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/entrypoints/engine_thread.py",
+        "entrypoints/test_async_llm",
+        [
+            Fault(
+                "an-order-that-fails-is-forgotten",
+                "                    self._due[0]()\n                    self._due.popleft()",
+                "                    self._due.popleft()()",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/entrypoints/waiting_room.py",
+        "entrypoints/test_async_llm",
+        [
+            Fault(
+                "a-place-is-lost-with-the-task-that-got-it",
+                "                self.leave()  # it",
+                "                pass  # it",
+            ),
+        ],
+    ),
+    *faults_in(
         "scheduler/scheduler.py",
         "scheduler/test_scheduler scheduler/test_fairness scheduler/test_admission "
         "scheduler/test_forks scheduler/test_cancel engine/test_not_finite",
@@ -635,16 +706,6 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
                 "            - self._watermark_blocks,",
                 "            - 0,",
                 "scheduler/test_admission",
-            ),
-            Fault(
-                "decodes-are-given-what-prompts-get-too",
-                "budget_left = budget - np.count_nonzero(is_decode)",
-                "budget_left = budget",
-            ),
-            Fault(
-                "a-prompt-loses-its-own-share-of-the-budget",
-                "before = np.cumsum(of_prompts) - of_prompts",
-                "before = np.cumsum(of_prompts)",
             ),
             Fault(
                 "a-request-samples-before-its-last-chunk",

@@ -19,8 +19,9 @@ class PrefillPace:
     """Keeps a step to about `max_slowdown` times what a step of decodes alone takes.
 
     It measures what such a step takes and what each token of a prompt adds to it, and sets the
-    scheduler's `most_beside_decodes` by that. Until it has seen both, nothing is limited; where
-    nobody decodes, nothing ever is.
+    scheduler's `most_beside_decodes` by that. The first prompt tells what a token takes at most;
+    until a step of decodes is known, others get as little as they ever do. Where nobody decodes,
+    nothing is limited.
     """
 
     def __init__(self, scheduler: Scheduler, max_slowdown: float) -> None:
@@ -38,22 +39,28 @@ class PrefillPace:
         num_new = np.diff(scheduled.plan.query_start_loc)
         num_decodes = int(np.count_nonzero(num_new == 1))
         num_prompt_tokens = int(num_new.sum()) - num_decodes
-        if num_decodes:
-            self._learn(num_prompt_tokens, self._last_end - began)
-            self._scheduler.most_beside_decodes = self.most_tokens
+        self._learn(num_decodes, num_prompt_tokens, self._last_end - began)
+        self._scheduler.most_beside_decodes = self.most_tokens
 
-    def _learn(self, num_prompt_tokens: int, seconds: float) -> None:
+    def _learn(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
+        decode, token = self._decode_seconds, self._token_seconds
         if not num_prompt_tokens:
-            self._decode_seconds = mixed(self._decode_seconds, seconds)
-        elif self._decode_seconds is not None:
-            added = max(seconds - self._decode_seconds, 0.0) / num_prompt_tokens
-            self._token_seconds = mixed(self._token_seconds, added)
+            self._decode_seconds = mixed(decode, seconds)
+        elif not num_decodes:
+            self._token_seconds = seconds / num_prompt_tokens if token is None else token
+        elif decode is not None:
+            added = max(seconds - decode, 0.0) / num_prompt_tokens
+            self._token_seconds = mixed(token, added)
+        elif token is not None:  # a guess, until there is a step of decodes alone
+            self._decode_seconds = max(seconds - token * num_prompt_tokens, seconds / 2)
 
     @property
     def most_tokens(self) -> int | None:
         """Of prompts, in a step in which others decode; None is no limit."""
-        if self._decode_seconds is None or not self._token_seconds:
+        if not self._token_seconds:
             return None
+        if self._decode_seconds is None:
+            return LEAST_TOKENS
         seconds = (self._max_slowdown - 1) * self._decode_seconds
         return max(int(seconds / self._token_seconds), LEAST_TOKENS)
 

@@ -36,12 +36,23 @@ class Steps:
         return most
 
 
-def test_nothing_is_limited_before_both_times_are_known(monkeypatch):
+def test_it_begins_with_little_beside_decodes_as_soon_as_a_prompt_is_known(monkeypatch):
     steps = Steps(monkeypatch)
-    assert steps.run(300) is None
-    assert steps.run(1, 300) is None  # nothing to subtract from it yet
+    assert steps.run(300, seconds=0.450) == LEAST_TOKENS  # 1.5 ms a token
+    assert steps.run(1, 1, 20) == 20  # decodes are taken to be half of its 30 ms
+    for _ in range(60):
+        steps.run(1, 1)
+    most = 0
+    for _ in range(200):
+        most = steps.run(1, 1, 20) or 0
+    assert most in (19, 20)  # two decodes' time more, at a tenth of it for each token
+
+
+def test_nothing_is_limited_before_anything_is_known(monkeypatch):
+    steps = Steps(monkeypatch)
+    assert steps.run(1, 300) is None
     assert steps.run(1, 1) is None
-    assert steps.run(1, 1, 300) == 20  # two decodes' time more, at a tenth of it for each token
+    assert steps.run(1, 1, 300) == 20
 
 
 @pytest.mark.parametrize(("max_slowdown", "most"), [(2.0, LEAST_TOKENS), (5.0, 40), (11.0, 100)])
