@@ -22,7 +22,7 @@ SIGINT and SIGTERM end it when what was accepted is answered; a second one ends 
 API_KEY_VARIABLE: Final = "PAGED_KV_API_KEY"
 DEFAULT_PORT: Final = 8000
 MAX_PORT: Final = 65535
-MAX_SLOWDOWN: Final = 3.0  # p99 of the times between tokens stays below four medians
+MAX_SLOWDOWN: Final = 3.0  # so that the times between tokens stay within a few medians
 log = logging.getLogger(__name__)
 
 
