@@ -1,23 +1,22 @@
 """One engine of vLLM in a process of its own; our own engine beside it.
 
 vLLM walks the modules that are loaded when an engine is made and trips over llvmlite's, which our
-kernels have loaded by then. To import vLLM takes as long as most jobs, so it is done once: by
-`python -m tests.support.vllm_job`, which reads jobs line by line and forks for each.
+kernels have loaded by then.
+
+    echo '{"model": ..., "rounds": 2, "prompts": [[5, 6]], ...}' | python -m tests.support.vllm_job
+
+prints a line with an `Answer`.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import subprocess
 import sys
-import traceback
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 import paged_kv
 
@@ -26,7 +25,7 @@ MODEL = str(Path(paged_kv.__file__).parent / "demo_model")
 NUM_NEW = 64
 MEMORY = 64 << 20
 CLOSE = 1e-3  # in a logarithm of a probability
-ENDED = "ended "  # opens the line of a job's exit code; vLLM prints others
+ANSWER = "answer "  # opens the line; workers print others
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 1024,
@@ -88,38 +87,20 @@ def vllm_answer(
         "options": {**OPTIONS, **options},
         "is_ours": kv_format is not None,
     }
-    return answer_of(json.dumps(job))
-
-
-@cache
-def answer_of(job: str) -> Answer:
-    """What several tests of a process ask for is computed once."""
-    engines = process_of_engines()
-    assert engines.stdin is not None
-    assert engines.stdout is not None
-    with TemporaryDirectory() as folder:
-        engines.stdin.write(json.dumps({"folder": folder, **json.loads(job)}) + "\n")
-        engines.stdin.flush()
-        ended = next((line for line in engines.stdout if line.startswith(ENDED)), "")
-        assert ended == f"{ENDED}0\n", (Path(folder) / "stderr").read_text()[-4000:]
-        answer = Answer(**json.loads((Path(folder) / "answer").read_text()))
-    assert answer.num_lost == 0
-    return answer
-
-
-@cache
-def process_of_engines() -> subprocess.Popen[str]:
-    """Ends with the process of tests that started it."""
-    process = subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, "-m", "tests.support.vllm_job"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        input=json.dumps(job),
         cwd=ROOT,
         env=environment(),
+        capture_output=True,
         text=True,
+        check=False,
     )
-    atexit.register(process.communicate)
-    return process
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
+    answer = Answer(**json.loads(said[-1].removeprefix(ANSWER)))
+    assert answer.num_lost == 0
+    return answer
 
 
 def first_difference(answer: Answer, expected: list[Tokens]) -> tuple[int, int, int] | None:
@@ -154,36 +135,7 @@ def own_rounds(
     return [[list(one.completions[0].token_ids) for one in some] for some in outputs]
 
 
-# -- in the process of engines
-
-
-def serve_jobs() -> None:
-    from vllm import LLM  # noqa: F401 -- what is imported here is not imported by each job
-
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            serve_job(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        print(f"\n{ENDED}{os.waitstatus_to_exitcode(status)}", flush=True)
-    os._exit(0)  # silently: at another end bindings tell of all that they have not freed
-
-
-def serve_job(job: dict[str, Any]) -> NoReturn:
-    """The answer, and what was said on the way, become files of the job's folder."""
-    folder, code = Path(job["folder"]), 1
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, name in enumerate(("stdout", "stderr"), start=1):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-    try:
-        (folder / "answer").write_text(json.dumps(asdict(run(job))))
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+# -- in the job's process
 
 
 def run(job: dict[str, Any]) -> Answer:
@@ -264,4 +216,4 @@ def gap(best: dict[int, Any]) -> float:
 
 
 if __name__ == "__main__":
-    serve_jobs()
+    print("\n" + ANSWER + json.dumps(asdict(run(json.load(sys.stdin)))))
