@@ -75,7 +75,9 @@ def test_chats(client, llm):
     )
     assert [choice.message.content for choice in found.choices] == [output.text] * 2
     logprobs = [entry.logprob for entry in found.choices[1].logprobs.content]
-    assert logprobs == [each.logprob for each in output.completions[0].logprobs]
+    assert logprobs == pytest.approx(
+        [each.logprob for each in output.completions[0].logprobs], rel=1e-4
+    )
     assert found.usage.prompt_tokens_details.cached_tokens is not None
     assert found.choices[0].token_ids == output.token_ids
 
