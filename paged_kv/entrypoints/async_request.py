@@ -157,8 +157,9 @@ class Feed:
                 self._ready.popleft()
                 continue
             event = output.event(update)
-            if event.finish_reason == "abort" and self._end_error is not None:
-                event = replace(event, finish_reason="error", error=self._end_error)
+            reason = self._end_of(event.finish_reason)
+            if reason != event.finish_reason:
+                event = replace(event, finish_reason=reason, error=self._end_error)
             self._num_untaken -= event.finish_reason is not None
             return event
         return None

@@ -15,9 +15,7 @@ from typing import Final
 
 from .text_engine import TextEngine
 
-LOOKING_SECONDS: Final = (
-    0.1  # until it sees what other threads did to requests that compute nothing
-)
+LOOKING_SECONDS: Final = 0.1  # until it sees what other threads have done
 MOST_FAULTS: Final = 3  # in a row
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ class Steps:
         self.now += DECODE + TOKEN * prompt_tokens if seconds is None else seconds
         starts = np.concatenate([[0], np.cumsum(num_new)])
         plan = SimpleNamespace(query_start_loc=starts, num_draft_tokens=drafts)
-        self.pace.note(SimpleNamespace(plan=plan), began)  # type: ignore[arg-type]
+        self.pace.note(SimpleNamespace(plan=plan), began)
         most: int | None = self.scheduler.most_beside_decodes
         return most
 
@@ -89,7 +89,7 @@ def test_steps_that_overlap_count_from_the_end_of_the_one_before(monkeypatch):
     steps.run(1, 500)
     began, steps.now = steps.now - 1.0, steps.now + DECODE
     plan = SimpleNamespace(query_start_loc=np.array([0, 1]), num_draft_tokens=None)
-    steps.pace.note(SimpleNamespace(plan=plan), began)  # type: ignore[arg-type]
+    steps.pace.note(SimpleNamespace(plan=plan), began)
     assert steps.scheduler.most_beside_decodes == 100
 
 

@@ -95,7 +95,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def shown(view: ServerView, width: int = 118) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(view.frame(width))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    text: str = console.file.getvalue()
     return text
 
 
@@ -212,7 +212,7 @@ def test_a_server_that_goes_away_is_shown_and_asked_again(server, monkeypatch):
 def shown_frame(frame: object) -> str:
     console = Console(file=io.StringIO(), width=118, color_system=None)
     console.print(frame)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    text: str = console.file.getvalue()
     return text
 
 
@@ -220,7 +220,7 @@ def test_where_nobody_listens_is_said(server, capsys):
     server.close()
     assert main(["top", server.url, "--once"]) == 2
     assert "does not answer" in capsys.readouterr().err
-    server.close = lambda: None  # type: ignore[method-assign]
+    server.close = lambda: None
 
 
 def test_a_url_may_be_written_as_people_do():
