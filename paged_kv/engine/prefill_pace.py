@@ -9,26 +9,22 @@ import numpy as np
 
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import ScheduledStep
+from .step_costs import StepCosts
 
 LEAST_TOKENS: Final = 16  # of prompts in a step, however long it takes
-WEIGHT: Final = 0.1  # of the newest time in a mean
-MOST_TIMES: Final = 4.0  # the mean, that a time counts as
 
 
 class PrefillPace:
-    """Keeps a step to about `max_slowdown` times what a step of decodes alone takes.
+    """Keeps a step to about `max_slowdown` times what a step of its decodes alone takes.
 
-    It measures what such a step takes and what each token of a prompt adds to it, and sets the
-    scheduler's `most_beside_decodes` by that. The first prompt tells what a token takes at most;
-    until a step of decodes is known, others get as little as they ever do. Where nobody decodes,
-    nothing is limited.
+    It learns what steps cost and sets the scheduler's `most_beside_decodes` by that. Where nobody
+    decodes, nothing is limited.
     """
 
     def __init__(self, scheduler: Scheduler, max_slowdown: float) -> None:
         self._scheduler = scheduler
         self._max_slowdown = max_slowdown
-        self._decode_seconds: float | None = None  # of a step without prompts
-        self._token_seconds: float | None = None  # of a prompt, beside decodes
+        self._costs = StepCosts()
         self._last_end = 0.0
 
     def note(self, scheduled: ScheduledStep, began: float) -> None:
@@ -38,35 +34,14 @@ class PrefillPace:
             return
         num_new = np.diff(scheduled.plan.query_start_loc)
         num_decodes = int(np.count_nonzero(num_new == 1))
-        num_prompt_tokens = int(num_new.sum()) - num_decodes
-        self._learn(num_decodes, num_prompt_tokens, self._last_end - began)
-        self._scheduler.most_beside_decodes = self.most_tokens
+        self._costs.learn(num_decodes, int(num_new.sum()) - num_decodes, self._last_end - began)
+        self._scheduler.most_beside_decodes = self.most_tokens(num_decodes)
 
-    def _learn(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
-        decode, token = self._decode_seconds, self._token_seconds
-        if not num_prompt_tokens:
-            self._decode_seconds = mixed(decode, seconds)
-        elif not num_decodes:
-            self._token_seconds = seconds / num_prompt_tokens if token is None else token
-        elif decode is not None:
-            added = max(seconds - decode, 0.0) / num_prompt_tokens
-            self._token_seconds = mixed(token, added)
-        elif token is not None:  # a guess, until there is a step of decodes alone
-            self._decode_seconds = max(seconds - token * num_prompt_tokens, seconds / 2)
-
-    @property
-    def most_tokens(self) -> int | None:
-        """Of prompts, in a step in which others decode; None is no limit."""
-        if not self._token_seconds:
+    def most_tokens(self, num_decodes: int) -> int | None:
+        """Of prompts, in a step in which so many others decode; None is no limit."""
+        costs, num_decodes = self._costs, max(num_decodes, 1)
+        if not costs.token_seconds:
             return None
-        if self._decode_seconds is None:
-            return LEAST_TOKENS
-        seconds = (self._max_slowdown - 1) * self._decode_seconds
-        return max(int(seconds / self._token_seconds), LEAST_TOKENS)
-
-
-def mixed(mean: float | None, newest: float) -> float:
-    """A running mean; a single time, as of a machine that was busy, moves it by little."""
-    if mean is None:
-        return newest
-    return mean + WEIGHT * (min(newest, MOST_TIMES * mean) - mean)
+        seconds = self._max_slowdown * costs.seconds(num_decodes, 0)
+        left = seconds - costs.seconds(num_decodes, 1)
+        return max(1 + int(left / costs.token_seconds), LEAST_TOKENS)
