@@ -18,14 +18,16 @@ def step_budget(num_new: IntArray, token_budget: int, most_beside_decodes: int |
     return min(token_budget, num_decodes + most_beside_decodes)
 
 
-def cut_to_budget(num_new: IntArray, budget: int) -> IntArray | None:
-    """Tokens [N] of each: decodes first, then prompts in order. None: decodes use all up.
+def cut_to_budget(num_new: IntArray, budget: int, token_budget: int) -> IntArray | None:
+    """Tokens [N] of each: decodes first, then prompts in order. None: decodes use up all that a
+    step may have.
 
     What comes behind the budget's end may be negative.
     """
     is_decode = num_new == 1
-    budget_left = budget - np.count_nonzero(is_decode)
-    if budget_left <= 0:
+    num_decodes = int(np.count_nonzero(is_decode))
+    budget_left = budget - num_decodes
+    if num_decodes >= token_budget:
         return None
     of_prompts = np.where(is_decode, 0, num_new)
     before = np.cumsum(of_prompts) - of_prompts

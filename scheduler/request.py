@@ -144,6 +144,10 @@ class Request:
         assert self.arrival is not None, "a scheduler ranks those that it knows"
         return self.turn, self.arrival
 
+    @property
+    def step_of_arrival(self) -> int:
+        return self.turn - self.priority * AGING_STEPS
+
     def arrive(self, arrival: int, step: int) -> None:
         """It is the scheduler's `arrival`th request and came in so many steps; its rank stays."""
         self.arrival, self.turn = arrival, self.priority * AGING_STEPS + step

@@ -75,6 +75,19 @@ class Roster:
     def num_waiting(self) -> int:
         return len(self.waiting)
 
+    @property
+    def num_steps_waited(self) -> int:
+        """Steps for which the first request that waits has only lacked tokens of a step to begin.
+
+        0 where none does, or sequences or blocks are lacking too.
+        """
+        first, manager = self.waiting.first, self.manager
+        if first is None or first.is_paused or not manager.num_free_seqs:
+            return 0
+        if self._lack.persists(manager.num_free_seqs, manager.num_free_blocks):
+            return 0
+        return self._num_steps - first.step_of_arrival
+
     def statistics(self) -> SchedulerStatistics:
         """How busy the scheduler is now and what it has done so far."""
         manager = self.manager

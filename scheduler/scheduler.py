@@ -195,13 +195,13 @@ class Scheduler(Roster):
             seq_ids, num_new = seq_ids[num_new > 0], num_new[num_new > 0]
         if self.max_prefill_tokens is not None:
             num_new = np.minimum(num_new, self.max_prefill_tokens)
-        budget = step_budget(num_new, budget, self.most_beside_decodes)
-        if int(num_new.sum()) > budget:
-            cut = cut_to_budget(num_new, budget)
+        limit = step_budget(num_new, budget, self.most_beside_decodes)
+        if int(num_new.sum()) > limit:
+            cut = cut_to_budget(num_new, limit, budget)
             if cut is None:
                 cut = self._running.whose_turn(seq_ids, budget).astype(np.int64)
             seq_ids, num_new = seq_ids[cut > 0], cut[cut > 0]
-        return seq_ids, num_new, budget - int(num_new.sum())
+        return seq_ids, num_new, limit - int(num_new.sum())
 
     def _admit(
         self, seq_ids: IntArray, num_new: IntArray, num_left: int

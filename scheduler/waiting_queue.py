@@ -26,6 +26,10 @@ class WaitingQueue:
             if place < len(self._requests) and self._requests[place] is request:
                 place += 1
 
+    @property
+    def first(self) -> Request | None:
+        return self._requests[0] if self._requests else None
+
     def push(self, request: Request) -> None:
         insort(self._requests, request, key=lambda waiting: waiting.rank)
 

@@ -12,13 +12,18 @@ from ..scheduler.step import ScheduledStep
 from .step_costs import StepCosts
 
 LEAST_TOKENS: Final = 16  # of prompts in a step, however long it takes
+PATIENCE: Final = 6  # steps that a request waits until its prompt is computed whatever it takes
+MOST_DOUBT: Final = 0.3  # of what a step of decodes alone takes, before one is looked at
 
 
 class PrefillPace:
     """Keeps a step to about `max_slowdown` times what a step of its decodes alone takes.
 
-    It learns what steps cost and sets the scheduler's `most_beside_decodes` by that. Where nobody
-    decodes, nothing is limited.
+    It learns what steps cost and sets the scheduler's `most_beside_decodes` by that. While prompts
+    come all the time no step is one of decodes alone: where it is not known any more what one would
+    take, a step computes no prompts, to see. Where nobody decodes, nothing is limited; and nothing
+    while a request has waited for a while to begin, as others come faster than small pieces are
+    computed: many decodes at once cost less than few.
     """
 
     def __init__(self, scheduler: Scheduler, max_slowdown: float) -> None:
@@ -34,8 +39,14 @@ class PrefillPace:
             return
         num_new = np.diff(scheduled.plan.query_start_loc)
         num_decodes = int(np.count_nonzero(num_new == 1))
-        self._costs.learn(num_decodes, int(num_new.sum()) - num_decodes, self._last_end - began)
-        self._scheduler.most_beside_decodes = self.most_tokens(num_decodes)
+        num_prompt_tokens = int(num_new.sum()) - num_decodes
+        self._costs.learn(num_decodes, num_prompt_tokens, self._last_end - began)
+        most: int | None = None
+        if self._scheduler.num_steps_waited <= PATIENCE:
+            looks = num_prompt_tokens > 0 and num_decodes > 0
+            looks = looks and self._costs.doubt(num_decodes, 0) > MOST_DOUBT
+            most = 0 if looks else self.most_tokens(num_decodes)
+        self._scheduler.most_beside_decodes = most
 
     def most_tokens(self, num_decodes: int) -> int | None:
         """Of prompts, in a step in which so many others decode; None is no limit."""

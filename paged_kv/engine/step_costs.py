@@ -48,6 +48,14 @@ class StepCosts:
         """What such a step is expected to take; 0 before any was seen."""
         return float(counts_of(num_decodes, num_prompt_tokens) @ self._parts)
 
+    def doubt(self, num_decodes: int, num_prompt_tokens: int) -> float:
+        """By which part of what is expected such a step may well take more or less."""
+        counts = counts_of(num_decodes, num_prompt_tokens)
+        expected = float(counts @ self._parts)
+        if self._covariance is None or not expected:
+            return np.inf
+        return float(np.sqrt(counts @ self._covariance @ counts)) / expected
+
     @property
     def token_seconds(self) -> float:
         """What each token of a prompt adds."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from paged_kv.engine import prefill_pace
-from paged_kv.engine.prefill_pace import LEAST_TOKENS, PrefillPace
+from paged_kv.engine.prefill_pace import LEAST_TOKENS, PATIENCE, PrefillPace
 from paged_kv.engine.step_costs import StepCosts
 from paged_kv.errors import ConfigError
 from tests.support.small_llm import params_of, tokens_of
@@ -35,7 +35,7 @@ class Steps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, max_slowdown: float = 3.0) -> None:
         self.now = 100.0
-        self.scheduler: Any = SimpleNamespace(most_beside_decodes=None)
+        self.scheduler: Any = SimpleNamespace(most_beside_decodes=None, num_steps_waited=0)
         self.pace = PrefillPace(self.scheduler, max_slowdown)
         self.rng = np.random.default_rng(0)
         monkeypatch.setattr(prefill_pace, "perf_counter", lambda: self.now)
@@ -67,6 +67,8 @@ class Server:
         self.steps, self.is_paced = steps, is_paced
         self.waiting = [steps.now + each for each in arrivals]
         self.prompts: list[int] = []  # tokens left
+        self.arrived: list[int] = []  # of those that have not begun, the step
+        self.num_steps = 0
         self.outputs: list[int] = []
         self.slowdowns: list[float] = []  # of steps in which somebody decodes
 
@@ -76,6 +78,7 @@ class Server:
         while self.waiting or self.prompts or self.outputs:
             while self.waiting and self.waiting[0] <= self.steps.now:
                 self.prompts.append(LENGTHS[0])
+                self.arrived.append(self.num_steps)
                 self.waiting.pop(0)
             if not self.prompts and not self.outputs:
                 self.steps.now = self.waiting[0]
@@ -92,11 +95,16 @@ class Server:
         for length in self.prompts:
             pieces.append(min(length, left))
             left -= pieces[-1]
+        self.num_steps += 1
+        waited = self.num_steps - self.arrived[0] if self.arrived else 0
+        self.steps.scheduler.num_steps_waited = waited if sum(pieces) < sum(self.prompts) else 0
         self.steps.run(*[1] * num_decodes, *(piece for piece in pieces if piece > 1))
         if num_decodes:
             taken = seconds_of(num_decodes, sum(pieces)) / seconds_of(num_decodes, 0)
             self.slowdowns.append(taken)
         rest = [length - piece for length, piece in zip(self.prompts, pieces, strict=True)]
+        num_whole = rest.count(LENGTHS[0])
+        self.arrived = self.arrived[len(self.arrived) - num_whole :]
         self.prompts = [length for length in rest if length > 1]
         self.outputs = [length - 1 for length in self.outputs if length > 1]
         self.outputs += [LENGTHS[1]] * (len(rest) - len(self.prompts))
@@ -145,8 +153,33 @@ def test_at_80_percent_of_what_saturates_it_tokens_come_evenly_and_nobody_falls_
 
 
 def test_saturated_it_costs_little(monkeypatch):
-    free = Server(Steps(monkeypatch), [0.0] * 48, is_paced=False).serve()
-    assert Server(Steps(monkeypatch), [0.0] * 48).serve() < 1.03 * free
+    """Prompts that come one soon after the other: with them in small pieces for all that time there
+    would be few decodes at once, 1.2 times as much in all."""
+    arrivals = (0.02 * np.arange(48)).tolist()
+    free = Server(Steps(monkeypatch), arrivals, is_paced=False).serve()
+    assert Server(Steps(monkeypatch), arrivals).serve() < 1.04 * free
+
+
+def test_who_has_waited_long_is_served_whatever_it_takes(monkeypatch):
+    steps = Steps(monkeypatch)
+    steps.warm()
+    steps.scheduler.num_steps_waited = PATIENCE
+    assert steps.run(1, 1, 20) is not None
+    steps.scheduler.num_steps_waited = PATIENCE + 1
+    assert steps.run(1, 1, 20) is None
+
+
+def test_a_step_of_decodes_alone_is_looked_at_where_none_was_for_long(monkeypatch):
+    """While prompts come all the time: after the first beside it, and not at every step."""
+    steps = Steps(monkeypatch)
+    steps.run(100)
+    limits = [steps.run(1, 20)]
+    for num_decodes in range(1, 40):
+        kinds = [1] * num_decodes + ([] if limits[-1] == 0 else [40])
+        limits.append(steps.run(*kinds))
+    assert limits[0] == 0
+    assert 2 <= limits.count(0) <= 10
+    assert steps.pace._costs.seconds(38, 0) == pytest.approx(seconds_of(38, 0), rel=0.15)
 
 
 def test_it_follows_the_machine_and_a_single_long_step_moves_it_by_little(monkeypatch):
@@ -187,8 +220,10 @@ def test_steps_that_overlap_count_from_the_end_of_the_one_before(monkeypatch):
     assert steps.pace._costs.seconds(1, 0) == pytest.approx(before, rel=0.1)
 
 
-def test_an_llm_that_paces_gives_the_same_tokens(make_llm, monkeypatch, prompts, greedy):
+@pytest.mark.parametrize("patience", [1000, 1], ids=["always", "until others wait"])
+def test_an_llm_that_paces_gives_the_same_tokens(make_llm, monkeypatch, prompts, greedy, patience):
     """Whatever it learns of this machine: here that prompts are dear."""
+    monkeypatch.setattr(prefill_pace, "PATIENCE", patience)
     monkeypatch.setattr(PrefillPace, "most_tokens", lambda pace, num_decodes: LEAST_TOKENS)
     llm = make_llm(max_slowdown=1.5)
     counts: list[np.ndarray] = []
@@ -204,7 +239,7 @@ def test_an_llm_that_paces_gives_the_same_tokens(make_llm, monkeypatch, prompts,
     assert tokens_of(llm.generate(prompts, params_of())) == greedy
     assert len(list(first)) == 99
     beside = [int(each[each > 1].sum()) for each in counts if (each == 1).any()]
-    assert max(beside) == LEAST_TOKENS
+    assert (max(beside) == LEAST_TOKENS) == (patience == 1000)
 
 
 @pytest.mark.parametrize("slowdown", [1, 0.5, float("nan"), float("inf"), "3", True])

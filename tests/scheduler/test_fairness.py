@@ -16,9 +16,8 @@ from tests.support.scheduler_steps import complete, counts_of, drain
 
 
 def eight_decodes(**options: object) -> tuple[Scheduler, set[str]]:
-    scheduler = make_scheduler(
-        num_blocks=2000, max_num_seqs=16, max_model_len=5000, prefix_caching=False, **options
-    )
+    usual = {"num_blocks": 2000, "max_num_seqs": 16, "max_model_len": 5000}
+    scheduler = make_scheduler(**{**usual, "prefix_caching": False, **options})
     decodes = {f"d{index}" for index in range(8)}
     for name in sorted(decodes):
         add(scheduler, name, 5, 200, priority=1)
@@ -64,6 +63,46 @@ def test_prompts_take_no_more_beside_decodes_than_is_set():
     assert run_step(scheduler) == {"alone": 64}
     drain(scheduler)
     assert_nothing_is_held(scheduler)
+
+
+def test_a_step_of_decodes_alone_can_be_asked_for():
+    """Of all that decode, and of nobody else, as long as it is asked for."""
+    scheduler, decodes = eight_decodes()
+    add(scheduler, "a", 7)
+    served = dict.fromkeys(decodes, 1)
+    scheduler.most_beside_decodes = 3
+    assert run_step(scheduler) == {**served, "a": 3}
+    scheduler.most_beside_decodes = 0
+    add(scheduler, "b", 5)
+    for _ in range(3):
+        assert run_step(scheduler) == served
+    scheduler.most_beside_decodes = None
+    assert run_step(scheduler) == {**served, "a": 4, "b": 5}
+
+
+def test_how_long_the_first_that_waits_has_lacked_tokens_of_a_step():
+    scheduler, _ = eight_decodes(max_num_seqs=10)
+    assert scheduler.num_steps_waited == 0
+    scheduler.most_beside_decodes = 2
+    add(scheduler, "a", 30)
+    run_step(scheduler)
+    assert scheduler.num_steps_waited == 0  # it has begun
+    add(scheduler, "b", 30, priority=1)
+    for num_steps in range(1, 6):
+        run_step(scheduler)
+        assert scheduler.num_steps_waited == num_steps
+    scheduler.most_beside_decodes = None
+    run_step(scheduler)
+    assert scheduler.num_steps_waited == 0
+
+
+def test_who_lacks_a_sequence_does_not_wait_for_tokens_of_a_step():
+    scheduler, _ = eight_decodes(max_num_seqs=8)
+    add(scheduler, "a", 30)
+    for _ in range(5):
+        run_step(scheduler)
+    assert scheduler.num_waiting == 1
+    assert scheduler.num_steps_waited == 0
 
 
 def test_a_prompt_takes_no_more_of_a_step_than_its_cap():
