@@ -153,8 +153,8 @@ def make_cases(
     known: Sequence[KeyCalibration] | None = None
     if calibration is not None:
         known = calibration.layers
-    dtype = usual_kv_dtype(INT2, model.dtype)
-    head = cache_geometry(model.layers(INT2), dtype).num_head_tokens
+    layers = model.layers(INT2)
+    head = cache_geometry(layers, usual_kv_dtype(layers, model.dtype)).num_head_tokens
     with_head_and_tail = (peer.with_head_and_tail(head) for peer in PEERS.values())
     peers = {**PEERS, **{peer.name: peer for peer in with_head_and_tail}}
     formats = {**OURS, **IN_FLOAT16, **CONTROLS}

@@ -73,7 +73,8 @@ def windowed(
     Open blocks have the precision that `LLM` would give them.
     """
     kv_format = kept_sinks(kv_format, window)
-    layers, dtype = model.layers(kv_format, calibration), usual_kv_dtype(kv_format, model.dtype)
+    layers = model.layers(kv_format, calibration)
+    dtype = usual_kv_dtype(layers, model.dtype)
     geometry = cache_geometry(layers, dtype)
     # Twice what the sequence holds: a step may take new blocks before its old ones are freed.
     num_blocks = 2 * geometry.max_blocks(window.fitted(geometry).max_stored(geometry))

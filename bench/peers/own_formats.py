@@ -52,7 +52,7 @@ class OwnFormat:
     def __init__(self, name: str, layers: list[LayerSpec], dtype: torch.dtype) -> None:
         self.name, self._layers = name, layers
         self.kv_format = layers[0].kv_format
-        self._dtype = usual_kv_dtype(self.kv_format, dtype)
+        self._dtype = usual_kv_dtype(layers, dtype)
         self._geometry = cache_geometry(layers, self._dtype)
         self._num_heads = sum(layer.num_kv_heads for layer in layers)
 

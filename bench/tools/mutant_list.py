@@ -638,7 +638,47 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
                 "max(began, self._last_end), perf_counter()",
                 "began, perf_counter()",
             ),
-            Fault("one-long-step-counts-in-full", "min(newest, MOST_TIMES * mean)", "newest"),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/step_costs.py",
+        "entrypoints/test_prefill_pace",
+        [
+            Fault(
+                "one-long-step-counts-in-full",
+                "min(seconds, MOST_TIMES * expected) if expected > 0 else seconds",
+                "seconds",
+            ),
+            Fault(
+                "decodes-beside-prompts-cost-what-they-cost-alone",
+                "is_mixed = num_decodes > 0 and num_prompt_tokens > 0",
+                "is_mixed = False",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/format_choice.py",
+        "engine/test_format_choice",
+        [
+            Fault("what-others-need-is-forgotten", "total + needed <= budget", "total <= budget"),
+            Fault("sums-are-kept-as-they-come", "if found[size][0] < least:", "if size:"),
+        ],
+    ),
+    *faults_in(
+        "kernels/full_precision.py",
+        "cache/test_mixed_formats",
+        [
+            Fault("sealed-places-are-read-one-by-one", "gather(1, places - parts)", "clone()"),
+            Fault(
+                "new-tokens-go-to-blocks-of-others",
+                "stored_slots=small_slots(step.stored_slots, step)",
+                "stored_slots=step.stored_slots",
+            ),
+            Fault(
+                "seals-read-blocks-of-others",
+                "torch.where(sources < 0, sources, small_slots(sources, step))",
+                "sources",
+            ),
         ],
     ),
     *faults_in(

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from ..block_views import LayerBlocks, SealedViews, as_rows
+from ..eager.store import gather_blocks
 from ..new_tokens import NewTokens
 from ..step_inputs import StepInputs
 from .microkernels import MAX_DIM
@@ -243,20 +244,28 @@ def run_store_of(parameters: Any) -> None:
 
 def store_tokens(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
     """As `eager.store.store_tokens`."""
-    run_store_worker(new, layer, step, num_stored=len(step.stored_tokens))
+    num_seals = len(step.seal_block_ids)
+    if num_seals and layer.sealed is None:
+        gather_blocks(new, layer, step)
+        num_seals = 0
+    run_store_worker(new, layer, step, num_seals=num_seals, num_stored=len(step.stored_tokens))
 
 
 def seal_blocks(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
     """What is left of `store_tokens` where attention has appended."""
-    run_store_worker(new, layer, step, num_stored=0)
+    if layer.sealed is None:
+        gather_blocks(new, layer, step)
+    else:
+        num_seals = len(step.seal_block_ids)
+        run_store_worker(new, layer, step, num_seals=num_seals, num_stored=0)
 
 
 def run_store_worker(
-    new: NewTokens, layer: LayerBlocks, step: StepInputs, *, num_stored: int
+    new: NewTokens, layer: LayerBlocks, step: StepInputs, *, num_seals: int, num_stored: int
 ) -> None:
     dtype = layer.open_keys.dtype
     keys, values = as_rows(new.key, dtype), as_rows(new.value, dtype)
-    num_units = len(step.seal_block_ids) * keys.shape[1] + num_stored // TOKENS_AT_ONCE
+    num_units = num_seals * keys.shape[1] + num_stored // TOKENS_AT_ONCE
     num_threads = min(torch.get_num_threads(), 1 + num_units // MIN_THREAD_UNITS)
     scratch = thread_scratch("store", num_threads, SCRATCH_BYTES)
     counters = ctypes.create_string_buffer(2 * 8)
@@ -265,7 +274,7 @@ def run_store_worker(
     fields = CallFields(
         counters=ctypes.addressof(counters),
         scratch=scratch.address,
-        num_seals=len(step.seal_block_ids),
+        num_seals=num_seals,
         seal_block_ids=step.seal_block_ids.data_ptr(),
         seal_sources=step.seal_sources.data_ptr(),
         num_stored=num_stored,

@@ -46,3 +46,14 @@ def read_sealed(
     if rotate is not None and values.numel():
         values = rotate(values)
     return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def read_small(layer: LayerBlocks, block_ids: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [S, block_size, H, D] of blocks that others seal, see `full_precision`."""
+    size = layer.open_keys.shape[2]
+    parts = torch.arange(block_size // size, device=block_ids.device)
+    ids = block_ids[:, None] * len(parts) + parts
+    keys, values = (
+        blocks[ids].transpose(2, 3).flatten(1, 2) for blocks in (layer.open_keys, layer.open_values)
+    )
+    return keys, values

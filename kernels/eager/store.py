@@ -27,8 +27,9 @@ def store_tokens(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
     Sealing reads open blocks as they were before the step, so it comes first; no block is read
     after it was written, because a step never reuses a block that it frees.
     """
-    if len(step.seal_block_ids):
-        assert layer.sealed is not None
+    if len(step.seal_block_ids) and layer.sealed is None:
+        gather_blocks(new, layer, step)
+    elif len(step.seal_block_ids) and layer.sealed is not None:
         block_keys = gather_tokens(layer.open_keys, new.key, step.seal_sources)
         block_values = gather_tokens(layer.open_values, new.value, step.seal_sources)
         seal_keys(layer, layer.sealed, block_keys, step.seal_block_ids)
@@ -42,6 +43,17 @@ def append(open_blocks: Tensor, new_tokens: Tensor, step: StepInputs) -> None:
     block_ids = step.stored_slots // step.open_block_size
     offsets = step.stored_slots % step.open_block_size
     open_blocks[block_ids, :, offsets] = new_tokens[step.stored_tokens].to(open_blocks.dtype)
+
+
+def gather_blocks(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
+    """Move tokens together that others seal: of steps as `kernels.full_precision` makes them."""
+    size = step.open_block_size
+    parts = torch.arange(step.seal_sources.shape[1] // size, device=step.device)
+    ids = (step.seal_block_ids[:, None] + parts).flatten()
+    for blocks, tokens in ((layer.open_keys, new.key), (layer.open_values, new.value)):
+        gathered = gather_tokens(blocks, tokens, step.seal_sources)  # [S, H, block_size, D]
+        by_token = gathered.transpose(1, 2).reshape(len(ids), size, *blocks.shape[1::2])
+        blocks[ids] = by_token.transpose(1, 2)
 
 
 def gather_tokens(open_blocks: Tensor, new_tokens: Tensor, sources: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..block_views import LayerBlocks, SealedViews, as_rows
 from ..code_bits import WIDE_BITS, lower_bits, upper_bits
-from ..eager.store import append, gather_tokens
+from ..eager.store import append, gather_blocks, gather_tokens
 from ..new_tokens import NewTokens
 from ..step_inputs import StepInputs
 from .groups import Coding, Layout, NewKeysAndValues, OpenTokens, Rows, Seals, Sections, Shape
@@ -129,7 +129,9 @@ def store_tokens(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
 def seal_blocks(new: NewTokens, layer: LayerBlocks, step: StepInputs) -> None:
     """Quantize the blocks that a step seals: what `store_tokens` does but for appending."""
     sealed, sources = layer.sealed, step.seal_sources
-    assert sealed is not None
+    if sealed is None:
+        gather_blocks(new, layer, step)
+        return
     if step.seals_in_place:  # tile by tile a kernel would write over what it has yet to read
         new, sources = staged_sources(new, layer, step)
     keys, values = (as_rows(tensor, tensor.dtype) for tensor in (new.key, new.value))

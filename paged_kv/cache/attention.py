@@ -67,7 +67,7 @@ def paged_attention(
         NewTokens(query, key, value, sink_query),
         cache.layers[layer],
         cache.records[layer],
-        step.plan,
+        step.plan_of(cache.records[layer]),
         ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits),
         cache.backend,
     )
@@ -82,8 +82,8 @@ def store_tokens(key: Tensor, value: Tensor, cache: PagedKVCache, layer: int, st
     check_shapes(key, key, value, cache.layers[layer], len(step.inputs.cache_positions))
     if cache.layers[layer].kv_format.rotates_values:
         value = cache.backend.rotate(value)
-    new = NewTokens(key, key, value)
-    cache.backend.store_tokens(new, cache.records[layer], step.inputs)
+    new, blocks = NewTokens(key, key, value), cache.records[layer]
+    cache.backend.store_tokens(new, blocks, step.plan_of(blocks).step)
     step.stored_layers.add(layer)
 
 
@@ -91,7 +91,8 @@ def attend_by(run: Callable[..., Tensor], cache: PagedKVCache, layer: int, step:
     """Let `run(blocks, plan, rotates_values=...)` attend and store; it knows that all fits."""
     cache.require_step(step, layer)
     rotates_values = cache.layers[layer].kv_format.rotates_values
-    output = run(cache.records[layer], step.plan, rotates_values=rotates_values)
+    blocks = cache.records[layer]
+    output = run(blocks, step.plan_of(blocks), rotates_values=rotates_values)
     step.stored_layers.add(layer)
     return output
 

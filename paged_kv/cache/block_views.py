@@ -23,8 +23,13 @@ def layer_blocks(
     The inner order follows the device, the logical views are the same: on a GPU both dot products
     contract along memory (key codes [rows, D], value codes [D, rows]), on a CPU both accumulate
     vertically (keys, open ones too, [D, rows], values [rows, D]).
+
+    A layer in full precision has small blocks of open_block_size tokens: those of a whole block,
+    where others seal, lie behind each other, see `kernels.full_precision`.
     """
     layout, kv_format = layer.record_layout(dtype), layer.kv_format
+    if kv_format.is_native:
+        arena = arena.view(-1, layer.num_kv_heads, open_block_size * layout.token_bytes)
     on_cpu = arena.device.type == "cpu"
     value_offset = open_block_size * layout.key_dim * dtype.itemsize
     open_keys = matrix_view(arena, dtype, 0, (open_block_size, layout.key_dim), on_cpu)

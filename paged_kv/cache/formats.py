@@ -338,19 +338,16 @@ def block_geometry(layouts: Sequence[RecordLayout]) -> BlockGeometry:
     for layout in layouts:
         other = layout.kv_format
         same = (
-            other.is_native == first.is_native
-            and other.block_size == first.block_size
+            other.block_size == first.block_size
             and other.num_sink_tokens == first.num_sink_tokens
             and other.min_tail_tokens == first.min_tail_tokens
         )
         if not same:
             raise ConfigError(
                 "layers that share a block table must agree on block_size, num_sink_tokens and "
-                f"min_tail_tokens, and be all native or all quantized; got {first} and {other}"
+                f"min_tail_tokens; got {first} and {other}"
             )
     open_block_size = min(layout.open_capacity for layout in layouts)
-    if first.is_native:
-        open_block_size = first.block_size
     num_head_blocks = -(-first.num_sink_tokens // open_block_size)
     return BlockGeometry(
         block_size=first.block_size,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
 from reprlib import repr as short_repr
@@ -28,6 +29,7 @@ from ..blocks.table_replica import TableReplica
 from ..errors import ConfigError, InvalidStepError
 from ..free_memory import require_memory
 from ..kernels.block_views import LayerBlocks
+from ..kernels.full_precision import in_full_precision
 from ..kernels.step_inputs import KernelPlan, StepInputs
 from ..validation import require, require_count, require_instance
 from .backend import choose_backend
@@ -49,6 +51,7 @@ class Step:
     source: StepPlan
     inputs: StepInputs
     plan: KernelPlan  # what the backend made of it
+    full_precision_plan: KernelPlan | None  # of layers in full precision where others seal
     token_ids: Tensor  # [T] those that `begin` was given
     positions: Tensor  # [T] of each token in its sequence
     logit_tokens: Tensor  # [M] those that `begin` was given
@@ -57,6 +60,12 @@ class Step:
     is_windowed: Tensor | None  # [T] 0 or 1
     head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`; None where all are 0
     stored_layers: set[int] = field(default_factory=set)  # whose tokens are stored
+
+    def plan_of(self, layer: LayerBlocks) -> KernelPlan:
+        """What a layer's kernels read of the step."""
+        if layer.sealed is None and self.full_precision_plan is not None:
+            return self.full_precision_plan
+        return self.plan
 
 
 class PagedKVCache:
@@ -249,6 +258,15 @@ class PagedKVCache:
         tokens, places = staged.extra["token_ids"], staged.extra["logit_tokens"]
         return self._begin(plan, staged, self.backend.plan(staged.inputs), tokens, places)
 
+    @cached_property
+    def is_mixed(self) -> bool:
+        """Whether some layers keep full precision while others seal blocks."""
+        return any(self.has_small_blocks(layer) for layer in self.layers)
+
+    def has_small_blocks(self, layer: LayerSpec) -> bool:
+        """Whether a layer keeps full precision while others seal: see `kernels.full_precision`."""
+        return self.geometry.seals and layer.kv_format.is_native
+
     def _begin(
         self,
         plan: StepPlan,
@@ -260,10 +278,12 @@ class PagedKVCache:
         """Copy what has to be before anything is written; from here on the step is the last."""
         if len(plan.copy_sources):
             self._copy(staged.copy_sources, staged.copy_targets)
+        others = self.backend.plan(in_full_precision(staged.inputs)) if self.is_mixed else None
         self._step = Step(
             source=plan,
             inputs=staged.inputs,
             plan=kernel_plan,
+            full_precision_plan=others,
             token_ids=token_ids,
             positions=staged.positions,
             logit_tokens=logit_tokens,
@@ -274,8 +294,15 @@ class PagedKVCache:
         return self._step
 
     def decode_tables(self, manager: BlockManager) -> DecodeTables:
-        """Block tables on the device for `begin_decode`; any that were made before are stale."""
+        """Block tables on the device for `begin_decode`; any that were made before are stale.
+
+        Raises `ConfigError` where some layers read other tables, which are made on the host.
+        """
         self.require_manager(manager)
+        if self.is_mixed:
+            raise ConfigError(
+                "layers in full precision beside quantized ones have no decode tables"
+            )
         self._tables.note_changes()
         return DecodeTables(
             self.geometry,

@@ -78,12 +78,13 @@ class LayerSpec:
         )
 
 
-def usual_kv_dtype(kv_format: KVFormat, dtype: torch.dtype) -> torch.dtype:
+def usual_kv_dtype(layers: Sequence[LayerSpec], dtype: torch.dtype) -> torch.dtype:
     """The precision of open blocks where a model computes in `dtype`.
 
-    Beside quantized tokens float32 would be a waste; the native format keeps every bit.
+    Beside quantized tokens float32 would be a waste; native layers alone keep every bit.
     """
-    return torch.bfloat16 if dtype is torch.float32 and not kv_format.is_native else dtype
+    is_native = all(layer.kv_format.is_native for layer in layers)
+    return torch.bfloat16 if dtype is torch.float32 and not is_native else dtype
 
 
 def cache_geometry(layers: Sequence[LayerSpec], dtype: torch.dtype) -> BlockGeometry:

@@ -6,6 +6,7 @@ Knows a manager's tables and which layer reads how, never which attention reads 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ..blocks.block_manager import BlockManager
 from ..blocks.geometry import BlockGeometry, BlockIds, IntArray, ragged_arange
-from ..kernels.eager.read import read_sealed
+from ..kernels.eager.read import read_sealed, read_small
+from ..kernels.full_precision import places_in_full_precision
 from ..kernels.stored_places import DenseTokens, StoredPlaces
 from .kv_cache import PagedKVCache, Step
 
@@ -24,6 +26,12 @@ class StoredContext:
 
     places: StoredPlaces
     columns: Tensor  # [N, at least the longest]: of token j of sequence i
+    open_block_size: int
+
+    @cached_property
+    def _small_places(self) -> StoredPlaces:
+        """The same for layers in full precision where others seal."""
+        return places_in_full_precision(self.places, self.open_block_size)
 
     @classmethod
     def of(
@@ -79,7 +87,8 @@ class StoredContext:
         sealed_tokens = starts[:, None] + np.arange(geometry.block_size)
         arrays = (rows, tokens, slots, sealed_rows, sealed_tokens, sealed_ids)
         found = (torch.from_numpy(array).to(device) for array in arrays)
-        return cls(StoredPlaces(*found), torch.from_numpy(columns).to(device))
+        columns_there = torch.from_numpy(columns).to(device)
+        return cls(StoredPlaces(*found), columns_there, geometry.open_block_size)
 
     def joined(
         self,
@@ -109,9 +118,10 @@ class StoredContext:
 
         Both are contiguous. Token j of sequence i goes to `columns[i, j]`.
         """
+        is_small = cache.has_small_blocks(cache.layers[layer])
         cache.backend.read_stored(
             cache.records[layer],
-            self.places,
+            self._small_places if is_small else self.places,
             DenseTokens(keys, values, self.columns),
             rotates_values=cache.layers[layer].kv_format.rotates_values,
         )
@@ -121,7 +131,10 @@ def read_blocks(
     cache: PagedKVCache, layer: int, block_ids: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [S, block_size, H, D] of sealed blocks, dequantized."""
-    rotates_values = cache.layers[layer].kv_format.rotates_values
-    rotate = cache.backend.rotate if rotates_values else None
-    keys, values = read_sealed(cache.records[layer], block_ids, rotate)
+    if cache.has_small_blocks(cache.layers[layer]):
+        keys, values = read_small(cache.records[layer], block_ids, cache.geometry.block_size)
+    else:
+        rotates_values = cache.layers[layer].kv_format.rotates_values
+        rotate = cache.backend.rotate if rotates_values else None
+        keys, values = read_sealed(cache.records[layer], block_ids, rotate)
     return keys.to(dtype), values.to(dtype)

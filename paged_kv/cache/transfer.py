@@ -91,6 +91,8 @@ def export_sequence(
     parts = [memoryview(header), tokens.token_ids.astype(TOKEN_DTYPE).data]
     for layer, arena in zip(cache.layers, cache.arenas, strict=True):
         records = as_words(arena).index_select(0, ids).cpu().view(torch.uint8)
+        if cache.has_small_blocks(layer):
+            records = by_kv_head(records, cache.geometry)
         travelling(cache, layer, records, sequence).clear_the_rest()
         parts.append(records.numpy().data)
     num_bytes = FRAME.size + sum(part.nbytes for part in parts) + DIGEST_BYTES
@@ -397,8 +399,25 @@ def read_records(
 def write_records(cache: PagedKVCache, all_records: Sequence[Tensor], block_ids: BlockIds) -> None:
     """Copy each layer's records into these blocks."""
     ids = on_device(cache, block_ids)
-    for arena, records in zip(cache.arenas, all_records, strict=True):
+    for layer, arena, records in zip(cache.layers, cache.arenas, all_records, strict=True):
+        if cache.has_small_blocks(layer):
+            records = by_small_block(records, cache.geometry)
         as_words(arena)[ids] = as_words(records.to(cache.device))
+
+
+def by_kv_head(records: Tensor, geometry: BlockGeometry) -> Tensor:
+    """Records [blocks, kv heads, record_bytes] of a layer whose small blocks lie one behind the
+    other in its arena, each with all kv heads (see `kernels.full_precision`)."""
+    num_small = geometry.open_blocks_per_block
+    small = records.view(len(records), num_small, records.shape[1], -1)
+    return small.transpose(1, 2).reshape(records.shape)
+
+
+def by_small_block(records: Tensor, geometry: BlockGeometry) -> Tensor:
+    """The inverse of `by_kv_head`."""
+    num_small = geometry.open_blocks_per_block
+    small = records.view(*records.shape[:2], num_small, -1)
+    return small.transpose(1, 2).reshape(records.shape)
 
 
 def reorder_records(
@@ -411,7 +430,10 @@ def reorder_records(
     open_keys = (cache.geometry.open_block_size, layer.key_dim)
     for open_records in (head, tail):
         transpose(open_records, cache.dtype, 0, open_keys, keys_are_channel_major)
-    if sequence.num_sealed:
+    if cache.has_small_blocks(layer):
+        small = body.view(*body.shape[:2], cache.geometry.open_blocks_per_block, -1)
+        transpose(small, cache.dtype, 0, open_keys, keys_are_channel_major)
+    elif sequence.num_sealed:
         reorder_codes(body, layer.record_layout(cache.dtype), keys_are_channel_major)
 
 

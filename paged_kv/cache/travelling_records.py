@@ -53,6 +53,8 @@ class TravellingRecords:
         head, body, tail = self._parts()
         yield from self._open_rows(head)
         yield from self._open_rows(tail)
+        if self.layout.kv_format.is_native:
+            yield body.view(self.dtype)
         for section in METADATA_SECTIONS:
             size = self.layout.section_bytes.get(section)
             if size is not None and len(body):

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from ..blocks.warming import warm_up
 from ..cache.backend import TORCH_BACKEND
 from ..cache.device_memory import usual_kv_memory
-from ..cache.formats import KVFormat, resolve_format
+from ..cache.formats import KVFormat
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
+from ..cache.layer_formats import resolve_formats
 from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for, usual_kv_dtype
 from ..errors import ConfigError
 from ..models.attached_model import AttachedModel
@@ -54,14 +55,14 @@ def build_engine(
     require("the model's device", str(before), before.type != "meta", "one that holds numbers")
     max_model_len = model_length(model.model, config.max_model_len)
     model.check_batch(config.token_budget)
-    kv_format = fitted_format(model, config)
-    model.layers(kv_format)  # or it raises
+    kv_formats = fitted_formats(model, config)
+    model.layers(kv_formats)  # or it raises
     usual_options(model, config)  # or it raises
     if device is not None:
         move_model(model.model, device)
     try:
-        calibration = find_calibration(model, config, kv_format, tokenizer)
-        layers = model.layers(kv_format, calibration)
+        calibration = find_calibration(model, config, kv_formats, tokenizer)
+        layers = model.layers(kv_formats, calibration)
         engine = engine_where_it_is(model, config, layers, max_model_len, tokenizer)
     except BaseException:
         if model.device != before:
@@ -80,7 +81,7 @@ def engine_where_it_is(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Engine:
     """An engine on the device of its model."""
-    dtype = config.kv_dtype or usual_kv_dtype(layers[0].kv_format, model.dtype)
+    dtype = config.kv_dtype or usual_kv_dtype(layers, model.dtype)
     swap_space, num_host_blocks = parse_memory(config.swap_space, "swap_space", least=0), 0
     if model.keeps_states:
         what = "0: states of recurrent layers, which this model has, are not swapped"
@@ -112,7 +113,8 @@ def engine_where_it_is(
     warm_up()
     graphs = None
     has_kernels = cache.device.type == "cuda" and cache.backend is not TORCH_BACKEND
-    if has_kernels and model.route == "fused" and not config.enforce_eager:
+    can_capture = model.route == "fused" and not cache.is_mixed  # which makes plans on the host
+    if has_kernels and can_capture and not config.enforce_eager:
         graphs = DecodeGraphs(model, cache, manager)
     runner = ModelRunner(model, cache, graphs)
     ends = end_token_ids(model.model)
@@ -142,32 +144,31 @@ def usual_options(model: AttachedModel, config: EngineConfig) -> dict[str, Any]:
     return options
 
 
-def fitted_format(model: AttachedModel, config: EngineConfig) -> KVFormat:
-    """The format that is asked for; its head keeps all sinks where every request is windowed."""
-    kv_format, window = resolve_format(config.kv_format), config.sink_window
-    if window is None:
-        return kv_format
-    _ = model.rotations  # or it raises
-    if kv_format.is_native:
-        return kv_format
-    num_sinks = max(kv_format.num_sink_tokens, window.num_sink_tokens)
-    return kv_format.with_options(num_sink_tokens=num_sinks)
+def fitted_formats(model: AttachedModel, config: EngineConfig) -> list[KVFormat]:
+    """Of each layer what is asked for; heads keep all sinks where every request is windowed."""
+    formats, num_sink_tokens = resolve_formats(config.kv_format), 0
+    if config.sink_window is not None:
+        _ = model.rotations  # or it raises
+        num_sink_tokens = config.sink_window.num_sink_tokens
+    return formats.of(len(model.layer_shapes), num_sink_tokens=num_sink_tokens)
 
 
 def find_calibration(
     model: AttachedModel,
     config: EngineConfig,
-    kv_format: KVFormat,
+    kv_formats: Sequence[KVFormat],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Sequence[KeyCalibration] | None:
-    """What the format wants to know of each layer; None where it does not, or nobody says."""
+    """What formats want to know of each layer; None where they do not, or nobody says."""
     wanted = config.calibration
     if isinstance(wanted, (str, Path)) and wanted != USUAL:
         wanted = Calibration.load(wanted)
     if isinstance(wanted, Calibration):
         wanted.require_model(model)
         return wanted.layers
-    if wanted is None or tokenizer is None or not kv_format.wants_calibration:
+    if wanted is None or tokenizer is None:
+        return None
+    if not any(each.wants_calibration for each in kv_formats):
         return None
     if model.route == "gather":  # it tells of no queries
         return None

@@ -65,7 +65,7 @@ def load_draft_model(
 def new_runner(drafting: PagedModel, manager: BlockManager) -> tuple[ModelRunner, BlockManager]:
     """The model on a pool for as many tokens as the manager's holds, and who hands that out."""
     layers = drafting.layers(NATIVE)
-    dtype, device = usual_kv_dtype(NATIVE, drafting.dtype), drafting.device
+    dtype, device = usual_kv_dtype(layers, drafting.dtype), drafting.device
     geometry = cache_geometry(layers, dtype)
     max_model_len = model_length(drafting.model, None)
     num_tokens = manager.num_blocks * manager.geometry.block_size

@@ -13,7 +13,7 @@ import torch
 
 from ..blocks.holdings import MAX_NUM_SEQS
 from ..blocks.sink_window import SinkWindow
-from ..cache.formats import KVFormat, resolve_format
+from ..cache.layer_formats import KVFormats, resolve_formats
 from ..cache.layer_spec import FULL_PRECISION_DTYPES
 from ..errors import ConfigError
 from ..models.calibration import Calibration
@@ -39,7 +39,7 @@ OPTIONAL: Final = ("num_blocks", "max_prefill_tokens", "max_model_len", "num_thr
 class EngineConfig:
     """Validated when it is made; `LLM` documents what each field means."""
 
-    kv_format: str | KVFormat = "int8"
+    kv_format: KVFormats = "int8"
     kv_dtype: torch.dtype | None = None
     calibration: Calibration | str | Path | None = USUAL
     kv_memory: int | str | None = None
@@ -59,7 +59,7 @@ class EngineConfig:
     speculation: PromptLookup | DraftModel | None = None
 
     def __post_init__(self) -> None:
-        resolve_format(self.kv_format)
+        resolve_formats(self.kv_format)
         dtype, calibration = self.kv_dtype, self.calibration
         is_dtype = dtype is None or dtype in FULL_PRECISION_DTYPES
         require("kv_dtype", dtype, is_dtype, "float32, bfloat16 or float16")

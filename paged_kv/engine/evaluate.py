@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..blocks.geometry import IntArray
-from ..cache.formats import KVFormat
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
+from ..cache.layer_formats import KVFormats
 from ..cache.layer_spec import cache_geometry, usual_kv_dtype
 from ..errors import ConfigError
 from ..models.attached_model import AttachedModel
@@ -95,11 +95,12 @@ class TeacherForcing:
     def __init__(
         self,
         model: AttachedModel,
-        kv_format: KVFormat,
+        kv_format: KVFormats,
         windows: IntArray,
         calibration: Sequence[KeyCalibration] | None = None,
     ) -> None:
-        layers, dtype = model.layers(kv_format, calibration), usual_kv_dtype(kv_format, model.dtype)
+        layers = model.layers(kv_format, calibration)
+        dtype = usual_kv_dtype(layers, model.dtype)
         num_windows, length = windows.shape
         # Twice what a sequence holds: a chunk may take new blocks before its old ones are freed.
         num_blocks = num_windows * 2 * cache_geometry(layers, dtype).max_blocks(length)
@@ -128,7 +129,7 @@ class TeacherForcing:
 
 def compare_formats(
     model: AttachedModel,
-    kv_formats: Sequence[KVFormat],
+    kv_formats: Sequence[KVFormats],
     windows: IntArray,
     *,
     calibration: Sequence[KeyCalibration] | None = None,
@@ -160,7 +161,7 @@ def compare_formats(
 
 def count_recalled(
     model: AttachedModel,
-    kv_format: KVFormat,
+    kv_format: KVFormats,
     contexts: Sequence[RecallContext],
     *,
     calibration: Sequence[KeyCalibration] | None = None,

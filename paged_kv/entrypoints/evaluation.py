@@ -18,7 +18,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..blocks.geometry import IntArray
-from ..cache.formats import NATIVE, KVFormat
+from ..cache.formats import NATIVE
+from ..cache.layer_formats import LayerFormats
 from ..cache.layer_spec import sequence_bytes, usual_kv_dtype
 from ..engine.evaluate import Quality, compare_formats, count_recalled, token_windows
 from ..engine.recall import RecallContext, recall_contexts
@@ -29,6 +30,7 @@ from ..models.length_limit import find_length_limit
 from .kept_results import KeptResults
 from .progress import WorkBar
 
+REFERENCE: Final = LayerFormats(NATIVE)
 HEADINGS: Final = ("KL mnat", "±", "p99", "top-1", "ppl", "recall", "B/token", "held")
 
 
@@ -39,11 +41,11 @@ class Evaluation:
         self,
         model: AttachedModel,
         tokenizer: PreTrainedTokenizerBase,
-        kv_formats: Sequence[KVFormat],
+        kv_formats: Sequence[LayerFormats],
         kept: KeptResults,
         calibration: Calibration | None = None,
     ) -> None:
-        self.kv_formats = [NATIVE, *(each for each in kv_formats if each != NATIVE)]
+        self.kv_formats = [REFERENCE, *(each for each in kv_formats if each != REFERENCE)]
         self._model, self._tokenizer, self._kept = model, tokenizer, kept
         self._known = None if calibration is None else calibration.layers
         self._windows: IntArray = np.zeros((0, 0), dtype=np.int64)
@@ -78,8 +80,8 @@ class Evaluation:
                     self._recall(kv_format, context)
                     bar.advance()
 
-    def _measure(self, window: IntArray, kv_formats: list[KVFormat]) -> None:
-        formats = [NATIVE, *(each for each in kv_formats if each != NATIVE)]
+    def _measure(self, window: IntArray, kv_formats: list[LayerFormats]) -> None:
+        formats = [REFERENCE, *(each for each in kv_formats if each != REFERENCE)]
         found = compare_formats(
             self._model,
             formats,
@@ -90,33 +92,33 @@ class Evaluation:
         for kv_format, quality in zip(formats, found, strict=True):
             self._kept.keep(self._key(kv_format, window), to_json(quality))
 
-    def _recall(self, kv_format: KVFormat, context: RecallContext) -> None:
+    def _recall(self, kv_format: LayerFormats, context: RecallContext) -> None:
         key = self._key(kv_format, context.token_ids)
         if key not in self._kept:
             found = count_recalled(self._model, kv_format, [context], calibration=self._known)
             self._kept.keep(key, found)
 
-    def _key(self, kv_format: KVFormat, token_ids: IntArray) -> str:
+    def _key(self, kv_format: LayerFormats, token_ids: IntArray) -> str:
         """Of everything that a result depends on."""
         content = sha256(self._model.fingerprint())
         content.update(repr((kv_format, self._known, self._tokens_per_step)).encode())
         content.update(f"{self._model.dtype}".encode() + token_ids.tobytes())
         return f"{kv_format.name} {len(token_ids)} {content.hexdigest()[:32]}"
 
-    def quality(self, kv_format: KVFormat) -> Quality:
+    def quality(self, kv_format: LayerFormats) -> Quality:
         kept = (self._kept[self._key(kv_format, window)] for window in self._windows)
         return Quality.joined([from_json(each) for each in kept])
 
-    def num_recalled(self, kv_format: KVFormat) -> tuple[int, int]:
+    def num_recalled(self, kv_format: LayerFormats) -> tuple[int, int]:
         """Of how many pairs."""
         keys = [self._key(kv_format, context.token_ids) for context in self._contexts]
         asked = sum(len(context.answers) for context in self._contexts)
         return sum(self._kept[key] for key in keys), asked
 
-    def bytes_per_token(self, kv_format: KVFormat) -> tuple[float, float]:
+    def bytes_per_token(self, kv_format: LayerFormats) -> tuple[float, float]:
         """Of a token and kv head: sealed, and in a window with its head and tail."""
         layers, num_tokens = self._model.layers(kv_format), self._windows.shape[1]
-        dtype = usual_kv_dtype(kv_format, self._model.dtype)
+        dtype = usual_kv_dtype(layers, self._model.dtype)
         num_heads = sum(layer.num_kv_heads for layer in layers)
         sealed = sum(
             layer.record_layout(dtype).bytes_per_token * layer.num_kv_heads for layer in layers
@@ -142,7 +144,7 @@ class Evaluation:
 
     def table(self) -> Table:
         num_windows, length = self._windows.shape
-        asked = self.num_recalled(NATIVE)[1] if self._contexts else 0
+        asked = self.num_recalled(REFERENCE)[1] if self._contexts else 0
         table = Table(
             title=f"{num_windows} windows of {length} tokens; {asked} pairs to recall",
             caption="B/token: bytes of a sealed token and kv head; held: of such a window, with "

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks.sink_window import SinkWindow
-from ..cache.formats import KVFormat
+from ..cache.layer_formats import KVFormats
 from ..cache.memory_stats import MemoryStats
 from ..engine.beam_search import BeamSearch, BeamSearchParams, Hypothesis
 from ..engine.build import build_engine
@@ -46,12 +46,13 @@ class LLM:
     `model` is a local folder, a hub name, a GGUF file (or the `gguf_file` of a folder or hub name)
     or a loaded model, which this object takes over until `close()`, also one that peft has wrapped
     or that has adapters (see `adapters`); of a hub name `revision` says which version, and
-    `trust_remote_code` lets its own code run. `kv_format` is the name of one
-    of `FORMATS` or a `KVFormat`. What is not quantized of a sequence has `kv_dtype`: without it the
-    model's precision, but bfloat16 beside quantized tokens of a float32 model. `dtype` is the
-    precision to load and compute in; without it all have the checkpoint's, but a CPU without a unit
-    for it computes in float32; dtypes may be names, and "auto" is None. A `device` of "auto" is a
-    GPU where there is one. Formats below 8 bits
+    `trust_remote_code` lets its own code run. `kv_format` is the name of one of `FORMATS` or a
+    `KVFormat`, or which layer has which: "int2,0=int8,-1=native" or {"default": "int2", 0: "int8",
+    -1: "native"}, or a list with one for each layer. What is not quantized of a sequence has
+    `kv_dtype`: without it the model's precision, but bfloat16 beside quantized tokens of a float32
+    model. `dtype` is the precision to load and compute in; without it all have the checkpoint's,
+    but a CPU without a unit for it computes in float32; dtypes may be names, and "auto" is None. A
+    `device` of "auto" is a GPU where there is one. Formats below 8 bits
     want to know what the model's queries and keys are like: the `calibration` is one of `paged-kv
     calibrate` or its file, "usual" makes one from a text that comes with the library, once, and
     keeps it; None does without. The pool is sized by `num_blocks` or by `kv_memory` (bytes, or text
@@ -83,7 +84,7 @@ class LLM:
         revision: str | None = None,
         trust_remote_code: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        kv_format: str | KVFormat = "int8",
+        kv_format: KVFormats = "int8",
         kv_dtype: torch.dtype | str | None = None,
         calibration: Calibration | str | Path | None = USUAL,
         kv_memory: int | str | None = None,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .llm import LLM
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
+KV_FORMAT: Final = f"""{", ".join(FORMATS)} (default: int8); with other layers behind it:
+int2,0=int8,-1=native"""
 
 
 def count_or_none(text: str) -> int | None:
@@ -52,7 +54,7 @@ SAMPLING_OPTIONS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
 def add_memory(parser: argparse.ArgumentParser) -> None:
     """What an `LLM` is made of."""
     memory = parser.add_argument_group("memory")
-    memory.add_argument("--kv-format", default="int8", help=f"{', '.join(FORMATS)} (default: int8)")
+    memory.add_argument("--kv-format", default="int8", help=KV_FORMAT)
     memory.add_argument("--kv-memory", metavar="SIZE", help="pool size, for example 2GiB")
     memory.add_argument("--num-blocks", type=int, help="pool size in blocks, instead")
     memory.add_argument("--max-num-seqs", type=int, default=64, help="sequences at once (64)")

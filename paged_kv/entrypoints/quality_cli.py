@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ..cache.formats import FORMATS, resolve_format
+from ..cache.formats import FORMATS, KVFormat, resolve_format
+from ..cache.layer_formats import formats_name, resolve_formats
 from ..errors import InvalidRequestError
+from ..units import parse_memory
 from ..validation import MAX_COUNT
+from .progress import WorkBar
 from .result_file import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..engine.format_choice import Sensitivity
     from ..models.attached_model import AttachedModel
     from ..models.calibration import Calibration
 
@@ -27,7 +32,9 @@ percentile, how often the first choice is the same, perplexity, how many of 14 k
 hidden in contexts of 0.8K to 6K tokens are recalled, and what a token takes. With --json each
 result is kept in FILE.part as soon as it is there, and the same command goes on with them."""
 LEARN: Final = """Learn from a text what a model's queries and keys are like, for formats of 4 and 2
-bits, and write it to a file for --calibration."""
+bits, and write it to a file for --calibration. With a --budget measure each layer in each of some
+formats too, and print for --kv-format which layer should have which: the least divergence for so
+many bytes of a sealed token over all layers. `paged-kv info` says what formats take."""
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +68,19 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder, hub name or .gguf")
     parser.add_argument("--text", type=Path, metavar="FILE", help="plain text (the library's own)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="safetensors")
+    parser.add_argument("--budget", metavar="BYTES", help="of a token: choose formats by layer")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=["int2-long", "int3", "k4v2", "int4", "int8"],
+        metavar="FORMAT",
+        help="to choose among (int2-long int3 k4v2 int4 int8)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=1024, help="that each layer is measured on (1024)"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
 
 
 def load(arguments: argparse.Namespace) -> tuple[AttachedModel, PreTrainedTokenizerBase]:
@@ -101,31 +120,97 @@ def find_calibration(
 
 
 def run_calibrate(arguments: argparse.Namespace) -> int:
+    from ..engine.format_choice import bytes_by_layer, require_budget
     from ..models.calibration import calibrate_on_text
 
+    kv_formats = [resolve_format(name) for name in arguments.formats]
+    budget = None if arguments.budget is None else parse_memory(arguments.budget, "--budget")
+    require_counts(arguments, tokens=2, threads=1)
     text = read_text(arguments.text)
+    set_threads(arguments.threads)
     model, tokenizer = load(arguments)
-    calibrate_on_text(model, tokenizer, text).save(arguments.output)
+    if budget is not None:
+        require_budget(budget, bytes_by_layer(model, kv_formats))
+    calibration = calibrate_on_text(model, tokenizer, text)
+    calibration.save(arguments.output)
+    if budget is not None:
+        sensitivity = measure(model, tokenizer, calibration, kv_formats, text, arguments.tokens)
+        tell_choice(sensitivity, budget)
     return 0
 
 
-def run_evaluate(arguments: argparse.Namespace) -> int:
+def measure(
+    model: AttachedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration,
+    kv_formats: Sequence[KVFormat],
+    text: str | None,
+    num_tokens: int,
+) -> Sensitivity:
+    """What each format changes in each layer, on the first tokens of the text."""
+    from ..engine.evaluate import token_windows
+    from ..engine.format_choice import measure_layers
+    from ..models.calibration import TEXT, encode
+
+    token_ids = encode(tokenizer, TEXT.read_text(encoding="utf-8") if text is None else text)
+    windows = token_windows(token_ids, min(num_tokens, len(token_ids)), None)[:1]
+    with WorkBar("layers measured", len(model.layer_shapes)) as bar:
+        return measure_layers(
+            model,
+            windows,
+            kv_formats=kv_formats,
+            calibration=calibration.layers,
+            report=bar.advance,
+        )
+
+
+def tell_choice(sensitivity: Sensitivity, budget: int) -> None:
+    """The chosen formats on standard output, and what they are expected to do on the other one."""
+    chosen, divergence = sensitivity.choose(budget)
+    num_layers = len(sensitivity.divergences)
+    lines = [f"of {budget} bytes a token: {1000 * divergence:.3g} mnat expected"]
+    sums = zip(
+        sensitivity.kv_formats,
+        sensitivity.token_bytes.sum(0),
+        sensitivity.divergences.sum(0),
+        strict=True,
+    )
+    lines += [
+        f"{each.name} in all layers: {size:.0f} bytes, {1000 * nats:.3g} mnat"
+        for each, size, nats in sums
+    ]
+    print("\n".join(lines), file=sys.stderr)
+    with explained("write", "standard output"):
+        print(formats_name(chosen.of(num_layers)))
+
+
+def require_counts(arguments: argparse.Namespace, **least: int) -> None:
+    """Raise `InvalidRequestError` for numbers that are too small."""
+    for name, smallest in least.items():
+        count = getattr(arguments, name)
+        if count is not None and count < smallest:
+            raise InvalidRequestError(f"--{name.replace('_', '-')} {count} is too few")
+
+
+def set_threads(num_threads: int | None) -> None:
     import torch
+
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..models.calibration import TEXT
     from .evaluation import Evaluation, write_json
     from .kept_results import KeptResults
 
-    formats = [resolve_format(name) for name in arguments.formats]
-    for name in ("windows", "length", "tokens_per_step", "threads"):
-        count = getattr(arguments, name)
-        if count is not None and count < (2 if name == "length" else 1):
-            raise InvalidRequestError(f"--{name.replace('_', '-')} {count} is too few")
+    formats = [resolve_formats(name) for name in arguments.formats]
+    require_counts(arguments, windows=1, length=2, tokens_per_step=1, threads=1)
     text, kept = read_text(arguments.text or TEXT), KeptResults(arguments.json)
     assert text is not None
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
     model, tokenizer = load(arguments)
     calibration = find_calibration(arguments.calibration, model, tokenizer)
     evaluation = Evaluation(model, tokenizer, formats, kept, calibration)

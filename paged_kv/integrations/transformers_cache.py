@@ -6,7 +6,7 @@ Knows transformers' `Cache`, which it is; what happens in blocks is `cached_batc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import index
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..blocks.sink_window import SinkWindow
-from ..cache.formats import KVFormat, resolve_format
+from ..cache.formats import KVFormat
+from ..cache.layer_formats import KVFormats, formats_name, resolve_formats
 from ..cache.layer_spec import (
     FULL_PRECISION_DTYPES,
     LayerSpec,
@@ -65,7 +66,7 @@ class PagedCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        kv_format: str | KVFormat = "int8",
+        kv_format: KVFormats = "int8",
         *,
         max_cache_len: int | None = None,
         num_blocks: int | None = None,
@@ -75,9 +76,9 @@ class PagedCache(Cache):
         sink_window: SinkWindow | None = None,
     ) -> None:
         require_instance("model", model, PreTrainedModel)
-        kv_format, attends = resolve_format(kv_format), attends_to_blocks(model)
+        formats, attends = resolve_formats(kv_format), attends_to_blocks(model)
         if sink_window is not None:
-            kv_format = format_for_window(kv_format, sink_window, attends=attends)
+            require_windows(sink_window, attends=attends)
         if kv_dtype is not None:
             is_known = isinstance(kv_dtype, torch.dtype) and kv_dtype in FULL_PRECISION_DTYPES
             require("kv_dtype", kv_dtype, is_known, "float32, bfloat16 or float16")
@@ -89,8 +90,10 @@ class PagedCache(Cache):
             kv_memory = parse_memory(kv_memory, "kv_memory")
         known = find_calibration(model, calibration)
         states = find_states(model, attends=attends)
-        layers = specs_of(states, kv_format, known)
-        dtype = kv_dtype or usual_kv_dtype(kv_format, states[0][0].dtype)
+        num_sinks = 0 if sink_window is None else sink_window.num_sink_tokens
+        kv_formats = formats.of(len(states), num_sink_tokens=num_sinks)
+        layers = specs_of(states, kv_formats, known)
+        dtype = kv_dtype or usual_kv_dtype(layers, states[0][0].dtype)
         geometry, rotations = cache_geometry(layers, dtype), None
         if sink_window is not None:
             sink_window, rotations = sink_window.fitted(geometry), rotations_of(model)
@@ -114,7 +117,8 @@ class PagedCache(Cache):
     def __repr__(self) -> str:
         settings = self._batch.settings
         return (
-            f"PagedCache({settings.layers[0].kv_format.name}, {len(settings.layers)} layers, "
+            f"PagedCache({formats_name([layer.kv_format for layer in settings.layers])}, "
+            f"{len(settings.layers)} layers, "
             f"{self._batch.batch_size} sequences of {self.get_seq_length()})"
         )
 
@@ -206,18 +210,14 @@ def attends_to_blocks(model: PreTrainedModel) -> bool:
     return bool(model.config.get_text_config()._attn_implementation == IMPLEMENTATION)
 
 
-def format_for_window(kv_format: KVFormat, sink_window: SinkWindow, *, attends: bool) -> KVFormat:
-    """The format, with a head that keeps all sinks; raises where attention reads no blocks."""
+def require_windows(sink_window: SinkWindow, *, attends: bool) -> None:
+    """Raise `ConfigError` where attention reads no blocks."""
     require_instance("sink_window", sink_window, SinkWindow)
     if not attends:
         raise ConfigError(
             f"{sink_window} needs attention that reads blocks: "
             'model.set_attn_implementation("paged_kv") before the cache is made'
         )
-    if kv_format.is_native:
-        return kv_format
-    num_sinks = max(kv_format.num_sink_tokens, sink_window.num_sink_tokens)
-    return kv_format.with_options(num_sink_tokens=num_sinks)
 
 
 def find_calibration(
@@ -270,7 +270,9 @@ def refuse_fused(model: PreTrainedModel) -> None:
 
 
 def specs_of(
-    states: list[tuple[Tensor, Tensor]], kv_format: KVFormat, known: Calibration | None
+    states: list[tuple[Tensor, Tensor]],
+    kv_formats: Sequence[KVFormat],
+    known: Calibration | None,
 ) -> tuple[LayerSpec, ...]:
     """What the blocks of each layer hold."""
     if known is not None and len(known.layers) != len(states):
@@ -279,7 +281,7 @@ def specs_of(
         )
     return tuple(
         LayerSpec(
-            kv_format=kv_format,
+            kv_format=kv_formats[layer],
             num_kv_heads=keys.shape[1],
             key_dim=keys.shape[3],
             value_dim=values.shape[3],

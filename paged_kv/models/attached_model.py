@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..cache.formats import KVFormat
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache, Step
+from ..cache.layer_formats import KVFormats, resolve_formats
 from ..cache.layer_spec import LayerSpec
 from ..errors import ConfigError
 from .active_step import Observer
@@ -142,9 +142,10 @@ class AttachedModel(ABC):
         return fingerprint_of(self.model)
 
     def layers(
-        self, kv_format: KVFormat, calibration: Sequence[KeyCalibration] | None = None
+        self, kv_format: KVFormats, calibration: Sequence[KeyCalibration] | None = None
     ) -> list[LayerSpec]:
         """What the cache of this model must hold, in the order of its layers."""
+        formats = resolve_formats(kv_format).of(len(self.layer_shapes))
         known = [None] * len(self.layer_shapes) if calibration is None else calibration
         if len(known) != len(self.layer_shapes):
             raise ConfigError(
@@ -153,13 +154,15 @@ class AttachedModel(ABC):
             )
         return [
             LayerSpec(
-                kv_format=kv_format,
+                kv_format=each,
                 num_kv_heads=heads,
                 key_dim=key,
                 value_dim=value,
-                calibration=each,
+                calibration=its,
             )
-            for (heads, key, value), each in zip(self.layer_shapes.values(), known, strict=True)
+            for each, (heads, key, value), its in zip(
+                formats, self.layer_shapes.values(), known, strict=True
+            )
         ]
 
     def check_batch(self, num_tokens: int) -> None:

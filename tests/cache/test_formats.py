@@ -313,10 +313,15 @@ def test_layers_that_share_a_table_use_the_smallest_open_block():
     assert geometry.open_block_size == 8
 
 
+def test_a_native_layer_beside_quantized_ones_has_their_open_blocks():
+    native = NATIVE.with_options(block_size=64, num_sink_tokens=4, min_tail_tokens=24)
+    assert block_geometry([layout_of(native), layout_of(INT2)]) == block_geometry([layout_of(INT2)])
+
+
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param(NATIVE, id="native"),
+        pytest.param(NATIVE, id="native as it is alone"),
         pytest.param(INT2.with_options(block_size=128), id="block_size"),
         pytest.param(INT2.with_options(num_sink_tokens=5), id="num_sink_tokens"),
         pytest.param(INT2.with_options(min_tail_tokens=0), id="min_tail_tokens"),

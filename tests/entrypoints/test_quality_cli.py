@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import bench_quality
 import pytest
 import quality_picture
 
+from paged_kv import LLM, SamplingParams
+from paged_kv.cache.layer_formats import resolve_formats
+from paged_kv.cache.layer_spec import block_bytes, usual_kv_dtype
 from paged_kv.entrypoints.cli import main
 from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.kept_results import KeptResults
+from paged_kv.models.cost import probe_layers
 
 TEXT = Path(__file__).parents[1] / "support" / "data" / "persuasion-excerpt.txt"
 
@@ -143,3 +148,43 @@ def test_points_of_the_picture_are_means_over_windows():
         (3, 1),
         (4, 0.5),
     ]
+
+
+def test_formats_are_chosen_within_a_budget(tmp_path, capsys):
+    """What is printed can be given to --kv-format, and takes no more than it may."""
+    layers, dtype = probe_layers(MODEL_FOLDER)
+
+    def token_bytes(kv_format: str) -> float:
+        formats = resolve_formats(kv_format).of(len(layers))
+        specs = [replace(layer, kv_format=f) for layer, f in zip(layers, formats, strict=True)]
+        return block_bytes(specs, usual_kv_dtype(specs, dtype)) / formats[0].block_size
+
+    budget = str(int((token_bytes("int8") + token_bytes("int2")) / 2))
+    options = ["--output", str(tmp_path / "found"), "--tokens", "200", "--formats", "int8", "int2"]
+    assert main(["calibrate", str(MODEL_FOLDER), *options, "--budget", budget]) == 0
+    printed = capsys.readouterr()
+    formats = resolve_formats(printed.out.strip()).of(len(layers))
+    assert {each.name for each in formats} == {"int2", "int8"}
+    assert token_bytes(printed.out.strip()) <= int(budget)
+    assert f"of {budget} bytes a token" in printed.err
+    assert "int8 in all layers" in printed.err
+    with LLM(MODEL_FOLDER, kv_format=printed.out.strip(), calibration=tmp_path / "found") as llm:
+        assert llm.generate("It is", SamplingParams(max_tokens=3))[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budget", "100"), "a budget of 100 bytes a token is less than"),
+        (("--budget", "many"), "--budget must be bytes"),
+        (("--budget", "900", "--formats", "int5"), "unknown KV format 'int5'"),
+        (("--budget", "900", "--tokens", "1"), "--tokens 1 is too few"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused_before_anything_is_measured(
+    tmp_path, capsys, options, message
+):
+    output = tmp_path / "found"
+    assert main(["calibrate", str(MODEL_FOLDER), "--output", str(output), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()

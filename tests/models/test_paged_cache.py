@@ -295,7 +295,9 @@ LIMITS = {"int8": 0.02, "int8-token": 0.04, "int4": 0.12, "int3": 0.2, "k4v2": 0
 
 
 @every_route
-@pytest.mark.parametrize("kv_format", [name for name in FORMATS if name != "native"])
+@pytest.mark.parametrize(
+    "kv_format", [*(name for name in FORMATS if name != "native"), "int2,0=native,2=int4"]
+)
 def test_quantized_logits_differ_by_little(kv_format, fused):
     model = zoo.build("LlamaForCausalLM", initializer_range=0.05)
     inputs = batch_of((300, 222, 290))
@@ -411,7 +413,7 @@ def test_rows_and_positions_change_as_in_a_dynamic_cache(change):
             filled(model, cache, more)
 
 
-@pytest.mark.parametrize("kv_format", ["int8", "int4", "int2", "k4v2"])
+@pytest.mark.parametrize("kv_format", ["int8", "int4", "int2", "k4v2", "int8,1=native"])
 def test_a_crop_within_a_sealed_block_keeps_what_was_read_from_it(kv_format):
     model = zoo.model("llama")
     cache = filled(model, open_cache(model, kv_format), batch_of((400, 333)))
@@ -447,7 +449,7 @@ def test_a_crop_that_lacks_room_to_reopen_shared_blocks_changes_nothing():
     check(cache)
 
 
-@pytest.mark.parametrize("kv_format", ["native", "int8", "int2"])
+@pytest.mark.parametrize("kv_format", ["native", "int8", "int2", "int2,0=native"])
 def test_drafts_that_are_taken_back_leave_nothing_behind(kv_format):
     """Also where the drafts alone would fill a block, or all that a step brought goes again."""
     model = zoo.model("llama")
@@ -633,6 +635,8 @@ def test_memory_figures_and_names():
     stats = cache.memory_stats()
     assert 0 < stats.used < stats.allocated < stats.total <= 1 << 20
     assert repr(cache) == "PagedCache(int4, 3 layers, 1 sequences of 154)"
+    cache = PagedCache(model, {"default": "int2", 0: "int8", -1: "native"})
+    assert repr(cache).startswith("PagedCache(int8,1=int2,2=native, 3 layers")
     assert np.isclose(stats.total, 1 << 20, rtol=0.05)
     cache.reset()
     assert cache.memory_stats().allocated == 0

@@ -45,7 +45,7 @@ def test_native_tokens_are_those_of_a_windowed_llm(name):
     cache._batch.pool.manager.check_integrity()
 
 
-@pytest.mark.parametrize("kv_format", ["native", "int8", "int2"])
+@pytest.mark.parametrize("kv_format", ["native", "int8", "int2", "int2,1=native"])
 def test_memory_is_constant_beyond_the_models_own_length(kv_format):
     model = zoo.model("llama")
     cache, sizes = windowed(model, kv_format), []

@@ -131,7 +131,8 @@ class Fleet:
         length = self.length(seq_id)
         stream = self.streams[seq_id]
         keys = stream.keys[layer][:length].to(self.cache.dtype).double().numpy()
-        kv_format = self.cache.layers[layer].kv_format
+        spec = self.cache.layers[layer]
+        kv_format = spec.kv_format
         values = as_stored(stream.values[layer][:length], kv_format, self.cache.dtype)
         values = values.double().numpy()
         if kv_format.rotates_values:
@@ -139,9 +140,8 @@ class Fleet:
         position = self.manager.geometry.num_head_tokens
         for block_id in self.manager.body_ids(seq_id):
             end = position + self.manager.geometry.block_size
-            keys[position:end], values[position:end] = dequantized_block(
-                self.cache, layer, int(block_id)
-            )
+            read = small_blocks if self.cache.has_small_blocks(spec) else dequantized_block
+            keys[position:end], values[position:end] = read(self.cache, layer, int(block_id))
             position = end
         return keys, values
 
@@ -154,6 +154,23 @@ def plane_codes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:
         for token in range(rows * 8 // bits)
     ]
     return np.stack(codes)
+
+
+def small_blocks(
+    cache: PagedKVCache, layer: int, block_id: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The same of a block in full precision, whose tokens lie in small blocks on a CPU."""
+    spec, geometry = cache.layers[layer], cache.geometry
+    num_small, size = geometry.open_blocks_per_block, geometry.open_block_size
+    block = cache.arenas[layer][block_id].view(cache.dtype).double().numpy()
+    small = block.reshape(num_small, spec.num_kv_heads, -1)
+    keys, values = np.split(small, [size * spec.key_dim], axis=2)
+    keys = keys.reshape(num_small, spec.num_kv_heads, spec.key_dim, size)
+    values = values.reshape(num_small, spec.num_kv_heads, size, spec.value_dim)
+    return (
+        keys.transpose(0, 3, 1, 2).reshape(-1, spec.num_kv_heads, spec.key_dim),
+        values.transpose(0, 2, 1, 3).reshape(-1, spec.num_kv_heads, spec.value_dim),
+    )
 
 
 def dequantized_block(

@@ -14,14 +14,15 @@ from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.blocks.host_blocks import SwappedSequence
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.cache.attention import paged_attention
-from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
+from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE
 from paged_kv.cache.kv_cache import PagedKVCache
+from paged_kv.cache.layer_formats import KVFormats, resolve_formats
 from paged_kv.cache.layer_spec import LayerSpec
 from tests.support.arrays import ids
 from tests.support.fleets import Fleet
 from tests.support.token_streams import Stream, make_stream
 
-FORMATS = (NATIVE, INT8, INT4, INT2)
+FORMATS = (NATIVE, INT8, INT4, INT2, resolve_formats("int2,1=native"))
 
 QUANTIZED = (INT8, INT4, INT2)
 
@@ -32,10 +33,11 @@ every_format = pytest.mark.parametrize("kv_format", FORMATS, ids=lambda f: f.nam
 every_quantized = pytest.mark.parametrize("kv_format", QUANTIZED, ids=lambda f: f.name)
 
 
-def layers_of(kv_format: KVFormat) -> list[LayerSpec]:
+def layers_of(kv_format: KVFormats) -> list[LayerSpec]:
+    first, second = resolve_formats(kv_format).of(2)
     return [
-        LayerSpec(kv_format=kv_format, num_kv_heads=2, key_dim=16, value_dim=8),
-        LayerSpec(kv_format=kv_format, num_kv_heads=1, key_dim=8, value_dim=16),
+        LayerSpec(kv_format=first, num_kv_heads=2, key_dim=16, value_dim=8),
+        LayerSpec(kv_format=second, num_kv_heads=1, key_dim=8, value_dim=16),
     ]
 
 
@@ -136,9 +138,11 @@ class SharingFleet(Fleet):
         num_open_tokens = length - int(self.manager.num_sealed[seq_id]) * geometry.block_size
         rows = torch.as_tensor(self.manager.head_and_tail_ids(seq_id), dtype=torch.int64)
         found = [self.sealed_bytes(seq_id, layer) for layer in range(len(self.cache.layers))]
-        for records in self.cache.records:
+        for layer, records in zip(self.cache.layers, self.cache.records, strict=True):
+            is_small = self.cache.has_small_blocks(layer)
+            own_rows = rows * geometry.open_blocks_per_block if is_small else rows
             for view in (records.open_keys, records.open_values):
-                tokens = view[rows].transpose(1, 2).flatten(0, 1)[:num_open_tokens]
+                tokens = view[own_rows].transpose(1, 2).flatten(0, 1)[:num_open_tokens]
                 found.append(tokens.clone())
         return found
 
@@ -148,7 +152,7 @@ class Twins:
 
     def __init__(
         self,
-        kv_format: KVFormat,
+        kv_format: KVFormats,
         *,
         num_blocks: int = 200,
         num_host_blocks: int = 0,

@@ -21,7 +21,7 @@ FORMATS = ("native", "int8", "int4", "int2")
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 
-every_format = pytest.mark.parametrize("kv_format", FORMATS)
+every_format = pytest.mark.parametrize("kv_format", [*FORMATS, "int2,0=native"])
 
 MakeLLM = Callable[..., LLM]
 

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from threading import Lock
 from typing import Any, Final, NamedTuple
 
+from ...cache.layer_formats import formats_name
 from ..async_request import Feed
 from ..llm import LLM
 
@@ -77,7 +78,7 @@ class Figures:
             num_ended = dict(self._num_ended)
         return {
             "model": self.model_name,
-            "kv_format": self._llm.engine.cache.layers[0].kv_format.name,
+            "kv_format": formats_name([layer.kv_format for layer in self._llm.engine.cache.layers]),
             "uptime_seconds": now - self._started,
             "requests": {
                 "running": counts.num_running,

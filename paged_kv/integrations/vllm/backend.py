@@ -79,7 +79,7 @@ def open_block_size() -> int:
 
     model = get_current_vllm_config().model_config
     layer = layer_spec(1, model.get_head_size(), model.get_head_size())
-    return cache_geometry([layer], usual_kv_dtype(layer.kv_format, model.dtype)).open_block_size
+    return cache_geometry([layer], usual_kv_dtype([layer], model.dtype)).open_block_size
 
 
 @dataclass

@@ -36,7 +36,7 @@ class PagedKVSpec(FullAttentionSpec):  # type: ignore[misc]
         if type(spec) is not FullAttentionSpec:
             raise ConfigError(f"paged_kv stores full attention only, a layer has {spec}")
         layer = layer_spec(spec.num_kv_heads, spec.head_size, spec.head_size_v)
-        dtype = usual_kv_dtype(layer.kv_format, spec.dtype)
+        dtype = usual_kv_dtype([layer], spec.dtype)
         geometry = cache_geometry([layer], dtype)
         values = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
         values |= {
