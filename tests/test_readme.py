@@ -38,9 +38,7 @@ def test_embedding_example_is_short() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_table_is_what_the_code_computes(name: str) -> None:
     layer = LayerSpec(kv_format=FORMATS["native"], num_kv_heads=1, key_dim=128, value_dim=128)
-    costs = {
-        c.kv_format.name: c for c in format_costs([layer], torch.bfloat16, (1024, 4096, 32768))
-    }
+    costs = {c.name: c for c in format_costs([layer], torch.bfloat16, (1024, 4096, 32768))}
     cost, native = costs[name], costs["native"]
     smaller = native.bytes_per_token / cost.bytes_per_token
     effective = " / ".join(

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
+from ..cache.layer_formats import resolve_formats
 from ..engine.sampling_params import SamplingParams
 from ..errors import InvalidRequestError, PagedKVError
 from ..units import format_memory, parse_memory
@@ -144,6 +145,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_info)
     parser.add_argument("model", nargs="?", help="model folder or hub name (the demo model)")
     parser.add_argument("--memory", default="8GiB", help="memory for K/V (8GiB)")
+    parser.add_argument("--kv-format", help="another one, by layer: int2,0=int8,-1=native")
 
 
 # -- generate -----------------------------------------------------------------------------------
@@ -292,7 +294,8 @@ def run_info(arguments: argparse.Namespace) -> int:
 
     memory_bytes = parse_memory(arguments.memory)
     layers, dtype = probe_layers(MODEL_FOLDER if arguments.model is None else arguments.model)
-    costs = format_costs(layers, dtype, CONTEXT_LENGTHS)
+    others = [] if arguments.kv_format is None else [resolve_formats(arguments.kv_format)]
+    costs = format_costs(layers, dtype, CONTEXT_LENGTHS, others)
     heads = sorted({layer.num_kv_heads for layer in layers})
     table = Table(
         title=f"{len(layers)} layers, kv heads {heads}, {str(dtype).removeprefix('torch.')}, "
@@ -311,7 +314,7 @@ def run_info(arguments: argparse.Namespace) -> int:
     native = costs[0]
     for cost in costs:
         table.add_row(
-            cost.kv_format.name,
+            cost.name,
             f"{cost.bytes_per_token:.0f}",
             f"{native.bytes_per_token / cost.bytes_per_token:.2f}x",
             *(f"{native.effective[n] / cost.effective[n]:.2f}x" for n in CONTEXT_LENGTHS),

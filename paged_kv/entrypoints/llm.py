@@ -60,7 +60,8 @@ class LLM:
     and at most half of the memory that is free. A step runs at most `max_num_seqs` sequences and
     `token_budget` tokens, of one prompt at most `max_prefill_tokens`. With a `max_slowdown` prompts
     are computed in such small pieces beside requests that decode that a step takes at most about so
-    many times as long as without them: tokens come evenly, prompts wait longer. With
+    many times as long as without them: tokens come evenly, prompts wait longer; but a request that
+    has waited for six steps to begin is computed whatever that takes. With
     `prefix_caching` prompts that begin alike share their blocks, also with earlier ones; with
     `record_events` what happens to cached blocks is kept until `engine.manager.take_events()`.
     Sequences that must make room go to `swap_space` bytes of host memory where that is cheaper than

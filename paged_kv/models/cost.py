@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..cache.formats import FORMATS, KVFormat
+from ..cache.formats import FORMATS
+from ..cache.layer_formats import LayerFormats, formats_name, resolve_formats
 from ..cache.layer_spec import (
     LayerSpec,
     block_bytes,
@@ -30,7 +31,7 @@ class FormatCost:
     """Bytes over all layers. `effective` maps a sequence's length to its bytes a token, with head
     and tail in full precision counted in."""
 
-    kv_format: KVFormat
+    name: str
     bytes_per_token: float
     effective: dict[int, float]
 
@@ -56,16 +57,20 @@ def probe_layers(name: str | Path) -> tuple[list[LayerSpec], torch.dtype]:
 
 
 def format_costs(
-    layers: Sequence[LayerSpec], dtype: torch.dtype, lengths: Sequence[int]
+    layers: Sequence[LayerSpec],
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    others: Sequence[LayerFormats] = (),
 ) -> list[FormatCost]:
-    """The cost of every format for layers of these shapes."""
+    """The cost of every format, and of others by layer, for layers of these shapes."""
     costs = []
-    for kv_format in FORMATS.values():
-        specs = [replace(layer, kv_format=kv_format) for layer in layers]
+    for choice in (*map(resolve_formats, FORMATS), *others):
+        formats = choice.of(len(layers))
+        specs = [replace(layer, kv_format=f) for layer, f in zip(layers, formats, strict=True)]
         block_size = cache_geometry(specs, dtype).block_size
         costs.append(
             FormatCost(
-                kv_format=kv_format,
+                name=formats_name(formats),
                 bytes_per_token=block_bytes(specs, dtype) / block_size,
                 effective={n: sequence_bytes(specs, dtype, n) / n for n in lengths},
             )

@@ -182,6 +182,17 @@ def test_info_counts_tokens_in_memory(capsys: pytest.CaptureFixture[str]) -> Non
     assert "1,000" in out  # 5 layers * 2 heads * 128 elements * 2 bytes = 2560 bytes a token
 
 
+def test_info_tells_of_formats_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info", "--kv-format", "int2,-1=native")
+    assert code == 0
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.count("│") > 3}
+    sizes = {name: int(row.split("│")[2]) for name, row in rows.items() if name != "KV format"}
+    assert sizes["int2,4=native"] == pytest.approx(0.8 * sizes["int2"] + 0.2 * 2560, abs=1)
+    code, _, err = run(capsys, "info", "--kv-format", "int2,9=native")
+    assert code == 2
+    assert "names layer 9 of a model that stores 5 layers" in err
+
+
 def test_demo_prints_a_row_for_every_format(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "demo", "--max-tokens", "6")
     assert code == 0
