@@ -229,12 +229,14 @@ FORMATS: Final = {
 
 
 def resolve_format(kv_format: str | KVFormat) -> KVFormat:
-    """The format of that name, or the given format itself."""
+    """The format of that name, or the given format itself; "int8@128" has blocks of 128 tokens."""
     if isinstance(kv_format, KVFormat):
         return kv_format
-    if not isinstance(kv_format, str) or kv_format not in FORMATS:
+    name, at, size = kv_format.partition("@") if isinstance(kv_format, str) else ("", "", "")
+    is_size = size in ("64", "128") if at else not size
+    if name not in FORMATS or not is_size:
         raise ConfigError(f"unknown KV format {kv_format!r}; expected one of {', '.join(FORMATS)}")
-    return FORMATS[kv_format]
+    return FORMATS[name].with_options(block_size=int(size)) if at else FORMATS[name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from typing import Final
 
 from ..errors import ConfigError
 from ..validation import is_integer
-from .formats import KVFormat, resolve_format
+from .formats import FORMATS, NATIVE, KVFormat, resolve_format
 
 Format = str | KVFormat
 DEFAULT: Final = "default"
+LAYER: Final = re.compile(r"-?[0-9]{1,6}")
 SHARED_SIZES: Final = ("block_size", "num_sink_tokens", "min_tail_tokens")
 
 
@@ -81,7 +83,7 @@ def resolve_formats(kv_format: KVFormats) -> LayerFormats:
         return read_formats(kv_format)
     if isinstance(kv_format, Mapping):
         return of_mapping(kv_format)
-    if isinstance(kv_format, Sequence):
+    if isinstance(kv_format, Sequence) and not isinstance(kv_format, (bytes, bytearray)):
         formats = tuple(enumerate(resolve_format(each) for each in kv_format))
         if not formats:
             raise ConfigError("kv_format names no layer")
@@ -95,7 +97,8 @@ def read_formats(text: str) -> LayerFormats:
     named: dict[str | int, Format] = {DEFAULT: first}
     for part in others:
         layer, separator, name = (piece.strip() for piece in part.partition("="))
-        if not separator or not layer.removeprefix("-").isdecimal() or int(layer) in named:
+        is_number = LAYER.fullmatch(layer) is not None
+        if not separator or not is_number or int(layer) in named:
             raise ConfigError(
                 f"kv_format {text!r} must be a format, then layer=format for other layers, each "
                 f"once; got {part!r}"
@@ -118,7 +121,14 @@ def of_mapping(named: Mapping[str | int, Format]) -> LayerFormats:
 
 
 def formats_name(formats: Sequence[KVFormat]) -> str:
-    """What is stored in all of these layers, as `resolve_formats` reads it."""
+    """What is stored in all of these layers, as `resolve_formats` reads it, blocks as large."""
     most = Counter(each.name for each in formats).most_common(1)[0][0]
     others = [f"{n}={each.name}" for n, each in enumerate(formats) if each.name != most]
+    quantized = [each for each in formats if not each.is_native]
+    sizes = [FORMATS[each.name].block_size for each in quantized if each.name in FORMATS]
+    if sizes and max(sizes) < quantized[0].block_size:  # said of the first that seals
+        names = [most, *others]
+        first = next(n for n, name in enumerate(names) if not name.endswith(NATIVE.name))
+        names[first] += f"@{quantized[0].block_size}"
+        return ",".join(names)
     return ",".join([most, *others])

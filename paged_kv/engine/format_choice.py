@@ -18,7 +18,7 @@ from ..blocks.geometry import IntArray
 from ..cache.formats import INT2_LONG, INT3, INT4, INT8, K4V2, NATIVE, KVFormat
 from ..cache.key_calibration import KeyCalibration
 from ..cache.layer_formats import LayerFormats, with_shared_sizes
-from ..cache.layer_spec import usual_kv_dtype
+from ..cache.layer_spec import cache_geometry, usual_kv_dtype
 from ..errors import ConfigError
 from ..models.attached_model import AttachedModel
 from .evaluate import compare_formats
@@ -59,6 +59,8 @@ def measure_layers(
 ) -> Sensitivity:
     """Each format in each layer, all others native, on token windows [W, L]."""
     shared = with_shared_sizes(kv_formats, 0)
+    for each in shared:
+        require_sealed(model, each, windows.shape[1] - 1)
     num_layers = len(model.layer_shapes)
     divergences = np.zeros((num_layers, len(shared)))
     for layer in range(num_layers):
@@ -74,6 +76,19 @@ def measure_layers(
         if report is not None:
             report()
     return Sensitivity(tuple(shared), divergences, bytes_by_layer(model, shared))
+
+
+def require_sealed(model: AttachedModel, kv_format: KVFormat, num_tokens: int) -> None:
+    """Raise `ConfigError` where so many tokens would say nothing of a format."""
+    layers = model.layers(kv_format)
+    geometry = cache_geometry(layers, usual_kv_dtype(layers, model.dtype))
+    least = geometry.num_head_tokens + geometry.block_size + geometry.min_tail_tokens
+    least += geometry.block_size // 2  # that see it
+    if geometry.seals and num_tokens < least:
+        raise ConfigError(
+            f"{num_tokens + 1} tokens say too little of {kv_format.name}, whose blocks hold "
+            f"{geometry.block_size}: at least {least + 1} are needed"
+        )
 
 
 def bytes_by_layer(

@@ -58,7 +58,7 @@ class GrammarCompiler:
         except ValueError as error:
             raise InvalidRequestError(f"structured_output: {error}") from error
         if matcher.is_error():
-            raise InvalidRequestError(f"structured_output: {matcher.get_error()}")
+            raise InvalidRequestError(f"structured_output: {first_line(matcher.get_error())}")
         return matcher
 
     @cached_property
@@ -73,6 +73,11 @@ class GrammarCompiler:
         return from_tokenizer(
             cast(Any, self._tokenizer), n_vocab=self._vocab_size, eos_token=self._end_token_ids
         )
+
+
+def first_line(message: str) -> str:
+    """What is wrong; behind it llguidance tells what it has parsed so far."""
+    return message.partition("\n")[0]
 
 
 class GrammarProcessor:
@@ -92,7 +97,7 @@ class GrammarProcessor:
         self._matcher.consume_tokens(output[num_read or 0 :])
         self._num_read = len(output)
         if self._matcher.is_error():
-            raise ValueError(self._matcher.get_error())
+            raise InvalidRequestError(f"structured_output: {first_line(self._matcher.get_error())}")
         mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         may_come = np.unpackbits(mask, count=logits.shape[1], bitorder="little").astype(np.bool_)
         is_excluded = torch.from_numpy(~may_come).to(logits.device)

@@ -333,6 +333,8 @@ def apply_functions(
             try:
                 token_ids = draw.rules.token_ids or ()
                 logits[draw.row] = processed(logits[draw.row], token_ids, processors)
+            except InvalidRequestError as error:  # as a form says it that cannot be kept
+                failures[draw.row] = error
             except Exception as error:  # the caller's code: it ends this request alone
                 failures[draw.row] = InvalidRequestError(f"a logits processor failed: {error!r}")
 

@@ -100,8 +100,11 @@ class AsyncLLM:
     async def drain(self, timeout: float | None = None) -> None:
         """Take no more requests, and return when those that were accepted are over.
 
-        After `timeout` seconds what is left ends with a `ClosedError`.
+        After `timeout` seconds what is left ends with a `ClosedError`. Raises `ConfigError` for a
+        time that cannot be.
         """
+        is_time = timeout is None or (is_finite(timeout) and timeout >= 0)
+        require("timeout", timeout, is_time, "None or a number of seconds from 0 on")
         self._is_accepting = False
         self._room.dismiss(ClosedError("no more requests are taken"))
         try:
@@ -233,6 +236,7 @@ class AsyncLLM:
     def note(self, feed: Feed, num_tokens: int, finish_reason: str | None, now: float) -> None:
         """A request has more, and one of its samples may be over."""
         self._changed.append(feed)
+        self._note_start(feed)
         if num_tokens:
             self._tell(lambda listener: listener.tokens_came(feed, num_tokens, now))
         if finish_reason is not None:
@@ -240,13 +244,18 @@ class AsyncLLM:
             feed.times.ended = None if feed.num_running else now
             self._tell(lambda listener: listener.request_ended(feed, finish_reason, now))
 
+    def _note_start(self, feed: Feed) -> None:
+        """The step that is over, or ends, may have been the first of a request."""
+        times, began = feed.times, self._step_begins
+        if times.started is None and feed.num_hit_tokens is not None:
+            times.started = max(began, times.queued or began)
+
     def _after_step(self) -> None:
-        began, self._step_begins = self._step_begins, time.monotonic()
         for feed in list(self._running):
-            if feed.times.started is None and feed.num_hit_tokens is not None:
-                feed.times.started = max(began, feed.times.queued or began)
+            self._note_start(feed)
             if not feed.num_running:
                 del self._running[feed]
+        self._step_begins = time.monotonic()
         changed: dict[Feed, None] = {}
         while self._changed:
             changed[self._changed.popleft()] = None

@@ -37,6 +37,10 @@ formats too, and print for --kv-format which layer should have which: the least 
 many bytes of a sealed token over all layers. `paged-kv info` says what formats take."""
 
 
+CHOICES: Final = ("int2-long", "int3", "k4v2", "int4", "int8")
+MEASURED_TOKENS: Final = 1024
+
+
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_evaluate)
     parser.add_argument("model", help="model folder, hub name or .gguf")
@@ -72,18 +76,21 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats",
         nargs="+",
-        default=["int2-long", "int3", "k4v2", "int4", "int8"],
         metavar="FORMAT",
-        help="to choose among (int2-long int3 k4v2 int4 int8)",
+        help=f"with --budget: to choose among ({' '.join(CHOICES)})",
     )
     parser.add_argument(
-        "--tokens", type=int, default=1024, help="that each layer is measured on (1024)"
+        "--tokens",
+        type=int,
+        help=f"with --budget: that each layer is measured on ({MEASURED_TOKENS})",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
 
 
-def load(arguments: argparse.Namespace) -> tuple[AttachedModel, PreTrainedTokenizerBase]:
+def load(
+    arguments: argparse.Namespace, *, widens: bool = False
+) -> tuple[AttachedModel, PreTrainedTokenizerBase]:
     import torch
 
     from ..models.loading import load_model, load_tokenizer, quiet_loading
@@ -93,7 +100,8 @@ def load(arguments: argparse.Namespace) -> tuple[AttachedModel, PreTrainedTokeni
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     tokenizer = load_tokenizer(arguments.model)
     tokenizer.model_max_length = MAX_COUNT  # or it warns of texts that are cut to windows
-    return choose_route(load_model(arguments.model, dtype)), tokenizer
+    # In float32, also where weights have less: rounding would hide what a format does.
+    return choose_route(load_model(arguments.model, dtype), widens=widens), tokenizer
 
 
 def read_text(path: Path | None) -> str | None:
@@ -123,18 +131,22 @@ def run_calibrate(arguments: argparse.Namespace) -> int:
     from ..engine.format_choice import bytes_by_layer, require_budget
     from ..models.calibration import calibrate_on_text
 
-    kv_formats = [resolve_format(name) for name in arguments.formats]
+    for name in ("formats", "tokens"):
+        if arguments.budget is None and getattr(arguments, name) is not None:
+            raise InvalidRequestError(f"--{name} needs a --budget")
+    kv_formats = [resolve_format(name) for name in arguments.formats or CHOICES]
     budget = None if arguments.budget is None else parse_memory(arguments.budget, "--budget")
     require_counts(arguments, tokens=2, threads=1)
     text = read_text(arguments.text)
     set_threads(arguments.threads)
-    model, tokenizer = load(arguments)
+    model, tokenizer = load(arguments, widens=budget is not None)
     if budget is not None:
         require_budget(budget, bytes_by_layer(model, kv_formats))
     calibration = calibrate_on_text(model, tokenizer, text)
     calibration.save(arguments.output)
     if budget is not None:
-        sensitivity = measure(model, tokenizer, calibration, kv_formats, text, arguments.tokens)
+        num_tokens = arguments.tokens or MEASURED_TOKENS
+        sensitivity = measure(model, tokenizer, calibration, kv_formats, text, num_tokens)
         tell_choice(sensitivity, budget)
     return 0
 

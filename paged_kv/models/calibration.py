@@ -98,8 +98,8 @@ class Calibration:
         """Raise `ConfigError` unless this was learned of the model of that fingerprint."""
         if self.model_fingerprint != model_fingerprint:
             raise ConfigError(
-                "the calibration was made for another model (or for other weights): run "
-                "`paged-kv calibrate` on this one"
+                "the calibration was made for another model (or for other weights, or these in "
+                "another precision, see --dtype): run `paged-kv calibrate` on this one"
             )
 
 

@@ -38,6 +38,18 @@ def test_all_layers_alike_are_as_they_are():
         assert formats_name([kv_format] * 3) == kv_format.name
 
 
+def test_blocks_may_be_larger_than_a_formats_own():
+    assert resolve_formats("int8@128").of(2) == [INT8.with_options(block_size=128)] * 2
+    formats = resolve_formats("int8@128,1=int2").of(3)
+    assert {each.block_size for each in formats} == {128}
+    assert formats_name(formats) == "int8@128,1=int2"
+    assert formats_name(resolve_formats("int8,1=int4").of(3)) == "int8,1=int4"
+    assert formats_name(resolve_formats("native,1=int2@128").of(3)) == "native,1=int2@128"
+    for name in ("int8@128,1=int2", "native,1=int2@128", "int2@128,0=native"):
+        formats = resolve_formats(name).of(4)
+        assert resolve_formats(formats_name(formats)).of(4) == formats
+
+
 def test_layers_share_the_largest_sizes_that_any_asks_for():
     formats = resolve_formats("int8,1=int4,2=int2,3=native").of(4)
     assert {each.block_size for each in formats} == {128}
@@ -69,6 +81,11 @@ def test_layers_share_the_largest_sizes_that_any_asks_for():
         (["int8", 3], "unknown KV format 3"),
         (8, "unknown KV format 8"),
         (None, "unknown KV format None"),
+        (b"int2", "unknown KV format b'int2'"),
+        ("int8@100", "unknown KV format 'int8@100'"),
+        ("int8@", "unknown KV format 'int8@'"),
+        ("int2," + "9" * 5000 + "=int8", "must be a format, then layer=format"),
+        ("int2,٣=int8", "got '٣=int8'"),
     ],
 )
 def test_what_says_nothing_is_refused_by_name(kv_format, message):

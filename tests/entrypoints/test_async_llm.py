@@ -352,6 +352,27 @@ def test_a_listener_hears_of_all_and_its_errors_disturb_nobody(serve, prompts, g
     assert "a listener of requests failed" in caplog.text
 
 
+def test_a_listener_hears_when_a_request_of_one_step_began(serve, prompts):
+    class Listener:
+        def tokens_came(self, request: Feed, num_tokens: int, now: float) -> None:
+            self.heard = replace(request.times)
+
+        def request_ended(self, request: Feed, finish_reason: str, now: float) -> None:
+            pass
+
+        def step_done(self, llm: object) -> None:
+            pass
+
+    listener = Listener()
+
+    async def use(engine: AsyncLLM) -> None:
+        await engine.generate(prompts[1], params_of(max_tokens=1))
+
+    serve(use, listener=listener)
+    times = listener.heard
+    assert times.arrived <= times.queued <= times.started <= times.first_token
+
+
 # -- how it ends --------------------------------------------------------------------------------
 
 
@@ -386,6 +407,16 @@ def test_what_takes_too_long_to_drain_ends_with_an_error(serve, prompts):
         last = [event async for event in request][-1]
         assert isinstance(last.error, ClosedError)
         await engine.close()
+
+    serve(use)
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1, "1"])
+def test_a_time_to_drain_that_cannot_be_is_refused(serve, prompts, greedy, timeout):
+    async def use(engine: AsyncLLM) -> None:
+        with pytest.raises(ConfigError, match="timeout must be None or a number of seconds"):
+            await engine.drain(timeout)
+        assert await tokens_of(engine, prompts[0]) == greedy[0]
 
     serve(use)
 

@@ -150,6 +150,32 @@ def test_points_of_the_picture_are_means_over_windows():
     ]
 
 
+def divergence_of(kv_format: str, told: str) -> float:
+    (line,) = [line for line in told.splitlines() if line.startswith(f"{kv_format} in all layers")]
+    return float(line.split()[-2])
+
+
+@pytest.mark.parametrize("formats", [("int8", "int4"), ("int2", "int2-long")])
+def test_what_is_printed_has_blocks_as_large_as_what_was_measured(tmp_path, capsys, formats):
+    """All layers alike in one whose own blocks are smaller, and take more bytes a token."""
+    options = ["--output", str(tmp_path / "found"), "--tokens", "300", "--formats", *formats]
+    budget = {"int8": "1320", "int2": "400"}[formats[0]]
+    assert main(["calibrate", str(MODEL_FOLDER), *options, "--budget", budget]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert main(["info", str(MODEL_FOLDER), "--kv-format", printed]) == 0
+    table = capsys.readouterr().out
+    (row,) = [line for line in table.splitlines() if line.count("│") > 3][-1:]
+    assert int(row.split("│")[2]) <= int(budget)
+
+
+def test_too_few_tokens_to_seal_anything_are_refused(tmp_path, capsys):
+    options = ["--output", str(tmp_path / "found"), "--tokens", "150", "--budget", "900"]
+    assert main(["calibrate", str(MODEL_FOLDER), *options]) == 2
+    assert (
+        "150 tokens say too little of int2-long, whose blocks hold 128" in capsys.readouterr().err
+    )
+
+
 def test_formats_are_chosen_within_a_budget(tmp_path, capsys):
     """What is printed can be given to --kv-format, and takes no more than it may."""
     layers, dtype = probe_layers(MODEL_FOLDER)
@@ -168,6 +194,7 @@ def test_formats_are_chosen_within_a_budget(tmp_path, capsys):
     assert token_bytes(printed.out.strip()) <= int(budget)
     assert f"of {budget} bytes a token" in printed.err
     assert "int8 in all layers" in printed.err
+    assert divergence_of("int8", printed.err) < 0.2 * divergence_of("int2", printed.err)
     with LLM(MODEL_FOLDER, kv_format=printed.out.strip(), calibration=tmp_path / "found") as llm:
         assert llm.generate("It is", SamplingParams(max_tokens=3))[0].token_ids
 
@@ -179,6 +206,8 @@ def test_formats_are_chosen_within_a_budget(tmp_path, capsys):
         (("--budget", "many"), "--budget must be bytes"),
         (("--budget", "900", "--formats", "int5"), "unknown KV format 'int5'"),
         (("--budget", "900", "--tokens", "1"), "--tokens 1 is too few"),
+        (("--tokens", "300"), "--tokens needs a --budget"),
+        (("--formats", "int8"), "--formats needs a --budget"),
     ],
 )
 def test_a_budget_that_cannot_be_is_refused_before_anything_is_measured(

@@ -133,6 +133,10 @@ def test_settings_that_cannot_be_are_refused():
     }.items():
         with pytest.raises(ConfigError, match=name):
             ServerSettings(**{"model_name": "x", name: value})
+    for origin in ("foo", "http://", "https://a.b/c", "https://a b", ""):
+        with pytest.raises(ConfigError, match="allow_origins must be a list of origins"):
+            ServerSettings(model_name="x", allow_origins=["https://a.b:80", origin])
+    assert ServerSettings(model_name="x", allow_origins=["*", "https://a.b:80"]).allow_origins
     with pytest.raises(ConfigError) as refused:
         ServerSettings(model_name="x", api_key="sécret")
     assert "cret" not in str(refused.value)

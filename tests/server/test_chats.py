@@ -153,7 +153,7 @@ def test_options_of_the_template(server, llm):
     assert ids(add_generation_prompt=False).endswith("whale?\n")
     assert ids(continue_final_message=True).endswith("whale?")
     assert ids(chat_template_kwargs={"ending": "<now>"}).endswith("assistant:<now>")
-    for wrong in ("tokenize", "chat_template", "tools"):
+    for wrong in ("tokenize", "chat_template", "tools", "messages", "tokenizer", "max_tokens"):
         answer = server.post(PATH, messages=MESSAGES, chat_template_kwargs={wrong: True})
         assert answer.status_code == 400
         assert wrong in answer.json()["error"]["message"]

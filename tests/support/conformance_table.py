@@ -32,7 +32,7 @@ NOTES: Final = {
     "seed": "the tokens depend on nothing else but the logits; negative ones count from 2^64 down",
     "max_tokens": "completions: 16 without it, and 0 with `echo`; chats: as many as fit",
     "max_completion_tokens": "another name of `max_tokens`",
-    "min_tokens": "nothing ends the answer before",
+    "min_tokens": "nothing but `max_tokens` ends the answer before",
     "stop": "one or any number of texts, which are not part of the answer",
     "stop_token_ids": "",
     "ignore_eos": "",

@@ -10,14 +10,17 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ...engine.sampling_params import SamplingParams
+from ...engine.text import encode_chat
 from .parameters import OF_CHATS, UNAPPLIED, Parameter
 from .refusal import Refusal
 from .sampling_fields import MAX_LOGPROBS, SamplingFields
 from .strict_model import StrictModel
 
-# What the function that runs a template takes beside the template's own variables.
+# What the functions that run a template take beside the template's own variables.
 NO_TEMPLATE_VARIABLES: Final = frozenset(
-    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    name
+    for function in (PreTrainedTokenizerBase.apply_chat_template, encode_chat)
+    for name in inspect.signature(function).parameters
 ) - {"documents"}
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, model_validator
 
 from ...engine.structured_output import StructuredOutput
+from ...errors import ConfigError
 from .refusal import Refusal
 from .strict_model import StrictModel
 
@@ -52,7 +53,7 @@ class StructuredOutputs(StrictModel):
     def _check(self) -> StructuredOutputs:
         if len(self.model_fields_set) != 1:
             name = "structured_outputs"
-            raise Refusal(f"{name} must have one of its fields", param=name)
+            raise Refusal(f"{name} must have exactly one of its fields", param=name)
         return self
 
 
@@ -70,9 +71,13 @@ def form_of(
         return None
     if structured_outputs.json_object:
         return StructuredOutput(json_schema=ANY_OBJECT)
-    return StructuredOutput(
-        json_schema=structured_outputs.json_,
-        regex=structured_outputs.regex,
-        grammar=structured_outputs.grammar,
-        choice=structured_outputs.choice,
-    )
+    try:
+        return StructuredOutput(
+            json_schema=structured_outputs.json_,
+            regex=structured_outputs.regex,
+            grammar=structured_outputs.grammar,
+            choice=structured_outputs.choice,
+        )
+    except ConfigError as error:
+        message = f"structured_outputs.{error}".replace(".json_schema ", ".json ", 1)
+        raise Refusal(message, param=message.partition(" ")[0]) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -11,6 +12,7 @@ from ...validation import is_finite, is_list_of, require, require_count
 DEFAULT_MAX_BODY: Final = 8 << 20
 DEFAULT_MAX_REQUESTS: Final = 256
 DEFAULT_DRAIN_SECONDS: Final = 30.0
+ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,13 @@ class ServerSettings:
             is_limit = limit is None or (is_finite(limit) and limit > 0)
             require(name, limit, is_limit, "None or a number of seconds above 0")
         origins = self.allow_origins
-        require("allow_origins", origins, is_list_of(origins, is_text), "a list of origins")
+        expected = "a list of origins, as https://example.org:8080, or *"
+        require("allow_origins", origins, is_list_of(origins, is_origin), expected)
+
+
+def is_origin(value: object) -> bool:
+    """Whether browsers may send it as their page's: a scheme, a host and perhaps a port."""
+    return value == "*" or (isinstance(value, str) and ORIGIN.fullmatch(value) is not None)
 
 
 def is_text(value: object) -> bool:
