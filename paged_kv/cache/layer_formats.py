@@ -4,6 +4,7 @@
 "int2,0=int8,-1=native"                      but for the first layer and the last
 {"default": "int2", 0: "int8", -1: "native"} the same
 ["int8", "int2", "int2", "native"]           of each of four layers
+"int8@128,0=native"                          with blocks of 128 tokens
 """
 
 from __future__ import annotations
