@@ -614,7 +614,7 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         [
             Fault(
                 "decodes-are-given-what-prompts-get-too",
-                "budget_left = budget - np.count_nonzero(is_decode)",
+                "budget_left = budget - num_decodes",
                 "budget_left = budget",
             ),
             Fault(
