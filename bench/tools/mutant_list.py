@@ -660,7 +660,7 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         "paged_kv/engine/format_choice.py",
         "engine/test_format_choice",
         [
-            Fault("what-others-need-is-forgotten", "total + needed <= budget", "total <= budget"),
+            Fault("budgets-are-overdrawn", "total <= budget + 1e-6", "total <= 1.1 * budget"),
             Fault("sums-are-kept-as-they-come", "if found[size][0] < least:", "if size:"),
         ],
     ),

@@ -23,6 +23,7 @@ from .formats import FORMATS, NATIVE, KVFormat, resolve_format
 Format = str | KVFormat
 DEFAULT: Final = "default"
 LAYER: Final = re.compile(r"-?[0-9]{1,6}")
+CANDIDATES: Final = ("int2-long", "int3", "k4v2", "int4", "int8")  # to choose among by layer
 SHARED_SIZES: Final = ("block_size", "num_sink_tokens", "min_tail_tokens")
 
 

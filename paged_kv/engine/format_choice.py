@@ -15,15 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..blocks.geometry import IntArray
-from ..cache.formats import INT2_LONG, INT3, INT4, INT8, K4V2, NATIVE, KVFormat
+from ..cache.formats import NATIVE, KVFormat, resolve_format
 from ..cache.key_calibration import KeyCalibration
-from ..cache.layer_formats import LayerFormats, with_shared_sizes
+from ..cache.layer_formats import CANDIDATES, LayerFormats, with_shared_sizes
 from ..cache.layer_spec import cache_geometry, usual_kv_dtype
 from ..errors import ConfigError
 from ..models.attached_model import AttachedModel
 from .evaluate import compare_formats
 
-CANDIDATES: Final = (INT2_LONG, INT3, K4V2, INT4, INT8)
+USUAL: Final = tuple(map(resolve_format, CANDIDATES))
+TOKENS_PER_STEP: Final = 64
 Report = Callable[[], None]  # told of each layer that was measured
 
 
@@ -52,30 +53,40 @@ def measure_layers(
     model: AttachedModel,
     windows: IntArray,
     *,
-    kv_formats: Sequence[KVFormat] = CANDIDATES,
+    kv_formats: Sequence[KVFormat] = USUAL,
     calibration: Sequence[KeyCalibration] | None = None,
-    tokens_per_step: int = 64,
     report: Report | None = None,
 ) -> Sensitivity:
     """Each format in each layer, all others native, on token windows [W, L]."""
     shared = with_shared_sizes(kv_formats, 0)
-    for each in shared:
-        require_sealed(model, each, windows.shape[1] - 1)
-    num_layers = len(model.layer_shapes)
-    divergences = np.zeros((num_layers, len(shared)))
-    for layer in range(num_layers):
-        mixtures = [LayerFormats(NATIVE, ((layer, each),)) for each in shared]
-        found = compare_formats(
-            model,
-            [NATIVE, *mixtures],
-            windows,
-            calibration=calibration,
-            tokens_per_step=tokens_per_step,
-        )
-        divergences[layer] = [quality.divergence for quality in found[1:]]
+    rows = []
+    for layer in range(len(model.layer_shapes)):
+        rows.append(measure_layer(model, layer, windows, shared, calibration=calibration))
         if report is not None:
             report()
-    return Sensitivity(tuple(shared), divergences, bytes_by_layer(model, shared))
+    return Sensitivity(tuple(shared), np.stack(rows), bytes_by_layer(model, shared))
+
+
+def measure_layer(
+    model: AttachedModel,
+    layer: int,
+    windows: IntArray,
+    kv_formats: Sequence[KVFormat],
+    *,
+    calibration: Sequence[KeyCalibration] | None = None,
+) -> NDArray[np.float64]:
+    """[F]: the divergence of each of these formats in one layer, in nats, all others native."""
+    for each in kv_formats:
+        require_sealed(model, each, windows.shape[1] - 1)
+    mixtures = [LayerFormats(NATIVE, ((layer, each),)) for each in kv_formats]
+    found = compare_formats(
+        model,
+        [NATIVE, *mixtures],
+        windows,
+        calibration=calibration,
+        tokens_per_step=TOKENS_PER_STEP,
+    )
+    return np.array([quality.divergence for quality in found[1:]])
 
 
 def require_sealed(model: AttachedModel, kv_format: KVFormat, num_tokens: int) -> None:
@@ -92,7 +103,7 @@ def require_sealed(model: AttachedModel, kv_format: KVFormat, num_tokens: int) -
 
 
 def bytes_by_layer(
-    model: AttachedModel, kv_formats: Sequence[KVFormat] = CANDIDATES
+    model: AttachedModel, kv_formats: Sequence[KVFormat] = USUAL
 ) -> NDArray[np.float64]:
     """[L, F] of a sealed token in each layer and format, where these share a block table."""
     columns = []
@@ -117,15 +128,14 @@ def least_sum(
 ) -> NDArray[np.int64]:
     """[L] which of F to take in each of L rows: the least sum of costs [L, F], exactly, of those
     whose sizes [L, F] add up to at most `budget`. Some have to fit."""
-    rest = np.concatenate([np.cumsum(sizes.min(1)[::-1])[::-1][1:], [0.0]])  # that others need
     best: dict[float, tuple[float, tuple[int, ...]]] = {0.0: (0.0, ())}
-    for row_costs, row_sizes, needed in zip(costs, sizes, rest, strict=True):
+    for row_costs, row_sizes in zip(costs, sizes, strict=True):
         found: dict[float, tuple[float, tuple[int, ...]]] = {}
         for size, (cost, chosen) in best.items():
             for index, (more_cost, more_size) in enumerate(zip(row_costs, row_sizes, strict=True)):
                 total = round(size + float(more_size), 6)
                 candidate = cost + float(more_cost), (*chosen, index)
-                if total + needed <= budget + 1e-6 and candidate < found.get(total, (np.inf, ())):
+                if total <= budget + 1e-6 and candidate < found.get(total, (np.inf, ())):
                     found[total] = candidate
         best = without_worse(found)
     return np.array(min(best.values())[1])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..cache.formats import FORMATS, KVFormat, resolve_format
-from ..cache.layer_formats import formats_name, resolve_formats
+from ..cache.layer_formats import CANDIDATES, formats_name, resolve_formats
 from ..errors import InvalidRequestError
 from ..units import parse_memory
 from ..validation import MAX_COUNT
@@ -36,8 +36,6 @@ bits, and write it to a file for --calibration. With a --budget measure each lay
 formats too, and print for --kv-format which layer should have which: the least divergence for so
 many bytes of a sealed token over all layers. `paged-kv info` says what formats take."""
 
-
-CHOICES: Final = ("int2-long", "int3", "k4v2", "int4", "int8")
 MEASURED_TOKENS: Final = 1024
 
 
@@ -77,7 +75,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
         "--formats",
         nargs="+",
         metavar="FORMAT",
-        help=f"with --budget: to choose among ({' '.join(CHOICES)})",
+        help=f"with --budget: to choose among ({' '.join(CANDIDATES)})",
     )
     parser.add_argument(
         "--tokens",
@@ -134,7 +132,7 @@ def run_calibrate(arguments: argparse.Namespace) -> int:
     for name in ("formats", "tokens"):
         if arguments.budget is None and getattr(arguments, name) is not None:
             raise InvalidRequestError(f"--{name} needs a --budget")
-    kv_formats = [resolve_format(name) for name in arguments.formats or CHOICES]
+    kv_formats = [resolve_format(name) for name in arguments.formats or CANDIDATES]
     budget = None if arguments.budget is None else parse_memory(arguments.budget, "--budget")
     require_counts(arguments, tokens=2, threads=1)
     text = read_text(arguments.text)

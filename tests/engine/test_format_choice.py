@@ -14,7 +14,7 @@ from paged_kv.cache.layer_formats import LayerFormats, formats_name
 from paged_kv.cache.layer_spec import block_bytes, cache_geometry, usual_kv_dtype
 from paged_kv.engine.evaluate import compare_formats
 from paged_kv.engine.format_choice import (
-    CANDIDATES,
+    USUAL,
     Sensitivity,
     bytes_by_layer,
     least_sum,
@@ -99,6 +99,6 @@ def test_what_a_layer_does_is_measured_with_all_others_native():
 def test_all_candidates_share_a_table():
     model = PagedModel(zoo.model("llama"))
     sizes = bytes_by_layer(model)
-    assert sizes.shape == (3, len(CANDIDATES))
+    assert sizes.shape == (3, len(USUAL))
     assert (np.diff(sizes[0]) >= 0).all()
     model.close()
