@@ -148,18 +148,18 @@ def main() -> None:
         print(f"for the bytes of {name}: {formats_name(layers.of(num_layers))}")
     cases = {name: resolve_formats(name) for name in UNIFORM}
     cases |= {f"mixed as {name}": layers for name, layers in mixed.items()}
-    texts = {"own text, what follows": token_windows(own_ids[length:], length // 2, None)[:1]}
-    if arguments.books:
-        texts = {
-            path.stem: book_windows(
-                encode(tokenizer, read_book(path)),
-                length,
-                tokenizer.bos_token_id,
-                tuning=False,
-                count=arguments.windows,
-            )
-            for path in arguments.books
-        }
+    texts = {
+        path.stem: book_windows(
+            encode(tokenizer, read_book(path)),
+            length,
+            tokenizer.bos_token_id,
+            tuning=False,
+            count=arguments.windows,
+        )
+        for path in arguments.books
+    }
+    if not texts:
+        texts["what follows"] = token_windows(own_ids[length:], length // 2, None)[:1]
     rows = []
     for name, windows in texts.items():
         found = compare(model, calibration, cases, windows, name, kept)
