@@ -42,7 +42,7 @@ def check_servable(request: Request, manager: BlockManager) -> None:
             f"exceed the model length of {manager.max_model_len}"
         )
     # The last sampled token is never stored.
-    needed = manager.geometry.max_blocks(total - 1)
+    needed = manager.max_blocks(total - 1)
     if needed > manager.num_blocks:
         raise PromptTooLongError(
             f"{request.num_prompt_tokens} prompt tokens and max_tokens={max_tokens} "
@@ -224,13 +224,13 @@ def find_need(request: Request, budget: int, manager: BlockManager, steps_ahead:
     length, swapped = len(request.tokens.token_ids), request.swapped
     next_link, is_pending = None, False
     if swapped is not None:
-        length -= swapped.num_evicted_tokens
-        start, num_sealed = swapped.num_computed_tokens, swapped.num_sealed
-        taken = len(swapped.host_block_ids)
+        lengths, taken = swapped.lengths, len(swapped.host_block_ids)
     else:
         match = manager.find_prefix(request.tokens)
         next_link, is_pending = match.next_link, match.is_pending
-        start, num_sealed, taken = match.num_tokens, match.num_sealed, match.num_idle_blocks
+        lengths, taken = match.lengths, match.num_idle_blocks
+    start = lengths[0].num_stored
+    length -= lengths[0].num_evicted
     window = request.tokens.sink_window
     if window is not None:
         length = min(length, window.max_storable(geometry, start))
@@ -242,8 +242,8 @@ def find_need(request: Request, budget: int, manager: BlockManager, steps_ahead:
     return Need(
         num_seqs=1 if branching is None else branching.max_seqs,
         num_tokens=num_tokens,
-        blocks_now=taken + geometry.blocks_to_grow(start, num_sealed, start + num_tokens),
-        blocks_later=taken + geometry.blocks_to_grow(start, num_sealed, length)
+        blocks_now=taken + manager.blocks_to_grow(lengths, num_tokens, num_tokens),
+        blocks_later=taken + manager.blocks_to_grow(lengths, length - start, budget)
         if branching is None
         else branching.max_blocks,
         next_link=next_link,

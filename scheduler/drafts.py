@@ -78,9 +78,9 @@ def count_drafts(
     does_sample = stored + manager.num_evicted_tokens[seq_ids] + num_new == known
     wanted[~does_sample | running.is_branch[seq_ids]] = 0
     room = np.minimum(running.max_tokens[seq_ids] - known - 1, geometry.block_size)
-    windowed = manager.sequences.windowed_rows(seq_ids)
+    windowed = manager.tables.windowed_rows(seq_ids)
     beside = np.full(len(seq_ids), manager.max_model_len) - known - 1
-    storable = manager.sequences.num_storable(seq_ids[windowed])
+    storable = manager.tables.num_storable(seq_ids[windowed])
     beside[windowed] = storable - stored[windowed] - num_new[windowed]
     if geometry.seals:
         never_sealed = geometry.num_head_tokens + geometry.min_tail_tokens

@@ -206,7 +206,7 @@ class Roster:
     def _preempt(self, request: Request, *, may_swap: bool = True) -> None:
         assert request.seq_id is not None
         manager, seq_id = self.manager, request.seq_id
-        num_blocks = len(manager.block_ids(seq_id))
+        num_blocks = len(manager.all_block_ids(seq_id))
         num_computed = manager.num_computed_tokens[seq_id] + manager.num_evicted_tokens[seq_id]
         may_swap = may_swap and request.branching is None
         if may_swap and 2 * num_blocks * self.swap_cost < num_computed:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_kv.blocks.geometry import IntArray
-from paged_kv.blocks.sequences import NO_ROWS, UNLIMITED
+from paged_kv.blocks.retention import UNLIMITED
+from paged_kv.blocks.sequences import NO_ROWS
 
 from .request import Request, RequestStatus
 

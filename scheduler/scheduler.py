@@ -239,7 +239,7 @@ class Scheduler(Roster):
             running = running[~self._running.is_branch[running]]
         for request in self._running.branching:
             assert request.branching is not None
-            held = np.unique(np.concatenate([manager.block_ids(n) for n in request.seq_ids]))
+            held = np.unique(np.concatenate([manager.all_block_ids(n) for n in request.seq_ids]))
             blocks_later -= max(request.branching.max_blocks - len(held), 0)
         to_compute = manager.blocks_needed(seq_ids, num_new)
         to_catch_up = manager.blocks_needed(running, manager.num_computable(running))
@@ -262,15 +262,14 @@ class Scheduler(Roster):
         What those who reach their limit until then give back is deducted.
         """
         manager, geometry = self.manager, self.manager.geometry
-        seq_ids = np.delete(seq_ids, manager.sequences.windowed_rows(seq_ids))  # these evict
+        seq_ids = np.delete(seq_ids, manager.tables.windowed_rows(seq_ids))  # these evict
         steps_left = self._running.max_tokens[seq_ids] - manager.num_tokens[seq_ids]
         in_order = np.argsort(steps_left)
         seq_ids, steps_left = seq_ids[in_order], steps_left[in_order]
         ends = steps_left < self.steps_ahead
-        held = -(-manager.num_computed_tokens[seq_ids] // geometry.open_block_size)
-        held -= manager.num_sealed[seq_ids] * (geometry.open_blocks_per_block - 1)
+        held, tables_growing = manager.num_held(seq_ids)
         given_back = np.cumsum(held * ends) - held * ends  # by those that end before
-        num_growing = len(seq_ids) - np.arange(len(seq_ids))
+        num_growing = np.cumsum(tables_growing[::-1])[::-1]  # with those that end later
         grown = num_growing * np.minimum(steps_left, self.steps_ahead) / geometry.block_size
         if geometry.seals and self.steps_ahead:  # tails are longer at one time than at another
             grown += num_growing * geometry.open_blocks_per_block / 8

@@ -15,12 +15,13 @@ from numpy.typing import ArrayLike
 
 from ..errors import InvalidRequestError, InvalidStepError, OutOfBlocksError
 from ..validation import require_instance
+from .block_tables import BlockTables, StoredLengths
 from .events import CacheEvent
 from .geometry import NO_BLOCKS, BlockIds, IntArray
 from .growth import (
     COPIED,
     NO_NEEDS,
-    Needs,
+    Growth,
     count_needs,
     evict_blocks,
     grow,
@@ -47,6 +48,11 @@ class BlockManager(Holdings):
     A sequence whose tokens carry a `SinkWindow` is *windowed*: `commit` lets go of blocks that no
     later token sees, and its table is then that of a shorter sequence. `max_model_len` does not
     bound it.
+
+    Layers that need different tokens form groups, one for each of `retentions`: every group has a
+    table of its own for every sequence, all over the one pool, and a block belongs to one of them.
+    Where nothing else is said of a group, it is the first that is meant. The first of them has to
+    reach as far as any.
     """
 
     # -- sequences ------------------------------------------------------------------------------
@@ -89,54 +95,39 @@ class BlockManager(Holdings):
         with self._change:
             seq_id = self._start(tokens)
             self._sharing.share(seq_id, tokens)
-            self.tables.tell_later(np.array([seq_id]))
-            self.sequences.capacity[seq_id] = self.num_computed_tokens[seq_id]
+            for tables in self.groups:
+                tables.tell_later(np.array([seq_id]))
         return seq_id
 
     def place_sequence(
-        self,
-        tokens: TokenChain,
-        num_computed_tokens: int,
-        num_sealed: int,
-        num_evicted_tokens: int = 0,
+        self, tokens: TokenChain, lengths: Sequence[StoredLengths]
     ) -> tuple[int, BlockIds]:
-        """The seq_id and, in the order of its tokens, the new blocks of a sequence that was
-        computed elsewhere.
+        """The seq_id and the new blocks of a sequence that was computed elsewhere.
 
-        It stores `num_computed_tokens`; a windowed one has evicted `num_evicted_tokens` before.
-        Raises `OutOfBlocksError`, taking nothing, if all seq_ids are taken or too few blocks free.
-        The caller writes the blocks; the next commit makes them findable, or `publish_sequence`
-        does so at once.
+        `lengths` say what each group of layers stores of it. Its blocks are in the order of its
+        tokens, those of one group behind those of another. Raises `OutOfBlocksError`, taking
+        nothing, if all seq_ids are taken or too few blocks free. The caller writes the blocks; the
+        next commit makes them findable, or `publish_sequence` does so at once.
         """
         self.require_no_step()
-        num_blocks = self.geometry.count_blocks(num_computed_tokens, num_sealed)
+        num_blocks = self.count_blocks(lengths)
         if num_blocks > self.pool.num_free:
             raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")
         self._check_start(tokens)
         with self._change:
-            return self._place(
-                tokens, num_blocks, num_computed_tokens, num_sealed, num_evicted_tokens
-            )
+            return self._place(tokens, lengths)
 
-    def _place(
-        self,
-        tokens: TokenChain,
-        num_blocks: int,
-        num_computed_tokens: int,
-        num_sealed: int,
-        num_evicted_tokens: int,
-    ) -> tuple[int, BlockIds]:
+    def _place(self, tokens: TokenChain, lengths: Sequence[StoredLengths]) -> tuple[int, BlockIds]:
         seq_id = self._start(tokens)
-        block_ids = self.pool.allocate(num_blocks)
-        state = self.sequences.state[seq_id]
-        state["num_evicted_tokens"] = num_evicted_tokens
-        if num_evicted_tokens:
-            state["link_limit"] = 0
-        self.num_sealed[seq_id] = num_sealed
-        self.num_computed_tokens[seq_id] = num_computed_tokens
-        self.sequences.capacity[seq_id] = num_computed_tokens
-        self.tables.write(seq_id, block_ids)
-        self.tables.tell_later(np.array([seq_id]))
+        block_ids = self.pool.allocate(self.count_blocks(lengths))
+        start = 0
+        for tables, its in zip(self.groups, lengths, strict=True):
+            end = start + self.geometry.count_blocks(its.num_stored, its.num_sealed)
+            tables.place(seq_id, its, block_ids[start:end])
+            if its.num_evicted and tables.state[seq_id]["window_size"]:
+                tables.state[seq_id]["link_limit"] = 0
+            tables.tell_later(np.array([seq_id]))
+            start = end
         self._sharing.follow(seq_id, tokens, 0)
         return seq_id, block_ids
 
@@ -148,15 +139,17 @@ class BlockManager(Holdings):
 
     def _start(self, tokens: TokenChain) -> int:
         seq_id = self.sequences.start(tokens)
-        if tokens.sink_window is not None:
-            self.tables.make_room(tokens.sink_window.max_stored(self.geometry))
+        link_limit = int(self.sequences.state[seq_id]["link_limit"])
+        for tables in self.groups:
+            tables.start(seq_id, tokens.sink_window, link_limit)
         return seq_id
 
     def publish_sequence(self, seq_id: int) -> None:
         """Make the complete links of a placed sequence, whose blocks are written, findable."""
         self.require_at_rest(seq_id)
         with self._change:
-            self._sharing.publish(np.array([seq_id]))
+            for tables in self.groups:
+                self._sharing.publish(tables, np.array([seq_id]))
 
     def append_tokens(
         self, seq_ids: ArrayLike, token_ids: ArrayLike | None, counts: ArrayLike | None = None
@@ -213,34 +206,41 @@ class BlockManager(Holdings):
         self.sequences.require_free()
         with self._change:
             child = self.sequences.fork(seq_id)
-            self.pool.share(self.tables.block_ids(seq_id))
-            self.tables.copy(seq_id, child)
+            for tables in self.groups:
+                self.pool.share(tables.block_ids(seq_id))
+                tables.fork(seq_id, child)
             self._sharing.forked(child)
         return child
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
         """Keep the first `num_tokens` that a sequence stores, and give back the blocks behind them.
 
-        Raises `InvalidStepError`, changing nothing, where it stores fewer or they end within a
-        sealed block, for a windowed sequence, and with a prefix cache, which may know the rest.
+        Raises `InvalidStepError`, changing nothing, where it stores fewer, they end within a
+        sealed block or the next token would see what was let go, for a windowed sequence, and with
+        a prefix cache, which may know the rest.
         """
         self.require_at_rest(seq_id)
-        num_tokens, num_sealed = self._checked_truncation(seq_id, num_tokens)
-        num_kept = self.geometry.count_blocks(num_tokens, num_sealed)
+        lengths = self._checked_truncation(seq_id, num_tokens)
         with self._change:
-            self.pool.release(self.tables.block_ids(seq_id)[num_kept:])
-            self.sequences.truncate(seq_id, num_tokens, num_sealed)
-            self.tables.tell_later(np.array([seq_id]))
+            for tables, its in zip(self.groups, lengths, strict=True):
+                num_kept = self.geometry.count_blocks(its.num_stored, its.num_sealed)
+                self.pool.release(tables.block_ids(seq_id)[num_kept:])
+                tables.truncate(seq_id, its.num_stored, its.num_sealed)
+            self.sequences.truncate(seq_id, int(num_tokens))
 
     def remove_sequence(self, seq_id: int) -> None:
         """Give every block of a sequence back, and its seq_id."""
         self.require_at_rest(seq_id)
         with self._change:
-            self._remove(seq_id, self.tables.block_ids(seq_id))
+            self._remove(seq_id)
 
-    def _remove(self, seq_id: int, block_ids: BlockIds) -> None:
-        self.pool.release(block_ids)
+    def _remove(self, seq_id: int) -> None:
+        block_ids = [tables.block_ids(seq_id) for tables in self.groups]
+        for each in reversed(block_ids):  # what the first group holds is reused first
+            self.pool.release(each)
         self._sharing.ended(seq_id)
+        for tables in self.groups:
+            tables.end(seq_id)
         self.sequences.end(seq_id)
 
     def chain_of(self, seq_id: int) -> TokenChain:
@@ -258,19 +258,17 @@ class BlockManager(Holdings):
         pool again.
         """
         self.require_at_rest(seq_id)
-        block_ids = self.tables.block_ids(seq_id)
+        block_ids = self.all_block_ids(seq_id)
         if not self._host_blocks.has_room(len(block_ids)):
             return None
         with self._change:
             swapped = SwappedSequence(
                 tokens=self.chain_of(seq_id),
-                num_computed_tokens=int(self.num_computed_tokens[seq_id]),
-                num_sealed=int(self.num_sealed[seq_id]),
-                num_evicted_tokens=int(self.num_evicted_tokens[seq_id]),
+                lengths=self.stored_lengths(seq_id),
                 device_block_ids=block_ids,
                 host_block_ids=self._host_blocks.allocate(len(block_ids)),
             )
-            self._remove(seq_id, block_ids)
+            self._remove(seq_id)
             return self._host_blocks.keep(swapped)
 
     def swap_in(self, swapped: SwappedSequence) -> tuple[int, BlockIds] | None:
@@ -286,13 +284,7 @@ class BlockManager(Holdings):
             return None
         self._check_start(swapped.tokens)
         with self._change:
-            placed = self._place(
-                swapped.tokens,
-                num_blocks,
-                swapped.num_computed_tokens,
-                swapped.num_sealed,
-                swapped.num_evicted_tokens,
-            )
+            placed = self._place(swapped.tokens, swapped.lengths)
             self._host_blocks.discard(swapped)
         return placed
 
@@ -324,29 +316,39 @@ class BlockManager(Holdings):
         A windowed sequence has room for a chunk beyond its window; the step that stores its sinks
         computes nothing that would see them nearer than they are.
         """
-        stored = self.num_computed_tokens[seq_ids]
-        left: IntArray = self.num_tokens[seq_ids] - stored
-        rows = self.sequences.windowed_rows(seq_ids)
-        if len(rows):
+        left: IntArray = self.num_tokens[seq_ids] - self.num_computed_tokens[seq_ids]
+        if self.tables.evicts:
             left -= self.num_evicted_tokens[seq_ids]
-            room = self.sequences.num_storable(seq_ids[rows]) - stored[rows]
-            left[rows] = np.minimum(left[rows], room)
+        for tables in self.groups:
+            rows = tables.windowed_rows(seq_ids)
+            if len(rows):
+                windowed = seq_ids[rows]
+                room = tables.num_storable(windowed) - tables.num_stored[windowed]
+                left[rows] = np.minimum(left[rows], room)
         return left
 
     def blocks_needed(self, seq_ids: IntArray, num_new_tokens: IntArray) -> IntArray:
         """New blocks that each sequence would take from the pool to store its new tokens."""
-        after = self.num_computed_tokens[seq_ids] + num_new_tokens
-        rows = (after > self.sequences.capacity[seq_ids]).nonzero()[0]
-        counts = self._needs(seq_ids[rows], after[rows], after[rows]).counts
         needed = np.zeros(len(seq_ids), dtype=np.int64)
-        needed[rows] = counts[:, 0] + counts[:, 1] + counts[:, 3]
+        request = StepRequest(seq_ids, num_new_tokens, None)
+        for tables in self.groups:
+            growth = self._growth(tables, request)
+            counts = growth.needs.counts
+            needed[growth.rows] += counts[:, 0] + counts[:, 1] + counts[:, 3]
         return needed
 
-    def _needs(self, seq_ids: IntArray, after: IntArray, certain: IntArray) -> Needs:
-        if not len(seq_ids):
-            return NO_NEEDS
-        ref_counts = self.pool.ref_counts
-        return count_needs(seq_ids, after, certain, self.sequences, self.tables, ref_counts)
+    def _growth(self, tables: BlockTables, request: StepRequest) -> Growth:
+        """Whose blocks a step changes in a group of layers, and what they need."""
+        before = tables.num_stored[request.seq_ids]
+        after = before + request.num_new_tokens
+        rows = (after > tables.capacity[request.seq_ids]).nonzero()[0]
+        changed, needs = request.seq_ids[rows], NO_NEEDS
+        if len(rows):
+            certain = after = after[rows]
+            if request.num_draft_tokens is not None:
+                certain = after - request.num_draft_tokens[rows]
+            needs = count_needs(changed, after, certain, tables, self.pool.ref_counts)
+        return Growth(before, rows, changed, after, needs)
 
     def reserve(
         self,
@@ -364,57 +366,89 @@ class BlockManager(Holdings):
         self.require_no_step()
         request = checked_request(
             self.sequences,
+            self.groups,
             self._sharing.computable_tokens,
             seq_ids,
             num_new_tokens,
             num_draft_tokens,
         )
-        rows = (request.after > self.sequences.capacity[request.seq_ids]).nonzero()[0]
-        changed = request.seq_ids[rows]
-        needs = self._needs(changed, request.after[rows], request.certain[rows])
-        if needs.num_new_blocks > self.pool.num_free:
+        growths = [self._growth(tables, request) for tables in self.groups]
+        num_new_blocks = sum(growth.needs.num_new_blocks for growth in growths)
+        if num_new_blocks > self.pool.num_free:
             return None
-        if needs.num_opened:
-            self.tables.make_room(int(request.after[rows].max()))
+        for tables, growth in zip(self.groups, growths, strict=True):
+            if growth.needs.num_opened:
+                tables.make_room(int(growth.after.max()))
         with self._change:
-            self._outstanding = self._take_blocks(request, rows, changed, needs)
+            new_ids = self.pool.allocate(num_new_blocks)
+            self._outstanding = self._planned(request, growths, new_ids)
         return self._outstanding
 
-    def _take_blocks(
-        self, request: StepRequest, rows: IntArray, changed: IntArray, needs: Needs
+    def _planned(
+        self, request: StepRequest, growths: Sequence[Growth], new_ids: BlockIds
     ) -> StepPlan:
-        """The plan of a step, of whose N sequences those in `rows`, `changed`, need blocks."""
-        new_ids = self.pool.allocate(needs.num_new_blocks)
+        """The plan of a step that takes these blocks, those of one group behind another's."""
+        plans: list[StepPlan] = []
+        end = len(new_ids)
+        for tables, growth in zip(reversed(self.groups), reversed(growths), strict=True):
+            start = end - growth.needs.num_new_blocks
+            others = tuple(reversed(plans)) if tables is self.tables else ()
+            plans.append(self._part(tables, request, growth, new_ids[start:end], others))
+            end = start
+        return plans[-1]
+
+    def _part(
+        self,
+        tables: BlockTables,
+        request: StepRequest,
+        growth: Growth,
+        new_ids: BlockIds,
+        others: tuple[StepPlan, ...],
+    ) -> StepPlan:
+        """One group's plan. The blocks get their places: nobody reads there before `commit`."""
+        seq_ids, needs, changed = request.seq_ids, growth.needs, growth.changed
         open_end = needs.num_sealed + needs.num_opened
-        seal_ids, open_ids = new_ids[: needs.num_sealed], new_ids[needs.num_sealed : open_end]
-        num_sealed = self.num_sealed[changed]
-        table, sizes = self.tables.ids, self.geometry.sizes
-        before, counts = request.before[rows], needs.counts
-        freed_ids = NO_BLOCKS
-        if len(rows):
-            freed_ids = place_blocks(changed, before, num_sealed, counts, open_ids, table, sizes)
-        copy_sources = NO_BLOCKS
+        freed_ids = copy_sources = NO_BLOCKS
+        if len(changed):
+            freed_ids = place_blocks(
+                changed,
+                growth.before[growth.rows],
+                tables.num_sealed[changed],
+                needs.counts,
+                new_ids[needs.num_sealed : open_end],
+                tables.ids,
+                self.geometry.sizes,
+            )
         if needs.num_copied:
-            copy_sources = self.tables.last_ids(changed[counts[:, COPIED] > 0])
+            copy_sources = tables.last_ids(changed[needs.counts[:, COPIED] > 0])
             self.pool.leave(copy_sources)
+        num_evicted = num_sinks = window_sizes = None
+        if tables.evicts:
+            num_evicted = tables.state["num_evicted_tokens"][seq_ids]
+        if len(tables.windowed_rows(seq_ids)):
+            num_sinks = tables.state["num_sink_tokens"][seq_ids]
+            window_sizes = tables.state["window_size"][seq_ids]
+        elif tables.retention.keeps_all:
+            num_evicted = None
         return StepPlan(
             source=self.source,
             number=self.num_committed,
-            seq_ids=request.seq_ids,
+            seq_ids=seq_ids,
             num_scheduled_tokens=request.num_new_tokens,
             num_draft_tokens=request.num_draft_tokens,
-            context_lens=request.before,
-            num_evicted_tokens=request.num_evicted_tokens,
-            num_sink_tokens=request.num_sink_tokens,
-            window_sizes=request.window_sizes,
-            changed_rows=rows,
-            block_counts=counts,
+            context_lens=growth.before,
+            num_evicted_tokens=num_evicted,
+            num_sink_tokens=num_sinks,
+            window_sizes=window_sizes,
+            changed_rows=growth.rows,
+            block_counts=needs.counts,
             new_block_ids=new_ids,
-            seal_block_ids=seal_ids,
+            seal_block_ids=new_ids[: needs.num_sealed],
             copy_sources=copy_sources,
             copy_targets=new_ids[open_end:],
             freed_block_ids=freed_ids,
-            table_update=self.tables.take_update(),
+            table_update=tables.take_update(),
+            others=others,
         )
 
     def commit(
@@ -432,48 +466,58 @@ class BlockManager(Holdings):
         go on top of `plan.freed_block_ids`.
         """
         self._require_step(plan)
-        after = plan.context_lens + plan.kept_tokens(num_kept_tokens)
+        num_kept = plan.kept_tokens(num_kept_tokens)
         with self._change:
-            evicted_ids = self._store(plan, after, spoilt_seq_ids)
+            for tables, part in zip(self.groups, plan.parts, strict=True):
+                self._store(tables, part, part.context_lens + num_kept)
+            if len(spoilt_seq_ids):
+                self._sharing.withdraw(spoilt_seq_ids)
+            evicted_ids = [
+                self._publish_and_evict(tables, part)
+                for tables, part in zip(self.groups, plan.parts, strict=True)
+            ]
             plan.is_over = True
             self.num_committed += 1
             self._outstanding = None
-        return evicted_ids
+        return evicted_ids[0] if len(evicted_ids) == 1 else np.concatenate(evicted_ids)
 
-    def _store(self, plan: StepPlan, after: IntArray, spoilt_seq_ids: IntArray) -> BlockIds:
-        changed = plan.seq_ids[plan.changed_rows]
-        sequences = self.sequences
-        lengths, last_open_link = after[plan.changed_rows], self._sharing.last_open_link
-        unused_ids = grow(changed, lengths, plan, sequences, self.tables, last_open_link)
-        sequences.num_computed_tokens[plan.seq_ids] = after
-        for block_ids in (unused_ids, plan.freed_block_ids):
+    def _store(self, tables: BlockTables, part: StepPlan, after: IntArray) -> None:
+        changed = part.seq_ids[part.changed_rows]
+        lengths, last_open_link = after[part.changed_rows], self._sharing.last_open_link
+        unused_ids = grow(changed, lengths, part, self.sequences, tables, last_open_link)
+        tables.num_stored[part.seq_ids] = after
+        for block_ids in (unused_ids, part.freed_block_ids):
             if len(block_ids):
                 self.pool.release(block_ids)
-        if len(spoilt_seq_ids):
-            self._sharing.withdraw(spoilt_seq_ids)
-        if len(changed):
-            self._sharing.publish(changed)
-        return NO_BLOCKS if plan.window_sizes is None else self._evict(plan.seq_ids)
 
-    def _evict(self, seq_ids: IntArray) -> BlockIds:
-        """Let go of the blocks of windowed sequences that no later token sees."""
-        before = self.num_evicted_tokens[seq_ids]
-        num_evicted = evict_blocks(
-            seq_ids,
-            self.num_computed_tokens,
-            self.sequences.capacity,
-            self.num_sealed,
-            self.sequences.state,
-            self.tables.ids,
+    def _publish_and_evict(self, tables: BlockTables, part: StepPlan) -> BlockIds:
+        """What is complete can be found; what no later token of its sequence sees is let go."""
+        if len(part.changed_rows):
+            self._sharing.publish(tables, part.seq_ids[part.changed_rows])
+        return NO_BLOCKS if part.num_evicted_tokens is None else self._evict(tables, part)
+
+    def _evict(self, tables: BlockTables, part: StepPlan) -> BlockIds:
+        num_ids = evict_blocks(
+            part.seq_ids,
+            tables.num_stored,
+            tables.capacity,
+            tables.num_sealed,
+            tables.state,
+            tables.ids,
             self.geometry.sizes,
+            tables.rule,
             self._evicted_ids,
         )
-        if not num_evicted:
+        if not num_ids:
             return NO_BLOCKS
-        evicting = seq_ids[self.num_evicted_tokens[seq_ids] > before]
-        self.tables.tell_later(evicting)
-        self._sharing.stop(evicting)
-        evicted_ids = self._evicted_ids[:num_evicted].copy()
+        assert part.num_evicted_tokens is not None
+        has_evicted = tables.state["num_evicted_tokens"][part.seq_ids] > part.num_evicted_tokens
+        evicting = part.seq_ids[has_evicted]
+        tables.tell_later(evicting)
+        windowed = evicting[tables.windowed_rows(evicting)]
+        if len(windowed):
+            self._sharing.stop(tables, windowed)
+        evicted_ids = self._evicted_ids[:num_ids].copy()
         self.pool.release(evicted_ids)
         return evicted_ids
 
@@ -481,10 +525,11 @@ class BlockManager(Holdings):
         """The step did not happen: the new blocks go back, nothing else has changed."""
         self._require_step(plan)
         with self._change:
-            self.pool.release(plan.new_block_ids)
-            self.pool.rejoin(plan.copy_sources)
-            self.tables.tell_later(plan.table_update.seq_ids)
-            self.tables.tell_later(plan.seq_ids[plan.changed_rows])
+            for tables, part in zip(self.groups, plan.parts, strict=True):
+                self.pool.release(part.new_block_ids)
+                self.pool.rejoin(part.copy_sources)
+                tables.tell_later(part.table_update.seq_ids)
+                tables.tell_later(part.seq_ids[part.changed_rows])
             plan.is_over = True
             self._outstanding = None
 

@@ -24,6 +24,7 @@ class BlockStored:
     num_tokens_before: int
     block_id: int
     extra_keys: tuple[ExtraKey, ...] = ()
+    group: int = 0  # of layers whose K/V the block holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class BlockRemoved:
 
     block_hash: bytes
     block_id: int
+    group: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

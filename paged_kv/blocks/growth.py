@@ -52,11 +52,20 @@ class Needs(NamedTuple):
 NO_NEEDS: Final = Needs(np.empty((0, 4), dtype=np.int64), 0, 0, 0)
 
 
+class Growth(NamedTuple):
+    """How a step of N sequences changes the blocks of R of them in one group of layers."""
+
+    before: IntArray  # [N] tokens stored
+    rows: IntArray  # [R] index among the N
+    changed: IntArray  # [R] their seq_ids
+    after: IntArray  # [R] tokens stored if all drafts are kept
+    needs: Needs
+
+
 def count_needs(
     seq_ids: IntArray,
     after: IntArray,
     certain: IntArray,
-    sequences: Sequences,
     tables: BlockTables,
     ref_counts: BlockIds,
 ) -> Needs:
@@ -69,8 +78,8 @@ def count_needs(
         seq_ids,
         after,
         certain,
-        sequences.num_computed_tokens,
-        sequences.num_sealed,
+        tables.num_stored,
+        tables.num_sealed,
         tables.ids,
         ref_counts,
         tables.geometry.sizes,
@@ -175,10 +184,11 @@ def grow(
         after,
         plan.block_counts,
         plan.new_block_ids,
-        sequences.num_computed_tokens,
+        tables.num_stored,
         sequences.num_tokens,
-        sequences.num_sealed,
-        sequences.capacity,
+        tables.num_sealed,
+        tables.capacity,
+        tables.state,
         tables.ids,
         tables.geometry.sizes,
         last_open_link,
@@ -195,6 +205,7 @@ def take_effect(
     num_tokens: IntArray,  # by seq_id
     num_sealed: IntArray,  # by seq_id; written, as the next two
     capacity: IntArray,
+    state: StateArray,
     table: BlockIds,
     sizes: IntArray,
     last_open_link: int,  # open blocks that end after so many tokens or before are links
@@ -207,7 +218,7 @@ def take_effect(
     """
     block_size, open_block_size = sizes[BLOCK_SIZE], sizes[OPEN_BLOCK_SIZE]
     per_block, num_head = sizes[PER_BLOCK], sizes[NUM_HEAD_BLOCKS]
-    min_unsealed = sizes[MIN_UNSEALED]
+    min_unsealed, num_evicted = sizes[MIN_UNSEALED], state["num_evicted_tokens"]
     unused_ids = np.empty(counts[:, 1].sum(), dtype=np.int32)
     next_sealed = num_unused = 0
     next_copy = len(new_ids) - counts[:, 3].sum()
@@ -234,7 +245,7 @@ def take_effect(
         if per_block > 1:
             room = min(room, (num_sealed[seq_id] + 1) * block_size + min_unsealed - 1)
         # Drafts that were kept are stored before they are known: their links come a step later.
-        if last_open_link >= 0 and num_tokens[seq_id] < after[row]:
+        if last_open_link >= 0 and num_tokens[seq_id] < after[row] + num_evicted[seq_id]:
             room = min(room, after[row])
         capacity[seq_id] = room
     return unused_ids[:num_unused]
@@ -249,9 +260,10 @@ def evict_blocks(
     state: StateArray,
     table: BlockIds,
     sizes: IntArray,
+    rule: IntArray,  # of `Retention.numbers`
     evicted_ids: BlockIds,  # written
 ) -> int:
-    """Close windowed sequences' tables over the blocks behind the sinks that no later token sees.
+    """Close tables over the blocks behind sinks or head that no later token sees.
 
     Length and capacity are then those of a shorter sequence. Returns how many ids there are. With
     fewer than that of room the rest waits for the next step.
@@ -263,17 +275,23 @@ def evict_blocks(
     num_ids = 0
     for row in range(len(seq_ids)):
         seq_id = seq_ids[row]
-        if window_sizes[seq_id] == 0:
-            continue
-        end = -(-lengths[seq_id] // open_block_size)
+        length = lengths[seq_id]
+        if window_sizes[seq_id] > 0:  # its own
+            per_step = 1
+            first_seen = length - window_sizes[seq_id] + 1  # by the next token
+        else:
+            per_step = rule[2] // block_size
+            position = length + num_evicted[seq_id]
+            first_seen = max(position - rule[0] + 1, position // rule[1] * rule[1])
+            first_seen -= num_evicted[seq_id]
+        end = -(-length // open_block_size)
         if per_block > 1:
             start, evictable = num_head, num_sealed[seq_id]
         else:
             start = num_sinks[seq_id] // open_block_size
             evictable = end - start
-        first_seen = lengths[seq_id] - window_sizes[seq_id] + 1  # by the next token
         count = (first_seen - start * open_block_size) // block_size
-        count = max(min(count, evictable, len(evicted_ids) - num_ids), 0)
+        count = max(min(count, evictable, len(evicted_ids) - num_ids), 0) // per_step * per_step
         if count == 0:
             continue
         for index in range(count):
@@ -307,20 +325,28 @@ def find_complete_links(
     open_block_size, per_block = sizes[OPEN_BLOCK_SIZE], sizes[PER_BLOCK]
     num_head = sizes[NUM_HEAD_BLOCKS]
     num_published, link_limits = state["num_published"], state["link_limit"]
+    num_evicted = state["num_evicted_tokens"]
     num_links = 0
     for row in range(len(seq_ids)):
         seq_id = seq_ids[row]
+        gone = num_evicted[seq_id] // (open_block_size * per_block)  # links, behind the head
         # Draft tokens that were kept may be stored before they are known.
-        complete = min(lengths[seq_id], num_tokens[seq_id]) // open_block_size
+        known = num_tokens[seq_id] - num_evicted[seq_id]
+        complete = min(lengths[seq_id], known) // open_block_size
         if per_block > 1:
             complete = min(complete, num_head) + num_sealed[seq_id]
-        complete = min(complete, link_limits[seq_id])
+        complete = min(complete + gone, link_limits[seq_id])
         for link in range(num_published[seq_id], complete):
             if num_links == len(links):
                 break
+            if num_head <= link < num_head + gone:  # of a sequence that was placed
+                num_published[seq_id] = link + 1
+                continue
+            stored = link if link < num_head else link - gone
+            place = stored + max(stored - num_head, 0) * (per_block - 1)
             links[num_links, 0] = seq_id
             links[num_links, 1] = link
-            links[num_links, 2] = table[seq_id, link + max(link - num_head, 0) * (per_block - 1)]
+            links[num_links, 2] = table[seq_id, place]
             num_links += 1
             num_published[seq_id] = link + 1
     return num_links

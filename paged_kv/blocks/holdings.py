@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -11,13 +12,14 @@ import numpy as np
 from ..change import Change
 from ..errors import ConfigError, InvalidStepError
 from ..free_memory import require_memory
-from ..validation import is_integer, require_count, require_instance
+from ..validation import is_integer, is_list_of, require, require_count, require_instance
 from .block_pool import BlockPool
-from .block_tables import BlockTables
+from .block_tables import BlockTables, StoredLengths
 from .geometry import NO_BLOCKS, BlockGeometry, BlockIds, IntArray
 from .host_blocks import HostBlocks
 from .prefix_cache import PrefixCache
 from .prefix_sharing import NoPrefixSharing, PrefixSharing, PrefixStatistics
+from .retention import EVERYTHING, UNLIMITED, Retention, longest_reach_first
 from .sequences import Sequences
 from .sink_window import SinkWindow
 from .step_plan import PlanSource, StepPlan
@@ -44,6 +46,7 @@ class Holdings:
         fingerprint: bytes = b"",
         record_events: bool = False,
         num_host_blocks: int = 0,
+        retentions: Sequence[Retention] = EVERYTHING,
     ) -> None:
         require_instance("geometry", geometry, BlockGeometry)
         require_instance("fingerprint", fingerprint, bytes)
@@ -56,7 +59,10 @@ class Holdings:
         num_bytes = (num_blocks + num_host_blocks) * BYTES_PER_BLOCK
         require_memory(f"a manager of {num_blocks} blocks", num_bytes)
         self.source = PlanSource(
-            manager_id=os.urandom(16), geometry=geometry, num_blocks=num_blocks
+            manager_id=os.urandom(16),
+            geometry=geometry,
+            num_blocks=num_blocks,
+            retentions=checked_retentions(retentions),
         )
         self.geometry = geometry
         self.max_num_seqs = max_num_seqs
@@ -76,13 +82,18 @@ class Holdings:
         sequences = Sequences(
             self.geometry, max_num_seqs=self.max_num_seqs, max_model_len=self.max_model_len
         )
-        tables, pool = BlockTables(self.geometry, sequences), BlockPool(num_blocks, cache)
-        self._sharing = (
-            NoPrefixSharing(sequences)
-            if cache is None
-            else PrefixSharing(sequences, tables, pool, cache)
+        groups = tuple(
+            BlockTables(self.geometry, sequences, retention, group)
+            for group, retention in enumerate(self.source.retentions)
         )
-        self.sequences, self.tables, self.pool = sequences, tables, pool
+        pool = BlockPool(num_blocks, cache)
+        self._sharing = (
+            NoPrefixSharing(sequences, len(groups))
+            if cache is None
+            else PrefixSharing(sequences, groups, pool, cache)
+        )
+        self.sequences, self.groups, self.pool = sequences, groups, pool
+        self.tables = groups[0]
         self._host_blocks = HostBlocks(num_host_blocks)
         self._outstanding: StepPlan | None = None
 
@@ -130,27 +141,27 @@ class Holdings:
     @property
     def num_computed_tokens(self) -> IntArray:
         """[max_num_seqs] tokens stored in blocks, by seq_id; those evicted do not count."""
-        return self.sequences.num_computed_tokens
+        return self.tables.num_stored
 
     @property
     def num_sealed(self) -> IntArray:
         """[max_num_seqs] body blocks, by seq_id."""
-        return self.sequences.num_sealed
+        return self.tables.num_sealed
 
     @property
     def num_evicted_tokens(self) -> IntArray:
-        """[max_num_seqs] tokens of windowed sequences that are stored no more, by seq_id."""
-        return self.sequences.state["num_evicted_tokens"]
+        """[max_num_seqs] tokens that were stored and are no more, by seq_id."""
+        return self.tables.state["num_evicted_tokens"]
 
     @property
     def num_sink_tokens(self) -> IntArray:
         """[max_num_seqs] of windowed sequences, by seq_id; 0 of all others."""
-        return self.sequences.state["num_sink_tokens"]
+        return self.tables.state["num_sink_tokens"]
 
     @property
     def window_sizes(self) -> IntArray:
         """[max_num_seqs] of windowed sequences, by seq_id; 0 of all others."""
-        return self.sequences.state["window_size"]
+        return self.tables.state["window_size"]
 
     @property
     def token_ids(self) -> TokenIds:
@@ -201,6 +212,22 @@ class Holdings:
         self.sequences.require(seq_id)
         return self.tables.block_ids(seq_id)
 
+    def all_block_ids(self, seq_id: int) -> BlockIds:
+        """The same of every group of layers, one behind the other."""
+        self.sequences.require(seq_id)
+        if len(self.groups) == 1:
+            return self.tables.block_ids(seq_id)
+        return np.concatenate([tables.block_ids(seq_id) for tables in self.groups])
+
+    def stored_lengths(self, seq_id: int) -> tuple[StoredLengths, ...]:
+        """What each group of layers stores of a sequence."""
+        self.sequences.require(seq_id)
+        return tuple(tables.lengths(seq_id) for tables in self.groups)
+
+    def count_blocks(self, lengths: Sequence[StoredLengths]) -> int:
+        """Blocks of a sequence of which the groups store so much."""
+        return sum(self.geometry.count_blocks(its.num_stored, its.num_sealed) for its in lengths)
+
     def head_and_tail_ids(self, seq_id: int) -> BlockIds:
         """Open blocks of a sequence in order: head, then tail."""
         self.sequences.require(seq_id)
@@ -211,45 +238,88 @@ class Holdings:
         self.sequences.require(seq_id)
         return self.tables.body_ids(seq_id)
 
+    def num_held(self, seq_ids: IntArray) -> tuple[IntArray, IntArray]:
+        """Blocks of each of these sequences, and in how many groups it still takes more of them
+        than it lets go as it grows."""
+        geometry = self.geometry
+        held = np.zeros(len(seq_ids), dtype=np.int64)
+        growing = np.zeros(len(seq_ids), dtype=np.int64)
+        for tables in self.groups:
+            stored = tables.num_stored[seq_ids]
+            held += -(-stored // geometry.open_block_size)
+            held -= tables.num_sealed[seq_ids] * (geometry.open_blocks_per_block - 1)
+            growing += stored < tables.retention.reach
+        return held, growing
+
+    def max_blocks(self, num_tokens: int, sink_window: SinkWindow | None = None) -> int:
+        """The most blocks that a sequence holds as it grows to `num_tokens`, one a step."""
+        retentions = self.source.retentions
+        return sum(each.max_blocks(self.geometry, num_tokens, sink_window) for each in retentions)
+
+    def blocks_to_grow(self, lengths: Sequence[StoredLengths], num_tokens: int, chunk: int) -> int:
+        """Blocks at most that a sequence takes, of which groups store so much, as it computes so
+        many more tokens, up to `chunk` a step."""
+        return sum(
+            tables.blocks_to_grow(its, num_tokens, chunk)
+            for tables, its in zip(self.groups, lengths, strict=True)
+        )
+
     def fitted_window(self, sink_window: SinkWindow) -> SinkWindow:
         """With sinks in whole blocks; raises `ConfigError` for one that this pool cannot keep."""
         require_instance("sink_window", sink_window, SinkWindow)
         fitted = sink_window.fitted(self.geometry)
-        num_blocks = fitted.max_blocks(self.geometry)
+        num_blocks = self.max_blocks(UNLIMITED, fitted)
         if num_blocks > self.num_blocks:
             raise ConfigError(
                 f"{sink_window} needs {num_blocks} blocks; the pool has {self.num_blocks}"
             )
         return fitted
 
-    def _checked_truncation(self, seq_id: int, num_tokens: int) -> tuple[int, int]:
-        """Tokens and sealed blocks that stay of a sequence; raises unless it can be cut there."""
-        stored, num_sealed = int(self.num_computed_tokens[seq_id]), int(self.num_sealed[seq_id])
-        if self.prefix_cache is not None or self.window_sizes[seq_id]:
+    def _checked_truncation(self, seq_id: int, num_tokens: int) -> list[StoredLengths]:
+        """What each group keeps of a sequence; raises unless it can be cut there."""
+        stored = int(self.num_computed_tokens[seq_id] + self.num_evicted_tokens[seq_id])
+        if self.prefix_cache is not None or self.sequences.chain(seq_id).sink_window is not None:
             raise InvalidStepError(
                 "a sequence that is windowed, or shared by a prefix cache, cannot be truncated"
             )
         if not (is_integer(num_tokens) and 0 <= num_tokens <= stored):
             raise InvalidStepError(f"num_tokens must be from 0 to {stored}, got {num_tokens!r}")
-        num_kept = self.geometry.num_sealed_within(int(num_tokens), num_sealed)
-        if num_kept is None:
-            raise InvalidStepError(f"the first {num_tokens} tokens end within a sealed block")
-        return int(num_tokens), num_kept
+        lengths = [tables.cut_lengths(seq_id, int(num_tokens)) for tables in self.groups]
+        known = [its for its in lengths if its is not None]
+        if len(known) < len(lengths):
+            raise InvalidStepError(
+                f"the first {num_tokens} tokens end within a sealed block, or the token behind "
+                "them sees what was let go"
+            )
+        return known
 
     # -- invariants -----------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """Assert every invariant; O(pool), for tests and debugging."""
         self.sequences.check_integrity()
-        geometry, seq_ids = self.geometry, self.living_seq_ids
-        lengths, num_sealed = self.num_computed_tokens[seq_ids], self.num_sealed[seq_ids]
-        body_ends = geometry.num_head_tokens + num_sealed * geometry.block_size
-        assert (lengths >= np.where(num_sealed, body_ends, 0)).all()
-        is_overdue = lengths > self.sequences.capacity[seq_ids]  # drafts were kept beyond a seal
-        assert (geometry.num_sealed_blocks(lengths) > num_sealed)[is_overdue].all()
-        used, step = [self.block_ids(seq_id) for seq_id in seq_ids.tolist()], self._outstanding
-        if step is not None:
-            used.append(step.new_block_ids)
-        left = NO_BLOCKS if step is None else step.copy_sources
-        self.pool.check_integrity(np.concatenate([NO_BLOCKS, *used]), left)
+        for tables in self.groups:
+            tables.check_integrity()
+        first, seq_ids = self.tables, self.living_seq_ids
+        positions = first.num_stored + first.state["num_evicted_tokens"]
+        for tables in self.groups[1:]:
+            theirs = tables.num_stored + tables.state["num_evicted_tokens"]
+            assert np.array_equal(theirs, positions), "groups differ in what was computed"
+        used, step = [self.all_block_ids(seq_id) for seq_id in seq_ids.tolist()], self._outstanding
+        parts = () if step is None else step.parts
+        left = [part.copy_sources for part in parts]
+        used += [part.new_block_ids for part in parts]
+        self.pool.check_integrity(
+            np.concatenate([NO_BLOCKS, *used]), np.concatenate([NO_BLOCKS, *left])
+        )
         self._sharing.check_integrity()
+
+
+def checked_retentions(retentions: Sequence[Retention]) -> tuple[Retention, ...]:
+    """Of at least one group; the first reaches as far as any."""
+    is_known = is_list_of(retentions, lambda each: isinstance(each, Retention))
+    require("retentions", retentions, is_known and len(retentions) > 0, "a list of Retention")
+    checked = tuple(retentions)
+    if checked != longest_reach_first(checked):
+        raise ConfigError(f"the group that reaches farthest comes first, got {checked}")
+    return checked

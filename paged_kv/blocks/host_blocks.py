@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import InvalidStepError
 from .block_pool import BlockPool
+from .block_tables import StoredLengths
 from .geometry import BlockIds
 from .token_chain import TokenChain
 
@@ -15,10 +16,8 @@ class SwappedSequence:
     """Everything needed to go on: made by `BlockManager.swap_out`, ended by `swap_in`."""
 
     tokens: TokenChain
-    num_computed_tokens: int  # of these, stored in blocks
-    num_sealed: int
-    num_evicted_tokens: int
-    device_block_ids: BlockIds  # where its blocks were, in the order of its tokens
+    lengths: tuple[StoredLengths, ...]  # of each group of layers
+    device_block_ids: BlockIds  # where its blocks were: in the order of its tokens, by group
     host_block_ids: BlockIds
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .events import BlockRemoved, CacheCleared, CacheEvent
+
+HASH_BYTES: Final = 32  # of a link; behind them stands which group of layers, but for the first
 
 
 class PrefixCache:
@@ -54,6 +57,13 @@ class PrefixCache:
                 break
             found.append(block_id)
         return found
+
+    def num_missing(self, hashes: Sequence[bytes]) -> int:
+        """How many of `hashes` are left from the last one on that is not cached; 0 if all are."""
+        for index in range(len(hashes) - 1, -1, -1):
+            if hashes[index] not in self._block_of:
+                return len(hashes) - index
+        return 0
 
     def store(self, block_hash: bytes, block_id: int, *, was_expected: bool) -> bool:
         """Make a block findable; False when another block of the same content already is."""
@@ -107,7 +117,7 @@ class PrefixCache:
         self.is_cached[block_ids] = False
         if self._events is not None:
             self._events += [
-                BlockRemoved(block_hash=block_hash, block_id=block_id)
+                removed(block_hash, block_id)
                 for block_hash, block_id in zip(block_hashes, block_ids, strict=True)
             ]
         return block_ids
@@ -117,7 +127,7 @@ class PrefixCache:
         for block_id in block_ids:
             block_hash = self._hash_of.pop(block_id)
             del self._block_of[block_hash]
-            self.record(BlockRemoved(block_hash=block_hash, block_id=block_id))
+            self.record(removed(block_hash, block_id))
         self.is_cached[block_ids] = False
 
     def clear(self) -> list[int]:
@@ -151,3 +161,9 @@ class PrefixCache:
         assert set(np.flatnonzero(self.is_cached).tolist()) == set(self._hash_of)
         unused = {block_id for block_id in self._hash_of if not ref_counts[block_id]}
         assert set(self._idle) == unused
+
+
+def removed(block_hash: bytes, block_id: int) -> BlockRemoved:
+    """Of a hash as the cache knows it, which tells of the group of layers behind its end."""
+    group = block_hash[HASH_BYTES] if len(block_hash) > HASH_BYTES else 0
+    return BlockRemoved(block_hash=block_hash[:HASH_BYTES], block_id=block_id, group=group)

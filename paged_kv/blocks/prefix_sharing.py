@@ -1,7 +1,9 @@
 """Which sequences share blocks that others computed, or offer theirs. Knows hashes, never bytes.
 
-`PrefixSharing` does it through a `PrefixCache`; `NoPrefixSharing` is what a manager has instead
-where nothing is shared, and does nothing.
+Groups of layers that let go of blocks need those alone that their next token sees, and the head: a
+prefix can be shared where every group finds what it needs. `PrefixSharing` does it through a
+`PrefixCache`; `NoPrefixSharing` is what a manager has instead where nothing is shared, and does
+nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .block_pool import BlockPool
-from .block_tables import BlockTables
+from .block_tables import BlockTables, StoredLengths
 from .events import BlockStored, CacheEvent
-from .geometry import BlockIds, IntArray
+from .geometry import NO_BLOCKS, BlockIds, IntArray
 from .growth import find_complete_links
 from .prefix_cache import PrefixCache
-from .sequences import UNLIMITED, Sequences
+from .retention import UNLIMITED
+from .sequences import Sequences
 from .token_chain import TokenChain
 
 
@@ -25,9 +28,9 @@ class PrefixMatch(NamedTuple):
     """What the prefix cache has of a sequence that is not there yet."""
 
     num_tokens: int
-    num_blocks: int
-    num_sealed: int  # of these, in the body
+    num_blocks: int  # of all groups of layers
     num_idle_blocks: int  # of these, blocks that count as free until they are shared
+    lengths: tuple[StoredLengths, ...]  # what each group would store
     next_link: bytes | None  # the hash of the first that is missing
     is_pending: bool  # a living sequence is about to store it
 
@@ -53,8 +56,9 @@ class NoPrefixSharing:
     # Open blocks that end after so many tokens or before are links; those of the body are sealed.
     last_open_link: int = -1
 
-    def __init__(self, sequences: Sequences) -> None:
+    def __init__(self, sequences: Sequences, num_groups: int = 1) -> None:
         self.statistics = PrefixStatistics()
+        self._nothing = (StoredLengths(0, 0),) * num_groups
         # Tokens that each sequence may have computed.
         self.computable_tokens: IntArray = sequences.state["length_limit"]
 
@@ -63,7 +67,7 @@ class NoPrefixSharing:
 
     def find(self, tokens: TokenChain) -> PrefixMatch:
         """What `share` would take over."""
-        return PrefixMatch(0, 0, 0, 0, next_link=None, is_pending=False)
+        return PrefixMatch(0, 0, 0, self._nothing, next_link=None, is_pending=False)
 
     def share(self, seq_id: int, tokens: TokenChain) -> None:
         """Fill a new sequence with the cached blocks of its tokens' first links."""
@@ -83,11 +87,12 @@ class NoPrefixSharing:
     def ended(self, seq_id: int) -> None:
         """A sequence is about to be forgotten."""
 
-    def publish(self, seq_ids: IntArray) -> None:
-        """Make the blocks of links that are complete by now findable."""
+    def publish(self, tables: BlockTables, seq_ids: IntArray) -> None:
+        """Make the blocks of links that are complete by now findable, in one group of layers."""
 
-    def stop(self, seq_ids: IntArray) -> None:
-        """Nothing past a gap is ever found: what others wait for will not come."""
+    def stop(self, tables: BlockTables, seq_ids: IntArray) -> None:
+        """These sequences' K/V in a group depend on what they let go: nobody finds them any more.
+        What others wait for will not come."""
 
     def withdraw(self, seq_ids: IntArray) -> None:
         """Nobody finds the blocks of these sequences any more, nor any that they store later."""
@@ -109,17 +114,21 @@ class PrefixSharing(NoPrefixSharing):
     cache: PrefixCache
 
     def __init__(
-        self, sequences: Sequences, tables: BlockTables, pool: BlockPool, cache: PrefixCache
+        self,
+        sequences: Sequences,
+        groups: tuple[BlockTables, ...],
+        pool: BlockPool,
+        cache: PrefixCache,
     ) -> None:
-        super().__init__(sequences)
+        super().__init__(sequences, len(groups))
         self.computable_tokens = sequences.num_tokens
         self.geometry = geometry = sequences.geometry
         self.last_open_link = geometry.num_head_tokens if geometry.seals else UNLIMITED
         self.cache = cache
         self._sequences = sequences
-        self._tables = tables
+        self._groups = groups
         self._pool = pool
-        self._num_published: IntArray = sequences.state["num_published"]
+        self._num_published: IntArray = groups[0].state["num_published"]
         self._num_expected: IntArray = sequences.state["num_expected"]
         self._link_limits: IntArray = sequences.state["link_limit"]
         self._complete_links: IntArray = np.empty((1024, 3), dtype=np.int64)
@@ -134,52 +143,90 @@ class PrefixSharing(NoPrefixSharing):
         tokens.hash_links(self.geometry, tokens.num_shareable_links(self.geometry))
 
     def find(self, tokens: TokenChain) -> PrefixMatch:
-        block_ids = self._find_links(tokens)
-        num_links = len(block_ids)
+        num_links, block_ids = self._find_links(tokens)
         limit = tokens.num_shareable_links(self.geometry)
         next_link = tokens.hashes[num_links] if num_links < limit else None
+        ids = np.concatenate([NO_BLOCKS, *block_ids])
         return PrefixMatch(
             num_tokens=self.geometry.link_end(num_links),
-            num_blocks=num_links,
-            num_sealed=self._num_body(num_links),
-            num_idle_blocks=int(np.count_nonzero(self._pool.ref_counts[block_ids] == 0)),
+            num_blocks=len(ids),
+            num_idle_blocks=int(np.count_nonzero(self._pool.ref_counts[ids] == 0)),
+            lengths=tuple(self._lengths(tables, tokens, num_links) for tables in self._groups),
             next_link=next_link,
             is_pending=next_link is not None and self.cache.is_expected(next_link),
         )
 
     def share(self, seq_id: int, tokens: TokenChain) -> None:
-        sequences = self._sequences
-        block_ids: BlockIds = np.array(self._find_links(tokens), dtype=np.int32)
-        num_links = len(block_ids)
-        num_hit_tokens = self.geometry.link_end(num_links)
+        num_links, block_ids = self._find_links(tokens)
         if num_links:
-            self._pool.share(block_ids)
-            sequences.num_computed_tokens[seq_id] = num_hit_tokens
-            sequences.num_sealed[seq_id] = self._num_body(num_links)
-            self._tables.write(seq_id, block_ids)
+            for tables, ids in zip(self._groups, block_ids, strict=True):
+                self._pool.share(ids)
+                tables.place(seq_id, self._lengths(tables, tokens, num_links), ids)
         self.follow(seq_id, tokens, num_links)
         statistics = self.statistics
         statistics.num_queries += 1
         statistics.num_query_tokens += len(tokens.token_ids)
-        statistics.num_hit_tokens += num_hit_tokens
+        statistics.num_hit_tokens += self.geometry.link_end(num_links)
 
     def follow(self, seq_id: int, tokens: TokenChain, num_published: int) -> None:
         limit = min(tokens.num_shareable_links(self.geometry), int(self._link_limits[seq_id]))
-        self._num_published[seq_id], self._num_expected[seq_id] = num_published, limit
+        if not num_published and self._groups[0].state[seq_id]["num_evicted_tokens"]:
+            limit = 0  # it was placed without its first links
+        for tables in self._groups:
+            tables.state[seq_id]["num_published"] = num_published
+        self._num_expected[seq_id] = limit
         self.cache.expect(tokens.hashes[num_published:limit])
         capacity = self._tokens_before_link(len(tokens.hashes), int(self._link_limits[seq_id]))
         length_limit = int(self._sequences.state[seq_id]["length_limit"])
         self._sequences.token_capacity[seq_id] = min(length_limit, capacity)
 
-    def _find_links(self, tokens: TokenChain) -> list[int]:
-        """The cached blocks of the first links that a sequence may share."""
+    def _find_links(self, tokens: TokenChain) -> tuple[int, list[BlockIds]]:
+        """How many first links a sequence may share, and each group's cached blocks of those that
+        it needs: the longest prefix that all groups can serve."""
         limit = tokens.num_shareable_links(self.geometry)
         tokens.hash_links(self.geometry, limit)
-        return self.cache.find(tokens.hashes[:limit])
+        num_links, before = limit, -1
+        while num_links != before:
+            before = num_links
+            for tables in self._groups:
+                num_links = self._servable(tables, tokens, num_links)
+        return num_links, [
+            np.array(self.cache.find(self._needed(tables, tokens, num_links)), dtype=np.int32)
+            for tables in self._groups
+        ]
 
-    def _num_body(self, num_links: int) -> int:
-        """Sealed blocks among so many links."""
-        return max(num_links - self.geometry.num_head_blocks, 0) * self.geometry.seals
+    def _servable(self, tables: BlockTables, tokens: TokenChain, num_links: int) -> int:
+        """The most first links, up to so many, of which the cache has what a group needs."""
+        if tables.retention.keeps_all:
+            return len(self.cache.find(group_hashes(tokens.hashes[:num_links], tables.group)))
+        num_head = self.geometry.num_head_blocks
+        while num_links:
+            needed = self._needed(tables, tokens, num_links)
+            num_missing = self.cache.num_missing(needed)
+            if not num_missing:
+                break
+            # Whoever wants fewer links, but this one among them, needs it too.
+            index = len(needed) - num_missing
+            num_links = index if index < num_head else num_links - num_missing
+        return num_links
+
+    def _needed(self, tables: BlockTables, tokens: TokenChain, num_links: int) -> list[bytes]:
+        """Those of a prefix's links that a group stores, as the cache knows them."""
+        gone = self._lengths(tables, tokens, num_links).num_evicted // self.geometry.block_size
+        hashes, num_head = tokens.hashes, self.geometry.num_head_blocks if gone else 0
+        return group_hashes(hashes[:num_head] + hashes[num_head + gone : num_links], tables.group)
+
+    def _lengths(self, tables: BlockTables, tokens: TokenChain, num_links: int) -> StoredLengths:
+        """What a group stores of a sequence's first links."""
+        geometry, num_evicted = self.geometry, 0
+        num_tokens = geometry.link_end(num_links)
+        if not tables.retention.is_bounded_by(tokens.sink_window):
+            num_evicted = tables.retention.num_evicted(geometry, num_tokens)
+        num_sealed = 0
+        if geometry.seals:
+            num_sealed = max(num_links - geometry.num_head_blocks, 0)
+            num_sealed -= num_evicted // geometry.block_size
+        return StoredLengths(num_tokens - num_evicted, num_sealed, num_evicted)
 
     # -- sequences that grow --------------------------------------------------------------------
 
@@ -207,17 +254,18 @@ class PrefixSharing(NoPrefixSharing):
     def ended(self, seq_id: int) -> None:
         self.cache.no_longer_expect(self._unpublished_hashes(seq_id))
 
-    def stop(self, seq_ids: IntArray) -> None:
+    def stop(self, tables: BlockTables, seq_ids: IntArray) -> None:
         for seq_id in seq_ids.tolist():
             self.cache.no_longer_expect(self._unpublished_hashes(seq_id))
             self._num_expected[seq_id] = 0
-            self._link_limits[seq_id] = self._num_published[seq_id]
+        tables.state["link_limit"][seq_ids] = tables.state["num_published"][seq_ids]
 
     def withdraw(self, seq_ids: IntArray) -> None:
-        self.stop(seq_ids)
-        for seq_id in seq_ids.tolist():
-            block_ids = self._tables.block_ids(seq_id)
-            self.cache.withdraw(block_ids[self.cache.is_cached[block_ids]].tolist())
+        for tables in self._groups:
+            self.stop(tables, seq_ids)
+            for seq_id in seq_ids.tolist():
+                block_ids = tables.block_ids(seq_id)
+                self.cache.withdraw(block_ids[self.cache.is_cached[block_ids]].tolist())
 
     def _unpublished_hashes(self, seq_id: int) -> list[bytes]:
         """Of the links that others may wait for."""
@@ -226,18 +274,18 @@ class PrefixSharing(NoPrefixSharing):
 
     # -- blocks that are complete ---------------------------------------------------------------
 
-    def publish(self, seq_ids: IntArray) -> None:
+    def publish(self, tables: BlockTables, seq_ids: IntArray) -> None:
         sequences, cache, found = self._sequences, self.cache, self._complete_links
-        chains = sequences.chains
+        chains, is_first = sequences.chains, tables.group == 0
         num_expected = self._num_expected.data  # reads one element faster than numpy does
         while True:
             num_links = find_complete_links(
                 seq_ids,
-                sequences.num_computed_tokens,
+                tables.num_stored,
                 sequences.num_tokens,
-                sequences.num_sealed,
-                sequences.state,
-                self._tables.ids,
+                tables.num_sealed,
+                tables.state,
+                tables.ids,
                 self.geometry.sizes,
                 found,
             )
@@ -246,14 +294,15 @@ class PrefixSharing(NoPrefixSharing):
                 assert chain is not None
                 if link == len(chain.hashes):
                     chain.hash_links(self.geometry, link + 1)
-                was_expected = link < num_expected[seq_id]
-                is_new = cache.store(chain.hashes[link], block_id, was_expected=was_expected)
+                was_expected = is_first and link < num_expected[seq_id]
+                block_hash = group_hash(chain.hashes[link], tables.group)
+                is_new = cache.store(block_hash, block_id, was_expected=was_expected)
                 if is_new and cache.records_events:
-                    cache.record(self._stored(chain, link, block_id))
+                    cache.record(self._stored(chain, link, block_id, tables.group))
             if num_links < len(found):
                 return
 
-    def _stored(self, chain: TokenChain, link: int, block_id: int) -> BlockStored:
+    def _stored(self, chain: TokenChain, link: int, block_id: int, group: int) -> BlockStored:
         start, end = self.geometry.link_end(link), self.geometry.link_end(link + 1)
         return BlockStored(
             block_hash=chain.hashes[link],
@@ -262,6 +311,7 @@ class PrefixSharing(NoPrefixSharing):
             num_tokens_before=start,
             block_id=block_id,
             extra_keys=chain.extra_keys,
+            group=group,
         )
 
     # -- the cache as a whole -------------------------------------------------------------------
@@ -281,3 +331,12 @@ class PrefixSharing(NoPrefixSharing):
             fresh.hash_links(self.geometry, len(chain.hashes))
             assert fresh.hashes == chain.hashes
             assert self._num_published[seq_id] <= len(chain.hashes)
+
+
+def group_hash(link_hash: bytes, group: int) -> bytes:
+    """What the cache knows a group's block of a link by; the first group's by the hash itself."""
+    return link_hash + bytes([group]) if group else link_hash
+
+
+def group_hashes(link_hashes: list[bytes], group: int) -> list[bytes]:
+    return [group_hash(each, group) for each in link_hashes] if group else link_hashes

@@ -1,8 +1,8 @@
-"""What is known of each sequence: its tokens, lengths and limits. Knows counts, never block ids.
+"""What is known of each sequence: its tokens and limits. Knows counts, never blocks.
 
 `state[seq_id]` is one sequence: a fork copies it, and a sequence that ends leaves zeros. What every
 step reads of all its sequences are arrays of their own instead: beside each other they are
-gathered in half the time.
+gathered in half the time. What is stored of them, and where, is for `BlockTables` to know.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import InvalidStepError, OutOfBlocksError
 from ..validation import is_integer
 from .geometry import BlockGeometry, IntArray, ragged_arange
+from .retention import UNLIMITED
 from .token_chain import TokenChain, TokenIds
 
 StateArray = NDArray[np.void]
@@ -23,22 +24,12 @@ SEQUENCE: Final = np.dtype(
     [
         ("is_living", np.bool_),
         ("length_limit", np.int64),  # tokens that it may have
-        # Of windowed sequences; 0 in all others:
-        ("num_sink_tokens", np.int64),
-        ("window_size", np.int64),
-        ("max_stored", np.int64),  # tokens stored at once, at the end of a step
-        ("num_evicted_tokens", np.int64),
         # Where prefixes are shared:
         ("link_limit", np.int64),  # links that others may ever find
-        ("num_published", np.int64),  # links that others can find
         ("num_expected", np.int64),  # links of its first tokens: others may wait for these
     ],
     align=True,
 )
-# A limit is compared beside the limits of other sequences, as a number in an array: where there is
-# none it is a number that nothing reaches.
-UNLIMITED: Final = int(np.iinfo(np.int64).max)
-
 NO_ROWS: Final[IntArray] = np.empty(0, dtype=np.int64)
 FIRST_ROWS: Final = 64  # sequences
 FIRST_WIDTH: Final = 512  # tokens
@@ -72,10 +63,6 @@ class Sequences:
         self.max_model_len = max_model_len
         self.state: StateArray = np.zeros(max_num_seqs, dtype=SEQUENCE)
         self.num_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # known
-        self.num_computed_tokens: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # stored now
-        self.num_sealed: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # body blocks
-        # Tokens that a sequence can store before its blocks change.
-        self.capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         # Tokens that it can be told before more is to do: hash a link, or refuse.
         self.token_capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         # For as many sequences, and as long ones, as there were so far, or up to twice that.
@@ -87,9 +74,6 @@ class Sequences:
         self._arrays = (
             self.state,
             self.num_tokens,
-            self.num_computed_tokens,
-            self.num_sealed,
-            self.capacity,
             self.token_capacity,
             self.last_token_ids,
         )
@@ -148,32 +132,25 @@ class Sequences:
         state["length_limit"] = self.max_model_len if sink_window is None else UNLIMITED
         link_limit = tokens.link_limit(self.geometry)
         state["link_limit"] = UNLIMITED if link_limit is None else link_limit
-        if sink_window is not None:
-            self.num_windowed += 1
-            state["num_sink_tokens"] = sink_window.num_sink_tokens
-            state["window_size"] = sink_window.window_size
-            state["max_stored"] = sink_window.max_stored(self.geometry)
+        self.num_windowed += sink_window is not None
         self.token_capacity[seq_id] = state["length_limit"]
         return seq_id
 
     def fork(self, seq_id: int) -> int:
-        """The id of a copy of a sequence; the blocks of both have to be looked at anew."""
+        """The id of a copy of a sequence."""
         self._make_room(self._free_seq_ids[-1], 0)
         child = self._free_seq_ids.pop()
         length = int(self.num_tokens[seq_id])
         for array in self._arrays:
             array[child] = array[seq_id]
-        self.capacity[[seq_id, child]] = self.num_computed_tokens[seq_id]
         self.token_ids[child, :length] = self.token_ids[seq_id, :length]
         chain = self.chain(seq_id)
         self.chains[child] = chain.with_tokens(self.token_ids[child])
         self.num_windowed += chain.sink_window is not None
         return child
 
-    def truncate(self, seq_id: int, num_tokens: int, num_sealed: int) -> None:
-        """Keep the first tokens of a sequence; its last block is looked at anew."""
-        self.num_computed_tokens[seq_id] = self.capacity[seq_id] = num_tokens
-        self.num_sealed[seq_id] = num_sealed
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        """Know the first tokens of a sequence only."""
         self.num_tokens[seq_id] = min(self.num_tokens[seq_id], num_tokens)
         if num_known := int(self.num_tokens[seq_id]):
             self.last_token_ids[seq_id] = self.token_ids[seq_id, num_known - 1]
@@ -236,25 +213,6 @@ class Sequences:
             self.last_token_ids[seq_ids] = self.token_ids[seq_ids, np.maximum(new_lengths - 1, 0)]
         self.num_tokens[seq_ids] = new_lengths
 
-    # -- windows --------------------------------------------------------------------------------
-
-    def windowed_rows(self, seq_ids: IntArray) -> IntArray:
-        """Which of these sequences are windowed, by index."""
-        if not self.num_windowed:
-            return NO_ROWS
-        rows: IntArray = self.state["window_size"][seq_ids].nonzero()[0]
-        return rows
-
-    def num_storable(self, seq_ids: IntArray) -> IntArray:
-        """Tokens that each of these windowed sequences may store at the end of its next step.
-
-        The step that stores its sinks computes nothing that would see them nearer than they are.
-        """
-        state = self.state[seq_ids]
-        sinks, limits = state["num_sink_tokens"], state["max_stored"]
-        has_sinks = self.num_computed_tokens[seq_ids] >= sinks
-        return np.where(has_sinks, limits, np.minimum(limits, sinks + state["window_size"]))
-
     # -- checks ---------------------------------------------------------------------------------
 
     def distinct(self, seq_ids: ArrayLike) -> IntArray:
@@ -307,6 +265,5 @@ class Sequences:
         assert [seq_id for seq_id, chain in enumerate(self.chains) if chain] == living.tolist()
         for array in self._arrays:
             assert (array[idle] == np.zeros(1, dtype=array.dtype)).all()
-        window_sizes = self.state["window_size"]
-        assert not self.state["num_evicted_tokens"][window_sizes == 0].any()
-        assert self.num_windowed == np.count_nonzero(window_sizes)
+        windowed = [seq_id for seq_id in living.tolist() if self.chain(seq_id).sink_window]
+        assert self.num_windowed == len(windowed)

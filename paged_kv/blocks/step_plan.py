@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidStepError
 from .geometry import BlockGeometry, BlockIds, IntArray
+from .retention import EVERYTHING, Retention
 from .sequences import integer_array
 
 
@@ -46,6 +47,7 @@ class PlanSource:
     manager_id: bytes  # a random one
     geometry: BlockGeometry
     num_blocks: int
+    retentions: tuple[Retention, ...] = EVERYTHING  # of groups of layers
     num_recoveries: int = 0  # it has been emptied so often: earlier blocks mean nothing
 
 
@@ -55,6 +57,9 @@ class StepPlan:
 
     The new tokens attend to the context, everything stored before the step, where it was, and to
     each other in full precision, wherever they are stored.
+
+    Of several groups of layers each has a plan of its own for the same sequences and tokens; the
+    first group's, which is the one that `reserve` returns, carries those of the `others`.
     """
 
     source: PlanSource
@@ -63,10 +68,10 @@ class StepPlan:
     num_scheduled_tokens: IntArray  # [N] new tokens
     num_draft_tokens: IntArray | None  # [N] of these, last ones that commit may drop
     context_lens: IntArray  # [N] tokens stored before the step
-    # Of windowed sequences; None where the step has none.
-    num_evicted_tokens: IntArray | None  # [N] before the step
+    num_evicted_tokens: IntArray | None  # [N] before the step; None where none can be
+    # Of sequences with a window of their own; None where the step has none.
     num_sink_tokens: IntArray | None  # [N]
-    window_sizes: IntArray | None  # [N] 0 where the sequence keeps everything
+    window_sizes: IntArray | None  # [N] 0 where there is no such window
     changed_rows: IntArray  # [R] index among the N; the tables of the others stay as they are
     block_counts: IntArray  # [R, 4] new sealed, new open, leaving open blocks, copies
     new_block_ids: BlockIds  # taken from the pool: sealed, then open, then copies
@@ -75,7 +80,13 @@ class StepPlan:
     copy_targets: BlockIds  # [C] ... and where to
     freed_block_ids: BlockIds  # let go by commit, as often as they lose a user
     table_update: TableUpdate
+    others: tuple[StepPlan, ...] = ()  # of the groups behind the first
     is_over: bool = False  # committed or rolled back; a copy elsewhere does not know
+
+    @property
+    def parts(self) -> tuple[StepPlan, ...]:
+        """Of every group of layers, in order."""
+        return (self, *self.others)
 
     @cached_property
     def num_tokens(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import InvalidStepError
+from .block_tables import BlockTables
 from .geometry import IntArray
 from .sequences import Sequences, integer_array
 
@@ -18,17 +20,11 @@ class StepRequest(NamedTuple):
     seq_ids: IntArray  # [N]
     num_new_tokens: IntArray  # [N] at least 1
     num_draft_tokens: IntArray | None  # [N] of these, last ones that commit may drop
-    before: IntArray  # [N] tokens stored before the step
-    after: IntArray  # [N] tokens stored if all drafts are kept
-    certain: IntArray  # [N] of these, the first that are no drafts
-    # Of windowed sequences; None where the step has none.
-    num_evicted_tokens: IntArray | None = None  # [N]
-    num_sink_tokens: IntArray | None = None  # [N]
-    window_sizes: IntArray | None = None  # [N] 0 where the sequence keeps everything
 
 
 def checked_request(
     sequences: Sequences,
+    groups: Sequence[BlockTables],
     computable_tokens: IntArray,
     seq_ids: ArrayLike,
     num_new_tokens: ArrayLike,
@@ -40,21 +36,19 @@ def checked_request(
     """
     seq_ids = sequences.distinct(seq_ids)
     num_new_tokens = _checked_counts(seq_ids, num_new_tokens, sequences.max_model_len)
-    before = sequences.num_computed_tokens[seq_ids]
-    after = certain = before + num_new_tokens
+    first = groups[0]
+    end = first.num_stored[seq_ids] + num_new_tokens  # evicted tokens included, from here on
+    if first.evicts:
+        end += first.state["num_evicted_tokens"][seq_ids]
+    certain_end = end
     if num_draft_tokens is not None:
         num_draft_tokens = integer_array("num_draft_tokens", num_draft_tokens)
         _check_drafts(num_draft_tokens, num_new_tokens, sequences.geometry.block_size)
-        certain = after - num_draft_tokens
-    end, certain_end = after, certain  # in the sequence, evicted tokens included
-    num_evicted = num_sinks = window_sizes = None
-    rows = sequences.windowed_rows(seq_ids)
-    if len(rows):
-        _check_room(sequences, seq_ids[rows], before[rows], after[rows])
-        state = sequences.state[seq_ids]
-        num_evicted = state["num_evicted_tokens"]
-        num_sinks, window_sizes = state["num_sink_tokens"], state["window_size"]
-        end, certain_end = after + num_evicted, certain + num_evicted
+        certain_end = end - num_draft_tokens
+    for tables in groups:
+        rows = tables.windowed_rows(seq_ids)
+        if len(rows):
+            _check_room(sequences, tables, seq_ids[rows], num_new_tokens[rows])
     is_unknown = certain_end > computable_tokens[seq_ids]
     num_unknown = np.count_nonzero(is_unknown)
     if num_draft_tokens is not None or num_unknown:
@@ -65,8 +59,7 @@ def checked_request(
             f"seq_id {seq_ids[row]} would have {certain_end[row]} tokens computed, of which "
             f"{sequences.num_tokens[seq_ids[row]]} are known: append_tokens comes first"
         )
-    windows = num_evicted, num_sinks, window_sizes
-    return StepRequest(seq_ids, num_new_tokens, num_draft_tokens, before, after, certain, *windows)
+    return StepRequest(seq_ids, num_new_tokens, num_draft_tokens)
 
 
 def _checked_counts(seq_ids: IntArray, num_new_tokens: ArrayLike, max_model_len: int) -> IntArray:
@@ -101,13 +94,14 @@ def _check_drafts(num_draft_tokens: IntArray, num_new_tokens: IntArray, block_si
         )
 
 
-def _check_room(sequences: Sequences, seq_ids: IntArray, before: IntArray, after: IntArray) -> None:
+def _check_room(
+    sequences: Sequences, tables: BlockTables, seq_ids: IntArray, num_new_tokens: IntArray
+) -> None:
     """Windowed sequences have room for these tokens."""
-    excess = after - sequences.num_storable(seq_ids)
-    if np.count_nonzero(excess > 0):
-        row = int(excess.argmax())
-        num_new = after[row] - before[row]
+    room = tables.num_storable(seq_ids) - tables.num_stored[seq_ids]
+    if np.count_nonzero(num_new_tokens > room):
+        row = int((num_new_tokens - room).argmax())
         raise InvalidStepError(
             f"seq_id {seq_ids[row]}, windowed by {sequences.chain(seq_ids[row]).sink_window}, has "
-            f"room for {num_new - excess[row]} new tokens in a step, got {num_new}"
+            f"room for {room[row]} new tokens in a step, got {num_new_tokens[row]}"
         )

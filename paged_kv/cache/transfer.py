@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ..blocks.block_manager import BlockManager
+from ..blocks.block_tables import StoredLengths
 from ..blocks.geometry import BlockGeometry, BlockIds
 from ..blocks.token_chain import ExtraKey, TokenChain, TokenIds
 from ..errors import TransferError
@@ -128,9 +129,8 @@ def import_sequence(
     sequence, layer_data = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
     require_token_ids(sequence.tokens.token_ids, vocab_size)
     records = read_records(cache, sequence, layer_data)
-    seq_id, block_ids = manager.place_sequence(
-        sequence.tokens, sequence.num_computed_tokens, sequence.num_sealed
-    )
+    lengths = [StoredLengths(sequence.num_computed_tokens, sequence.num_sealed)]
+    seq_id, block_ids = manager.place_sequence(sequence.tokens, lengths)
     try:
         cache.bind(manager)
         write_records(cache, records, block_ids)

@@ -291,7 +291,7 @@ class CachedBatch:
         manager = self._pool.manager
         after = manager.num_computed_tokens[seq_ids] + counts
         if self.settings.sink_window is not None:
-            excess = int((after - manager.sequences.num_storable(seq_ids)).max())
+            excess = int((after - manager.tables.num_storable(seq_ids)).max())
             if excess > 0:
                 raise InvalidRequestError(
                     f"{counts.max()} tokens at once are {excess} more than there is room for in "

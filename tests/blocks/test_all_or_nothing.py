@@ -70,7 +70,7 @@ def test_a_rolled_back_step_leaves_every_user_count_and_table_as_it_was(geometry
                 manager.num_computed_tokens,
                 manager.num_sealed,
                 [manager.block_ids(seq_id) for seq_id in seq_ids],
-                manager.sequences.capacity,
+                manager.tables.capacity,
             ]
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.block_tables import StoredLengths
 from paged_kv.blocks.prefix_sharing import PrefixMatch
 from paged_kv.blocks.token_chain import ExtraKey
 from paged_kv.errors import InvalidStepError
@@ -97,8 +98,8 @@ def test_what_is_hit_is_what_find_prefix_says():
     assert found == PrefixMatch(
         num_tokens=36,
         num_blocks=5,
-        num_sealed=4,
         num_idle_blocks=3,
+        lengths=(StoredLengths(36, 4),),
         next_link=None,
         is_pending=False,
     )
@@ -106,7 +107,7 @@ def test_what_is_hit_is_what_find_prefix_says():
     seq_id = manager.add_sequence(tokens(40))
     assert manager.num_computed_tokens[seq_id] == found.num_tokens
     assert len(manager.block_ids(seq_id)) == found.num_blocks
-    assert manager.num_sealed[seq_id] == found.num_sealed
+    assert manager.stored_lengths(seq_id) == found.lengths
     assert free - manager.num_free_blocks == found.num_idle_blocks
 
 
@@ -149,7 +150,8 @@ def test_the_last_known_token_is_at_hand_whatever_made_the_sequence():
 def test_without_a_prefix_cache_nothing_is_hit():
     manager = manager_of(prefix_caching=False)
     serve(manager, tokens(12))
-    assert match(manager, tokens(12)) == PrefixMatch(0, 0, 0, 0, None, is_pending=False)
+    nothing = (StoredLengths(0, 0),)
+    assert match(manager, tokens(12)) == PrefixMatch(0, 0, 0, nothing, None, is_pending=False)
     assert manager.num_cached_blocks == 0
     assert manager.take_events() == []
     manager.reset_prefix_cache()

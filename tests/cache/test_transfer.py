@@ -228,7 +228,7 @@ def test_complete_links_can_be_hit_after_an_import(kv_format):
     num_sealed = int(target.manager.num_sealed[copy])
     expected = geometry.num_head_blocks + num_sealed if geometry.seals else 600 // 16
     match = target.manager.find_prefix(chain)
-    assert (match.num_blocks, match.num_sealed) == (expected, num_sealed)
+    assert (match.num_blocks, match.lengths[0].num_sealed) == (expected, num_sealed)
     assert match.num_tokens == geometry.link_end(expected)
     # Another sequence shares them, and so it does when the imported one has gone.
     sharer = target.add_tokens(stream, token_ids)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.block_tables import StoredLengths
 from paged_kv.blocks.events import BlockRemoved, BlockStored, CacheCleared
 from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.blocks.host_blocks import SwappedSequence
@@ -35,6 +36,7 @@ from tests.support.reference_manager import (
     links,
 )
 
+NOTHING = [StoredLengths(0, 0)]
 # Alike in bytes or text, and all different.
 EXTRA_KEYS: tuple[ExtraKeys, ...] = (
     (),
@@ -198,7 +200,16 @@ class ManagerPair:
             found = self.manager.find_prefix(chain)
             if found.next_link is not None:
                 found = found._replace(next_link=chain.hashes.index(found.next_link))
-            assert found == self.reference.find(sequence)
+            expected = self.reference.find(sequence)
+            assert found.lengths == (StoredLengths(expected.num_tokens, expected.num_sealed),)
+            assert found._replace(lengths=()) == (
+                expected.num_tokens,
+                expected.num_blocks,
+                expected.num_idle,
+                (),
+                expected.next_link,
+                expected.is_pending,
+            )
         try:
             seq_id = self.reference.add(tokens, root)
         except NoSeqIdError:
@@ -283,7 +294,7 @@ class ManagerPair:
             return
         assert swapped.device_block_ids.tolist() == block_ids
         assert swapped.host_block_ids.tolist() == expected.host_ids
-        assert swapped.num_computed_tokens == expected.sequence.num_computed
+        assert swapped.lengths[0].num_stored == expected.sequence.num_computed
         self.contents.move(block_ids, self.host_contents, expected.host_ids)
         self.swapped.append((swapped, expected))
         self.tally["swaps"] += 1
@@ -312,7 +323,7 @@ class ManagerPair:
         chain = self.manager.chain_of(source)
         sequence = self.reference.sequences[source].copy()
         source_ids = sequence.block_ids
-        placed = (chain, sequence.num_computed, sequence.num_sealed)
+        placed = (chain, [StoredLengths(sequence.num_computed, sequence.num_sealed)])
         seq_id = self.reference.place(sequence)
         if seq_id is None:
             with refused(OutOfBlocksError):
@@ -571,7 +582,7 @@ class ManagerPair:
             lambda: manager.publish_sequence(dead),
             lambda: manager.append_tokens([dead], [1]),
             lambda: manager.add_sequence(too_long),
-            lambda: manager.place_sequence(too_long, 0, 0),
+            lambda: manager.place_sequence(too_long, NOTHING),
             lambda: manager.reserve([dead], [1]),
             lambda: manager.reserve([-1], [1]),
         ):
@@ -611,7 +622,7 @@ class ManagerPair:
             lambda: manager.fork(seq_id),
             lambda: manager.swap_out(seq_id),
             lambda: manager.reserve([seq_id], [1]),
-            lambda: manager.place_sequence(manager.chain_of(seq_id), 0, 0),
+            lambda: manager.place_sequence(manager.chain_of(seq_id), NOTHING),
             lambda: manager.publish_sequence(seq_id),
         ):
             with refused(InvalidStepError):
