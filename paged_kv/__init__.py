@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .blocks.events import CacheCleared as CacheCleared
     from .blocks.geometry import BlockGeometry as BlockGeometry
     from .blocks.host_blocks import SwappedSequence as SwappedSequence
+    from .blocks.retention import Retention as Retention
     from .blocks.sink_window import SinkWindow as SinkWindow
     from .blocks.step_plan import StepPlan as StepPlan
     from .blocks.token_chain import TokenChain as TokenChain
@@ -52,9 +53,9 @@ if TYPE_CHECKING:
     from .cache.formats import NATIVE as NATIVE
     from .cache.formats import KVFormat as KVFormat
     from .cache.kv_cache import PagedKVCache as PagedKVCache
+    from .cache.layer_groups import num_blocks_for as num_blocks_for
     from .cache.layer_spec import LayerSpec as LayerSpec
     from .cache.layer_spec import cache_geometry as cache_geometry
-    from .cache.layer_spec import num_blocks_for as num_blocks_for
     from .cache.memory_stats import MemoryStats as MemoryStats
     from .cache.transfer import export_sequence as export_sequence
     from .cache.transfer import import_sequence as import_sequence
@@ -116,8 +117,10 @@ _HOME = {
     "Scheduler": "scheduler.scheduler",
     "SchedulerStatistics": "scheduler.statistics",
     "ScoreRules": "kernels.rules",
+    "Retention": "blocks.retention",
     "SinkWindow": "blocks.sink_window",
     "StepPlan": "blocks.step_plan",
+    "StoredLengths": "blocks.block_tables",
     "StreamEvent": "entrypoints.outputs",
     "StructuredOutput": "engine.structured_output",
     "SwappedSequence": "blocks.host_blocks",
@@ -126,7 +129,7 @@ _HOME = {
     "cache_geometry": "cache.layer_spec",
     "export_sequence": "cache.transfer",
     "import_sequence": "cache.transfer",
-    "num_blocks_for": "cache.layer_spec",
+    "num_blocks_for": "cache.layer_groups",
     "paged_attention": "cache.attention",
     "step_from_block_table": "cache.embedding",
     "warm_up": "cache.embedding",

@@ -11,7 +11,8 @@ from peers.hadamard import rotate
 from peers.parallel_pass import Copies
 from torch import Tensor
 
-from paged_kv.cache.layer_spec import LayerSpec, cache_geometry, sequence_bytes, usual_kv_dtype
+from paged_kv.cache.layer_groups import sequence_bytes
+from paged_kv.cache.layer_spec import LayerSpec, cache_geometry, usual_kv_dtype
 
 FP16_MAX = 65504.0
 

@@ -84,6 +84,16 @@ class Retention:
         kept = max(self.reach, geometry.min_tail_tokens) + self.step(geometry)
         return min(num_tokens, geometry.num_head_tokens + kept + chunk)
 
+    def blocks_held(self, geometry: BlockGeometry, num_tokens: int) -> int:
+        """Blocks of a sequence that has grown to `num_tokens`, one a step, between two steps."""
+        num_sealed = int(geometry.num_sealed_blocks(np.array([num_tokens]))[0])
+        num_evicted = self.num_evicted(geometry, num_tokens)
+        if geometry.seals:
+            step = self.step(geometry)
+            num_evicted = min(num_evicted, num_sealed * geometry.block_size // step * step)
+            num_sealed -= num_evicted // geometry.block_size
+        return geometry.count_blocks(num_tokens - num_evicted, num_sealed)
+
     def is_bounded_by(self, sink_window: SinkWindow | None) -> bool:
         """Whether a request's own window reaches less far: else it changes nothing here."""
         return sink_window is not None and sink_window.window_size < self.reach

@@ -12,6 +12,7 @@ from reprlib import repr as short_repr
 import torch
 from torch import Tensor
 
+from ..blocks.retention import KEEPS_ALL, UNLIMITED, Retention
 from ..errors import ConfigError
 from ..kernels.block_views import LayerBlocks
 from ..kernels.new_tokens import NewTokens
@@ -58,6 +59,7 @@ def paged_attention(
         check_tensors(optional, cache.arenas[layer].device)
     check_shapes(query, key, value, cache.layers[layer], len(step.inputs.cache_positions))
     check_rules(query.shape[1], softcap, sliding_window, attention_chunk, sink_logits)
+    check_retention(cache.layers[layer].retention, sliding_window, attention_chunk)
     check_sink_query(query, sink_query, step, attention_chunk)
     if scale is None:
         scale = query.shape[-1] ** -0.5
@@ -67,7 +69,7 @@ def paged_attention(
         NewTokens(query, key, value, sink_query),
         cache.layers[layer],
         cache.records[layer],
-        step.plan_of(cache.records[layer]),
+        step.plan_of(layer),
         ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits),
         cache.backend,
     )
@@ -83,7 +85,7 @@ def store_tokens(key: Tensor, value: Tensor, cache: PagedKVCache, layer: int, st
     if cache.layers[layer].kv_format.rotates_values:
         value = cache.backend.rotate(value)
     new, blocks = NewTokens(key, key, value), cache.records[layer]
-    cache.backend.store_tokens(new, blocks, step.plan_of(blocks).step)
+    cache.backend.store_tokens(new, blocks, step.plan_of(layer).step)
     step.stored_layers.add(layer)
 
 
@@ -92,7 +94,7 @@ def attend_by(run: Callable[..., Tensor], cache: PagedKVCache, layer: int, step:
     cache.require_step(step, layer)
     rotates_values = cache.layers[layer].kv_format.rotates_values
     blocks = cache.records[layer]
-    output = run(blocks, step.plan_of(blocks), rotates_values=rotates_values)
+    output = run(blocks, step.plan_of(layer), rotates_values=rotates_values)
     step.stored_layers.add(layer)
     return output
 
@@ -180,6 +182,20 @@ def check_rules(
         raise ConfigError(
             f"sink_logits must have shape ({num_query_heads},), got {tuple(sink_logits.shape)}"
         )
+
+
+def check_retention(
+    retention: Retention, sliding_window: int | None, attention_chunk: int | None
+) -> None:
+    """Raise `ConfigError` for masks that leave tokens to be seen which the layer does not keep."""
+    if retention is KEEPS_ALL:  # the quick way first
+        return
+    for name, kept, size in (
+        ("sliding_window", retention.window_size, sliding_window),
+        ("attention_chunk", retention.chunk_size, attention_chunk),
+    ):
+        if kept != UNLIMITED and (size is None or size > kept):
+            raise ConfigError(f"{name} must be at most {kept}, which the layer keeps, got {size}")
 
 
 def check_sink_query(

@@ -204,7 +204,7 @@ class DecodeBatch:
             tables.drawn[: len(drawn.token_ids)] = drawn.token_ids
         self._numbers.copy_(on_device["numbers"])
         return StagedStep(
-            inputs=self.step.plan.step,
+            inputs=(self.step.plan.step,),
             positions=self._rows["positions" if self.kind.is_windowed else "context_lens"],
             copy_sources=on_device["copy_sources"],
             copy_targets=on_device["copy_targets"],

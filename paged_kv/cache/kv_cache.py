@@ -1,8 +1,9 @@
 """The arena: every layer's blocks in memory, under typed views, and what they cost.
 
 Knows tensors and block ids, nothing of requests or models. One uint8 arena per layer,
-`[num_blocks, num_kv_heads, record_bytes]`; a block id names the same record in every layer, open
-and sealed blocks are two readings of the same bytes.
+`[num_blocks, num_kv_heads, record_bytes]`; a block id names the same record in every layer of a
+group, and layers of different groups may share their memory, because a block is one group's (see
+`layer_groups`). Open and sealed blocks are two readings of the same bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from .backend import choose_backend
 from .block_views import layer_blocks
 from .decode_tables import DecodeBatch, DecodeTables, Drawn
 from .device_memory import free_memory, require_device
-from .layer_spec import LayerSpec, block_bytes, cache_geometry
+from .layer_groups import find_groups, token_bytes
+from .layer_spec import LayerSpec, cache_geometry
 from .memory_stats import MemoryStats, measure_memory
 from .step_staging import StagedArray, StagedStep, stage
 
@@ -49,9 +51,9 @@ class Step:
     """A plan on the cache's device, with what the layers share. Made by `PagedKVCache.begin`."""
 
     source: StepPlan
-    inputs: StepInputs
+    inputs: StepInputs  # of the first group of layers
     plan: KernelPlan  # what the backend made of it
-    full_precision_plan: KernelPlan | None  # of layers in full precision where others seal
+    layer_plans: tuple[KernelPlan, ...]  # what each layer's kernels read of the step
     token_ids: Tensor  # [T] those that `begin` was given
     positions: Tensor  # [T] of each token in its sequence
     logit_tokens: Tensor  # [M] those that `begin` was given
@@ -61,11 +63,9 @@ class Step:
     head_shifts: Tensor | None  # [T] see `StepPlan.head_shifts`; None where all are 0
     stored_layers: set[int] = field(default_factory=set)  # whose tokens are stored
 
-    def plan_of(self, layer: LayerBlocks) -> KernelPlan:
+    def plan_of(self, layer: int) -> KernelPlan:
         """What a layer's kernels read of the step."""
-        if layer.sealed is None and self.full_precision_plan is not None:
-            return self.full_precision_plan
-        return self.plan
+        return self.layer_plans[layer]
 
 
 class PagedKVCache:
@@ -94,22 +94,28 @@ class PagedKVCache:
         self.dtype = dtype
         self.device = require_device(device)
         self.backend = choose_backend(self.device, backend)
+        self.groups = find_groups(self.layers, dtype)
         self._require_memory()
         try:
-            self.arenas = [
-                zeroed_bytes((self.num_blocks, *shape), self.device) for shape in self.record_shapes
+            self.memory = [  # of each slot of a block
+                zeroed_bytes((self.num_blocks, size), self.device)
+                for size in self.groups.slot_bytes
             ]
-            self.host_arenas = self._host_arenas()
+            self.host_memory = self._host_memory()
         except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
             raise ConfigError(
                 f"a pool of {num_blocks} blocks of {self.block_bytes} bytes, and {num_host_blocks} "
                 f"in host memory, cannot be allocated: {error}"
             ) from error
+        self.arenas = [
+            records_of(self.memory[slot], shape)
+            for slot, shape in zip(self.groups.slot_of_layer, self.record_shapes, strict=True)
+        ]
         self.records: list[LayerBlocks] = [
             layer_blocks(arena, layer, dtype, self.geometry.open_block_size)
             for arena, layer in zip(self.arenas, self.layers, strict=True)
         ]
-        self._tables = TableReplica(self.geometry)
+        self._tables = [TableReplica(self.geometry) for _ in self.groups.retentions]
         self._source: PlanSource | None = None  # the manager whose plans are begun here
         self._step: Step | None = None  # begun last
         self.backend.warm_up(self.records)
@@ -132,13 +138,13 @@ class PagedKVCache:
             require_memory(f"swap space of {self.num_host_blocks} host blocks", host)
         require_memory(what, pool, free_memory(self.device), str(self.device))
 
-    def _host_arenas(self) -> list[Tensor]:
+    def _host_memory(self) -> list[Tensor]:
         if not self.num_host_blocks:
             return []
         is_pinned = self.device.type == "cuda"  # so that copies can be asynchronous
         return [
-            torch.empty((self.num_host_blocks, *shape), dtype=torch.uint8, pin_memory=is_pinned)
-            for shape in self.record_shapes
+            torch.empty((self.num_host_blocks, size), dtype=torch.uint8, pin_memory=is_pinned)
+            for size in self.groups.slot_bytes
         ]
 
     def new_manager(
@@ -160,6 +166,7 @@ class PagedKVCache:
             fingerprint=self.fingerprint(model_fingerprint),
             record_events=record_events,
             num_host_blocks=self.num_host_blocks,
+            retentions=self.groups.retentions,
         )
 
     def duplicate(self, manager: BlockManager) -> tuple[PagedKVCache, BlockManager]:
@@ -181,9 +188,9 @@ class PagedKVCache:
         pool = manager.pool
         is_used = (pool.ref_counts > 0) | pool.prefix_cache.is_cached
         ids = self._ids(np.flatnonzero(is_used).astype(np.int32))
-        for source, target in zip(self.arenas, copied.arenas, strict=True):
+        for source, target in zip(self.memory, copied.memory, strict=True):
             target.view(torch.int64)[ids] = source.view(torch.int64)[ids]
-        for source, target in zip(self.host_arenas, copied.host_arenas, strict=True):
+        for source, target in zip(self.host_memory, copied.host_memory, strict=True):
             target.copy_(source)
         copied._tables = deepcopy(self._tables)
         return copied, deepcopy(manager)
@@ -196,16 +203,16 @@ class PagedKVCache:
 
     def _copy(self, source_ids: Tensor, target_ids: Tensor) -> None:
         """Copy whole blocks within the pool, in every layer."""
-        for arena in self.arenas:
-            words = arena.view(torch.int64)  # copies faster than bytes; records are aligned
+        for memory in self.memory:
+            words = memory.view(torch.int64)  # copies faster than bytes; records are aligned
             words[target_ids] = words[source_ids]
 
     def swap_out(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
         """Copy blocks of the pool to host memory; on a GPU in the order of its stream."""
         self._require_block_ids(device_block_ids, host_block_ids)
         device_ids = self._ids(device_block_ids)
-        for arena, host in zip(self.arenas, self.host_arenas, strict=True):
-            blocks = arena.view(torch.int64)[device_ids].view(torch.uint8)
+        for memory, host in zip(self.memory, self.host_memory, strict=True):
+            blocks = memory.view(torch.int64)[device_ids].view(torch.uint8)
             for start, end in runs_of(host_block_ids):
                 first = int(host_block_ids[start])
                 host[first : first + end - start].copy_(blocks[start:end], non_blocking=True)
@@ -214,12 +221,12 @@ class PagedKVCache:
         """Copy blocks from host memory into the pool; on a GPU in the order of its stream."""
         self._require_block_ids(device_block_ids, host_block_ids)
         device_ids = self._ids(device_block_ids)
-        for arena, host in zip(self.arenas, self.host_arenas, strict=True):
-            blocks = arena.new_empty(len(device_block_ids), *arena.shape[1:])
+        for memory, host in zip(self.memory, self.host_memory, strict=True):
+            blocks = memory.new_empty(len(device_block_ids), memory.shape[1])
             for start, end in runs_of(host_block_ids):
                 first = int(host_block_ids[start])
                 blocks[start:end].copy_(host[first : first + end - start], non_blocking=True)
-            arena.view(torch.int64)[device_ids] = blocks.view(torch.int64)
+            memory.view(torch.int64)[device_ids] = blocks.view(torch.int64)
 
     def _require_block_ids(self, device_block_ids: BlockIds, host_block_ids: BlockIds) -> None:
         """Raise `ConfigError` for blocks that are not there, or not as many on both sides."""
@@ -252,16 +259,21 @@ class PagedKVCache:
         over, out of turn, or of another manager than the plans before.
         """
         self._take_over(plan)
-        arrays = StepArrays.from_plan(self.geometry, plan, self._tables)
+        arrays = [
+            StepArrays.from_plan(self.geometry, part, tables)
+            for part, tables in zip(plan.parts, self._tables, strict=True)
+        ]
         sent = {"token_ids": token_ids, "logit_tokens": logit_tokens, **extra}
         staged = stage(self.geometry, plan, arrays, sent, self.device)
+        plans = [self.backend.plan(inputs) for inputs in staged.inputs]
         tokens, places = staged.extra["token_ids"], staged.extra["logit_tokens"]
-        return self._begin(plan, staged, self.backend.plan(staged.inputs), tokens, places)
+        return self._begin(plan, staged, plans, tokens, places)
 
     @cached_property
-    def is_mixed(self) -> bool:
-        """Whether some layers keep full precision while others seal blocks."""
-        return any(self.has_small_blocks(layer) for layer in self.layers)
+    def has_several_tables(self) -> bool:
+        """Whether layers read different tables: of several groups, or of small blocks."""
+        is_mixed = any(self.has_small_blocks(layer) for layer in self.layers)
+        return is_mixed or len(self.groups.retentions) > 1
 
     def has_small_blocks(self, layer: LayerSpec) -> bool:
         """Whether a layer keeps full precision while others seal: see `kernels.full_precision`."""
@@ -271,19 +283,18 @@ class PagedKVCache:
         self,
         plan: StepPlan,
         staged: StagedStep,
-        kernel_plan: KernelPlan,
+        plans: Sequence[KernelPlan],
         token_ids: Tensor,
         logit_tokens: Tensor,
     ) -> Step:
         """Copy what has to be before anything is written; from here on the step is the last."""
-        if len(plan.copy_sources):
+        if len(staged.copy_sources):
             self._copy(staged.copy_sources, staged.copy_targets)
-        others = self.backend.plan(in_full_precision(staged.inputs)) if self.is_mixed else None
         self._step = Step(
             source=plan,
-            inputs=staged.inputs,
-            plan=kernel_plan,
-            full_precision_plan=others,
+            inputs=staged.inputs[0],
+            plan=plans[0],
+            layer_plans=self._layer_plans(plans),
             token_ids=token_ids,
             positions=staged.positions,
             logit_tokens=logit_tokens,
@@ -293,17 +304,31 @@ class PagedKVCache:
         )
         return self._step
 
+    def _layer_plans(self, plans: Sequence[KernelPlan]) -> tuple[KernelPlan, ...]:
+        """Of each layer, from those of the groups."""
+        small: dict[int, KernelPlan] = {}  # of layers in full precision where others seal, by group
+        found: list[KernelPlan] = []
+        for layer, group in zip(self.layers, self.groups.group_of_layer, strict=True):
+            if not self.has_small_blocks(layer):
+                found.append(plans[group])
+                continue
+            if group not in small:
+                small[group] = self.backend.plan(in_full_precision(plans[group].step))
+            found.append(small[group])
+        return tuple(found)
+
     def decode_tables(self, manager: BlockManager) -> DecodeTables:
         """Block tables on the device for `begin_decode`; any that were made before are stale.
 
         Raises `ConfigError` where some layers read other tables, which are made on the host.
         """
         self.require_manager(manager)
-        if self.is_mixed:
+        if self.has_several_tables:
             raise ConfigError(
-                "layers in full precision beside quantized ones have no decode tables"
+                "layers in full precision beside quantized ones, and groups of layers, have no "
+                "decode tables"
             )
-        self._tables.note_changes()
+        self._tables[0].note_changes()
         return DecodeTables(
             self.geometry,
             self.device,
@@ -313,7 +338,7 @@ class PagedKVCache:
 
     def drop_decode_tables(self) -> None:
         """No step will begin by `begin_decode` any more."""
-        self._tables.note_nothing()
+        self._tables[0].note_nothing()
 
     def begin_decode(
         self,
@@ -331,15 +356,16 @@ class PagedKVCache:
         made of this cache's `decode_tables`.
         """
         self._take_over(plan)
-        staged = batch.send(plan, self._tables, token_ids, drawn, extra)
+        staged = batch.send(plan, self._tables[0], token_ids, drawn, extra)
         step = batch.step
-        return self._begin(plan, staged, step.plan, step.token_ids, batch.logit_tokens)
+        return self._begin(plan, staged, [step.plan], step.token_ids, batch.logit_tokens)
 
     def _take_over(self, plan: StepPlan) -> None:
         """A plan begins: from here on no earlier step can go on."""
         self._require_own(plan)
         self._require_whole_step(plan.source, plan.number)
-        self._tables.apply(plan)
+        for tables, part in zip(self._tables, plan.parts, strict=True):
+            tables.apply(part)
         self._source, self._step = plan.source, None
 
     def _require_own(self, plan: StepPlan) -> None:
@@ -377,6 +403,11 @@ class PagedKVCache:
             raise InvalidStepError(
                 f"a manager of {source.num_blocks} blocks of {source.geometry} cannot hand out "
                 f"this cache's {self.num_blocks} of {self.geometry}"
+            )
+        if source.retentions != self.groups.retentions:
+            raise InvalidStepError(
+                f"a manager of groups of layers {source.retentions} cannot hand out blocks of "
+                f"{self.groups.retentions}"
             )
 
     def _require_whole_step(self, source: PlanSource, num_committed: int) -> None:
@@ -418,17 +449,22 @@ class PagedKVCache:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers."""
-        return block_bytes(self.layers, self.dtype)
+        """Bytes of one block over all layers of a group."""
+        return self.groups.block_bytes
 
     def bytes_per_token(self) -> float:
         """Bytes that one sealed token takes over all layers (native: one token)."""
-        return self.block_bytes / self.geometry.block_size
+        return token_bytes(self.layers, self.dtype)
 
     def memory_stats(self, manager: BlockManager) -> MemoryStats:
         """What the pool of `manager`, which hands out this cache's blocks, holds now."""
         self.require_manager(manager)
         return measure_memory(self, manager)
+
+
+def records_of(memory: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The records of one layer [num_blocks, num_kv_heads, record_bytes] in a slot of blocks."""
+    return memory.as_strided((len(memory), *shape), (memory.stride(0), shape[1], 1))
 
 
 def runs_of(block_ids: BlockIds) -> list[tuple[int, int]]:

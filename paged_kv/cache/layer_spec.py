@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..blocks.geometry import BlockGeometry
-from ..errors import ConfigError, OutOfBlocksError
-from ..validation import is_finite, is_list_of, require, require_count, require_instance
+from ..blocks.retention import KEEPS_ALL, Retention
+from ..errors import ConfigError
+from ..validation import is_list_of, require, require_count, require_instance
 from .formats import KVFormat, RecordLayout, block_geometry, resolve_format
 from .key_calibration import KeyCalibration, usual_channel_order
 
@@ -25,6 +26,8 @@ class LayerSpec:
     """What one attention layer stores for each token; `kv_format` may be given by its name.
 
     `calibration` is what was learned of its queries and keys, for formats that ask for it.
+    `retention` says which tokens it may still need: its own sliding window or chunk, with which
+    attention is called. The cache may let go of all others.
     """
 
     kv_format: KVFormat
@@ -32,12 +35,14 @@ class LayerSpec:
     key_dim: int
     value_dim: int
     calibration: KeyCalibration | None = None
+    retention: Retention = field(default=KEEPS_ALL, repr=False)  # tells nothing of what is stored
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_format", resolve_format(self.kv_format))
         for name, least in (("num_kv_heads", 1), ("key_dim", 0), ("value_dim", 0)):
             size = require_count(name, getattr(self, name), least, MAX_HEAD_SIZE)
             object.__setattr__(self, name, size)
+        require_instance("retention", self.retention, Retention)
         known = self.calibration
         if known is None:
             return
@@ -78,6 +83,11 @@ class LayerSpec:
         )
 
 
+def keeping_all(layers: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """The same layers for who reads tokens back that no layer would see again."""
+    return [replace(layer, retention=KEEPS_ALL) for layer in layers]
+
+
 def usual_kv_dtype(layers: Sequence[LayerSpec], dtype: torch.dtype) -> torch.dtype:
     """The precision of open blocks where a model computes in `dtype`.
 
@@ -100,24 +110,3 @@ def require_layers(layers: Sequence[LayerSpec]) -> None:
     require("layers", layers, is_layers, "a list of LayerSpec")
     if not layers:
         raise ConfigError("a cache needs at least one layer, got none")
-
-
-def block_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers."""
-    return sum(layer.num_kv_heads * layer.record_layout(dtype).record_bytes for layer in layers)
-
-
-def sequence_bytes(layers: Sequence[LayerSpec], dtype: torch.dtype, num_tokens: int) -> int:
-    """Bytes of all blocks that a sequence of `num_tokens` holds: head, body and tail."""
-    geometry = cache_geometry(layers, dtype)
-    return geometry.blocks_held(num_tokens) * block_bytes(layers, dtype)
-
-
-def num_blocks_for(memory_bytes: int, layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
-    """Blocks that fit in `memory_bytes`; raises `OutOfBlocksError` when not even one does."""
-    cache_geometry(layers, dtype)  # or it raises
-    require("memory_bytes", memory_bytes, is_finite(memory_bytes), "a number of bytes")
-    size = block_bytes(layers, dtype)
-    if memory_bytes < size:
-        raise OutOfBlocksError(f"{memory_bytes} bytes hold no block; one takes {size} bytes")
-    return int(memory_bytes // size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -39,9 +39,41 @@ class MemoryStats:
 
 def measure_memory(cache: PagedKVCache, manager: BlockManager) -> MemoryStats:
     """What the pool of `manager`, which hands out the blocks of `cache`, holds now."""
-    geometry, table, seq_ids = cache.geometry, manager.tables.ids, manager.living_seq_ids
-    num_head, num_places = geometry.num_head_blocks, geometry.open_blocks_per_block
-    lengths, sealed = manager.num_computed_tokens[seq_ids], manager.num_sealed[seq_ids]
+    groups = [measure_group(cache, manager, group) for group in range(len(manager.groups))]
+    total = sum(memory.nbytes for memory in cache.memory)
+    allocated = manager.pool.num_allocated * cache.block_bytes
+    used = sum(each.used for each in groups)
+    num_idle = 0 if manager.prefix_cache is None else manager.prefix_cache.num_idle
+    return MemoryStats(
+        total=total,
+        free=total - allocated,
+        allocated=allocated,
+        used=used,
+        wasted=allocated - used,
+        head=sum(each.head for each in groups) * cache.block_bytes,
+        body=sum(each.body for each in groups) * cache.block_bytes,
+        tail=sum(each.tail for each in groups) * cache.block_bytes,
+        cached=num_idle * cache.block_bytes,
+    )
+
+
+class GroupUse(NamedTuple):
+    """Different blocks of a group's sequences, and bytes of them that are used."""
+
+    head: int
+    body: int
+    tail: int
+    used: int
+
+
+def measure_group(cache: PagedKVCache, manager: BlockManager, group: int) -> GroupUse:
+    geometry, tables, seq_ids = cache.geometry, manager.groups[group], manager.living_seq_ids
+    table, num_head, num_places = (
+        tables.ids,
+        geometry.num_head_blocks,
+        geometry.open_blocks_per_block,
+    )
+    lengths, sealed = tables.num_stored[seq_ids], tables.num_sealed[seq_ids]
     rows, indices = ragged_arange(sealed)
     num_sealed = len(np.unique(table[seq_ids[rows], num_head + indices * num_places]))
     rows, indices = ragged_arange(-(-lengths // geometry.open_block_size) - sealed * num_places)
@@ -51,21 +83,13 @@ def measure_memory(cache: PagedKVCache, manager: BlockManager) -> MemoryStats:
     filled = lengths[rows] - places * geometry.open_block_size
     open_tokens = int(filled.clip(max=geometry.open_block_size).sum())
     num_head = int(np.count_nonzero(places < num_head))
-    token_bytes = sum(
-        layer.num_kv_heads * layer.record_layout(cache.dtype).token_bytes for layer in cache.layers
-    )
-    allocated = manager.pool.num_allocated * cache.block_bytes
-    used = num_sealed * cache.block_bytes + open_tokens * token_bytes
-    total = sum(arena.nbytes for arena in cache.arenas)
-    num_idle = 0 if manager.prefix_cache is None else manager.prefix_cache.num_idle
-    return MemoryStats(
-        total=total,
-        free=total - allocated,
-        allocated=allocated,
-        used=used,
-        wasted=allocated - used,
-        head=num_head * cache.block_bytes,
-        body=num_sealed * cache.block_bytes,
-        tail=(len(open_ids) - num_head) * cache.block_bytes,
-        cached=num_idle * cache.block_bytes,
+    members = [cache.layers[layer] for layer in cache.groups.layers_of(group)]
+    layouts = [(layer.num_kv_heads, layer.record_layout(cache.dtype)) for layer in members]
+    token_bytes = sum(heads * layout.token_bytes for heads, layout in layouts)
+    sealed_bytes = sum(heads * layout.record_bytes for heads, layout in layouts)
+    return GroupUse(
+        head=num_head,
+        body=num_sealed,
+        tail=len(open_ids) - num_head,
+        used=num_sealed * sealed_bytes + open_tokens * token_bytes,
     )

@@ -6,7 +6,7 @@ arrays of a step travel together, those of whoever runs the model among them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -57,7 +57,7 @@ def to_device(arrays: Mapping[str, StagedArray], device: torch.device) -> dict[s
 class StagedStep:
     """A plan on the device."""
 
-    inputs: StepInputs
+    inputs: tuple[StepInputs, ...]  # of each group of layers
     positions: Tensor  # [T] of each new token in its sequence
     copy_sources: Tensor  # [C] blocks to copy before anything is written ...
     copy_targets: Tensor  # [C] ... and where to
@@ -70,18 +70,24 @@ class StagedStep:
 def stage(
     geometry: BlockGeometry,
     plan: StepPlan,
-    arrays: StepArrays,
+    arrays: Sequence[StepArrays],
     extra: Mapping[str, StagedArray],
     device: torch.device,
 ) -> StagedStep:
-    """A plan and its arrays on `device`; `extra` travels along under its own names."""
-    sent = step_arrays(arrays) | plan_arrays(plan)
+    """A plan and the arrays of its parts on `device`; `extra` travels along under its own names."""
+    sent = step_arrays(arrays[0]) | plan_arrays(plan)
+    for group, (part, its) in enumerate(zip(plan.others, arrays[1:], strict=True), start=1):
+        sent |= in_group(group, step_arrays(its) | window_arrays(part))
     assert not sent.keys() & extra.keys(), "two arrays of one name"
     on_device = to_device(sent | dict(extra), device)
-    inputs = step_inputs(geometry, arrays, on_device)
+    inputs = [step_inputs(geometry, arrays[0], on_device)]
+    for group, its in enumerate(arrays[1:], start=1):
+        prefix = f"{group}: "
+        own = {n.removeprefix(prefix): t for n, t in on_device.items() if n.startswith(prefix)}
+        inputs.append(step_inputs(geometry, its, own))
     return StagedStep(
-        inputs=inputs,
-        positions=on_device.get("positions", inputs.cache_positions),
+        inputs=tuple(inputs),
+        positions=on_device.get("positions", inputs[0].cache_positions),
         copy_sources=on_device["copy_sources"],
         copy_targets=on_device["copy_targets"],
         is_windowed=on_device.get("is_windowed"),
@@ -129,19 +135,34 @@ def step_arrays(arrays: StepArrays) -> dict[str, StagedArray]:
     return {name: getattr(arrays, name) for name in INPUT_NAMES}
 
 
+def in_group(group: int, arrays: Mapping[str, StagedArray]) -> dict[str, StagedArray]:
+    """Under names of that group."""
+    return {f"{group}: {name}": array for name, array in arrays.items()}
+
+
 def plan_arrays(plan: StepPlan) -> dict[str, StagedArray]:
-    """Blocks to copy, and what only windowed sequences need."""
+    """Blocks to copy, of all groups, and what the model has to know of windows."""
+    parts = plan.parts
     sent: dict[str, StagedArray] = {
-        "copy_sources": plan.copy_sources.astype(np.int64),
-        "copy_targets": plan.copy_targets.astype(np.int64),
+        "copy_sources": np.concatenate([part.copy_sources for part in parts]).astype(np.int64),
+        "copy_targets": np.concatenate([part.copy_targets for part in parts]).astype(np.int64),
+        **window_arrays(plan),
     }
+    if plan.num_evicted_tokens is not None:
+        sent["positions"] = plan.positions
     is_windowed, shifts = plan.is_windowed, plan.head_shifts
-    if plan.num_sink_tokens is None or plan.window_sizes is None or is_windowed is None:
-        return sent
-    sent["num_sink_tokens"] = plan.num_sink_tokens
-    sent["window_sizes"] = np.where(plan.window_sizes, plan.window_sizes, NO_WINDOW)
-    sent["is_windowed"] = is_windowed.astype(np.int64)
-    sent["positions"] = plan.positions
+    if is_windowed is not None:
+        sent["is_windowed"] = is_windowed.astype(np.int64)
     if shifts is not None:
         sent["head_shifts"] = shifts
     return sent
+
+
+def window_arrays(part: StepPlan) -> dict[str, StagedArray]:
+    """What kernels read of windowed sequences."""
+    if part.num_sink_tokens is None or part.window_sizes is None:
+        return {}
+    return {
+        "num_sink_tokens": part.num_sink_tokens,
+        "window_sizes": np.where(part.window_sizes, part.window_sizes, NO_WINDOW),
+    }

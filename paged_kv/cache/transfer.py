@@ -61,9 +61,20 @@ class SequenceData:
     """What an export says of its sequence, beside the bytes of its blocks."""
 
     tokens: TokenChain
-    num_computed_tokens: int
-    num_sealed: int
+    num_computed_tokens: int  # with those that were let go since
+    num_sealed: int  # body blocks, likewise
     record_order: str
+    num_evicted: tuple[int, ...] = (0,)  # tokens that each group of layers has let go
+
+    def lengths(self, geometry: BlockGeometry) -> tuple[StoredLengths, ...]:
+        """What each group of layers stores."""
+        size = geometry.block_size
+        return tuple(
+            StoredLengths(
+                self.num_computed_tokens - its, self.num_sealed - its // size * geometry.seals, its
+            )
+            for its in self.num_evicted
+        )
 
 
 def export_sequence(
@@ -80,19 +91,23 @@ def export_sequence(
     tokens = manager.chain_of(seq_id)
     if tokens.sink_window is not None:
         raise TransferError(f"seq_id {seq_id} is windowed and cannot be exported")
+    lengths, geometry = manager.stored_lengths(seq_id), cache.geometry
+    first = lengths[0]
     sequence = SequenceData(
         tokens=tokens,
-        num_computed_tokens=int(manager.num_computed_tokens[seq_id]),
-        num_sealed=int(manager.num_sealed[seq_id]),
+        num_computed_tokens=first.num_stored + first.num_evicted,
+        num_sealed=first.num_sealed + first.num_evicted // geometry.block_size * geometry.seals,
         record_order=record_order_of(cache),
+        num_evicted=tuple(its.num_evicted for its in lengths),
     )
     fields = shared_fields(cache, model_fingerprint) | sequence_fields(cache, sequence)
     header = json.dumps(fields, separators=(",", ":")).encode()
-    ids = on_device(cache, manager.block_ids(seq_id))
+    ids = [on_device(cache, tables.block_ids(seq_id)) for tables in manager.groups]
     parts = [memoryview(header), tokens.token_ids.astype(TOKEN_DTYPE).data]
-    for layer, arena in zip(cache.layers, cache.arenas, strict=True):
-        records = as_words(arena).index_select(0, ids).cpu().view(torch.uint8)
-        if cache.has_small_blocks(layer):
+    for layer, arena in enumerate(cache.arenas):
+        own_ids = ids[cache.groups.group_of_layer[layer]]
+        records = as_words(arena).index_select(0, own_ids).cpu().view(torch.uint8)
+        if cache.has_small_blocks(cache.layers[layer]):
             records = by_kv_head(records, cache.geometry)
         travelling(cache, layer, records, sequence).clear_the_rest()
         parts.append(records.numpy().data)
@@ -129,11 +144,10 @@ def import_sequence(
     sequence, layer_data = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
     require_token_ids(sequence.tokens.token_ids, vocab_size)
     records = read_records(cache, sequence, layer_data)
-    lengths = [StoredLengths(sequence.num_computed_tokens, sequence.num_sealed)]
-    seq_id, block_ids = manager.place_sequence(sequence.tokens, lengths)
+    seq_id, _ = manager.place_sequence(sequence.tokens, sequence.lengths(cache.geometry))
     try:
         cache.bind(manager)
-        write_records(cache, records, block_ids)
+        write_records(cache, records, [tables.block_ids(seq_id) for tables in manager.groups])
     except BaseException:
         manager.remove_sequence(seq_id)
         raise
@@ -155,7 +169,9 @@ def as_words(records: Tensor) -> Tensor:
 
 def shared_fields(cache: PagedKVCache, model_fingerprint: bytes) -> JsonObject:
     """What both sides must agree on."""
-    return {
+    evicts = any(not each.keeps_all for each in cache.groups.retentions)
+    groups = [asdict(each) for each in cache.groups.retentions]
+    return ({"groups": groups} if evicts else {}) | {
         "layers": [layer_fields(layer) for layer in cache.layers],
         "dtype": str(cache.dtype).removeprefix("torch."),
         "geometry": asdict(cache.geometry),
@@ -166,16 +182,20 @@ def shared_fields(cache: PagedKVCache, model_fingerprint: bytes) -> JsonObject:
 
 def layer_fields(layer: LayerSpec) -> JsonObject:
     calibration = None if layer.calibration is None else layer.calibration.digest
-    return asdict(replace(layer, calibration=None)) | {"calibration": calibration}
+    fields = asdict(replace(layer, calibration=None)) | {"calibration": calibration}
+    del fields["retention"]  # which the groups tell
+    return fields
 
 
 def sequence_fields(cache: PagedKVCache, sequence: SequenceData) -> JsonObject:
     """What the sequence is, with the hashes of all its complete links."""
     tokens = sequence.tokens.with_tokens(sequence.tokens.token_ids)
     tokens.hash_links(cache.geometry, cache.geometry.num_links(len(tokens.token_ids)))
-    num_blocks = cache.geometry.count_blocks(sequence.num_computed_tokens, sequence.num_sealed)
-    token_bytes, *layer_bytes = section_sizes(cache, len(tokens.token_ids), num_blocks)
-    return {
+    token_bytes, *layer_bytes = section_sizes(cache, sequence)
+    evicted = (
+        {"num_evicted_tokens": list(sequence.num_evicted)} if any(sequence.num_evicted) else {}
+    )
+    return evicted | {
         "num_computed_tokens": sequence.num_computed_tokens,
         "num_known_tokens": len(tokens.token_ids),
         "num_sealed": sequence.num_sealed,
@@ -208,8 +228,14 @@ def read_sequence(
     shared = shared_fields(cache, model_fingerprint)
     require_equal("header", {name: header.get(name) for name in shared}, shared)
     num_computed, num_known, num_sealed = read_counts(header, manager)
-    num_blocks = cache.geometry.count_blocks(num_computed, num_sealed)
-    sections = split(body, section_sizes(cache, num_known, num_blocks))
+    sequence = SequenceData(
+        tokens=TokenChain(np.zeros(num_known, dtype=np.int32), b""),
+        num_computed_tokens=num_computed,
+        num_sealed=num_sealed,
+        record_order=read_record_order(header),
+        num_evicted=read_evicted(header, manager, num_computed, num_sealed),
+    )
+    sections = split(body, section_sizes(cache, sequence))
     token_ids = np.array(sections[0]).view(TOKEN_DTYPE).astype(np.int32)
     require_token_ids(token_ids, None)
     tokens = manager.chain_tokens(token_ids, extra_keys)
@@ -218,12 +244,7 @@ def read_sequence(
             f"header.root is {short_repr(header.get('root'))} in the data, {tokens.root.hex()} "
             "here: the extra keys differ, or what the managers were made for"
         )
-    sequence = SequenceData(
-        tokens=tokens,
-        num_computed_tokens=num_computed,
-        num_sealed=num_sealed,
-        record_order=read_record_order(header),
-    )
+    sequence = replace(sequence, tokens=tokens)
     require_equal("header", header, shared | sequence_fields(cache, sequence))
     return sequence, sections[1:]
 
@@ -320,6 +341,28 @@ def read_counts(header: JsonObject, manager: BlockManager) -> tuple[int, int, in
     return num_computed, num_known, num_sealed
 
 
+def read_evicted(
+    header: JsonObject, manager: BlockManager, num_computed: int, num_sealed: int
+) -> tuple[int, ...]:
+    """Tokens that each group of layers has let go, as a sequence here could have."""
+    geometry, retentions = manager.geometry, manager.source.retentions
+    found = header.get("num_evicted_tokens", [0] * len(retentions))
+    name = f"header.num_evicted_tokens is {short_repr(found)}"
+    if not isinstance(found, list) or len(found) != len(retentions):
+        raise TransferError(f"{name}, which is not one number for each of {len(retentions)} groups")
+    for value, retention in zip(found, retentions, strict=True):
+        most = retention.num_evicted(geometry, num_computed)
+        if geometry.seals:
+            most = min(most, num_sealed * geometry.block_size)
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        if not (is_count and 0 <= value <= most and value % retention.step(geometry) == 0):
+            raise TransferError(
+                f"{name}; of {num_computed} tokens a group that keeps {retention} lets go of up "
+                f"to {most}, by {retention.step(geometry)}"
+            )
+    return tuple(found)
+
+
 def possible_num_sealed(geometry: BlockGeometry, num_computed: int, num_tokens: int) -> range:
     """How many body blocks a sequence can have, of whose `num_tokens` so many are computed.
 
@@ -341,10 +384,14 @@ def read_record_order(header: JsonObject) -> str:
     return order
 
 
-def section_sizes(cache: PagedKVCache, num_known_tokens: int, num_blocks: int) -> list[int]:
+def section_sizes(cache: PagedKVCache, sequence: SequenceData) -> list[int]:
     """Bytes of the token ids, then of each layer's records."""
-    token_bytes = num_known_tokens * TOKEN_DTYPE.itemsize
-    return [token_bytes, *(num_blocks * arena[0].nbytes for arena in cache.arenas)]
+    lengths = sequence.lengths(cache.geometry)
+    counts = [cache.geometry.count_blocks(its.num_stored, its.num_sealed) for its in lengths]
+    num_blocks = [counts[group] for group in cache.groups.group_of_layer]
+    record_bytes = [heads * size for heads, size in cache.record_shapes]
+    token_bytes = len(sequence.tokens.token_ids) * TOKEN_DTYPE.itemsize
+    return [token_bytes, *(n * size for n, size in zip(num_blocks, record_bytes, strict=True))]
 
 
 def split(body: memoryview, sizes: list[int]) -> list[memoryview]:
@@ -362,16 +409,17 @@ def split(body: memoryview, sizes: list[int]) -> list[memoryview]:
 
 
 def travelling(
-    cache: PagedKVCache, layer: LayerSpec, records: Tensor, sequence: SequenceData
+    cache: PagedKVCache, layer: int, records: Tensor, sequence: SequenceData
 ) -> TravellingRecords:
+    its = sequence.lengths(cache.geometry)[cache.groups.group_of_layer[layer]]
     return TravellingRecords(
         records=records,
-        layout=layer.record_layout(cache.dtype),
+        layout=cache.layers[layer].record_layout(cache.dtype),
         dtype=cache.dtype,
         open_block_size=cache.geometry.open_block_size,
         num_head_blocks=cache.geometry.num_head_blocks,
-        num_sealed=sequence.num_sealed,
-        num_tokens=sequence.num_computed_tokens,
+        num_sealed=its.num_sealed,
+        num_tokens=its.num_stored,
         keys_are_channel_major=sequence.record_order == CHANNEL_MAJOR_KEYS,
     )
 
@@ -383,26 +431,29 @@ def read_records(
     sequence's own; raises `TransferError` unless all of it is finite."""
     is_reordered = sequence.record_order != record_order_of(cache)
     all_records: list[Tensor] = []
-    for index, (layer, data) in enumerate(zip(cache.layers, layer_data, strict=True)):
-        array = np.array(data).reshape(-1, *cache.record_shapes[index])
+    for layer, data in enumerate(layer_data):
+        array = np.array(data).reshape(-1, *cache.record_shapes[layer])
         records = torch.from_numpy(array)
         own = travelling(cache, layer, records, sequence)
         own.clear_the_rest()
         if not own.are_finite():
-            raise TransferError(f"the K/V of layer {index} are not all finite")
+            raise TransferError(f"the K/V of layer {layer} are not all finite")
         if is_reordered:
             reorder_records(cache, layer, records, sequence)
         all_records.append(records)
     return all_records
 
 
-def write_records(cache: PagedKVCache, all_records: Sequence[Tensor], block_ids: BlockIds) -> None:
-    """Copy each layer's records into these blocks."""
-    ids = on_device(cache, block_ids)
-    for layer, arena, records in zip(cache.layers, cache.arenas, all_records, strict=True):
-        if cache.has_small_blocks(layer):
+def write_records(
+    cache: PagedKVCache, all_records: Sequence[Tensor], block_ids: Sequence[BlockIds]
+) -> None:
+    """Copy each layer's records into the blocks of its group."""
+    ids = [on_device(cache, its) for its in block_ids]
+    for layer, records in enumerate(all_records):
+        if cache.has_small_blocks(cache.layers[layer]):
             records = by_small_block(records, cache.geometry)
-        as_words(arena)[ids] = as_words(records.to(cache.device))
+        own_ids = ids[cache.groups.group_of_layer[layer]]
+        as_words(cache.arenas[layer])[own_ids] = as_words(records.to(cache.device))
 
 
 def by_kv_head(records: Tensor, geometry: BlockGeometry) -> Tensor:
@@ -421,11 +472,12 @@ def by_small_block(records: Tensor, geometry: BlockGeometry) -> Tensor:
 
 
 def reorder_records(
-    cache: PagedKVCache, layer: LayerSpec, records: Tensor, sequence: SequenceData
+    cache: PagedKVCache, place: int, records: Tensor, sequence: SequenceData
 ) -> None:
     """A sequence's records of a layer, in place: from the order they lie in to the other one."""
-    body_start = cache.geometry.num_head_blocks
-    head, body, tail = records.tensor_split((body_start, body_start + sequence.num_sealed))
+    body_start, layer = cache.geometry.num_head_blocks, cache.layers[place]
+    its = sequence.lengths(cache.geometry)[cache.groups.group_of_layer[place]]
+    head, body, tail = records.tensor_split((body_start, body_start + its.num_sealed))
     keys_are_channel_major = sequence.record_order == CHANNEL_MAJOR_KEYS
     open_keys = (cache.geometry.open_block_size, layer.key_dim)
     for open_records in (head, tail):
@@ -433,7 +485,7 @@ def reorder_records(
     if cache.has_small_blocks(layer):
         small = body.view(*body.shape[:2], cache.geometry.open_blocks_per_block, -1)
         transpose(small, cache.dtype, 0, open_keys, keys_are_channel_major)
-    elif sequence.num_sealed:
+    elif its.num_sealed:
         reorder_codes(body, layer.record_layout(cache.dtype), keys_are_channel_major)
 
 

@@ -17,6 +17,7 @@ from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
+from ..blocks.block_manager import BlockManager
 from ..blocks.geometry import BlockGeometry
 from ..errors import OutOfBlocksError, PagedKVError
 from ..scheduler.request import Branching, Request
@@ -255,22 +256,22 @@ class BeamSearch:
         return params.score(log_probability, length) > self.hypotheses[-1].score
 
 
-def find_branching(
-    geometry: BlockGeometry, request: Request, num_beams: int, *, max_seqs: int, num_blocks: int
-) -> Branching:
+def find_branching(manager: BlockManager, request: Request, num_beams: int) -> Branching:
     """What the beams of a request may take at once; raises `OutOfBlocksError` if that is too much.
 
-    At most `max_seqs` sequences and `num_blocks` blocks.
+    Groups of layers that keep less are counted as if they kept all.
     """
     num_prompt_tokens, max_tokens = request.num_prompt_tokens, request.max_tokens
     assert max_tokens is not None, "only windowed requests have no end"
-    if num_beams > max_seqs:
-        raise OutOfBlocksError(f"{num_beams} beams exceed max_num_seqs ({max_seqs})")
+    if num_beams > manager.max_num_seqs:
+        raise OutOfBlocksError(f"{num_beams} beams exceed max_num_seqs ({manager.max_num_seqs})")
+    geometry, num_groups = manager.geometry, len(manager.groups)
     max_blocks = max_blocks_of_beams(geometry, num_prompt_tokens, max_tokens, num_beams)
-    if max_blocks > num_blocks:
+    max_blocks *= num_groups
+    if max_blocks > manager.num_blocks:
         raise OutOfBlocksError(
             f"{num_beams} beams of {num_prompt_tokens} prompt tokens and max_tokens={max_tokens} "
-            f"may need {max_blocks} blocks; the pool has {num_blocks}"
+            f"may need {max_blocks} blocks; the pool has {manager.num_blocks}"
         )
     return Branching(max_seqs=num_beams, max_blocks=max_blocks)
 

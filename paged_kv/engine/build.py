@@ -16,7 +16,8 @@ from ..cache.formats import KVFormat
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
 from ..cache.layer_formats import resolve_formats
-from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for, usual_kv_dtype
+from ..cache.layer_groups import max_blocks, num_blocks_for
+from ..cache.layer_spec import LayerSpec, cache_geometry, usual_kv_dtype
 from ..errors import ConfigError
 from ..models.attached_model import AttachedModel
 from ..models.calibration import Calibration, usual_calibration
@@ -113,7 +114,9 @@ def engine_where_it_is(
     warm_up()
     graphs = None
     has_kernels = cache.device.type == "cuda" and cache.backend is not TORCH_BACKEND
-    can_capture = model.route == "fused" and not cache.is_mixed  # which makes plans on the host
+    can_capture = (
+        model.route == "fused" and not cache.has_several_tables
+    )  # which makes plans on the host
     if has_kernels and can_capture and not config.enforce_eager:
         graphs = DecodeGraphs(model, cache, manager)
     runner = ModelRunner(model, cache, graphs)
@@ -187,10 +190,10 @@ def pool_size(
         return config.num_blocks
     if config.kv_memory is not None:
         return num_blocks_for(parse_memory(config.kv_memory, "kv_memory"), layers, dtype)
-    geometry = cache_geometry(layers, dtype)
-    longest = geometry.max_blocks(max_model_len)
+    longest = max_blocks(layers, dtype, max_model_len)
     if config.sink_window is not None:
-        longest = max(longest, config.sink_window.fitted(geometry).max_blocks(geometry))
+        fitted = config.sink_window.fitted(cache_geometry(layers, dtype))
+        longest = max(longest, max_blocks(layers, dtype, max_model_len, fitted))
     wanted = config.max_num_seqs * (longest + 1)
     return min(wanted, num_blocks_for(usual_kv_memory(device), layers, dtype))
 

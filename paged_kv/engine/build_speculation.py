@@ -8,7 +8,8 @@ from ..blocks.block_manager import BlockManager
 from ..cache.device_memory import usual_kv_memory
 from ..cache.formats import NATIVE
 from ..cache.kv_cache import PagedKVCache
-from ..cache.layer_spec import cache_geometry, num_blocks_for, usual_kv_dtype
+from ..cache.layer_groups import num_blocks_for
+from ..cache.layer_spec import cache_geometry, keeping_all, usual_kv_dtype
 from ..errors import ConfigError
 from ..models.attached_model import AttachedModel
 from ..models.huggingface import PagedModel
@@ -64,7 +65,7 @@ def load_draft_model(
 
 def new_runner(drafting: PagedModel, manager: BlockManager) -> tuple[ModelRunner, BlockManager]:
     """The model on a pool for as many tokens as the manager's holds, and who hands that out."""
-    layers = drafting.layers(NATIVE)
+    layers = keeping_all(drafting.layers(NATIVE))  # what turns out wrong is taken back
     dtype, device = usual_kv_dtype(layers, drafting.dtype), drafting.device
     geometry = cache_geometry(layers, dtype)
     max_model_len = model_length(drafting.model, None)

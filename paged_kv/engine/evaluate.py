@@ -21,7 +21,8 @@ from ..blocks.geometry import IntArray
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
 from ..cache.layer_formats import KVFormats
-from ..cache.layer_spec import cache_geometry, usual_kv_dtype
+from ..cache.layer_groups import max_blocks
+from ..cache.layer_spec import keeping_all, usual_kv_dtype
 from ..errors import ConfigError
 from ..models.attached_model import AttachedModel
 from .model_runner import ModelRunner
@@ -103,7 +104,7 @@ class TeacherForcing:
         dtype = usual_kv_dtype(layers, model.dtype)
         num_windows, length = windows.shape
         # Twice what a sequence holds: a chunk may take new blocks before its old ones are freed.
-        num_blocks = num_windows * 2 * cache_geometry(layers, dtype).max_blocks(length)
+        num_blocks = num_windows * 2 * max_blocks(keeping_all(layers), dtype, length)
         self._windows = windows
         cache = PagedKVCache(layers, num_blocks=num_blocks, dtype=dtype, device=model.device)
         self._runner = ModelRunner(model, cache)

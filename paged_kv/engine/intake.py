@@ -121,13 +121,7 @@ class Intake:
         if params.max_tokens is None:
             assert request.max_tokens is not None
             request.max_tokens = self._fitting_tokens(request, params.num_beams)
-        request.branching = find_branching(
-            self._manager.geometry,
-            request,
-            params.num_beams,
-            max_seqs=self._manager.max_num_seqs,
-            num_blocks=self._manager.num_blocks,
-        )
+        request.branching = find_branching(self._manager, request, params.num_beams)
         assert request.max_tokens is not None
         return BeamSearch(
             params=params,
@@ -168,19 +162,20 @@ class Intake:
     @cached_property
     def _longest(self) -> int:
         """Tokens of the longest sequence that the pool holds, the last of which is never stored."""
-        geometry, limit = self._manager.geometry, self._manager.max_model_len
+        manager = self._manager
         return most_that_fit(
-            limit, lambda tokens: geometry.max_blocks(tokens - 1), self._manager.num_blocks
+            manager.max_model_len, lambda tokens: manager.max_blocks(tokens - 1), manager.num_blocks
         )
 
     def _fitting_tokens(self, request: Request, num_beams: int) -> int:
         """The most tokens that all beams of a prompt may get."""
         assert request.max_tokens is not None
         geometry, length = self._manager.geometry, request.num_prompt_tokens
+        num_groups = len(self._manager.groups)
         return most_that_fit(
             request.max_tokens,
             lambda tokens: max_blocks_of_beams(geometry, length, tokens, num_beams),
-            self._manager.num_blocks,
+            self._manager.num_blocks // num_groups,
         )
 
     def _check_prompt(self, prompt_token_ids: Sequence[int], *, is_windowed: bool) -> None:

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from ..blocks.geometry import IntArray
 from ..cache.formats import NATIVE
 from ..cache.layer_formats import LayerFormats
-from ..cache.layer_spec import sequence_bytes, usual_kv_dtype
+from ..cache.layer_groups import sequence_bytes
+from ..cache.layer_spec import usual_kv_dtype
 from ..engine.evaluate import Quality, compare_formats, count_recalled, token_windows
 from ..engine.recall import RecallContext, recall_contexts
 from ..errors import ConfigError

@@ -12,7 +12,8 @@ from ..blocks.block_manager import BlockManager
 from ..blocks.sink_window import SinkWindow
 from ..cache.device_memory import usual_kv_memory
 from ..cache.kv_cache import PagedKVCache
-from ..cache.layer_spec import LayerSpec, cache_geometry, num_blocks_for
+from ..cache.layer_groups import num_blocks_for
+from ..cache.layer_spec import LayerSpec, cache_geometry
 from ..models.rotary import Rotation
 
 MAX_BATCH_SIZE: Final = 1 << 10  # sequences, unless a batch begins with more

@@ -19,13 +19,8 @@ from transformers.cache_utils import Cache
 from ..blocks.sink_window import SinkWindow
 from ..cache.formats import KVFormat
 from ..cache.layer_formats import KVFormats, formats_name, resolve_formats
-from ..cache.layer_spec import (
-    FULL_PRECISION_DTYPES,
-    LayerSpec,
-    cache_geometry,
-    num_blocks_for,
-    usual_kv_dtype,
-)
+from ..cache.layer_groups import num_blocks_for
+from ..cache.layer_spec import FULL_PRECISION_DTYPES, LayerSpec, cache_geometry, usual_kv_dtype
 from ..cache.memory_stats import MemoryStats
 from ..errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from ..models.active_step import Probe, running

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
+from ..blocks.retention import Retention
 from ..cache.kv_cache import PagedKVCache, Step
 from ..errors import UnsupportedModelError
 from .rotary import StepTurns
@@ -27,6 +28,7 @@ class Probe:
 
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     windows: set[object] = field(default_factory=set)
+    retentions: dict[int, Retention] = field(default_factory=dict)  # what its masks leave
     # Queries and keys [T, H, D]; attention puts out zeros, so all a layer knows is the token.
     tokens: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..blocks.retention import KEEPS_ALL, Retention
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache, Step
 from ..cache.layer_formats import KVFormats, resolve_formats
@@ -43,6 +45,7 @@ class AttachedModel(ABC):
 
     route: ClassVar[Route]
     implementation: ClassVar[str | None]  # of its attention; None is the model's own
+    layer_retentions: Mapping[int, Retention] = MappingProxyType({})  # the others keep all
     keeps_states = False  # of recurrent layers: its sequences cannot begin behind their first token
 
     def __init__(self, model: PreTrainedModel, *, widens: bool = False) -> None:
@@ -144,7 +147,10 @@ class AttachedModel(ABC):
     def layers(
         self, kv_format: KVFormats, calibration: Sequence[KeyCalibration] | None = None
     ) -> list[LayerSpec]:
-        """What the cache of this model must hold, in the order of its layers."""
+        """What the cache of this model must hold, in the order of its layers.
+
+        Layers that see a window or a chunk keep no more than that where attention is ours.
+        """
         formats = resolve_formats(kv_format).of(len(self.layer_shapes))
         known = [None] * len(self.layer_shapes) if calibration is None else calibration
         if len(known) != len(self.layer_shapes):
@@ -159,9 +165,10 @@ class AttachedModel(ABC):
                 key_dim=key,
                 value_dim=value,
                 calibration=its,
+                retention=self.layer_retentions.get(layer, KEEPS_ALL),
             )
-            for each, (heads, key, value), its in zip(
-                formats, self.layer_shapes.values(), known, strict=True
+            for each, (layer, (heads, key, value)), its in zip(
+                formats, self.layer_shapes.items(), known, strict=True
             )
         ]
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..cache.formats import NATIVE
 from ..cache.key_calibration import KeyCalibration
 from ..cache.kv_cache import PagedKVCache
+from ..cache.layer_spec import keeping_all
 from ..errors import ConfigError
 from ..private_folder import owned_folder
 from .attached_model import AttachedModel
@@ -145,7 +146,7 @@ def calibrate(model: AttachedModel, token_ids: Sequence[int]) -> Calibration:
         )
     longest = find_length_limit(model.model).num_tokens
     ids = np.array(token_ids[: min(MAX_TOKENS, longest or MAX_TOKENS)], dtype=np.int64)
-    specs = model.layers(NATIVE)
+    specs = keeping_all(model.layers(NATIVE))
     moments = [Moments.none(spec.num_kv_heads, spec.key_dim, model.device) for spec in specs]
     num_blocks = 2 + len(ids) // NATIVE.block_size
     cache = PagedKVCache(specs, num_blocks=num_blocks, dtype=model.dtype, device=model.device)

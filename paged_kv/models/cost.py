@@ -15,12 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..cache.formats import FORMATS
 from ..cache.layer_formats import LayerFormats, formats_name, resolve_formats
-from ..cache.layer_spec import (
-    LayerSpec,
-    block_bytes,
-    cache_geometry,
-    sequence_bytes,
-)
+from ..cache.layer_groups import sequence_bytes, token_bytes
+from ..cache.layer_spec import LayerSpec
 from ..errors import ModelNotFoundError
 from .loading import find_model, first_lines
 from .routes import choose_route
@@ -67,11 +63,10 @@ def format_costs(
     for choice in (*map(resolve_formats, FORMATS), *others):
         formats = choice.of(len(layers))
         specs = [replace(layer, kv_format=f) for layer, f in zip(layers, formats, strict=True)]
-        block_size = cache_geometry(specs, dtype).block_size
         costs.append(
             FormatCost(
                 name=formats_name(formats),
-                bytes_per_token=block_bytes(specs, dtype) / block_size,
+                bytes_per_token=token_bytes(specs, dtype),
                 effective={n: sequence_bytes(specs, dtype, n) / n for n in lengths},
             )
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from ..blocks.retention import Retention
 from ..cache.attention import paged_attention
 from ..cache.kv_cache import PagedKVCache, Step
 from ..errors import PagedKVError, UnsupportedModelError
@@ -125,7 +126,10 @@ def attend_tokens(
     active = running_step()
     if isinstance(active, Probe):
         settings = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-        return active.attend(module, query, key, value, {**settings, "s_aux": s_aux})
+        output = active.attend(module, query, key, value, {**settings, "s_aux": s_aux})
+        retention = Retention.of_layer(sliding_window, attention_chunk_of(module))
+        active.retentions[cast(int, module.layer_idx)] = retention
+        return output
     if not isinstance(active, ActiveStep):
         raise no_step()
     layer_idx, sink_query = cast(int, module.layer_idx), None
@@ -291,6 +295,7 @@ class PagedModel(AttachedModel):
                 "cache of its own"
             ) from error
         check_probe(self.model, probe)
+        self.layer_retentions = probe.retentions
         return dict(sorted(probe.shapes.items())), logits.shape[-1]
 
 

@@ -9,7 +9,8 @@ import torch
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
 from paged_kv.cache.kv_cache import PagedKVCache, runs_of
-from paged_kv.cache.layer_spec import LayerSpec, block_bytes, cache_geometry, num_blocks_for
+from paged_kv.cache.layer_groups import block_bytes, num_blocks_for
+from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
 from paged_kv.errors import ConfigError, OutOfBlocksError
 from tests.support.fleets import Fleet, as_stored, dequantized_block
 from tests.support.kv_formats import FORMATS_BY_LABEL, QUANTIZED_LABELS

@@ -250,7 +250,7 @@ def test_what_a_mixture_takes_is_the_sum_over_its_layers():
     assert mixed.block_bytes == sum(sizes)
     assert sizes[0] == sizes[4] == 2 * 128 * (32 + 16) * 4
     assert sizes[1] < sizes[2] < sizes[3] < sizes[0]
-    assert mixed.is_mixed
+    assert mixed.has_several_tables
     with pytest.raises(ConfigError, match="have no decode tables"):
         mixed.decode_tables(mixed.new_manager(max_num_seqs=1, max_model_len=100))
-    assert not Fleet([attention_oracle.layer_of(INT2)], num_blocks=10).cache.is_mixed
+    assert not Fleet([attention_oracle.layer_of(INT2)], num_blocks=10).cache.has_several_tables

@@ -134,7 +134,7 @@ def test_reordered_records_read_the_same_and_come_back_the_same(kv_format, order
             num_sealed=num_sealed,
             record_order=record_order,
         )
-        for layer, record in zip(layers, turned, strict=True):
+        for layer, record in enumerate(turned):
             reorder_records(cache, layer, record, sequence)
         return turned
 

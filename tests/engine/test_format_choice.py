@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from paged_kv.cache.formats import INT2, INT8, NATIVE
 from paged_kv.cache.layer_formats import LayerFormats, formats_name
-from paged_kv.cache.layer_spec import block_bytes, cache_geometry, usual_kv_dtype
+from paged_kv.cache.layer_groups import block_bytes
+from paged_kv.cache.layer_spec import cache_geometry, usual_kv_dtype
 from paged_kv.engine.evaluate import compare_formats
 from paged_kv.engine.format_choice import (
     USUAL,

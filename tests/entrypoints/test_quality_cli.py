@@ -12,7 +12,8 @@ import quality_picture
 
 from paged_kv import LLM, SamplingParams
 from paged_kv.cache.layer_formats import resolve_formats
-from paged_kv.cache.layer_spec import block_bytes, usual_kv_dtype
+from paged_kv.cache.layer_groups import block_bytes
+from paged_kv.cache.layer_spec import usual_kv_dtype
 from paged_kv.entrypoints.cli import main
 from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.kept_results import KeptResults

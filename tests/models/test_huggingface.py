@@ -29,11 +29,9 @@ from paged_kv.errors import ConfigError, PagedKVError, UnsupportedModelError
 from paged_kv.models.huggingface import IMPLEMENTATION, PagedModel
 from paged_kv.scheduler.request import Request
 from tests.support import paged_models, zoo
-from tests.support.paged_models import POOL, greedy, open_llm
+from tests.support.paged_models import POOL, greedy, open_llm, scarce_blocks
 
 preempted = paged_models.preempted
-
-SMALL_POOL = 20  # the prompts alone need 37 blocks of 16 tokens, the longest sequence 11
 
 FORMATS = ("native", "int8", "int4", "int2")
 
@@ -65,7 +63,7 @@ def test_every_step_sees_the_logits_of_a_full_forward_pass(
 
     monkeypatch.setattr(paged_kv.engine.engine, "Sampling", record)
     model = zoo.model(name)
-    with open_llm(model, token_budget=40, num_blocks=SMALL_POOL) as llm:
+    with open_llm(model, token_budget=40) as llm, scarce_blocks():
         outputs = [output.token_ids for output in llm.generate(prompts, params)]
     assert preempted
     for prompt, output, rows in zip(prompts, outputs, seen, strict=True):
@@ -79,7 +77,7 @@ def test_every_step_sees_the_logits_of_a_full_forward_pass(
 @pytest.mark.parametrize("head_dim", [8, 40, 256])
 def test_head_dims_and_groups(head_dim: int, num_kv_heads: int) -> None:
     model = zoo.build("LlamaForCausalLM", head_dim=head_dim, num_key_value_heads=num_kv_heads)
-    with open_llm(model, token_budget=40, num_blocks=SMALL_POOL) as llm:
+    with open_llm(model, token_budget=40) as llm, scarce_blocks():
         tokens = greedy(llm, zoo.prompts())
     assert tokens == zoo.generate_alone(model, zoo.prompts())
 
@@ -174,6 +172,10 @@ def test_control_altered_attention(
     name: str, argument: str, change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alter(monkeypatch, argument, change)
+    if change(1) == 2:  # more than the layer keeps
+        with pytest.raises(ConfigError, match=f"{argument} must be at most"):
+            paged_tokens(name)
+        return
     assert paged_tokens(name) != zoo.expected_tokens(name)
 
 

@@ -5,6 +5,7 @@ Eight sequences at once, in chunks, preempted, and again on what the prefix cach
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,12 @@ from paged_kv import LLM
 from paged_kv.errors import PagedKVError
 from paged_kv.models.gathered_model import SequenceContext
 from tests.support import paged_models, zoo, zoo_table
-from tests.support.paged_models import POOL, greedy, open_llm
+from tests.support.paged_models import POOL, greedy, open_llm, scarce_blocks
 
 preempted = paged_models.preempted
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN_BUDGET = 40
-SMALL_POOL = 20  # the prompts alone need 37 blocks of 16 tokens, the longest sequence 11
 TOKENS_ON_HITS = 4  # and a last one, which BART's generation config forces
 GENERATED = slice(2, None, 4)  # of the prompts: a short one and a long one
 EACH_ALONE = ["llama", "gemma2", "falcon", "bamba"]  # of each route; one with a window
@@ -71,24 +71,25 @@ def test_at_once_and_again_on_prefix_hits(name: str) -> None:
 @pytest.mark.parametrize("name", zoo.each(zoo.ARCHITECTURES))
 def test_in_chunks_and_preempted(name: str, preempted: list[Any]) -> None:
     served = served_at_once(name)
-    with open_llm(zoo.model(name), token_budget=TOKEN_BUDGET, num_blocks=SMALL_POOL) as llm:
+    with open_llm(zoo.model(name), token_budget=TOKEN_BUDGET) as llm, scarce_blocks():
         assert greedy(llm, zoo.prompts()) == served
         assert llm.engine.num_steps > sum(zoo.PROMPT_LENGTHS) // TOKEN_BUDGET
     assert preempted
 
 
 @pytest.mark.parametrize("name", zoo.each(EACH_ALONE))
-@pytest.mark.parametrize("pool", [POOL, SMALL_POOL])
+@pytest.mark.parametrize("is_scarce", [False, True])
 @pytest.mark.parametrize("token_budget", [TOKEN_BUDGET, 1024])
 def test_chunks_preemption_and_hits_each_alone(
-    name: str, pool: int, token_budget: int, preempted: list[Any]
+    name: str, is_scarce: bool, token_budget: int, preempted: list[Any]
 ) -> None:
     """Chunks without preemption, whole prompts with it; twice, so that chunks leave hits."""
     expected = zoo.expected_tokens(name)
-    with open_llm(zoo.model(name), token_budget=token_budget, num_blocks=pool) as llm:
+    scarcity = scarce_blocks() if is_scarce else nullcontext()
+    with open_llm(zoo.model(name), token_budget=token_budget) as llm, scarcity:
         assert greedy(llm, zoo.prompts()) == expected
         assert greedy(llm, zoo.prompts()) == expected
-    assert bool(preempted) == (pool == SMALL_POOL)
+    assert bool(preempted) == is_scarce
 
 
 @pytest.mark.parametrize("name", zoo.each(zoo.ARCHITECTURES))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
 
 from paged_kv import LLM, SamplingParams
+from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.scheduler.request import Request
 from paged_kv.scheduler.scheduler import Scheduler
 
@@ -16,7 +20,7 @@ from .zoo import NUM_NEW_TOKENS
 
 NAN_BYTE = 0xFF
 
-POOL = 80  # native blocks: room for every sequence of a test at once
+POOL = 200  # native blocks: room for every sequence of a test at once
 
 
 @pytest.fixture
@@ -31,6 +35,21 @@ def preempted(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
     monkeypatch.setattr(Scheduler, "_preempt", record)
     return requests
+
+
+@contextmanager
+def scarce_blocks(every: int = 5) -> Iterator[None]:
+    """Every so many steps of several sequences too few blocks are free, whatever the pool."""
+    reserve, calls = BlockManager.reserve, count(1)
+
+    def refuse(manager: BlockManager, *arguments: Any) -> StepPlan | None:
+        if len(manager.living_seq_ids) > 1 and next(calls) % every == 0:
+            return None
+        return reserve(manager, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockManager, "reserve", refuse)
+        yield
 
 
 def open_llm(model: PreTrainedModel, **settings: Any) -> LLM:
