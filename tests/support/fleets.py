@@ -53,6 +53,7 @@ class Fleet:
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            retentions=self.cache.groups.retentions,
         )
         self.streams: dict[int, Stream] = {}
         self.offsets: dict[int, int] = {}  # positions that a stream's tokens are told to be on
@@ -63,7 +64,7 @@ class Fleet:
         return seq_id
 
     def remove(self, seq_id: int) -> None:
-        freed = self.manager.block_ids(seq_id)
+        freed = self.manager.all_block_ids(seq_id)
         self.manager.remove_sequence(seq_id)
         del self.streams[seq_id]
         self.poison_blocks(freed)
@@ -99,14 +100,20 @@ class Fleet:
             )  # fmt: skip
             if step.head_shifts is not None:
                 options["sink_query"] = sink_query
-            output = paged_attention(query, key, value, self.cache, layer, step, **options)
+            masks = {**options, **self.masks(layer)}
+            output = paged_attention(query, key, value, self.cache, layer, step, **masks)
             parts = output.cpu().split(plan.num_scheduled_tokens.tolist())
             for seq_id, part in zip(plan.seq_ids, parts, strict=True):
                 outputs[int(seq_id)].append(part)
         evicted_ids = self.manager.commit(plan)
-        self.poison_blocks(plan.freed_block_ids)
+        for part in plan.parts:
+            self.poison_blocks(part.freed_block_ids)
         self.poison_blocks(evicted_ids)
         return outputs
+
+    def masks(self, layer: int) -> dict[str, object]:
+        """What a layer's attention is called with, beside what a step's is."""
+        return {}
 
     def feed(self, counts: dict[int, Sequence[int]]) -> None:
         """Feed each sequence its chunks, one chunk of every sequence a step."""
@@ -114,6 +121,8 @@ class Fleet:
             self.step({seq_id: c[turn] for seq_id, c in counts.items() if turn < len(c)})
 
     def poison_blocks(self, block_ids: NDArray[np.int32]) -> None:
+        """Those among them that nobody uses any more."""
+        block_ids = block_ids[self.manager.pool.ref_counts[block_ids] == 0]
         for arena in self.cache.arenas:
             arena[torch.as_tensor(block_ids, dtype=torch.int64)] = self.poison
 
