@@ -91,9 +91,9 @@ class Timer:
             self.seconds.setdefault(name, []).append(seconds)
         return result
 
-    def turn(self, num_calls: int = TURN) -> Iterator[None]:
+    def turn(self, num_calls: int = TURN, num_before: int = WARM_UP) -> Iterator[None]:
         """So many calls that count, after some that do not."""
-        for index in range(-WARM_UP, num_calls):
+        for index in range(-num_before, num_calls):
             self.is_counting = index >= 0
             yield
         self.is_counting = True
