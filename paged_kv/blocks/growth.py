@@ -26,6 +26,7 @@ from .geometry import (
     BlockIds,
     IntArray,
 )
+from .retention import UNLIMITED
 from .sequences import Sequences, StateArray
 from .step_plan import StepPlan
 
@@ -272,7 +273,11 @@ def evict_blocks(
     per_block, num_head = sizes[PER_BLOCK], sizes[NUM_HEAD_BLOCKS]
     num_sinks, window_sizes = state["num_sink_tokens"], state["window_size"]
     num_evicted = state["num_evicted_tokens"]
-    num_ids = 0
+    # Most sequences let nothing go in a step: what says so of them divides nothing.
+    least = block_size
+    if per_block > 1:
+        least += num_head * open_block_size
+    num_ids, steps_of_rule, has_chunks = 0, rule[2] // block_size, rule[1] < UNLIMITED
     for row in range(len(seq_ids)):
         seq_id = seq_ids[row]
         length = lengths[seq_id]
@@ -280,10 +285,14 @@ def evict_blocks(
             per_step = 1
             first_seen = length - window_sizes[seq_id] + 1  # by the next token
         else:
-            per_step = rule[2] // block_size
+            per_step = steps_of_rule
             position = length + num_evicted[seq_id]
-            first_seen = max(position - rule[0] + 1, position // rule[1] * rule[1])
+            first_seen = position - rule[0] + 1
+            if has_chunks:
+                first_seen = max(first_seen, position // rule[1] * rule[1])
             first_seen -= num_evicted[seq_id]
+        if first_seen < least:
+            continue
         end = -(-length // open_block_size)
         if per_block > 1:
             start, evictable = num_head, num_sealed[seq_id]
