@@ -274,12 +274,9 @@ def evict_blocks(
     num_sinks, window_sizes = state["num_sink_tokens"], state["window_size"]
     num_evicted = state["num_evicted_tokens"]
     # Most sequences let nothing go in a step: what says so of them divides nothing.
-    least = block_size
-    if per_block > 1:
-        least += num_head * open_block_size
+    least = block_size + (num_head * open_block_size if per_block > 1 else 0)
     num_ids, steps_of_rule, has_chunks = 0, rule[2] // block_size, rule[1] < UNLIMITED
-    for row in range(len(seq_ids)):
-        seq_id = seq_ids[row]
+    for seq_id in seq_ids:
         length = lengths[seq_id]
         if window_sizes[seq_id] > 0:  # its own
             per_step = 1
@@ -305,11 +302,11 @@ def evict_blocks(
             continue
         for index in range(count):
             evicted_ids[num_ids + index] = table[seq_id, start + index * per_block]
+        num_ids += count
         for place in range(start, end - count * per_block):
             table[seq_id, place] = table[seq_id, place + count * per_block]
         if per_block > 1:
             num_sealed[seq_id] -= count
-        num_ids += count
         lengths[seq_id] -= count * block_size
         capacity[seq_id] -= count * block_size
         num_evicted[seq_id] += count * block_size

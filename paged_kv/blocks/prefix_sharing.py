@@ -303,6 +303,8 @@ class PrefixSharing(NoPrefixSharing):
                 is_new = cache.store(block_hash, block_id, was_expected=was_expected)
                 if is_new and records_events:
                     cache.record(self._stored(chain, link, block_id, tables.group))
+            if cache.replaced:
+                self._pool.take_replaced()
             if num_links < len(found):
                 return
 
