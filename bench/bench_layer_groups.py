@@ -17,7 +17,7 @@ blocks of 16 tokens on both sides.
 
 *Steps* decode one token of every sequence, all of them longer than every window. All managers take
 turns of five steps in one process; `with append` also tells them the tokens, which hashes blocks.
-Time is that of the processor: steps of milliseconds are cut off more often where others want it too.
+Time is that of the processor: where others want it too, long steps are cut off more often.
 """
 
 from __future__ import annotations
