@@ -79,21 +79,22 @@ def new_manager(
 class Timer:
     """Seconds of each call, by name; medians leave out what disturbs a shared machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self.seconds: dict[str, list[float]] = {}
         self.is_counting = True
 
     def __call__(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        start = time.perf_counter()
+        start = self.clock()
         result = function(*arguments)
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         if self.is_counting:
             self.seconds.setdefault(name, []).append(seconds)
         return result
 
-    def turn(self, num_calls: int = TURN) -> Iterator[None]:
+    def turn(self, num_calls: int = TURN, num_before: int = WARM_UP) -> Iterator[None]:
         """So many calls that count, after some that do not."""
-        for index in range(-WARM_UP, num_calls):
+        for index in range(-num_before, num_calls):
             self.is_counting = index >= 0
             yield
         self.is_counting = True

@@ -9,9 +9,10 @@
 It knows vLLM 0.33's scheduling interface: which calls make up a decode step, an admission, a
 preemption. It knows nothing of paged_kv, runs no model and compares nothing. What it drives is
 vLLM's unmodified python under vLLM's defaults: prefix caching on, first come first served, no KV
-events; one full-attention group, no LoRA, connector or speculation. Two defaults of a GPU server
-differ: stats are off, as in `LLM(...)`, and so is async scheduling, whose subclass of Scheduler
-only adds to the same step. vLLM asks for torch 2.14; the measured code never calls torch.
+events; one full-attention group unless others are asked for, no LoRA, connector or speculation. Two
+defaults of a GPU server differ: stats are off, as in `LLM(...)`, and so is async scheduling, whose
+subclass of Scheduler only adds to the same step. vLLM asks for torch 2.14; the measured code never
+calls torch. Its 0.32 serves as well, but for the Scheduler, which there wants Triton.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+BLOCK_SIZE = 16
 VOCAB_SIZE = 32_000
 
 # Read while vLLM is imported and a Scheduler made. The platform keeps it from looking for a GPU;
@@ -64,7 +66,9 @@ NAMES = {
     "vllm.v1.core.kv_cache_manager": "KVCacheManager",
     "vllm.v1.core.kv_cache_utils": "get_request_block_hasher init_none_hash",
     "vllm.v1.core.sched.scheduler": "Scheduler",
-    "vllm.v1.kv_cache_interface": "FullAttentionSpec KVCacheConfig KVCacheGroupSpec",
+    "vllm.v1.kv_cache_interface": (
+        "FullAttentionSpec KVCacheConfig KVCacheGroupSpec SlidingWindowSpec"
+    ),
     "vllm.v1.outputs": "ModelRunnerOutput",
     "vllm.v1.request": "Request RequestStatus",
     "vllm.v1.structured_output": "StructuredOutputManager",
@@ -160,22 +164,30 @@ class _Peer:
         return self.vllm.Request(*arguments, arrival_time=0.0, block_hasher=self.hasher)
 
 
-def _kv_cache_config(num_blocks: int, block_size: int) -> Any:
-    """One full-attention group; vLLM keeps one of the blocks to itself."""
+def _kv_cache_config(
+    num_blocks: int, block_size: int, windows: Sequence[int | None] = (None,)
+) -> Any:
+    """A group of layers for each window, None for full attention; vLLM keeps one block itself."""
     import torch
 
     vllm = _vllm()
-    spec = vllm.FullAttentionSpec(
-        block_size=block_size, num_kv_heads=1, head_size=64, dtype=torch.bfloat16
-    )
-    group = vllm.KVCacheGroupSpec(["model.layers.0.self_attn.attn"], spec)
-    return vllm.KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[group])
+    groups = []
+    for index, window in enumerate(windows):
+        shape = {"block_size": block_size, "num_kv_heads": 1, "head_size": 64}
+        if window is None:
+            spec = vllm.FullAttentionSpec(**shape, dtype=torch.bfloat16)
+        else:
+            spec = vllm.SlidingWindowSpec(**shape, dtype=torch.bfloat16, sliding_window=window)
+        groups.append(vllm.KVCacheGroupSpec([f"model.layers.{index}.self_attn.attn"], spec))
+    return vllm.KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
 class ManagerPeer(_Peer):
     """A KVCacheManager whose `running` requests have a computed prompt and one sampled token.
 
-    `running` is a plain list, which `admit` and `free` leave alone.
+    `running` is a plain list, which `admit` and `free` leave alone. `windows` are those of groups
+    of layers, which vLLM's hybrid coordinator then serves. No step computes more than `chunk`
+    tokens of a prompt.
     """
 
     def __init__(
@@ -183,19 +195,23 @@ class ManagerPeer(_Peer):
         num_seqs: int,
         prompt_lens: list[int],
         *,
-        block_size: int = 16,
+        windows: Sequence[int | None] = (None,),
+        chunk: int | None = None,
         num_blocks: int,
         max_model_len: int,
         enable_caching: bool = True,
         seed: int,
     ) -> None:
-        vllm = self._prepare(block_size, max_model_len, enable_caching, seed)
+        vllm = self._prepare(BLOCK_SIZE, max_model_len, enable_caching, seed)
+        self.chunk = chunk or max_model_len
+        limits = {} if chunk is None else {"max_in_flight_tokens": chunk}
         self.manager = vllm.KVCacheManager(
-            kv_cache_config=_kv_cache_config(num_blocks, block_size),
+            kv_cache_config=_kv_cache_config(num_blocks, BLOCK_SIZE, windows),
             max_model_len=max_model_len,
-            scheduler_block_size=block_size,
-            hash_block_size=block_size,
+            scheduler_block_size=BLOCK_SIZE,
+            hash_block_size=BLOCK_SIZE,
             enable_caching=enable_caching,
+            **limits,
         )
         self.running: list[Any] = []
         for _, length in zip(range(num_seqs), prompt_lens, strict=True):
@@ -211,9 +227,9 @@ class ManagerPeer(_Peer):
                 raise RuntimeError("vLLM's pool is full: give it more blocks")
         manager.take_new_block_ids()
 
-    def append_step(self) -> None:
+    def append_step(self, tokens: list[int] | None = None) -> None:
         """What the scheduler then does to the requests; hashes the blocks that are now full."""
-        tokens = self.tokens(len(self.running))
+        tokens = tokens or self.tokens(len(self.running))
         for request, token in zip(self.running, tokens, strict=True):
             request.num_computed_tokens += 1
             request.append_output_token_ids(token)
@@ -222,20 +238,30 @@ class ManagerPeer(_Peer):
         self.allocate_step()
         self.append_step()
 
-    def admit_request(self, request: Any) -> None:
-        """The manager calls with which `Scheduler.schedule()` admits a whole prompt."""
-        computed, num_computed, _ = self.manager.get_computed_blocks(request)
+    def admit_request(self, request: Any) -> int:
+        """The manager calls with which `Scheduler.schedule()` admits a prompt, and those of the
+        steps that compute the rest of it. Returns how many tokens it found in the cache.
+        """
+        computed, num_computed, *_ = self.manager.get_computed_blocks(request)
+        num_new = min(request.num_tokens - num_computed, self.chunk)
         allocated = self.manager.allocate_slots(
             request,
-            request.num_tokens - num_computed,
+            num_new,
             num_new_computed_tokens=num_computed,
             new_computed_blocks=computed,
             full_sequence_must_fit=True,  # the default of scheduler_reserve_full_isl
         )
-        if allocated is None:
-            raise RuntimeError("vLLM's pool is full: give it more blocks")
         request.status = self.vllm.RequestStatus.RUNNING
-        request.num_computed_tokens = request.num_tokens
+        request.num_computed_tokens = num_computed
+        while True:
+            if allocated is None:
+                raise RuntimeError("vLLM's pool is full: give it more blocks")
+            request.num_computed_tokens += num_new
+            num_new = min(request.num_tokens - request.num_computed_tokens, self.chunk)
+            if not num_new:
+                return int(num_computed)
+            self.manager.new_step_starts()
+            allocated = self.manager.allocate_slots(request, num_new)
 
     def admit(self, token_ids: list[int]) -> Any:
         request = self.make_request(token_ids)
@@ -246,7 +272,9 @@ class ManagerPeer(_Peer):
         self.manager.free(request)
 
     def num_blocks_of(self, request: Any) -> int:
-        return len(self.manager.get_block_ids(request.request_id)[0])
+        """Of all groups; what stands for blocks that were let go is none."""
+        groups = self.manager.get_blocks(request.request_id).blocks
+        return sum(not block.is_null for blocks in groups for block in blocks)
 
 
 class SchedulerPeer(_Peer):
@@ -261,7 +289,7 @@ class SchedulerPeer(_Peer):
         num_seqs: int,
         prompt_lens: list[int],
         *,
-        block_size: int = 16,
+        block_size: int = BLOCK_SIZE,
         num_blocks: int,
         max_model_len: int,
         token_budget: int,

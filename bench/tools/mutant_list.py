@@ -95,7 +95,7 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "cache-stores-the-same-content-twice",
-                "if block_hash in self._block_of or block_id in self._hash_of:",
+                "if block_id in self._hash_of or (known is not None and known not in self._idle):",
                 "if block_id in self._hash_of:",
             ),
             Fault(

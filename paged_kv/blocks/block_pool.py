@@ -130,7 +130,15 @@ class BlockPool:
 
     def reset_cache(self) -> None:
         """Forget every cached block; none may be in use."""
-        block_ids = self.prefix_cache.clear()
+        self._push(self.prefix_cache.clear())
+
+    def take_replaced(self) -> None:
+        """Idle blocks that gave up their place in the cache are free like any other."""
+        replaced = self.prefix_cache.replaced
+        self._push(replaced)
+        replaced.clear()
+
+    def _push(self, block_ids: list[int]) -> None:
         end = self._stack_size + len(block_ids)
         self._free_stack[self._stack_size : end] = block_ids
         self._stack_size = end

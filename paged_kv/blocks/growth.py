@@ -26,6 +26,7 @@ from .geometry import (
     BlockIds,
     IntArray,
 )
+from .retention import UNLIMITED
 from .sequences import Sequences, StateArray
 from .step_plan import StepPlan
 
@@ -272,18 +273,23 @@ def evict_blocks(
     per_block, num_head = sizes[PER_BLOCK], sizes[NUM_HEAD_BLOCKS]
     num_sinks, window_sizes = state["num_sink_tokens"], state["window_size"]
     num_evicted = state["num_evicted_tokens"]
-    num_ids = 0
-    for row in range(len(seq_ids)):
-        seq_id = seq_ids[row]
+    # Most sequences let nothing go in a step: what says so of them divides nothing.
+    least = block_size + (num_head * open_block_size if per_block > 1 else 0)
+    num_ids, steps_of_rule, has_chunks = 0, rule[2] // block_size, rule[1] < UNLIMITED
+    for seq_id in seq_ids:
         length = lengths[seq_id]
         if window_sizes[seq_id] > 0:  # its own
             per_step = 1
             first_seen = length - window_sizes[seq_id] + 1  # by the next token
         else:
-            per_step = rule[2] // block_size
+            per_step = steps_of_rule
             position = length + num_evicted[seq_id]
-            first_seen = max(position - rule[0] + 1, position // rule[1] * rule[1])
+            first_seen = position - rule[0] + 1
+            if has_chunks:
+                first_seen = max(first_seen, position // rule[1] * rule[1])
             first_seen -= num_evicted[seq_id]
+        if first_seen < least:
+            continue
         end = -(-length // open_block_size)
         if per_block > 1:
             start, evictable = num_head, num_sealed[seq_id]
@@ -296,11 +302,11 @@ def evict_blocks(
             continue
         for index in range(count):
             evicted_ids[num_ids + index] = table[seq_id, start + index * per_block]
+        num_ids += count
         for place in range(start, end - count * per_block):
             table[seq_id, place] = table[seq_id, place + count * per_block]
         if per_block > 1:
             num_sealed[seq_id] -= count
-        num_ids += count
         lengths[seq_id] -= count * block_size
         capacity[seq_id] -= count * block_size
         num_evicted[seq_id] += count * block_size

@@ -26,6 +26,7 @@ class PrefixCache:
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self.replaced: list[int] = []  # blocks that gave up their place, for the pool to take
         self._events: list[CacheEvent] | None = [] if record_events else None
         # Hashes that living sequences are about to store, and how many sequences.
         self._pending: dict[bytes, int] = {}
@@ -66,12 +67,22 @@ class PrefixCache:
         return 0
 
     def store(self, block_hash: bytes, block_id: int, *, was_expected: bool) -> bool:
-        """Make a block findable; False when another block of the same content already is."""
+        """Make a block findable; False when another block of the same content already is.
+
+        Such a one that nobody uses gives its place up: it would be evicted as what was needed long
+        ago, though it was missed just now. It had to be computed again because other blocks of its
+        prefix, or of another group of layers, were gone.
+        """
         self.awaited.discard(block_hash)
         if was_expected:
             self._forget_one(block_hash)
-        if block_hash in self._block_of or block_id in self._hash_of:
+        known = self._block_of.get(block_hash)
+        if block_id in self._hash_of or (known is not None and known not in self._idle):
             return False
+        if known is not None:
+            del self._idle[known]
+            self.withdraw([known])
+            self.replaced.append(known)
         self._block_of[block_hash] = block_id
         self._hash_of[block_id] = block_hash
         self.is_cached[block_id] = True
@@ -123,7 +134,7 @@ class PrefixCache:
         return block_ids
 
     def withdraw(self, block_ids: list[int]) -> None:
-        """Let nobody find these cached blocks any more; they are in use, and stay so."""
+        """Let nobody find these cached blocks any more, which are not idle."""
         for block_id in block_ids:
             block_hash = self._hash_of.pop(block_id)
             del self._block_of[block_hash]

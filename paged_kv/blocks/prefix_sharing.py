@@ -9,7 +9,7 @@ nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from .prefix_cache import PrefixCache
 from .retention import UNLIMITED
 from .sequences import Sequences
 from .token_chain import TokenChain
+
+# Behind a hash; made once, because a step adds thousands of them.
+GROUP_MARKS: Final = (b"", *(bytes([group]) for group in range(1, 256)))
 
 
 class PrefixMatch(NamedTuple):
@@ -276,7 +279,8 @@ class PrefixSharing(NoPrefixSharing):
 
     def publish(self, tables: BlockTables, seq_ids: IntArray) -> None:
         sequences, cache, found = self._sequences, self.cache, self._complete_links
-        chains, is_first = sequences.chains, tables.group == 0
+        chains, is_first, mark = sequences.chains, tables.group == 0, GROUP_MARKS[tables.group]
+        records_events = cache.records_events
         num_expected = self._num_expected.data  # reads one element faster than numpy does
         while True:
             num_links = find_complete_links(
@@ -295,10 +299,12 @@ class PrefixSharing(NoPrefixSharing):
                 if link == len(chain.hashes):
                     chain.hash_links(self.geometry, link + 1)
                 was_expected = is_first and link < num_expected[seq_id]
-                block_hash = group_hash(chain.hashes[link], tables.group)
+                block_hash = chain.hashes[link] + mark
                 is_new = cache.store(block_hash, block_id, was_expected=was_expected)
-                if is_new and cache.records_events:
+                if is_new and records_events:
                     cache.record(self._stored(chain, link, block_id, tables.group))
+            if cache.replaced:
+                self._pool.take_replaced()
             if num_links < len(found):
                 return
 
@@ -333,10 +339,6 @@ class PrefixSharing(NoPrefixSharing):
             assert self._num_published[seq_id] <= len(chain.hashes)
 
 
-def group_hash(link_hash: bytes, group: int) -> bytes:
-    """What the cache knows a group's block of a link by; the first group's by the hash itself."""
-    return link_hash + bytes([group]) if group else link_hash
-
-
 def group_hashes(link_hashes: list[bytes], group: int) -> list[bytes]:
-    return [group_hash(each, group) for each in link_hashes] if group else link_hashes
+    mark = GROUP_MARKS[group]
+    return [each + mark for each in link_hashes] if group else link_hashes

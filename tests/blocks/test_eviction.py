@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from paged_kv.blocks.retention import Retention
 from tests.support.prefix_caching import (
     S,
     compute,
@@ -191,6 +192,37 @@ def test_the_second_copy_of_a_content_is_reused_before_the_cached_one():
     manager.remove_sequence(a)
     manager.remove_sequence(b)
     assert take_all(manager) == [2, 3, 1, 0]
+
+
+def test_what_is_computed_again_takes_the_place_of_a_copy_that_nobody_uses():
+    manager = manager_of(num_blocks=6)
+    a, b = manager.add_sequence(tokens(8)), manager.add_sequence(tokens(8))
+    compute(manager, a)
+    assert manager.block_ids(a).tolist() == [0, 1]
+    manager.remove_sequence(a)
+    assert serve(manager, tokens(4, 100)) == [2]
+    compute(manager, b)
+    manager.check_integrity()
+    assert manager.block_ids(b).tolist() == [3, 4]
+    assert manager.num_cached_blocks == 3
+    found = manager.add_sequence(tokens(9))
+    assert manager.block_ids(found).tolist() == [3, 4]
+    manager.remove_sequence(found)
+    manager.remove_sequence(b)
+    assert take_all(manager) == [1, 0, 5, 2, 4, 3]  # the older content goes first
+
+
+def test_what_one_group_of_layers_lost_is_as_young_in_the_other_when_it_is_computed_again():
+    groups = (Retention(), Retention(window_size=4))
+    manager = manager_of(num_blocks=12, retentions=groups)
+    serve(manager, tokens(12))  # three blocks in each group; the window's are evicted first
+    assert hits(manager, tokens(13)) == 12
+    manager.pool.release(manager.pool.allocate(9))
+    assert (manager.num_cached_blocks, hits(manager, tokens(13))) == (3, 0)
+    serve(manager, tokens(12))
+    assert (manager.num_cached_blocks, hits(manager, tokens(13))) == (6, 12)
+    manager.pool.allocate(6 + 2)  # of the six that are cached, the two behind which the window is
+    assert hits(manager, tokens(13)) == 12
 
 
 def test_the_same_sealed_content_twice_is_cached_once():

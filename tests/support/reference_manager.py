@@ -15,8 +15,9 @@ choice, so the model predicts exact block ids.
   and of one release the last block first.
 - Ended by commit, a step lets go of the blocks of dropped drafts, then of the blocks whose tokens
   were sealed. Then the sequences whose blocks it changed, or that reached where they would seal if
-  drafts counted, offer their complete links to the cache, which keeps the first block of a content.
-  Drafts that were kept must be known by then. So do sequences in the first step since they were
+  drafts counted, offer their complete links to the cache, which keeps the first block of a content,
+  but for an idle one: it is free then, and may no longer be found. Drafts that were kept must be
+  known by then. So do sequences in the first step since they were
   added, forked, swapped in or placed; after the last two they offer all of their links.
 - A new sequence shares the cached blocks of its first links: at least one token is left to
   compute, and no more body blocks are shared than it would have sealed itself. The first link that
@@ -442,6 +443,13 @@ class ReferenceManager:
                 return
             content = sequence.content(link)
             sequence.num_published += 1
+            known = self.cached.get(content)
+            if known in self.idle:
+                assert known is not None
+                self.idle.remove(known)
+                self.free.append(known)
+                del self.cached[content], self.content_of[known]
+                self.events.append(Event("removed", content, known))
             if content not in self.cached:
                 self.cached[content] = block_id
                 self.content_of[block_id] = content
