@@ -1,4 +1,7 @@
-"""What a block manager holds, to be read. Knows all of its parts, never how a step changes them."""
+"""What a block manager holds, to be read. Knows all of its parts, never how a step changes them.
+
+Many arguments because a manager is made once, of all that it is to do.
+"""
 
 from __future__ import annotations
 

@@ -47,6 +47,13 @@ class Retention:
     def keeps_all(self) -> bool:
         return self.reach == UNLIMITED
 
+    def __str__(self) -> str:
+        """What it leaves to be seen, in words."""
+        window, chunk = f"the last {self.window_size}", f"a chunk of {self.chunk_size}"
+        if self.chunk_size == UNLIMITED:
+            return "all tokens" if self.window_size == UNLIMITED else window
+        return chunk if self.window_size == UNLIMITED else f"{window} of {chunk}"
+
     @property
     def reach(self) -> int:
         """The most tokens that one sees, itself included."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
-from ..cache.layer_formats import resolve_formats
+from ..cache.layer_formats import formats_name, resolve_formats
 from ..engine.sampling_params import SamplingParams
 from ..errors import InvalidRequestError, PagedKVError
 from ..units import format_memory, parse_memory
@@ -39,6 +39,9 @@ from .terminal import emit
 from .top_cli import TOP, add_top
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..models.cost import KindCost
     from .llm import LLM
 
 
@@ -52,6 +55,7 @@ DECISIVE_OPTIONS: Final = (
 POOL_OPTIONS: Final = ("kv_memory", "num_blocks", "max_num_seqs")
 EXIT_BROKEN_PIPE: Final = 128 + 13  # what a shell says of a process that SIGPIPE ended
 CONTEXT_LENGTHS: Final = (1024, 4096, 32768)
+HELD_LENGTHS: Final = (1024, 8192, 32768, 131072)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,8 +122,9 @@ float32 and the native format; in others they depend a little on what is compute
 SIGINT and SIGTERM drop the requests that are being computed; a second one ends at once."""
 DEMO: Final = """Decode 32 requests at once on a small trained model that comes with the package, in
 every KV format, and print tokens/s, KV memory and how far each format strays from native."""
-INFO: Final = """What each token of a model costs in every KV format, and how many tokens fit in a
-given memory. Reads the model's configuration only, not its weights."""
+INFO: Final = """What each token of a model costs in every KV format, how many tokens fit in a given
+memory, and what sequences hold in layers that keep all and in those that see a window. Reads the
+model's configuration only, not its weights."""
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -289,7 +294,7 @@ def run_info(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from ..models.cost import format_costs, probe_layers
+    from ..models.cost import format_costs, kind_costs, probe_layers
     from .demo import MODEL_FOLDER
 
     memory_bytes = parse_memory(arguments.memory)
@@ -320,9 +325,39 @@ def run_info(arguments: argparse.Namespace) -> int:
             *(f"{native.effective[n] / cost.effective[n]:.2f}x" for n in CONTEXT_LENGTHS),
             f"{cost.tokens_in(memory_bytes):,}",
         )
+    kv_format = resolve_formats(arguments.kv_format or "native")
+    kinds = kind_costs(layers, dtype, HELD_LENGTHS, kv_format)
+    held = held_table(f"in {formats_name(kv_format.of(len(layers)))}", kinds)
     with explained("write", "standard output"):
-        Console().print(table)
+        Console().print(table, held)
     return 0
+
+
+def held_table(title: str, kinds: Sequence[KindCost]) -> Table:
+    """What sequences hold in every kind of layers, and in all of them."""
+    from rich.table import Table
+
+    table = Table(
+        title=title, caption="bytes: a sealed token. at N: what a sequence of N tokens holds."
+    )
+    table.add_column("layers keep", no_wrap=True)
+    for heading in ("layers", "bytes", *(f"at {n // 1024}K" for n in HELD_LENGTHS)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for kind in kinds:
+        table.add_row(
+            str(kind.retention),
+            str(kind.num_layers),
+            f"{kind.bytes_per_token:.0f}",
+            *(format_memory(kind.held[n]) for n in HELD_LENGTHS),
+        )
+    if len(kinds) > 1:
+        table.add_row(
+            "together",
+            str(sum(kind.num_layers for kind in kinds)),
+            f"{sum(kind.bytes_per_token for kind in kinds):.0f}",
+            *(format_memory(sum(kind.held[n] for kind in kinds)) for n in HELD_LENGTHS),
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..blocks.retention import Retention
 from ..cache.formats import FORMATS
 from ..cache.layer_formats import LayerFormats, formats_name, resolve_formats
-from ..cache.layer_groups import sequence_bytes, token_bytes
-from ..cache.layer_spec import LayerSpec
+from ..cache.layer_groups import find_groups, sequence_bytes, token_bytes
+from ..cache.layer_spec import LayerSpec, cache_geometry
 from ..errors import ModelNotFoundError
 from .loading import find_model, first_lines
 from .routes import choose_route
@@ -34,6 +35,17 @@ class FormatCost:
     def tokens_in(self, memory_bytes: int) -> int:
         """Sealed tokens that fit."""
         return int(memory_bytes / self.bytes_per_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindCost:
+    """Of all layers that need the same tokens. `held` maps a sequence's length to its bytes."""
+
+    retention: Retention
+    num_layers: int
+    num_groups: int  # each has block tables of its own
+    bytes_per_token: float  # of a sealed one
+    held: dict[int, int]
 
 
 def probe_layers(name: str | Path) -> tuple[list[LayerSpec], torch.dtype]:
@@ -68,6 +80,32 @@ def format_costs(
                 name=formats_name(formats),
                 bytes_per_token=token_bytes(specs, dtype),
                 effective={n: sequence_bytes(specs, dtype, n) / n for n in lengths},
+            )
+        )
+    return costs
+
+
+def kind_costs(
+    layers: Sequence[LayerSpec],
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    kv_format: LayerFormats,
+) -> list[KindCost]:
+    """What each kind of layers costs in a format, the kind that reaches farthest first."""
+    formats = kv_format.of(len(layers))
+    specs = [replace(layer, kv_format=f) for layer, f in zip(layers, formats, strict=True)]
+    geometry, groups = cache_geometry(specs, dtype), find_groups(specs, dtype)
+    costs = []
+    for retention in dict.fromkeys(groups.retentions):
+        num_groups, num_bytes = groups.retentions.count(retention), groups.block_bytes
+        held = {n: num_groups * retention.blocks_held(geometry, n) * num_bytes for n in lengths}
+        costs.append(
+            KindCost(
+                retention=retention,
+                num_layers=sum(layer.retention == retention for layer in layers),
+                num_groups=num_groups,
+                bytes_per_token=num_groups * num_bytes / geometry.block_size,
+                held=held,
             )
         )
     return costs

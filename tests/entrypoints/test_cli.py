@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from transformers import Gemma3TextConfig
 
 from paged_kv.entrypoints.cli import main
 
@@ -180,6 +181,24 @@ def test_info_counts_tokens_in_memory(capsys: pytest.CaptureFixture[str]) -> Non
     assert code == 0
     assert "native" in out
     assert "1,000" in out  # 5 layers * 2 heads * 128 elements * 2 bytes = 2560 bytes a token
+
+
+def test_info_tells_what_kinds_of_layers_hold(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    config = Gemma3TextConfig(num_hidden_layers=26, vocab_size=99, dtype="bfloat16", **shape)
+    config.save_pretrained(tmp_path)
+    code, out, _ = run(capsys, "info", str(tmp_path))
+    assert code == 0
+    rows = {line.split("│")[1].strip(): line.split("│") for line in out.splitlines() if "│" in line}
+    assert [rows[name][2].strip() for name in ("all tokens", "the last 4096", "together")] == [
+        "4", "22", "26"
+    ]  # fmt: skip
+    # Native blocks of 16 tokens, 128 bytes a token and layer: 4 layers, and 6 groups of 4.
+    assert [rows["all tokens"][place].strip() for place in (3, 5)] == ["512", "4.0 MiB"]
+    assert rows["the last 4096"][3].strip() == "3072"
+    assert rows["the last 4096"][6].strip() == rows["the last 4096"][7].strip() == "12.0 MiB"
 
 
 def test_info_tells_of_formats_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
