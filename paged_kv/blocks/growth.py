@@ -276,7 +276,10 @@ def evict_blocks(
     for row in range(len(seq_ids)):
         seq_id = seq_ids[row]
         length = lengths[seq_id]
+        start = num_head
         if window_sizes[seq_id] > 0:  # its own
+            if per_block == 1:
+                start = num_sinks[seq_id] // open_block_size
             per_step = 1
             first_seen = length - window_sizes[seq_id] + 1  # by the next token
         else:
@@ -285,11 +288,7 @@ def evict_blocks(
             first_seen = max(position - rule[0] + 1, position // rule[1] * rule[1])
             first_seen -= num_evicted[seq_id]
         end = -(-length // open_block_size)
-        if per_block > 1:
-            start, evictable = num_head, num_sealed[seq_id]
-        else:
-            start = num_sinks[seq_id] // open_block_size
-            evictable = end - start
+        evictable = num_sealed[seq_id] if per_block > 1 else end - start
         count = (first_seen - start * open_block_size) // block_size
         count = max(min(count, evictable, len(evicted_ids) - num_ids), 0) // per_step * per_step
         if count == 0:
