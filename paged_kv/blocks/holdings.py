@@ -13,7 +13,7 @@ from ..change import Change
 from ..errors import ConfigError, InvalidStepError
 from ..free_memory import require_memory
 from ..validation import is_integer, is_list_of, require, require_count, require_instance
-from .block_pool import BlockPool
+from .block_pool import SCRATCH, BlockPool
 from .block_tables import BlockTables, StoredLengths
 from .geometry import NO_BLOCKS, BlockGeometry, BlockIds, IntArray
 from .host_blocks import HostBlocks
@@ -69,7 +69,8 @@ class Holdings:
         self.max_model_len = max_model_len
         self._fingerprint = fingerprint
         self._root = root_hash(fingerprint)
-        self._evicted_ids: BlockIds = np.empty(1024, dtype=np.int32)
+        at_once = (each.step(geometry) // geometry.block_size for each in self.source.retentions)
+        self._evicted_ids: BlockIds = np.empty(max(SCRATCH, *at_once), dtype=np.int32)
         self.num_committed = 0  # plans
         self._change = Change("block manager")
         cache = PrefixCache(num_blocks, record_events=record_events) if prefix_caching else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -26,7 +27,6 @@ from tests.support.reference_manager import (
     KEEPS_ALL,
     ExtraKeys,
     GroupStep,
-    Held,
     Lengths,
     NoSeqIdError,
     ReferenceManager,
@@ -66,6 +66,23 @@ def make_tokens(length: int, turn: int, branch: int) -> list[int]:
     for position in range(length):
         tokens.append(next_token(tokens, 0 if position < turn else branch))
     return tokens
+
+
+@cache
+def holds_what_it_should(
+    rule: Rule, shape: Shape, num_tokens: int, num_sealed: int, num_gone: int
+) -> bool:
+    """Whether a group has all that the next token sees, of which a later one sees no more, and
+    little else: a sealed block of drafts, and one that is not full, are more."""
+    sizes = {"open": shape.open_block_size, "sealed": shape.block_size}
+    stored = {
+        position
+        for kind, start in layout(shape, num_tokens, num_sealed, num_gone)
+        for position in range(start, min(start + sizes[kind], num_tokens))
+    }
+    seen = {position for position in range(num_tokens) if rule.sees(num_tokens, position)}
+    most = max(rule.reach, shape.min_tail + 2 * shape.block_size)
+    return seen <= stored and len(stored) <= shape.num_head + most + rule.step(shape)
 
 
 @dataclass(frozen=True)
@@ -585,6 +602,7 @@ class ManagerPair:
         assert statistics.num_queries == reference.num_queries
         assert statistics.num_query_tokens == reference.num_query_tokens
         assert statistics.num_hit_tokens == reference.num_hit_tokens
+        self._check_first_group()
         for seq_id, sequence in reference.sequences.items():
             self._check_sequence(seq_id, sequence)
 
@@ -599,49 +617,39 @@ class ManagerPair:
 
     def _check_sequence(self, seq_id: int, sequence: Sequence) -> None:
         manager = self.manager
-        first, lengths = sequence.groups[0], self._lengths(sequence)
-        assert manager.num_computed_tokens[seq_id] == lengths[0].num_stored
-        assert manager.num_evicted_tokens[seq_id] == first.num_gone
-        assert manager.num_sealed[seq_id] == lengths[0].num_sealed
         assert manager.num_tokens[seq_id] == sequence.num_known
         known = sequence.tokens[: sequence.num_known]
         assert manager.token_ids[seq_id, : sequence.num_known].tolist() == known
         assert manager.last_token_ids[seq_id : seq_id + len(known[-1:])].tolist() == known[-1:]
-        assert manager.block_ids(seq_id).tolist() == first.block_ids
         assert manager.all_block_ids(seq_id).tolist() == sequence.block_ids
-        assert manager.stored_lengths(seq_id) == lengths
-        row = np.array([seq_id])
-        assert manager.num_held(row)[0] == len(sequence.block_ids)
-        assert manager.num_computable(row) == sequence.num_known - sequence.num_computed
-        for group in range(len(self.rules)):
-            self._check_group(seq_id, sequence, group)
+        assert manager.stored_lengths(seq_id) == self._lengths(sequence)
+        for tables, held in zip(manager.groups, sequence.groups, strict=True):
+            assert tables.head_and_tail_ids(seq_id).tolist() == held.ids_of("open")
+            assert tables.body_ids(seq_id).tolist() == held.ids_of("sealed")
+        for group, (rule, held) in enumerate(zip(self.rules, sequence.groups, strict=True)):
+            self.contents.check(sequence, group)
+            lengths = sequence.num_computed, held.num_sealed, held.num_gone
+            assert tuple(held.blocks) == layout(self.shape, *lengths)
+            assert holds_what_it_should(rule, self.shape, *lengths)
 
-    def _check_group(self, seq_id: int, sequence: Sequence, group: int) -> None:
-        tables, held, shape = self.manager.groups[group], sequence.groups[group], self.shape
-        assert tables.block_ids(seq_id).tolist() == held.block_ids
-        assert tables.head_and_tail_ids(seq_id).tolist() == held.ids_of("open")
-        assert tables.body_ids(seq_id).tolist() == held.ids_of("sealed")
-        self.contents.check(sequence, group)
-        # All that the next token sees is there, and a later one sees no more of it ...
-        rule, position = self.rules[group], sequence.num_computed
-        held_positions = self._positions(held, position)
-        seen = {earlier for earlier in range(position) if rule.sees(position, earlier)}
-        assert seen <= held_positions
-        # ... and little else is: a sealed block of drafts and one that is not full are more.
-        most = max(rule.reach, shape.min_tail + 2 * shape.block_size)
-        assert len(held_positions) <= shape.num_head + most + rule.step(shape)
-        expected = layout(shape, position, held.num_sealed, held.num_gone)
-        assert tuple(held.blocks) == expected
-
-    def _positions(self, held: Held, num_computed: int) -> set[int]:
-        """Of the tokens that a group stores."""
-        shape = self.shape
-        sizes = {"open": shape.open_block_size, "sealed": shape.block_size}
-        return {
-            position
-            for kind, start in held.blocks
-            for position in range(start, min(start + sizes[kind], num_computed))
-        }
+    def _check_first_group(self) -> None:
+        """What the manager says where no group is named."""
+        manager, sequences = self.manager, list(self.reference.sequences.items())
+        if not sequences:
+            return
+        seq_ids = np.array([seq_id for seq_id, _ in sequences])
+        first = [self._lengths(sequence)[0] for _, sequence in sequences]
+        assert manager.num_computed_tokens[seq_ids].tolist() == [its.num_stored for its in first]
+        assert manager.num_sealed[seq_ids].tolist() == [its.num_sealed for its in first]
+        assert manager.num_evicted_tokens[seq_ids].tolist() == [its.num_evicted for its in first]
+        assert manager.num_held(seq_ids)[0].tolist() == [
+            len(sequence.block_ids) for _, sequence in sequences
+        ]
+        assert manager.num_computable(seq_ids).tolist() == [
+            sequence.num_known - sequence.num_computed for _, sequence in sequences
+        ]
+        seq_id, sequence = sequences[-1]
+        assert manager.block_ids(seq_id).tolist() == sequence.groups[0].block_ids
 
     def drain(self) -> None:
         """Without sequences nothing is in use."""
