@@ -26,6 +26,7 @@ from .step_plan import PlanSource, StepPlan
 from .token_chain import TokenIds, root_hash
 
 MAX_NUM_SEQS: Final = 1 << 20
+MAX_GROUPS: Final = 256  # of layers: a byte names one in the prefix cache
 BYTES_PER_BLOCK: Final = 9  # of arrays of the pool and the prefix cache
 
 
@@ -319,7 +320,8 @@ class Holdings:
 def checked_retentions(retentions: Sequence[Retention]) -> tuple[Retention, ...]:
     """Of at least one group; the first reaches as far as any."""
     is_known = is_list_of(retentions, lambda each: isinstance(each, Retention))
-    require("retentions", retentions, is_known and len(retentions) > 0, "a list of Retention")
+    is_valid = is_known and 1 <= len(retentions) <= MAX_GROUPS
+    require("retentions", retentions, is_valid, f"a list of 1 to {MAX_GROUPS} Retention")
     checked = tuple(retentions)
     if checked != longest_reach_first(checked):
         raise ConfigError(f"the group that reaches farthest comes first, got {checked}")

@@ -68,7 +68,7 @@ class RandomDriver:
             self.append: 4,
             self.fork: 5,
             self.fan_out: 3,
-            self.truncate: 3,
+            self.truncate: 1 if prefix_caching else 4,  # it refuses all with a cache
             self.remove: 7,
             self.preempt: 4,
             self.swap_out: 4,
