@@ -42,7 +42,7 @@ from tests.support.reference_manager import KEEPS_ALL, Shape, layout, num_sealab
 
 ALL_GEOMETRIES = pytest.mark.parametrize("shape", GEOMETRIES.values(), ids=GEOMETRIES)
 STEPS = {True: 1200, False: 600}  # with and without prefix caching, for each geometry
-STEPS_WITH_GROUPS = {True: 900, False: 550}
+STEPS_WITH_GROUPS = {True: 900, False: 650}
 
 
 @pytest.mark.parametrize("has_groups", [False, True], ids=["one group", "groups"])
