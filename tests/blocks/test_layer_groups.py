@@ -7,6 +7,7 @@ import re
 import pytest
 
 from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.block_tables import StoredLengths
 from paged_kv.blocks.events import BlockRemoved, BlockStored
 from paged_kv.blocks.retention import Retention
 from paged_kv.errors import ConfigError, InvalidStepError
@@ -170,6 +171,20 @@ def test_a_swapped_sequence_comes_back_in_all_groups():
     assert manager.stored_lengths(seq_id) == lengths
     assert manager.all_block_ids(seq_id).tolist() == new_ids.tolist()
     assert held(manager, seq_id) == expected
+    manager.check_integrity()
+
+
+def test_a_placed_sequence_has_a_length_for_each_group_and_the_same_tokens_in_all():
+    manager = manager_of(retentions=(FULL, window(4)))
+    chain = manager.chain_tokens(tokens(9))
+    full, near = StoredLengths(9, 0), StoredLengths(5, 0, 4)
+    for lengths in ([], [full], [full, near, near], [full, StoredLengths(5, 0)]):
+        with pytest.raises(InvalidStepError, match="of 2 groups of layers"):
+            manager.place_sequence(chain, lengths)
+    assert manager.is_whole
+    seq_id, block_ids = manager.place_sequence(chain, [full, near])
+    assert manager.all_block_ids(seq_id).tolist() == block_ids.tolist()
+    assert held(manager, seq_id) == [3, 2]
     manager.check_integrity()
 
 

@@ -660,6 +660,7 @@ class ManagerPair:
         self.check()
         assert self.manager.num_free_blocks == self.manager.num_blocks
         if self.manager.prefix_cache is not None:
+            assert not self.manager.prefix_cache._pending  # nobody is there to store anything
             self.reset_cache()
             self.take_events()
             self.check()

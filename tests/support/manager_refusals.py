@@ -28,6 +28,8 @@ def refuse(pair: ManagerPair, which: int) -> None:
         lambda: manager.append_tokens([dead], [1]),
         lambda: manager.add_sequence(too_long),
         lambda: manager.place_sequence(too_long, nothing),
+        lambda: manager.place_sequence(manager.chain_tokens([1]), nothing[1:]),
+        lambda: manager.place_sequence(manager.chain_tokens([1]), [*nothing, StoredLengths(0, 0)]),
         lambda: manager.reserve([dead], [1]),
         lambda: manager.reserve([-1], [1]),
     ):
