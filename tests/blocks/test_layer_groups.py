@@ -53,13 +53,13 @@ def take(manager: BlockManager, count: int) -> None:
 
 def test_a_group_holds_what_its_next_token_sees_in_whole_blocks():
     manager = manager_of(retentions=(FULL, window(6), window(1)))
-    seq_id = start(manager, tokens(18))
-    # The token at position 18 sees those from 13 on, or only itself: blocks of four tokens.
+    seq_id = start(manager, tokens(17))
+    # The token at position 17 sees those from 12 on, or only itself: blocks of four tokens.
     assert held(manager, seq_id) == [5, 2, 1]
     full, near, last = manager.stored_lengths(seq_id)
-    assert (full.num_stored, full.num_evicted) == (18, 0)
-    assert (near.num_stored, near.num_evicted) == (6, 12)
-    assert (last.num_stored, last.num_evicted) == (2, 16)
+    assert (full.num_stored, full.num_evicted) == (17, 0)
+    assert (near.num_stored, near.num_evicted) == (5, 12)
+    assert (last.num_stored, last.num_evicted) == (1, 16)
 
 
 def test_a_group_of_chunks_lets_go_of_whole_chunks_that_are_whole_blocks():
