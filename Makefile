@@ -58,7 +58,7 @@ SOAK := PYTHONPATH=bench $(BIN)/python -m tests.soak
 soak: $(VENV)/.installed
 	$(SOAK).soak_engine --requests $(REQUESTS) --real-requests $(REAL_REQUESTS) --seed $(SEED) --json bench/results/soak.json
 	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_job --requests 500 --kills 10 --json bench/results/soak_job.json
-	$(SOAK).soak_block_manager --steps $(STEPS) --seed $(SEED)
+	$(SOAK).soak_block_manager --steps $(STEPS) --seed $(SEED) --json bench/results/soak_block_manager.json
 	PYTHONPATH=bench:. $(BIN)/python -m tests.soak.soak_http --requests $(HTTP_REQUESTS) --seed $(SEED) --json bench/results/soak_http.json
 
 soak-short: $(VENV)/.installed

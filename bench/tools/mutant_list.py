@@ -118,23 +118,15 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
                 "        self.cache.no_longer_expect([])",
             ),
             Fault(
-                "sharing-writes-the-table-before-the-lengths",
-                "            sequences.num_sealed[seq_id] = self._num_body(num_links)\n"
-                "            self._tables.write(seq_id, block_ids)\n",
-                "            self._tables.write(seq_id, block_ids)\n"
-                "            sequences.num_sealed[seq_id] = self._num_body(num_links)\n",
-            ),
-            Fault(
                 "sharing-publishes-what-a-spoilt-sequence-stores-later",
-                "        self.stop(seq_ids)\n        for seq_id in seq_ids.tolist():\n"
-                "            block_ids = self._tables",
-                "        for seq_id in seq_ids.tolist():\n            block_ids = self._tables",
+                "            self.stop(tables, seq_ids)\n",
+                "",
                 "engine/test_not_finite",
             ),
             Fault(
                 "sharing-publishes-behind-a-gap",
-                "            self._link_limits[seq_id] = self._num_published[seq_id]\n",
-                "",
+                'tables.state["link_limit"][seq_ids] = tables.state["num_published"][seq_ids]\n',
+                "pass\n",
                 "engine/test_not_finite",
             ),
             Fault(
@@ -270,8 +262,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "growth-keeps-a-block-one-token-too-long",
-                "lengths[seq_id] - window_sizes[seq_id] + 1  # by",
-                "lengths[seq_id] - window_sizes[seq_id]  # by",
+                "length - window_sizes[seq_id] + 1  # by",
+                "length - window_sizes[seq_id]  # by",
                 "blocks/test_windowed_machine",
             ),
             Fault(
@@ -282,14 +274,14 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "growth-publishes-drafts-that-nobody-knows",
-                "min(lengths[seq_id], num_tokens[seq_id]) // open_block_size",
+                "min(lengths[seq_id], known) // open_block_size",
                 "lengths[seq_id] // open_block_size",
                 "blocks/test_prefix_cache",
             ),
             Fault(
                 "growth-publishes-the-wrong-block-of-the-body",
-                "table[seq_id, link + max(link - num_head, 0) * (per_block - 1)]",
-                "table[seq_id, link + max(link - num_head, 0) * per_block]",
+                "place = stored + max(stored - num_head, 0) * (per_block - 1)",
+                "place = stored + max(stored - num_head, 0) * per_block",
                 "blocks/test_prefix_cache",
             ),
         ],
@@ -302,13 +294,13 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         [
             Fault(
                 "rollback-leaves-shared-blocks-without-a-user",
-                "            self.pool.rejoin(plan.copy_sources)\n",
+                "                self.pool.rejoin(part.copy_sources)\n",
                 "",
             ),
             Fault(
                 "commit-leaks-the-blocks-of-dropped-drafts",
-                "for block_ids in (unused_ids, plan.freed_block_ids):",
-                "for block_ids in (plan.freed_block_ids,):",
+                "for block_ids in (unused_ids, part.freed_block_ids):",
+                "for block_ids in (part.freed_block_ids,):",
             ),
             Fault(
                 "commit-withdraws-nothing-of-a-single-spoilt-sequence",
@@ -328,21 +320,15 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
                 "entrypoints/test_windowed_llm",
             ),
             Fault(
-                "swapped-windows-forget-what-they-evicted",
-                "num_evicted_tokens=int(self.num_evicted_tokens[seq_id]),",
-                "num_evicted_tokens=0,",
-                "blocks/test_windowed_machine entrypoints/test_windowed_llm",
-            ),
-            Fault(
                 "swapped-windows-publish-past-their-gap",
-                'state["link_limit"] = 0',
-                'state["link_limit"] = max(state["link_limit"], 0)',
+                'tables.state[seq_id]["link_limit"] = 0',
+                "pass",
                 "blocks/test_windowed_machine",
             ),
             Fault(
                 "evicted-ids-are-written-over-by-the-next-step",
-                "self._evicted_ids[:num_evicted].copy()",
-                "self._evicted_ids[:num_evicted]",
+                "self._evicted_ids[:num_ids].copy()",
+                "self._evicted_ids[:num_ids]",
                 "blocks/test_windowed_machine",
             ),
         ],
@@ -353,8 +339,103 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         [
             Fault(
                 "rollback-does-not-tell-its-rows-again",
-                "            self.tables.tell_later(plan.seq_ids[plan.changed_rows])\n",
+                "                tables.tell_later(part.seq_ids[part.changed_rows])\n",
                 "",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/blocks/growth.py",
+        "blocks/test_layer_groups blocks/test_manager_machine",
+        [
+            Fault(
+                "windows-of-layers-are-one-token-short",
+                "position - rule[0] + 1",
+                "position - rule[0] + 2",
+            ),
+            Fault(
+                "windows-of-layers-are-one-token-long",
+                "position - rule[0] + 1",
+                "position - rule[0]",
+            ),
+            Fault(
+                "groups-let-go-of-half-a-chunk",
+                "per_step = rule[2] // block_size",
+                "per_step = 1",
+            ),
+            Fault(
+                "groups-let-go-of-the-head",
+                "        start = num_head\n",
+                "        start = 0\n",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/blocks/prefix_sharing.py",
+        "blocks/test_layer_groups blocks/test_manager_machine",
+        [
+            Fault(
+                "hits-are-those-of-the-first-group",
+                "            for tables in self._groups:\n                num_links",
+                "            for tables in self._groups[:1]:\n                num_links",
+            ),
+            Fault(
+                "hits-of-groups-are-compared-once",
+                "while num_links != before:",
+                "if num_links != before:",
+            ),
+            Fault(
+                "a-group-needs-no-head",
+                "self.geometry.num_head_blocks if gone else 0",
+                "0",
+            ),
+            Fault(
+                "hashes-name-no-group",
+                "return link_hash + bytes([group]) if group else link_hash",
+                "return link_hash",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/blocks/block_manager.py",
+        "blocks/test_layer_groups blocks/test_manager_machine",
+        [
+            Fault(
+                "second-groups-make-no-copies",
+                "if needs.num_copied:",
+                "if needs.num_copied and not tables.group:",
+            ),
+            Fault(
+                "rollback-forgets-the-second-group",
+                "zip(self.groups, plan.parts, strict=True):\n                self.pool.release",
+                "zip(self.groups[:1], plan.parts):\n                self.pool.release",
+            ),
+            Fault(
+                "a-swapped-group-starts-where-the-first-does",
+                "            start = end\n        self",
+                "        self",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/blocks/prefix_cache.py",
+        "blocks/test_layer_groups blocks/test_manager_machine",
+        [
+            Fault(
+                "events-of-removed-blocks-name-no-group",
+                "block_id=block_id, group=group)",
+                "block_id=block_id)",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/blocks/holdings.py",
+        "blocks/test_layer_groups blocks/test_manager_machine",
+        [
+            Fault(
+                "a-chunk-of-many-blocks-is-never-let-go",
+                "np.empty(max(SCRATCH, *at_once), dtype",
+                "np.empty(SCRATCH, dtype",
             ),
         ],
     ),
@@ -363,12 +444,6 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         "blocks/test_fork blocks/test_prefix_cache blocks/test_windowed_machine "
         "blocks/test_manager_machine",
         [
-            Fault(
-                "fork-keeps-the-capacity-of-its-parent",
-                "self.capacity[[seq_id, child]] = self",
-                "self.capacity[child] = self",
-                "blocks/test_fork",
-            ),
             Fault(
                 "last-token-is-the-first-of-several",
                 "np.maximum(new_lengths - 1, 0)",
@@ -381,18 +456,43 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
                 "chains[seq_id] = self.chain(seq_id)",
                 "test_free_memory",
             ),
-            Fault(
-                "sinks-are-stored-one-token-late",
-                "has_sinks = self.num_computed_tokens[seq_ids] >= sinks",
-                "has_sinks = self.num_computed_tokens[seq_ids] > sinks",
-                "blocks/test_windowed_machine",
-            ),
         ],
     ),
     *faults_in(
         "paged_kv/blocks/block_tables.py",
         "blocks/test_fork blocks/test_step_arrays",
         [
+            Fault(
+                "fork-keeps-the-capacity-of-its-parent",
+                "self.capacity[[seq_id, child]] = self",
+                "self.capacity[child] = self",
+                "blocks/test_fork",
+            ),
+            Fault(
+                "sinks-are-stored-one-token-late",
+                "has_sinks = self.num_stored[seq_ids] >= sinks",
+                "has_sinks = self.num_stored[seq_ids] > sinks",
+                "blocks/test_windowed_machine",
+            ),
+            Fault(
+                "tables-are-written-before-the-lengths",
+                "        self.num_sealed[seq_id] = lengths.num_sealed\n",
+                "        self.ids[seq_id, self._places(seq_id)] = block_ids\n"
+                "        self.num_sealed[seq_id] = lengths.num_sealed\n",
+                "blocks/test_prefix_cache",
+            ),
+            Fault(
+                "swapped-windows-forget-what-they-evicted",
+                'int(self.state[seq_id]["num_evicted_tokens"]),',
+                "0,",
+                "blocks/test_windowed_machine entrypoints/test_windowed_llm",
+            ),
+            Fault(
+                "a-cut-forgets-that-the-head-stays",
+                "self.retention.first_seen(num_tokens) < num_head + num_evicted",
+                "self.retention.first_seen(num_tokens) < num_evicted",
+                "blocks/test_layer_groups blocks/test_manager_machine",
+            ),
             Fault(
                 "forks-are-not-told",
                 "        self.ids[child] = self.ids[seq_id]\n"
@@ -498,8 +598,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "the-last-token-is-thought-to-be-stored",
-                "manager.geometry.max_blocks(total - 1)",
-                "manager.geometry.max_blocks(total)",
+                "manager.max_blocks(total - 1)",
+                "manager.max_blocks(total)",
             ),
             Fault(
                 "a-request-is-passed-once-too-often",
@@ -513,13 +613,13 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "hits-on-idle-blocks-are-free",
-                "match.num_tokens, match.num_sealed, match.num_idle_blocks",
-                "match.num_tokens, match.num_sealed, 0",
+                "lengths, taken = match.lengths, match.num_idle_blocks",
+                "lengths, taken = match.lengths, 0",
                 "scheduler/test_preemption",
             ),
             Fault(
                 "swapped-windows-need-what-they-evicted",
-                "length -= swapped.num_evicted_tokens",
+                "length -= lengths[0].num_evicted",
                 "length -= 0",
                 "entrypoints/test_windowed_llm",
             ),

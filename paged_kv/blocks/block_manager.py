@@ -110,6 +110,12 @@ class BlockManager(Holdings):
         next commit makes them findable, or `publish_sequence` does so at once.
         """
         self.require_no_step()
+        num_positions = {its.num_stored + its.num_evicted for its in lengths}
+        if len(lengths) != len(self.groups) or len(num_positions) != 1:
+            raise InvalidStepError(
+                f"lengths must be of {len(self.groups)} groups of layers that have computed the "
+                f"same tokens, got {lengths}"
+            )
         num_blocks = self.count_blocks(lengths)
         if num_blocks > self.pool.num_free:
             raise OutOfBlocksError(f"{num_blocks} blocks asked for, {self.pool.num_free} are free")

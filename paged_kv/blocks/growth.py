@@ -278,7 +278,10 @@ def evict_blocks(
     num_ids, steps_of_rule, has_chunks = 0, rule[2] // block_size, rule[1] < UNLIMITED
     for seq_id in seq_ids:
         length = lengths[seq_id]
+        start = num_head
         if window_sizes[seq_id] > 0:  # its own
+            if per_block == 1:
+                start = num_sinks[seq_id] // open_block_size
             per_step = 1
             first_seen = length - window_sizes[seq_id] + 1  # by the next token
         else:
@@ -291,11 +294,7 @@ def evict_blocks(
         if first_seen < least:
             continue
         end = -(-length // open_block_size)
-        if per_block > 1:
-            start, evictable = num_head, num_sealed[seq_id]
-        else:
-            start = num_sinks[seq_id] // open_block_size
-            evictable = end - start
+        evictable = num_sealed[seq_id] if per_block > 1 else end - start
         count = (first_seen - start * open_block_size) // block_size
         count = max(min(count, evictable, len(evicted_ids) - num_ids), 0) // per_step * per_step
         if count == 0:

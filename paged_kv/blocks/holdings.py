@@ -16,7 +16,7 @@ from ..change import Change
 from ..errors import ConfigError, InvalidStepError
 from ..free_memory import require_memory
 from ..validation import is_integer, is_list_of, require, require_count, require_instance
-from .block_pool import BlockPool
+from .block_pool import SCRATCH, BlockPool
 from .block_tables import BlockTables, StoredLengths
 from .geometry import NO_BLOCKS, BlockGeometry, BlockIds, IntArray
 from .host_blocks import HostBlocks
@@ -29,6 +29,7 @@ from .step_plan import PlanSource, StepPlan
 from .token_chain import TokenIds, root_hash
 
 MAX_NUM_SEQS: Final = 1 << 20
+MAX_GROUPS: Final = 256  # of layers: a byte names one in the prefix cache
 BYTES_PER_BLOCK: Final = 9  # of arrays of the pool and the prefix cache
 
 
@@ -72,7 +73,8 @@ class Holdings:
         self.max_model_len = max_model_len
         self._fingerprint = fingerprint
         self._root = root_hash(fingerprint)
-        self._evicted_ids: BlockIds = np.empty(1024, dtype=np.int32)
+        at_once = (each.step(geometry) // geometry.block_size for each in self.source.retentions)
+        self._evicted_ids: BlockIds = np.empty(max(SCRATCH, *at_once), dtype=np.int32)
         self.num_committed = 0  # plans
         self._change = Change("block manager")
         cache = PrefixCache(num_blocks, record_events=record_events) if prefix_caching else None
@@ -321,7 +323,8 @@ class Holdings:
 def checked_retentions(retentions: Sequence[Retention]) -> tuple[Retention, ...]:
     """Of at least one group; the first reaches as far as any."""
     is_known = is_list_of(retentions, lambda each: isinstance(each, Retention))
-    require("retentions", retentions, is_known and len(retentions) > 0, "a list of Retention")
+    is_valid = is_known and 1 <= len(retentions) <= MAX_GROUPS
+    require("retentions", retentions, is_valid, f"a list of 1 to {MAX_GROUPS} Retention")
     checked = tuple(retentions)
     if checked != longest_reach_first(checked):
         raise ConfigError(f"the group that reaches farthest comes first, got {checked}")

@@ -19,7 +19,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from paged_kv.blocks import block_manager, block_pool, block_tables
+from paged_kv.blocks import (
+    block_manager,
+    block_pool,
+    block_tables,
+    growth,
+    prefix_sharing,
+    table_replica,
+)
 from tests.support.manager_driver import (
     EXTRA_KEYS,
     GEOMETRIES,
@@ -27,21 +34,28 @@ from tests.support.manager_driver import (
     RandomDriver,
     Settings,
     Wanted,
+    as_groups,
+    rules_of,
 )
-from tests.support.reference_manager import Shape, layout, num_sealable
+from tests.support.manager_refusals import refuse
+from tests.support.reference_manager import KEEPS_ALL, Shape, layout, num_sealable
 
 ALL_GEOMETRIES = pytest.mark.parametrize("shape", GEOMETRIES.values(), ids=GEOMETRIES)
 STEPS = {True: 1200, False: 600}  # with and without prefix caching, for each geometry
+STEPS_WITH_GROUPS = {True: 900, False: 650}
 
 
+@pytest.mark.parametrize("has_groups", [False, True], ids=["one group", "groups"])
 @pytest.mark.parametrize("prefix_caching", [True, False], ids=["caching", "no caching"])
 @ALL_GEOMETRIES
-def test_random_operations_do_what_the_reference_says(shape, prefix_caching):
-    driver = RandomDriver(shape, prefix_caching=prefix_caching, seed=len(shape) + sum(shape))
-    driver.run(STEPS[prefix_caching])
+def test_random_operations_do_what_the_reference_says(shape, prefix_caching, has_groups):
+    seed = len(shape) + sum(shape)
+    driver = RandomDriver(shape, prefix_caching=prefix_caching, seed=seed, has_groups=has_groups)
+    driver.run((STEPS_WITH_GROUPS if has_groups else STEPS)[prefix_caching])
     reached = ["failed reservations", "no seq_id", "forks", "swaps", "placed"]
     reached += ["kept drafts", "dropped drafts"]
-    reached += ["hits", "evictions"] if prefix_caching else []
+    reached += ["hits", "evictions"] if prefix_caching else ["cuts"]
+    reached += ["let go"] if has_groups else []
     reached += ["sealed blocks"] if shape.seals else []
     reached += ["copies"] if shape.open_block_size > 1 else []  # only blocks with room are copied
     assert min(driver.tally[name] for name in reached) > 0, driver.tally
@@ -51,11 +65,11 @@ def test_random_operations_do_what_the_reference_says(shape, prefix_caching):
 @ALL_GEOMETRIES
 def test_plain_python_loops_do_what_the_compiled_ones_do(shape, monkeypatch):
     """Numba checks no bounds; the same loops over arrays do."""
-    for module in (block_manager, block_pool, block_tables):
+    for module in (block_manager, block_pool, block_tables, growth, prefix_sharing, table_replica):
         for name, function in list(vars(module).items()):
             if hasattr(function, "py_func"):
                 monkeypatch.setattr(module, name, function.py_func)
-    RandomDriver(shape, prefix_caching=True, seed=1).run(300)
+    RandomDriver(shape, prefix_caching=True, seed=1, has_groups=True).run(300)
 
 
 def test_sequence_of_more_blocks_than_any_scratch_array_holds():
@@ -94,12 +108,20 @@ class ManagerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         prefix_caching=st.sampled_from([True, True, False]),
         num_host_blocks=st.sampled_from([20, 4, 0]),
+        groups=st.lists(st.integers(0, 99), max_size=3),
     )
     def start(
-        self, tenths: int, max_num_seqs: int, prefix_caching: bool, num_host_blocks: int
+        self,
+        tenths: int,
+        max_num_seqs: int,
+        prefix_caching: bool,
+        num_host_blocks: int,
+        groups: list[int],
     ) -> None:
         max_len = 5 * self.shape.block_size + self.shape.num_head + 1
-        enough = len(layout(self.shape, max_len, num_sealable(self.shape, max_len)))
+        choices = rules_of(self.shape)
+        rules = as_groups([choices[number % len(choices)] for number in groups] or [KEEPS_ALL])
+        enough = len(layout(self.shape, max_len, num_sealable(self.shape, max_len))) * len(rules)
         self.pair = ManagerPair(
             Settings(
                 self.shape,
@@ -108,6 +130,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 max_model_len=max_len,
                 prefix_caching=prefix_caching,
                 num_host_blocks=num_host_blocks,
+                rules=rules,
             )
         )
 
@@ -199,9 +222,13 @@ class ManagerMachine(RuleBasedStateMachine):
     def discard_swapped(self, which: int) -> None:
         self.pair.discard_swapped(which)
 
+    @rule(which=which, num_tokens=st.integers(0, 100))
+    def truncate(self, which: int, num_tokens: int) -> None:
+        self.pair.truncate(which, num_tokens)
+
     @rule(which=which)
     def refuse(self, which: int) -> None:
-        self.pair.refuse(which)
+        refuse(self.pair, which)
 
     @invariant()
     def is_what_the_reference_says(self) -> None:
@@ -225,5 +252,6 @@ def test_operations_that_hypothesis_chooses_do_what_the_reference_says(shape):
 def test_the_driver_finds_a_missing_user_and_says_how_to_repeat_it(monkeypatch):
     monkeypatch.setattr(block_pool.BlockPool, "share", lambda pool, block_ids: None)
     driver = RandomDriver(GEOMETRIES["int8-like"], prefix_caching=False, seed=7)
-    with pytest.raises(AssertionError, match=r"^Shape.* seed 7, .* operation \d+ \(fork\) on "):
+    where = r"^Shape.* seed 7, .* operation \d+ \((fork|fan_out)\) on "
+    with pytest.raises(AssertionError, match=where):
         driver.run(300)

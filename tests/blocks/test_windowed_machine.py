@@ -353,7 +353,8 @@ def test_once_its_sinks_are_stored_a_sequence_may_take_a_whole_chunk():
     assert window.max_storable(geometry, 4) >= 100
 
 
-def test_what_was_swapped_out_behind_a_gap_is_not_published_when_it_is_back():
+@pytest.mark.parametrize("steps", [(12, 30), (20, 5)], ids=["wide gap", "one block"])
+def test_what_was_swapped_out_behind_a_gap_is_not_published_when_it_is_back(steps):
     manager = BlockManager(
         GEOMETRIES["native"],
         num_blocks=40,
@@ -363,9 +364,9 @@ def test_what_was_swapped_out_behind_a_gap_is_not_published_when_it_is_back():
         num_host_blocks=40,
     )
     tokens = np.arange(60)
-    window = SinkWindow(4, 8)
+    window = SinkWindow(4, steps[0] - 4)
     seq_id = manager.add_sequence(manager.chain_tokens(tokens, sink_window=window))
-    for count in (12, 30):
+    for count in steps:
         plan = manager.reserve(ids(seq_id), ids(count))
         assert plan is not None
         manager.commit(plan)

@@ -5,8 +5,9 @@
 
 Every operation is one step: the manager and `tests/support/reference_manager` do it, then
 `check_integrity` runs and all that can be observed is compared, block ids and contents included.
-Turns of 1000 steps go round all geometries, with prefix caching and without. A mismatch is printed
-with how to repeat it, ends its turn, and makes the exit status 1.
+Turns of 1000 steps go round all geometries, with prefix caching and without, of one group of layers
+that keeps all and of several that do not. A mismatch is printed with how to repeat it, ends its
+turn, and makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ EVENTS = {
     "forks": "forks",
     "copies": "copies on write",
     "sealed blocks": "sealed blocks",
+    "let go": "blocks let go that no later token sees",
+    "cuts": "cut sequences",
     "swaps": "swaps",
     "placed": "placed sequences",
     "failed reservations": "failed reservations",
@@ -51,19 +54,21 @@ class Soak:
         self.num_mismatches = 0
         self.operations: Counter[str] = Counter()
         self.events: Counter[str] = Counter()
+        self.num_steps_with_groups = 0
 
     @property
     def num_steps(self) -> int:
         return self.operations.total()
 
     def turn(self, num_steps: int) -> None:
-        cases = list(product(GEOMETRIES.values(), (True, False)))
-        shape, prefix_caching = cases[self.num_turns % len(cases)]
+        cases = list(product(GEOMETRIES.values(), (True, False), (True, False)))
+        shape, prefix_caching, has_groups = cases[self.num_turns % len(cases)]
         driver = RandomDriver(
             shape,
             prefix_caching=prefix_caching,
             seed=1_000_000 * self.seed + self.num_turns,
             episode=EPISODE,
+            has_groups=has_groups,
         )
         self.num_turns += 1
         try:
@@ -72,11 +77,13 @@ class Soak:
             self.num_mismatches += 1
             traceback.print_exc()
         self.operations += driver.operations
+        self.num_steps_with_groups += has_groups * driver.operations.total()
         self.events += driver.tally
 
     def rows(self, seconds: float) -> list[Row]:
         counts = {
             "steps": self.num_steps,
+            "steps with groups of layers": self.num_steps_with_groups,
             "mismatches": self.num_mismatches,
             **{name: self.events[key] for key, name in EVENTS.items()},
         }

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.blocks.step_plan import StepPlan
 from tests.support.plan_reader import slot_mapping
-from tests.support.reference_manager import Sequence
+from tests.support.reference_manager import Sequence, Shape
+
+
+class Cell(NamedTuple):
+    """What a group's layers computed for a token: it depends on the history that ends with it."""
+
+    group: int
+    history: int
 
 
 class Contents:
-    """What each block holds: open or sealed, and for each token the history that ends with it."""
+    """What each block holds: open or sealed, and a cell for each token."""
 
     def __init__(self, num_blocks: int) -> None:
         self.kinds: list[str | None] = [None] * num_blocks
-        self.cells: list[list[int | None]] = [[] for _ in range(num_blocks)]
+        self.cells: list[list[Cell | None]] = [[] for _ in range(num_blocks)]
 
-    def put(self, block_id: int, kind: str | None, cells: list[int | None]) -> None:
+    def put(self, block_id: int, kind: str | None, cells: list[Cell | None]) -> None:
         self.kinds[block_id], self.cells[block_id] = kind, cells
 
     def move(self, block_ids: list[int], other: Contents, other_ids: list[int]) -> None:
@@ -23,9 +32,9 @@ class Contents:
             other.put(other_id, self.kinds[block_id], self.cells[block_id].copy())
 
     def apply(
-        self, plan: StepPlan, arrays: StepArrays, histories: list[int], open_block_size: int
+        self, plan: StepPlan, arrays: StepArrays, new_cells: list[Cell], open_block_size: int
     ) -> None:
-        """Do the writes of a plan, whose new tokens are named by `histories`.
+        """Do the writes of a group's plan, of whose new tokens `new_cells` are computed.
 
         What is sealed and what is written may come in any order: no cell is part of both.
         """
@@ -37,10 +46,10 @@ class Contents:
         for block_id, sources in zip(
             plan.seal_block_ids.tolist(), arrays.seal_sources.tolist(), strict=True
         ):
-            cells: list[int | None] = []
+            cells: list[Cell | None] = []
             for source in sources:
                 if source < 0:
-                    cells.append(histories[~source])
+                    cells.append(new_cells[~source])
                     num_sealed_new += 1
                     continue
                 source_id, offset = divmod(source, open_block_size)
@@ -50,23 +59,45 @@ class Contents:
             self.put(block_id, "sealed", cells)
         targets = slot_mapping(arrays).tolist()
         written = [target for target in targets if target >= 0]
-        assert len(targets) == len(histories)
+        assert len(targets) == len(new_cells)
         assert len(targets) - len(written) == num_sealed_new, "a new token has two places or none"
         assert len(set(written)) == len(written), "two tokens are written to one cell"
         assert not read & set(written), "a cell is sealed and written in one step"
-        for target, history in zip(targets, histories, strict=True):
+        for target, cell in zip(targets, new_cells, strict=True):
             if target < 0:
                 continue
             block_id, offset = divmod(target, open_block_size)
             if self.kinds[block_id] is None:
                 self.put(block_id, "open", [None] * open_block_size)
             assert self.kinds[block_id] == "open", "a sealed block is written"
-            self.cells[block_id][offset] = history
+            self.cells[block_id][offset] = cell
 
-    def check(self, sequence: Sequence) -> None:
-        """Every block holds what its user computed."""
-        for stretch, block_id in sequence.blocks.items():
+    def context(
+        self, arrays: StepArrays, row: int, shape: Shape, num_gone: int
+    ) -> dict[int, Cell | None]:
+        """What a sequence of a step finds in its table, by position; so many behind the head are
+        gone."""
+        found = {}
+        body_end = shape.num_head + int(arrays.num_sealed[row]) * shape.block_size
+        for index in range(int(arrays.context_lens[row])):
+            first, kind = index // shape.open_block_size * shape.open_block_size, "open"
+            if shape.num_head <= index < body_end:
+                in_body = index - shape.num_head
+                first = shape.num_head + in_body // shape.block_size * shape.block_size
+                kind = "sealed"
+            block_id = int(arrays.block_table[row, first // shape.open_block_size])
+            assert self.kinds[block_id] == kind
+            position = index if index < shape.num_head else index + num_gone
+            found[position] = self.cells[block_id][index - first]
+        return found
+
+    def check(self, sequence: Sequence, group: int) -> None:
+        """Every block of a group holds what its user computed."""
+        computed = sequence.histories[: sequence.num_computed]
+        for stretch, block_id in sequence.groups[group].blocks.items():
             cells = self.cells[block_id]
-            expected = sequence.histories[: sequence.num_computed][stretch.start :][: len(cells)]
+            histories = computed[stretch.start :][: len(cells)]
             assert self.kinds[block_id] == stretch.kind
-            assert cells[: len(expected)] == expected, f"block {block_id} holds other tokens"
+            assert cells[: len(histories)] == [Cell(group, history) for history in histories], (
+                f"block {block_id} holds other tokens"
+            )

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from paged_kv.blocks.prefix_sharing import PrefixSharing
 from tests.support.manager_pair import EXTRA_KEYS, ManagerPair, Settings, Wanted
-from tests.support.reference_manager import Shape, layout, num_sealable
+from tests.support.manager_refusals import refuse, refuse_under_way
+from tests.support.reference_manager import KEEPS_ALL, Rule, Shape, layout, num_sealable
 
 GEOMETRIES = {
     "native": Shape(4, 4, 0, 0),
@@ -23,13 +24,35 @@ GEOMETRIES = {
 }
 
 
+def rules_of(shape: Shape) -> list[Rule]:
+    """What layers may see beside blocks of this shape: less than a block, as much, and more."""
+    size = shape.block_size
+    windows = [1, 2, size - 1, size, size + 1, 2 * size + 1, 4 * size]
+    chunks = [1, 3, size // 2, size, size + 2, 2 * size]
+    rules = [Rule(window=window) for window in windows if window > 0]
+    rules += [Rule(chunk=chunk) for chunk in chunks if chunk > 0]
+    return [KEEPS_ALL, *rules, Rule(window=size + 1, chunk=2 * size), Rule(window=2, chunk=5)]
+
+
+def as_groups(rules: list[Rule]) -> tuple[Rule, ...]:
+    """In an order that a manager takes."""
+    return tuple(sorted(rules, key=lambda rule: -rule.reach))
+
+
 class RandomDriver:
     """Random operations on managers of random sizes; the same seed makes the same choices."""
 
     def __init__(
-        self, shape: Shape, *, prefix_caching: bool, seed: int, episode: int = 150
+        self,
+        shape: Shape,
+        *,
+        prefix_caching: bool,
+        seed: int,
+        episode: int = 150,
+        has_groups: bool = False,
     ) -> None:
         self.shape = shape
+        self.has_groups = has_groups  # of layers, else one that keeps all
         self.prefix_caching = prefix_caching
         self.seed = seed
         self.episode = episode  # operations on one manager
@@ -45,6 +68,7 @@ class RandomDriver:
             self.append: 4,
             self.fork: 5,
             self.fan_out: 3,
+            self.truncate: 1 if prefix_caching else 4,  # it refuses all with a cache
             self.remove: 7,
             self.preempt: 4,
             self.swap_out: 4,
@@ -53,6 +77,7 @@ class RandomDriver:
             self.discard_swapped: 1,
             self.reset_cache: 1,
             self.remove_all: 1,
+            self.recover: 1,
             self.take_events: 3,
             self.refuse: 1,
         }
@@ -75,15 +100,17 @@ class RandomDriver:
             pair.check()
         except Exception as error:
             raise AssertionError(
-                f"{self.shape}, prefix_caching={self.prefix_caching}, seed {self.seed}, episode "
-                f"{self.episode}: operation {number} ({rule.__name__}) on {pair.settings}"
+                f"{self.shape}, prefix_caching={self.prefix_caching}, "
+                f"has_groups={self.has_groups}, seed {self.seed}, episode {self.episode}: "
+                f"operation {number} ({rule.__name__}) on {pair.settings}"
             ) from error
 
     def _new_pair(self) -> ManagerPair:
         """Pools of less than one long sequence up to five."""
         choice, shape = self.random.choice, self.shape
         max_len = choice([5, 8]) * shape.block_size + shape.num_head + choice([0, 1, 3])
-        enough = len(layout(shape, max_len, num_sealable(shape, max_len)))
+        rules = self._rules()
+        enough = len(layout(shape, max_len, num_sealable(shape, max_len))) * len(rules)
         pair = ManagerPair(
             Settings(
                 shape,
@@ -93,6 +120,7 @@ class RandomDriver:
                 prefix_caching=self.prefix_caching,
                 num_host_blocks=choice([0, enough // 2, 2 * enough]),
                 record_events=self.random.random() < 0.8,
+                rules=rules,
             )
         )
         if choice([True, False]):  # some links have to wait for room
@@ -100,6 +128,15 @@ class RandomDriver:
             if isinstance(sharing, PrefixSharing):
                 sharing._complete_links = sharing._complete_links[:2]
         return pair
+
+    def _rules(self) -> tuple[Rule, ...]:
+        """Of one to four groups; often the first keeps all, or several are alike."""
+        if not self.has_groups:
+            return (KEEPS_ALL,)
+        choice = self.random.choice
+        rules = [choice(rules_of(self.shape)) for _ in range(choice([1, 2, 2, 3]))]
+        rules += choice([[], [], [KEEPS_ALL], rules[:1]])
+        return as_groups(rules)
 
     # -- choices --------------------------------------------------------------------------------
 
@@ -180,6 +217,12 @@ class RandomDriver:
             pair.check()
         self.decode(pair)
 
+    def truncate(self, pair: ManagerPair) -> None:
+        pair.truncate(self._which(), self.random.randrange(1000))
+
+    def recover(self, pair: ManagerPair) -> None:
+        pair.recover()
+
     def remove(self, pair: ManagerPair) -> None:
         pair.remove(self._which())
 
@@ -211,7 +254,7 @@ class RandomDriver:
         pair.drain()
 
     def refuse(self, pair: ManagerPair) -> None:
-        pair.refuse(self._which())
+        refuse(pair, self._which())
 
     def refuse_under_way(self, pair: ManagerPair) -> None:
-        pair.refuse_under_way(self._which())
+        refuse_under_way(pair, self._which())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,30 +13,33 @@ from numpy.typing import NDArray
 
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.block_tables import StoredLengths
-from paged_kv.blocks.events import BlockRemoved, BlockStored, CacheCleared
 from paged_kv.blocks.geometry import BlockGeometry
 from paged_kv.blocks.host_blocks import SwappedSequence
+from paged_kv.blocks.retention import UNLIMITED, Retention
 from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.blocks.token_chain import TokenChain
 from paged_kv.errors import InvalidStepError, OutOfBlocksError
-from tests.support.manager_contents import Contents
+from tests.support.manager_contents import Cell, Contents
+from tests.support.manager_mirror import Mirror
 from tests.support.plan_reader import PlanReader, open_ids, sealed_ids
 from tests.support.reference_manager import (
-    Content,
+    KEEPS_ALL,
     ExtraKeys,
+    GroupStep,
+    Lengths,
     NoSeqIdError,
     ReferenceManager,
+    Rule,
     Sequence,
     Shape,
     Step,
     Swapped,
     Wish,
     layout,
-    links,
 )
+from tests.support.refused import refused
 
-NOTHING = [StoredLengths(0, 0)]
 # Alike in bytes or text, and all different.
 EXTRA_KEYS: tuple[ExtraKeys, ...] = (
     (),
@@ -65,6 +68,23 @@ def make_tokens(length: int, turn: int, branch: int) -> list[int]:
     return tokens
 
 
+@cache
+def holds_what_it_should(
+    rule: Rule, shape: Shape, num_tokens: int, num_sealed: int, num_gone: int
+) -> bool:
+    """Whether a group has all that the next token sees, of which a later one sees no more, and
+    little else: a sealed block of drafts, and one that is not full, are more."""
+    sizes = {"open": shape.open_block_size, "sealed": shape.block_size}
+    stored = {
+        position
+        for kind, start in layout(shape, num_tokens, num_sealed, num_gone)
+        for position in range(start, min(start + sizes[kind], num_tokens))
+    }
+    seen = {position for position in range(num_tokens) if rule.sees(num_tokens, position)}
+    most = max(rule.reach, shape.min_tail + 2 * shape.block_size)
+    return seen <= stored and len(stored) <= shape.num_head + most + rule.step(shape)
+
+
 @dataclass(frozen=True)
 class Settings:
     """A manager to be."""
@@ -76,6 +96,7 @@ class Settings:
     prefix_caching: bool
     num_host_blocks: int
     record_events: bool = True
+    rules: tuple[Rule, ...] = (KEEPS_ALL,)  # of groups of layers
 
 
 class Wanted(NamedTuple):
@@ -95,30 +116,6 @@ class Part(NamedTuple):
     tokens: list[int]  # of the whole sequence, drafts included
     histories: list[int]  # of the new tokens
     num_kept_drafts: int
-
-
-@contextmanager
-def refused(error: type[Exception]) -> Iterator[None]:
-    """What happens inside raises this error."""
-    try:
-        yield
-    except error:
-        return
-    raise AssertionError(f"no {error.__name__}")
-
-
-class Mirror:
-    """The prefix cache as its events tell it."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[bytes, int] = {}
-        # Hashes and contents name each other, whether cached or not.
-        self.hash_of: dict[Content, bytes] = {}
-        self.content_of: dict[bytes, Content] = {}
-
-    def name(self, content: Content, block_hash: bytes) -> None:
-        assert self.hash_of.setdefault(content, block_hash) == block_hash
-        assert self.content_of.setdefault(block_hash, content) == content
 
 
 @dataclass
@@ -149,6 +146,10 @@ class ManagerPair:
             prefix_caching=settings.prefix_caching,
             record_events=settings.record_events,
             num_host_blocks=settings.num_host_blocks,
+            retentions=[
+                Retention(window_size=rule.window or UNLIMITED, chunk_size=rule.chunk or UNLIMITED)
+                for rule in settings.rules
+            ],
         )
         self.reference = ReferenceManager(
             shape,
@@ -156,8 +157,10 @@ class ManagerPair:
             max_num_seqs=settings.max_num_seqs,
             prefix_caching=settings.prefix_caching,
             num_host_blocks=settings.num_host_blocks,
+            rules=settings.rules,
         )
-        self.reader = PlanReader(self.manager.geometry)
+        self.rules = settings.rules
+        self.readers = [PlanReader(self.manager.geometry) for _ in settings.rules]
         self.contents = Contents(settings.num_blocks)
         self.host_contents = Contents(settings.num_host_blocks)
         self.mirror = Mirror()
@@ -195,21 +198,12 @@ class ManagerPair:
 
     def _add(self, chain: TokenChain | None, tokens: list[int], root: ExtraKeys) -> None:
         if chain is not None:
-            sequence = Sequence(root)
-            sequence.extend(tokens)
+            sequence = self.reference.new_sequence(root, tokens)
             found = self.manager.find_prefix(chain)
             if found.next_link is not None:
                 found = found._replace(next_link=chain.hashes.index(found.next_link))
             expected = self.reference.find(sequence)
-            assert found.lengths == (StoredLengths(expected.num_tokens, expected.num_sealed),)
-            assert found._replace(lengths=()) == (
-                expected.num_tokens,
-                expected.num_blocks,
-                expected.num_idle,
-                (),
-                expected.next_link,
-                expected.is_pending,
-            )
+            assert found == expected
         try:
             seq_id = self.reference.add(tokens, root)
         except NoSeqIdError:
@@ -262,6 +256,21 @@ class ManagerPair:
         assert self.manager.fork(seq_id) == child
         self.tally["forks"] += 1
 
+    def truncate(self, which: int, num_tokens: int) -> None:
+        """To so many of its tokens, where that can be."""
+        seq_id = self.pick(which)
+        if seq_id is None:
+            return
+        num_tokens %= self.reference.sequences[seq_id].num_computed + 1
+        if not self.reference.can_truncate(seq_id, num_tokens):
+            with refused(InvalidStepError):
+                self.manager.truncate(seq_id, num_tokens)
+            self.tally["refused cuts"] += 1
+            return
+        self.manager.truncate(seq_id, num_tokens)
+        self.reference.truncate(seq_id, num_tokens)
+        self.tally["cuts"] += 1
+
     def remove(self, which: int) -> None:
         seq_id = self.pick(which)
         if seq_id is not None:
@@ -294,7 +303,7 @@ class ManagerPair:
             return
         assert swapped.device_block_ids.tolist() == block_ids
         assert swapped.host_block_ids.tolist() == expected.host_ids
-        assert swapped.lengths[0].num_stored == expected.sequence.num_computed
+        assert swapped.lengths == self._lengths(expected.sequence)
         self.contents.move(block_ids, self.host_contents, expected.host_ids)
         self.swapped.append((swapped, expected))
         self.tally["swaps"] += 1
@@ -323,7 +332,7 @@ class ManagerPair:
         chain = self.manager.chain_of(source)
         sequence = self.reference.sequences[source].copy()
         source_ids = sequence.block_ids
-        placed = (chain, [StoredLengths(sequence.num_computed, sequence.num_sealed)])
+        placed = (chain, [StoredLengths(*its) for its in self._lengths(sequence)])
         seq_id = self.reference.place(sequence)
         if seq_id is None:
             with refused(OutOfBlocksError):
@@ -367,6 +376,13 @@ class ManagerPair:
         if reset:
             self.reset_cache()
 
+    def recover(self) -> None:
+        """Everything is dropped, as after an exception that struck anywhere."""
+        self.manager.recover()
+        self.reference.recover()
+        while self.swapped:
+            self._refuse_again(self.swapped.pop()[0])
+
     def take_events(self) -> None:
         """The events are those of the reference, and what they tell is the cache."""
         taken = self.manager.take_events()
@@ -375,36 +391,10 @@ class ManagerPair:
         if not (self.settings.record_events and self.settings.prefix_caching):
             assert not taken
             return
-        mirror = self.mirror
-        assert len(taken) == len(expected)
-        for event, (kind, content, block_id) in zip(taken, expected, strict=True):
-            if isinstance(event, CacheCleared):
-                assert kind == "cleared"
-                mirror.blocks.clear()
-                continue
-            assert content is not None
-            assert event.block_id == block_id
-            mirror.name(content, event.block_hash)
-            if isinstance(event, BlockRemoved):
-                assert kind == "removed"
-                assert mirror.blocks.pop(event.block_hash) == block_id
-                continue
-            assert isinstance(event, BlockStored)
-            assert kind == "stored"
-            root, tokens = content
-            start = len(tokens) - len(event.token_ids)
-            assert [link.end for link in links(self.shape, len(tokens))][-2:] in (
-                [len(tokens)], [start, len(tokens)]
-            )  # fmt: skip
-            assert event.token_ids == tokens[start:]
-            mirror.name((root, tokens[:start]), event.parent_hash)
-            assert event.block_hash not in mirror.blocks
-            mirror.blocks[event.block_hash] = event.block_id
         cache = self.manager.prefix_cache
         assert cache is not None
-        assert cache.num_cached == len(mirror.blocks)
-        for block_hash, block_id in mirror.blocks.items():
-            assert cache.find([block_hash]) == [block_id]
+        self.mirror.follow(taken, expected, self.shape)
+        self.mirror.check(cache)
 
     # -- rules: steps ---------------------------------------------------------------------------
 
@@ -425,20 +415,25 @@ class ManagerPair:
         num_new = [wish.num_new for wish in wishes]
         num_drafts = [wish.num_drafts for wish in wishes] if with_drafts else None
         undrafted = self.reference.plan_rows([Wish(wish.seq_id, wish.num_new) for wish in wishes])
+        rows = zip(*(group.rows for group in undrafted.parts), strict=True)
         needed = self.manager.blocks_needed(
             np.array(seq_ids, dtype=np.int64), np.array(num_new, dtype=np.int64)
         )
-        assert needed.tolist() == [row.num_new_blocks for row in undrafted]
+        assert needed.tolist() == [sum(row.num_new_blocks for row in each) for each in rows]
         step = self.reference.reserve(wishes)
         plan = self.manager.reserve(seq_ids, num_new, num_drafts)
         if plan is None or step is None:
             assert plan is step, "one has blocks and the other has not"
             self.tally["failed reservations"] += 1
             return False
-        arrays = self.reader.read(plan)
-        self._check_plan(plan, arrays, step)
         histories = [history for part in parts for history in part.histories]
-        self.contents.apply(plan, arrays, histories, self.shape.open_block_size)
+        for group, (its, expected) in enumerate(zip(plan.parts, step.parts, strict=True)):
+            arrays = self.readers[group].read(its)
+            self._check_plan(its, step.wishes)
+            self._check_blocks(its, arrays, expected)
+            cells = [Cell(group, history) for history in histories]
+            self.contents.apply(its, arrays, cells, self.shape.open_block_size)
+            self._check_seen(its, arrays, group)
         self.check()
         if meanwhile is not None:
             meanwhile()
@@ -451,8 +446,9 @@ class ManagerPair:
         for end in (self.manager.commit, self.manager.rollback):
             with refused(InvalidStepError):
                 end(plan)
-        self.tally["copies"] += len(step.copies)
-        self.tally["sealed blocks"] += len(step.seal_ids)
+        for part in step.parts:
+            self.tally["copies"] += len(part.copies)
+            self.tally["sealed blocks"] += len(part.seal_ids)
         return True
 
     def _parts(self, wanted: list[Wanted], with_drafts: bool) -> list[Part]:
@@ -532,23 +528,17 @@ class ManagerPair:
             if wrong:
                 with refused(InvalidStepError):
                     self.manager.commit(plan, wrong)
-        self.reference.commit(step, num_kept)
-        if num_kept == plan.num_scheduled_tokens.tolist():
-            self.manager.commit(plan)
-        else:
-            self.manager.commit(plan, num_kept)
+        let_go = self.reference.commit(step, num_kept)
+        keeps_all = num_kept == plan.num_scheduled_tokens.tolist()
+        evicted_ids = self.manager.commit(plan, None if keeps_all else num_kept)
+        assert evicted_ids.tolist() == let_go
+        self.tally["let go"] += len(let_go)
 
-    def _check_plan(self, plan: StepPlan, arrays: StepArrays, step: Step) -> None:
-        sequences = [row.sequence for row in step.rows]
-        num_new = [row.wish.num_new for row in step.rows]
-        starts = [sequence.num_computed for sequence in sequences]
-        assert plan.seq_ids.tolist() == [row.wish.seq_id for row in step.rows]
-        assert plan.new_block_ids.tolist() == step.new_ids
-        assert plan.seal_block_ids.tolist() == step.seal_ids
-        assert plan.copy_sources.tolist() == [source for source, _ in step.copies]
-        assert plan.copy_targets.tolist() == [target for _, target in step.copies]
-        assert plan.freed_block_ids.tolist() == step.left_ids
-        assert plan.context_lens.tolist() == starts
+    def _check_plan(self, plan: StepPlan, wishes: list[Wish]) -> None:
+        """What is the same for every group: whose tokens are computed."""
+        num_new = [wish.num_new for wish in wishes]
+        starts = [self.reference.sequences[wish.seq_id].num_computed for wish in wishes]
+        assert plan.seq_ids.tolist() == [wish.seq_id for wish in wishes]
         assert plan.num_tokens == sum(num_new)
         assert plan.positions.tolist() == [
             start + index for start, count in zip(starts, num_new, strict=True)
@@ -560,81 +550,34 @@ class ManagerPair:
         assert plan.query_start_loc.tolist() == [
             sum(num_new[:row]) for row in range(len(num_new) + 1)
         ]
+
+    def _check_blocks(self, plan: StepPlan, arrays: StepArrays, expected: GroupStep) -> None:
+        assert plan.new_block_ids.tolist() == expected.new_ids
+        assert plan.seal_block_ids.tolist() == expected.seal_ids
+        assert plan.copy_sources.tolist() == [source for source, _ in expected.copies]
+        assert plan.copy_targets.tolist() == [target for _, target in expected.copies]
+        assert plan.freed_block_ids.tolist() == expected.left_ids
+        geometry = self.manager.geometry
         copies = dict(zip(plan.copy_targets.tolist(), plan.copy_sources.tolist(), strict=True))
-        for row, sequence in enumerate(sequences):
-            in_place = open_ids(self.reader.geometry, arrays, row)  # of its source, a copy
+        for index, row in enumerate(expected.rows):
+            in_place = open_ids(geometry, arrays, index)  # of its source, a copy
             assert [copies.get(block_id, block_id) for block_id in in_place] == (
-                sequence.ids_of("open")
+                row.held.ids_of("open")
             )
-            assert sealed_ids(self.reader.geometry, arrays, row) == sequence.ids_of("sealed")
+            assert sealed_ids(geometry, arrays, index) == row.held.ids_of("sealed")
 
-    # -- rules: what is refused -----------------------------------------------------------------
-
-    def refuse(self, which: int) -> None:
-        """Calls that make no sense raise and change nothing, which `check` sees."""
-        manager = self.manager
-        too_long = TokenChain(np.zeros(self.settings.max_model_len + 1, dtype=np.int32), b"")
-        dead = (*self.reference.free_seq_ids, self.settings.max_num_seqs)[0]
-        for call in (
-            lambda: manager.remove_sequence(dead),
-            lambda: manager.fork(dead),
-            lambda: manager.swap_out(dead),
-            lambda: manager.publish_sequence(dead),
-            lambda: manager.append_tokens([dead], [1]),
-            lambda: manager.add_sequence(too_long),
-            lambda: manager.place_sequence(too_long, NOTHING),
-            lambda: manager.reserve([dead], [1]),
-            lambda: manager.reserve([-1], [1]),
-        ):
-            with refused(InvalidStepError):
-                call()
-        seq_id = self.pick(which)
-        if seq_id is None:
-            return
-        sequence = self.reference.sequences[seq_id]
-        size, limit = self.shape.block_size, self.settings.max_model_len
-        calls: list[Callable[[], object]] = [
-            lambda: manager.append_tokens([seq_id], [1, 2]),
-            lambda: manager.append_tokens([seq_id], [1], [2]),
-            lambda: manager.append_tokens([seq_id], [], [-1]),
-            lambda: manager.reserve([seq_id], [0]),
-            lambda: manager.reserve([seq_id], [limit - sequence.num_computed + 1]),
-            lambda: manager.reserve([seq_id, seq_id], [1, 1]),
-            lambda: manager.reserve([seq_id], [2], [2]),
-            lambda: manager.reserve([seq_id], [size + 2], [size + 1]),
-        ]
-        if self.settings.prefix_caching:
-            too_many = max(sequence.num_known - sequence.num_computed, 0)
-            too_many += self.shape.open_block_size
-            calls.append(lambda: manager.reserve([seq_id], [too_many]))
-        for call in calls:
-            with refused(InvalidStepError):
-                call()
-
-    def refuse_under_way(self, which: int) -> None:
-        """What has to wait for the end of a step."""
-        seq_id = self.pick(which)
-        if seq_id is None:
-            return
-        manager = self.manager
-        for call in (
-            lambda: manager.remove_sequence(seq_id),
-            lambda: manager.fork(seq_id),
-            lambda: manager.swap_out(seq_id),
-            lambda: manager.reserve([seq_id], [1]),
-            lambda: manager.place_sequence(manager.chain_of(seq_id), NOTHING),
-            lambda: manager.publish_sequence(seq_id),
-        ):
-            with refused(InvalidStepError):
-                call()
-        for swapped, expected in self.swapped:
-            if self._fits(expected):
-                with refused(InvalidStepError):
-                    manager.swap_in(swapped)
-
-    def _fits(self, swapped: Swapped) -> bool:
-        reference = self.reference
-        return len(swapped.host_ids) <= reference.num_free and bool(reference.free_seq_ids)
+    def _check_seen(self, plan: StepPlan, arrays: StepArrays, group: int) -> None:
+        """Each new token finds all that it sees of the context, through the plan alone."""
+        rule = self.rules[group]
+        gone = plan.num_evicted_tokens
+        for row, seq_id in enumerate(plan.seq_ids.tolist()):
+            sequence = self.reference.sequences[seq_id]
+            num_gone = 0 if gone is None else int(gone[row])
+            found = self.contents.context(arrays, row, self.shape, num_gone)
+            position = sequence.num_computed  # of the first new token; others see less of it
+            for earlier in range(position):
+                if rule.sees(position, earlier):
+                    assert found[earlier] == Cell(group, sequence.histories[earlier])
 
     # -- invariants -----------------------------------------------------------------------------
 
@@ -659,24 +602,54 @@ class ManagerPair:
         assert statistics.num_queries == reference.num_queries
         assert statistics.num_query_tokens == reference.num_query_tokens
         assert statistics.num_hit_tokens == reference.num_hit_tokens
+        self._check_first_group()
         for seq_id, sequence in reference.sequences.items():
             self._check_sequence(seq_id, sequence)
 
+    def _lengths(self, sequence: Sequence) -> tuple[Lengths, ...]:
+        """What each group stores."""
+        return tuple(
+            Lengths(
+                sequence.num_computed - held.num_gone, len(held.ids_of("sealed")), held.num_gone
+            )
+            for held in sequence.groups
+        )
+
     def _check_sequence(self, seq_id: int, sequence: Sequence) -> None:
         manager = self.manager
-        assert tuple(sequence.blocks) == layout(
-            self.shape, sequence.num_computed, sequence.num_sealed
-        )
-        assert manager.num_computed_tokens[seq_id] == sequence.num_computed
-        assert manager.num_sealed[seq_id] == sequence.num_sealed
         assert manager.num_tokens[seq_id] == sequence.num_known
         known = sequence.tokens[: sequence.num_known]
         assert manager.token_ids[seq_id, : sequence.num_known].tolist() == known
         assert manager.last_token_ids[seq_id : seq_id + len(known[-1:])].tolist() == known[-1:]
-        assert manager.block_ids(seq_id).tolist() == sequence.block_ids
-        assert manager.head_and_tail_ids(seq_id).tolist() == sequence.ids_of("open")
-        assert manager.body_ids(seq_id).tolist() == sequence.ids_of("sealed")
-        self.contents.check(sequence)
+        assert manager.all_block_ids(seq_id).tolist() == sequence.block_ids
+        assert manager.stored_lengths(seq_id) == self._lengths(sequence)
+        for tables, held in zip(manager.groups, sequence.groups, strict=True):
+            assert tables.head_and_tail_ids(seq_id).tolist() == held.ids_of("open")
+            assert tables.body_ids(seq_id).tolist() == held.ids_of("sealed")
+        for group, (rule, held) in enumerate(zip(self.rules, sequence.groups, strict=True)):
+            self.contents.check(sequence, group)
+            lengths = sequence.num_computed, held.num_sealed, held.num_gone
+            assert tuple(held.blocks) == layout(self.shape, *lengths)
+            assert holds_what_it_should(rule, self.shape, *lengths)
+
+    def _check_first_group(self) -> None:
+        """What the manager says where no group is named."""
+        manager, sequences = self.manager, list(self.reference.sequences.items())
+        if not sequences:
+            return
+        seq_ids = np.array([seq_id for seq_id, _ in sequences])
+        first = [self._lengths(sequence)[0] for _, sequence in sequences]
+        assert manager.num_computed_tokens[seq_ids].tolist() == [its.num_stored for its in first]
+        assert manager.num_sealed[seq_ids].tolist() == [its.num_sealed for its in first]
+        assert manager.num_evicted_tokens[seq_ids].tolist() == [its.num_evicted for its in first]
+        assert manager.num_held(seq_ids)[0].tolist() == [
+            len(sequence.block_ids) for _, sequence in sequences
+        ]
+        assert manager.num_computable(seq_ids).tolist() == [
+            sequence.num_known - sequence.num_computed for _, sequence in sequences
+        ]
+        seq_id, sequence = sequences[-1]
+        assert manager.block_ids(seq_id).tolist() == sequence.groups[0].block_ids
 
     def drain(self) -> None:
         """Without sequences nothing is in use."""
@@ -687,6 +660,7 @@ class ManagerPair:
         self.check()
         assert self.manager.num_free_blocks == self.manager.num_blocks
         if self.manager.prefix_cache is not None:
+            assert not self.manager.prefix_cache._pending  # nobody is there to store anything
             self.reset_cache()
             self.take_events()
             self.check()

@@ -7,26 +7,34 @@ choice, so the model predicts exact block ids.
 - A sequence is head | body | tail. Head and tail lie in open blocks, the body in sealed ones. As
   many body blocks are sealed as leave `min_tail` certain tokens behind them, and drafts are not
   certain. Where an open block is as large as a block (the native format), nothing is ever sealed.
-- A step takes blocks for all its sequences or none: first those that it seals, then new open
-  blocks, then copies, each in the order of its rows.
+- Every group of layers has blocks of its own for each sequence. What happens to all groups happens
+  in their order, but for a sequence that ends: there the last group comes first.
+- A step takes blocks for all its sequences and groups or none: for a group first those that it
+  seals, then new open blocks, then copies, each in the order of its rows.
 - Of several users of a block that is not full, all but the last that write to it in one step copy.
 - Released blocks are reused first block first, the latest release first. Those that can be found by
   their content are idle instead: the pool takes them when no other is left, the longest idle first,
   and of one release the last block first.
 - Ended by commit, a step lets go of the blocks of dropped drafts, then of the blocks whose tokens
-  were sealed. Then the sequences whose blocks it changed, or that reached where they would seal if
-  drafts counted, offer their complete links to the cache, which keeps the first block of a content,
-  but for an idle one: it is free then, and may no longer be found. Drafts that were kept must be
-  known by then. So do sequences in the first step since they were
-  added, forked, swapped in or placed; after the last two they offer all of their links.
-- A new sequence shares the cached blocks of its first links: at least one token is left to
-  compute, and no more body blocks are shared than it would have sealed itself. The first link that
-  it does not find is pending while a sequence lives that was added with it and has yet to offer it.
+  were sealed, group by group. Then, in each group, its sequences first offer their complete links
+  to the cache, which keeps the first block of a content and group, but for an idle one: it is free
+  then, and may no longer be found. Drafts that were kept must be known by then. Sequences that
+  were swapped in or placed offer all links that they hold.
+- After that the group lets go of what no later token of its sequences sees: of tokens behind the
+  head, in whole blocks and whole chunks, which are sealed where blocks seal.
+- A new sequence shares the longest prefix of links of which every group finds what it would still
+  hold after so many tokens. At least one token is left to compute, and no more body blocks are
+  shared than it would have sealed itself. The first link that is not shared is pending while a
+  sequence lives that was added with it and whose first group has yet to offer it; one that was
+  placed without some of that group's links never will.
+- A sequence can be cut where no group is cut within a sealed block, or misses what the next token
+  sees.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -45,6 +53,45 @@ class Shape(NamedTuple):
     @property
     def seals(self) -> bool:
         return self.block_size > self.open_block_size
+
+
+class Rule(NamedTuple):
+    """What the layers of a group see: the last `window` tokens, of their own chunk. None: all."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def sees(self, position: int, earlier: int) -> bool:
+        is_near = self.window is None or position - earlier < self.window
+        return is_near and (self.chunk is None or position // self.chunk == earlier // self.chunk)
+
+    @property
+    def reach(self) -> float:
+        """The most tokens that one sees, itself included."""
+        return min(self.window or math.inf, self.chunk or math.inf)
+
+    def step(self, shape: Shape) -> int:
+        """Tokens that are let go at once: the fewest that are whole blocks and whole chunks."""
+        step = shape.block_size
+        while self.chunk is not None and step % self.chunk:
+            step += shape.block_size
+        return step
+
+
+KEEPS_ALL = Rule()
+
+
+@cache
+def num_unseen(rule: Rule, shape: Shape, num_tokens: int) -> int:
+    """Of so many tokens those behind the head that no later one sees, in whole steps."""
+    step, count = rule.step(shape), 0
+    while True:
+        start = shape.num_head + count
+        if start + step > num_tokens:
+            return count
+        if any(rule.sees(num_tokens, position) for position in range(start, start + step)):
+            return count
+        count += step
 
 
 class Stretch(NamedTuple):
@@ -73,14 +120,17 @@ def num_sealable(shape: Shape, num_tokens: int) -> int:
 
 
 @cache
-def layout(shape: Shape, num_tokens: int, num_sealed: int) -> tuple[Stretch, ...]:
-    """The blocks of a sequence in the order of its tokens."""
+def layout(
+    shape: Shape, num_tokens: int, num_sealed: int, num_gone: int = 0
+) -> tuple[Stretch, ...]:
+    """The blocks of a sequence in the order of its tokens, but for those let go behind the head."""
     stretches = []
     position = 0
     body = range(shape.num_head, shape.num_head + num_sealed * shape.block_size)
     while position < num_tokens:
         kind = "sealed" if position in body else "open"
-        stretches.append(Stretch(kind, position))
+        if position not in range(shape.num_head, shape.num_head + num_gone):
+            stretches.append(Stretch(kind, position))
         position += shape.block_size if kind == "sealed" else shape.open_block_size
     return tuple(stretches)
 
@@ -111,18 +161,33 @@ def shareable_links(shape: Shape, num_tokens: int) -> tuple[Link, ...]:
 
 
 @dataclass
+class Held:
+    """What a group of layers stores of a sequence."""
+
+    blocks: dict[Stretch, int] = field(default_factory=dict)  # in the order of its tokens
+    num_sealed: int = 0  # body blocks, with those let go
+    num_gone: int = 0  # tokens behind the head that were let go
+    num_published: int = 0  # links
+
+    @property
+    def block_ids(self) -> list[int]:
+        return list(self.blocks.values())
+
+    def ids_of(self, kind: str) -> list[int]:
+        return [block_id for stretch, block_id in self.blocks.items() if stretch.kind == kind]
+
+
+@dataclass
 class Sequence:
     """Tokens, and where the computed ones are."""
 
     root: ExtraKeys
+    groups: list[Held]
     tokens: list[int] = field(default_factory=list)
     histories: list[int] = field(default_factory=list)  # a number for all tokens up to each
     num_known: int = 0  # tokens that the manager was told
     num_computed: int = 0
-    num_sealed: int = 0
-    blocks: dict[Stretch, int] = field(default_factory=dict)  # in the order of its tokens
     num_expected: int = 0  # links of its first tokens, for which others may wait
-    num_published: int = 0
 
     def extend(self, tokens: list[int]) -> None:
         for token in tokens:
@@ -131,20 +196,16 @@ class Sequence:
             self.histories.append(hash((before, token)))
 
     def copy(self) -> Sequence:
-        twin = Sequence(**vars(self))
-        twin.tokens, twin.histories = self.tokens.copy(), self.histories.copy()
-        twin.blocks = self.blocks.copy()
-        return twin
+        groups = [replace(held, blocks=held.blocks.copy()) for held in self.groups]
+        tokens, histories = self.tokens.copy(), self.histories.copy()
+        return replace(self, groups=groups, tokens=tokens, histories=histories)
 
     def content(self, link: Link) -> Content:
         return self.root, tuple(self.tokens[: link.end])
 
     @property
     def block_ids(self) -> list[int]:
-        return list(self.blocks.values())
-
-    def ids_of(self, kind: str) -> list[int]:
-        return [block_id for stretch, block_id in self.blocks.items() if stretch.kind == kind]
+        return [block_id for held in self.groups for block_id in held.block_ids]
 
 
 class Wish(NamedTuple):
@@ -157,10 +218,10 @@ class Wish(NamedTuple):
 
 @dataclass
 class Row:
-    """What one sequence of a step takes and lets go."""
+    """What one sequence of a step takes and lets go in one group."""
 
     wish: Wish
-    sequence: Sequence
+    held: Held
     num_sealed: int
     sealed: list[Stretch]
     opened: list[Stretch]
@@ -174,10 +235,16 @@ class Row:
 
 
 @dataclass
-class Step:
+class GroupStep:
+    """A step in one group."""
+
     rows: list[Row]
     new_ids: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # source, target
+
+    @property
+    def num_new_blocks(self) -> int:
+        return sum(row.num_new_blocks for row in self.rows)
 
     @property
     def seal_ids(self) -> list[int]:
@@ -185,7 +252,20 @@ class Step:
 
     @property
     def left_ids(self) -> list[int]:
-        return [row.sequence.blocks[stretch] for row in self.rows for stretch in row.left]
+        return [row.held.blocks[stretch] for row in self.rows for stretch in row.left]
+
+
+class Step(NamedTuple):
+    wishes: list[Wish]
+    parts: list[GroupStep]  # one for each group
+
+
+class Lengths(NamedTuple):
+    """What a group stores of a sequence: the fields of `StoredLengths`."""
+
+    num_stored: int
+    num_sealed: int
+    num_evicted: int
 
 
 class Match(NamedTuple):
@@ -193,8 +273,8 @@ class Match(NamedTuple):
 
     num_tokens: int
     num_blocks: int
-    num_sealed: int
     num_idle: int
+    lengths: tuple[Lengths, ...]
     next_link: int | None  # by number, as the manager names it by hash
     is_pending: bool
 
@@ -211,6 +291,7 @@ class Event(NamedTuple):
     kind: str
     content: Content | None = None
     block_id: int | None = None
+    group: int = 0
 
 
 class NoSeqIdError(Exception):
@@ -228,21 +309,38 @@ class ReferenceManager:
         max_num_seqs: int,
         prefix_caching: bool,
         num_host_blocks: int,
+        rules: tuple[Rule, ...] = (KEEPS_ALL,),
     ) -> None:
         self.shape = shape
+        self.rules = rules
         self.prefix_caching = prefix_caching
+        self.max_num_seqs = max_num_seqs
+        self.num_host_blocks = num_host_blocks
+        self.events: list[Event] = []
+        self.num_queries = self.num_query_tokens = self.num_hit_tokens = 0
+        self._begin_empty(num_blocks)
+
+    def _begin_empty(self, num_blocks: int) -> None:
         self.sequences: dict[int, Sequence] = {}
-        self.free_seq_ids = list(reversed(range(max_num_seqs)))
+        self.free_seq_ids = list(reversed(range(self.max_num_seqs)))
         self.ref_counts = [0] * num_blocks
         self.free = list(reversed(range(num_blocks)))  # the last is taken first
         self.idle: list[int] = []  # the first is evicted first
-        self.num_host_blocks = num_host_blocks
-        self.host_free = list(reversed(range(num_host_blocks)))
+        self.host_free = list(reversed(range(self.num_host_blocks)))
         self.peak = 0
-        self.cached: dict[Content, int] = {}
-        self.content_of: dict[int, Content] = {}
-        self.events: list[Event] = []
-        self.num_queries = self.num_query_tokens = self.num_hit_tokens = 0
+        self.cached: dict[tuple[Content, int], int] = {}  # by content and group
+        self.content_of: dict[int, tuple[Content, int]] = {}
+
+    def recover(self) -> None:
+        """Everything is dropped; statistics and events go on."""
+        self._begin_empty(len(self.ref_counts))
+        if self.prefix_caching:
+            self.events.append(Event("cleared"))
+
+    def new_sequence(self, root: ExtraKeys, tokens: list[int]) -> Sequence:
+        sequence = Sequence(root, [Held() for _ in self.rules], num_known=len(tokens))
+        sequence.extend(tokens)
+        return sequence
 
     # -- the pool -------------------------------------------------------------------------------
 
@@ -257,9 +355,9 @@ class ReferenceManager:
                 ids.append(self.free.pop())
                 continue
             evicted = self.idle.pop(0)
-            content = self.content_of.pop(evicted)
-            del self.cached[content]
-            self.events.append(Event("removed", content, evicted))
+            content, group = self.content_of.pop(evicted)
+            del self.cached[content, group]
+            self.events.append(Event("removed", content, evicted, group))
             ids.append(evicted)
         for block_id in ids:
             self.ref_counts[block_id] = 1
@@ -285,45 +383,78 @@ class ReferenceManager:
     # -- sequences ------------------------------------------------------------------------------
 
     def find(self, sequence: Sequence) -> Match:
-        hits = self._hits(sequence)  # none without a cache: nothing is ever stored
+        num_links, hits = self._hits(sequence)
         wanted = shareable_links(self.shape, len(sequence.tokens))
-        following = wanted[len(hits) : len(hits) + 1]
+        following = wanted[num_links : num_links + 1]
+        block_ids = [block_id for blocks in hits for block_id in blocks.values()]
+        shared = wanted[:num_links]
+        num_tokens = shared[-1].end if shared else 0
         return Match(
-            num_tokens=wanted[len(hits) - 1].end if hits else 0,
-            num_blocks=len(hits),
-            num_sealed=sum(stretch.kind == "sealed" for stretch in hits),
-            num_idle=sum(not self.ref_counts[block_id] for block_id in hits.values()),
-            next_link=len(hits) if following and self.prefix_caching else None,
+            num_tokens=num_tokens,
+            num_blocks=len(block_ids),
+            num_idle=sum(not self.ref_counts[block_id] for block_id in block_ids),
+            lengths=tuple(
+                Lengths(
+                    num_tokens - num_unseen(rule, self.shape, num_tokens),
+                    sum(stretch.kind == "sealed" for stretch in blocks),
+                    num_unseen(rule, self.shape, num_tokens),
+                )
+                for rule, blocks in zip(self.rules, hits, strict=True)
+            ),
+            next_link=num_links if following and self.prefix_caching else None,
             is_pending=any(
-                other.num_published <= len(hits) < other.num_expected
+                other.groups[0].num_published <= num_links < other.num_expected
                 and other.content(link) == sequence.content(link)
                 for link in following
                 for other in self.sequences.values()
             ),
         )
 
-    def _hits(self, sequence: Sequence) -> dict[Stretch, int]:
-        """Cached blocks of the first links, as far as there is no gap."""
-        hits: dict[Stretch, int] = {}
-        for link in shareable_links(self.shape, len(sequence.tokens)):
-            block_id = self.cached.get(sequence.content(link))
+    def _hits(self, sequence: Sequence) -> tuple[int, list[dict[Stretch, int]]]:
+        """The most first links that every group can serve, and its cached blocks of them."""
+        wanted = shareable_links(self.shape, len(sequence.tokens)) if self.prefix_caching else ()
+        for num_links in range(len(wanted), 0, -1):
+            hits = [
+                self._served(sequence, wanted[:num_links], group)
+                for group in range(len(self.rules))
+            ]
+            if None not in hits:
+                return num_links, [blocks for blocks in hits if blocks is not None]
+        return 0, [{} for _ in self.rules]
+
+    def _served(
+        self, sequence: Sequence, shared: tuple[Link, ...], group: int
+    ) -> dict[Stretch, int] | None:
+        """Cached blocks of all that a group would hold of these links; None where one lacks."""
+        blocks: dict[Stretch, int] = {}
+        num_gone = num_unseen(self.rules[group], self.shape, shared[-1].end)
+        for link in shared:
+            if self._is_gone(link.stretch, num_gone):
+                continue
+            block_id = self.cached.get((sequence.content(link), group))
             if block_id is None:
-                break
-            hits[link.stretch] = block_id
-        return hits
+                return None
+            blocks[link.stretch] = block_id
+        return blocks
+
+    def _is_gone(self, stretch: Stretch, num_gone: int) -> bool:
+        """Whether it is among so many tokens behind the head."""
+        return self.shape.num_head <= stretch.start < self.shape.num_head + num_gone
 
     def add(self, tokens: list[int], root: ExtraKeys) -> int:
         seq_id = self._take_seq_id()
-        sequence = Sequence(root, num_known=len(tokens))
-        sequence.extend(tokens)
-        self.sequences[seq_id] = sequence
+        sequence = self.sequences[seq_id] = self.new_sequence(root, tokens)
         if not self.prefix_caching:
             return seq_id
         match = self.find(sequence)
-        sequence.blocks = self._hits(sequence)
-        self._share(sequence.block_ids)
-        sequence.num_computed, sequence.num_sealed = match.num_tokens, match.num_sealed
-        sequence.num_published = match.num_blocks
+        num_links, hits = self._hits(sequence)
+        for held, lengths, blocks in zip(sequence.groups, match.lengths, hits, strict=True):
+            self._share(list(blocks.values()))
+            held.blocks = blocks
+            held.num_gone = lengths.num_evicted
+            held.num_sealed = lengths.num_sealed + held.num_gone // self.shape.block_size
+            held.num_published = num_links
+        sequence.num_computed = match.num_tokens
         sequence.num_expected = len(shareable_links(self.shape, len(tokens)))
         self.num_queries += 1
         self.num_query_tokens += len(tokens)
@@ -350,115 +481,185 @@ class ReferenceManager:
 
     def remove(self, seq_id: int) -> Sequence:
         sequence = self.sequences.pop(seq_id)
-        self._release(sequence.block_ids)
+        for held in reversed(sequence.groups):
+            self._release(held.block_ids)
         self.free_seq_ids.append(seq_id)
         return sequence
 
+    def can_truncate(self, seq_id: int, num_tokens: int) -> bool:
+        """To so many of the tokens that it has computed."""
+        for rule, held in zip(self.rules, self.sequences[seq_id].groups, strict=True):
+            for stretch in held.blocks:
+                end = stretch.start + self.shape.block_size
+                if stretch.kind == "sealed" and stretch.start < num_tokens < end:
+                    return False
+            gap = range(self.shape.num_head, self.shape.num_head + held.num_gone)
+            if gap and num_tokens < gap.stop:
+                return False
+            if any(rule.sees(num_tokens, position) for position in gap):
+                return False
+        return not self.prefix_caching
+
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        sequence = self.sequences[seq_id]
+        for held in sequence.groups:
+            self._release([held.blocks[each] for each in held.blocks if each.start >= num_tokens])
+            held.blocks = {
+                stretch: block_id
+                for stretch, block_id in held.blocks.items()
+                if stretch.start < num_tokens
+            }
+            held.num_sealed = held.num_gone // self.shape.block_size if self.shape.seals else 0
+            held.num_sealed += len(held.ids_of("sealed"))
+        del sequence.tokens[num_tokens:], sequence.histories[num_tokens:]
+        sequence.num_known = min(sequence.num_known, num_tokens)
+        sequence.num_computed = num_tokens
+
     # -- steps ----------------------------------------------------------------------------------
 
-    def plan_rows(self, wishes: list[Wish]) -> list[Row]:
+    def plan_rows(self, wishes: list[Wish]) -> Step:
         """What each sequence of a step needs, whether there are blocks for it or not."""
+        return Step(wishes, [self._plan_group(wishes, group) for group in range(len(self.rules))])
+
+    def _plan_group(self, wishes: list[Wish], group: int) -> GroupStep:
         rows = []
         num_copied: dict[int, int] = {}
         for wish in wishes:
             sequence = self.sequences[wish.seq_id]
+            held = sequence.groups[group]
             after = sequence.num_computed + wish.num_new
             certain = after - wish.num_drafts
-            num_sealed = max(sequence.num_sealed, num_sealable(self.shape, certain))
-            needed = layout(self.shape, after, num_sealed)
-            new = [stretch for stretch in needed if stretch not in sequence.blocks]
+            num_sealed = max(held.num_sealed, num_sealable(self.shape, certain))
+            needed = layout(self.shape, after, num_sealed, held.num_gone)
+            new = [stretch for stretch in needed if stretch not in held.blocks]
             row = Row(
                 wish=wish,
-                sequence=sequence,
+                held=held,
                 num_sealed=num_sealed,
                 sealed=[stretch for stretch in new if stretch.kind == "sealed"],
                 opened=[stretch for stretch in new if stretch.kind == "open"],
-                left=[stretch for stretch in sequence.blocks if stretch not in needed],
+                left=[stretch for stretch in held.blocks if stretch not in needed],
                 copied=None,
             )
-            last = self._block_with_room(sequence)
+            last = self._block_with_room(held, sequence.num_computed)
             if last in needed:
-                block_id = sequence.blocks[last]
+                block_id = held.blocks[last]
                 if self.ref_counts[block_id] - num_copied.get(block_id, 0) > 1:
                     num_copied[block_id] = num_copied.get(block_id, 0) + 1
                     row.copied = last
             rows.append(row)
-        return rows
+        return GroupStep(rows)
 
-    def _block_with_room(self, sequence: Sequence) -> Stretch | None:
+    def _block_with_room(self, held: Held, num_computed: int) -> Stretch | None:
         """The last block, where it is not full."""
-        if not sequence.blocks:
+        if not held.blocks:
             return None
-        last = list(sequence.blocks)[-1]
-        has_room = sequence.num_computed < last.start + self.shape.open_block_size
+        last = list(held.blocks)[-1]
+        has_room = num_computed < last.start + self.shape.open_block_size
         return last if last.kind == "open" and has_room else None
 
     def reserve(self, wishes: list[Wish]) -> Step | None:
-        step = Step(self.plan_rows(wishes))
-        num_needed = sum(row.num_new_blocks for row in step.rows)
+        step = self.plan_rows(wishes)
+        num_needed = sum(part.num_new_blocks for part in step.parts)
         if num_needed > self.num_free:
             return None
-        step.new_ids = self._allocate(num_needed)
-        ids = iter(step.new_ids)
-        for row in step.rows:
-            row.given |= {stretch: next(ids) for stretch in row.sealed}
-        for row in step.rows:
-            row.given |= {stretch: next(ids) for stretch in row.opened}
-        for row in step.rows:
-            if row.copied is not None:
-                source, row.given[row.copied] = row.sequence.blocks[row.copied], next(ids)
-                step.copies.append((source, row.given[row.copied]))
-                self.ref_counts[source] -= 1
+        given = self._allocate(num_needed)
+        for part in step.parts:
+            part.new_ids, given = given[: part.num_new_blocks], given[part.num_new_blocks :]
+            self._give(part)
         return step
+
+    def _give(self, part: GroupStep) -> None:
+        ids = iter(part.new_ids)
+        for row in part.rows:
+            row.given |= {stretch: next(ids) for stretch in row.sealed}
+        for row in part.rows:
+            row.given |= {stretch: next(ids) for stretch in row.opened}
+        for row in part.rows:
+            if row.copied is not None:
+                source, row.given[row.copied] = row.held.blocks[row.copied], next(ids)
+                part.copies.append((source, row.given[row.copied]))
+                self.ref_counts[source] -= 1
 
     def rollback(self, step: Step) -> None:
         """Blocks that were evicted for the step stay forgotten."""
-        self._release(step.new_ids)
-        for source, _ in step.copies:
-            self.ref_counts[source] += 1
+        for part in step.parts:
+            self._release(part.new_ids)
+            for source, _ in part.copies:
+                self.ref_counts[source] += 1
 
-    def commit(self, step: Step, num_kept: list[int]) -> None:
-        unused, left = [], step.left_ids
-        for row, kept in zip(step.rows, num_kept, strict=True):
-            sequence = row.sequence
+    def commit(self, step: Step, num_kept: list[int]) -> list[int]:
+        """The blocks that groups let go because no later token sees them."""
+        sequences = [self.sequences[wish.seq_id] for wish in step.wishes]
+        for sequence, kept in zip(sequences, num_kept, strict=True):
             sequence.num_computed += kept
-            sequence.num_sealed = row.num_sealed
-            blocks = sequence.blocks | row.given
-            stays = layout(self.shape, sequence.num_computed, row.num_sealed)
-            unused += [blocks[stretch] for stretch in row.opened if stretch not in stays]
-            sequence.blocks = {stretch: blocks[stretch] for stretch in stays}
-        self._release(unused)
-        self._release(left)
-        for row in step.rows:
-            self.publish(row.sequence)
+        for part in step.parts:
+            unused, left = [], part.left_ids
+            for row, sequence in zip(part.rows, sequences, strict=True):
+                held = row.held
+                held.num_sealed = row.num_sealed
+                blocks = held.blocks | row.given
+                stays = layout(self.shape, sequence.num_computed, held.num_sealed, held.num_gone)
+                unused += [blocks[stretch] for stretch in row.opened if stretch not in stays]
+                held.blocks = {stretch: blocks[stretch] for stretch in stays}
+            self._release(unused)
+            self._release(left)
+        let_go = []
+        for group in range(len(self.rules)):
+            for sequence in sequences:
+                self._publish(sequence, group)
+            gone = [
+                block_id for sequence in sequences for block_id in self._let_go(sequence, group)
+            ]
+            self._release(gone)
+            let_go += gone
+        return let_go
+
+    def _let_go(self, sequence: Sequence, group: int) -> list[int]:
+        """Blocks of what no later token sees, which are the group's no more."""
+        held, rule = sequence.groups[group], self.rules[group]
+        num_gone = num_unseen(rule, self.shape, sequence.num_computed)
+        while self.shape.seals and num_gone > held.num_sealed * self.shape.block_size:
+            num_gone -= rule.step(self.shape)
+        held.num_gone = max(held.num_gone, num_gone)
+        gone = [stretch for stretch in held.blocks if self._is_gone(stretch, held.num_gone)]
+        return [held.blocks.pop(stretch) for stretch in gone]
 
     def publish(self, sequence: Sequence) -> None:
-        """Offer the complete links to the cache."""
+        for group in range(len(self.rules)):
+            self._publish(sequence, group)
+
+    def _publish(self, sequence: Sequence, group: int) -> None:
+        """Offer the complete links to the cache, as far as the group holds them."""
         if not self.prefix_caching:
             return
+        held = sequence.groups[group]
         complete = links(self.shape, min(sequence.num_computed, sequence.num_known))
-        for link in complete[sequence.num_published :]:
-            block_id = sequence.blocks.get(link.stretch)
-            if block_id is None:  # its tokens are there, but not sealed yet
+        for link in complete[held.num_published :]:
+            block_id = held.blocks.get(link.stretch)
+            is_gone = self._is_gone(link.stretch, held.num_gone)
+            if block_id is None and not is_gone:  # its tokens are there, but not sealed yet
                 return
-            content = sequence.content(link)
-            sequence.num_published += 1
-            known = self.cached.get(content)
+            held.num_published += 1
+            if block_id is None:
+                continue
+            name = sequence.content(link), group
+            known = self.cached.get(name)
             if known in self.idle:
                 assert known is not None
                 self.idle.remove(known)
                 self.free.append(known)
-                del self.cached[content], self.content_of[known]
-                self.events.append(Event("removed", content, known))
-            if content not in self.cached:
-                self.cached[content] = block_id
-                self.content_of[block_id] = content
-                self.events.append(Event("stored", content, block_id))
+                del self.cached[name], self.content_of[known]
+                self.events.append(Event("removed", name[0], known, group))
+            if name not in self.cached:
+                self.cached[name] = block_id
+                self.content_of[block_id] = name
+                self.events.append(Event("stored", name[0], block_id, group))
 
     # -- swap, and the cache as a whole ---------------------------------------------------------
 
     def swap_out(self, seq_id: int) -> Swapped | None:
-        num_blocks = len(self.sequences[seq_id].blocks)
+        num_blocks = len(self.sequences[seq_id].block_ids)
         if not self.num_host_blocks or num_blocks > len(self.host_free):
             return None
         host_ids = [self.host_free.pop() for _ in range(num_blocks)]
@@ -472,14 +673,15 @@ class ReferenceManager:
 
     def place(self, sequence: Sequence) -> int | None:
         """A sequence computed elsewhere, in new blocks; None where blocks or seq_ids lack."""
-        if len(sequence.blocks) > self.num_free or not self.free_seq_ids:
+        if len(sequence.block_ids) > self.num_free or not self.free_seq_ids:
             return None
         seq_id = self._take_seq_id()
-        stretches = list(sequence.blocks)
-        ids = self._allocate(len(stretches))
-        sequence.blocks = dict(zip(stretches, ids, strict=True))
-        sequence.num_published = 0
-        if self.prefix_caching:
+        ids = iter(self._allocate(len(sequence.block_ids)))
+        for held in sequence.groups:
+            held.blocks = {stretch: next(ids) for stretch in held.blocks}
+            held.num_published = 0
+        sequence.num_expected = 0
+        if self.prefix_caching and not sequence.groups[0].num_gone:
             sequence.num_expected = len(shareable_links(self.shape, sequence.num_known))
         self.sequences[seq_id] = sequence
         return seq_id
