@@ -360,8 +360,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "groups-let-go-of-half-a-chunk",
-                "per_step = rule[2] // block_size",
-                "per_step = 1",
+                "steps_of_rule, has_chunks = 0, rule[2] // block_size,",
+                "steps_of_rule, has_chunks = 0, 1,",
             ),
             Fault(
                 "groups-let-go-of-the-head",
@@ -391,8 +391,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "hashes-name-no-group",
-                "return link_hash + bytes([group]) if group else link_hash",
-                "return link_hash",
+                "bytes([group]) for group in range(1, 256)",
+                'b"" for group in range(1, 256)',
             ),
         ],
     ),
@@ -400,11 +400,6 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         "paged_kv/blocks/block_manager.py",
         "blocks/test_layer_groups blocks/test_manager_machine",
         [
-            Fault(
-                "second-groups-make-no-copies",
-                "if needs.num_copied:",
-                "if needs.num_copied and not tables.group:",
-            ),
             Fault(
                 "rollback-forgets-the-second-group",
                 "zip(self.groups, plan.parts, strict=True):\n                self.pool.release",
@@ -885,14 +880,64 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         ],
     ),
     *faults_in(
-        "paged_kv/cache/layer_spec.py",
-        "cache/test_formats cache/test_cache",
+        "paged_kv/blocks/planning.py",
+        "blocks/test_layer_groups blocks/test_manager_machine",
+        [
+            Fault(
+                "second-groups-make-no-copies",
+                "if growth.needs.num_copied:",
+                "if growth.needs.num_copied and not tables.group:",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/cache/layer_groups.py",
+        "cache/test_layer_groups",
         [
             Fault(
                 "a-block-costs-what-one-kv-head-costs",
-                "sum(layer.num_kv_heads * layer.record_layout(dtype).record_bytes",
-                "sum(layer.record_layout(dtype).record_bytes",
+                "[layer.num_kv_heads * layer.record_layout(dtype).record_bytes",
+                "[layer.record_layout(dtype).record_bytes",
                 "cache/test_cache",
+            ),
+            Fault("layers-of-a-group-share-a-slot", "            free.remove(slot)\n", ""),
+            Fault(
+                "a-slot-keeps-the-size-of-its-first-record",
+                "max(its_bytes, num_bytes), is_small",
+                "its_bytes, is_small",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/cache/kv_cache.py",
+        "cache/test_layer_groups",
+        [
+            Fault(
+                "layers-read-the-first-groups-table",
+                "found.append(plans[group])",
+                "found.append(plans[0])",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/cache/attention.py",
+        "cache/test_layer_groups",
+        [
+            Fault(
+                "masks-may-show-what-is-not-kept",
+                "if kept != UNLIMITED and (size is None or size > kept):",
+                "if kept != UNLIMITED and size is None:",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/cache/transfer_counts.py",
+        "cache/test_layer_groups cache/test_forged_exports",
+        [
+            Fault(
+                "exports-may-lack-what-the-next-token-sees",
+                "0 <= value <= most and",
+                "0 <= value and",
             ),
         ],
     ),
@@ -923,8 +968,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "a-sequence-beside-a-windowed-one-sees-nothing",
-                "np.where(plan.window_sizes, plan.window_sizes, NO_WINDOW)",
-                "plan.window_sizes",
+                "np.where(part.window_sizes, part.window_sizes, NO_WINDOW)",
+                "part.window_sizes",
                 "kernels/test_windowed_attention",
             ),
             Fault(

@@ -18,17 +18,10 @@ from ..validation import require_instance
 from .block_tables import BlockTables, StoredLengths
 from .events import CacheEvent
 from .geometry import NO_BLOCKS, BlockIds, IntArray
-from .growth import (
-    COPIED,
-    NO_NEEDS,
-    Growth,
-    count_needs,
-    evict_blocks,
-    grow,
-    place_blocks,
-)
+from .growth import evict_blocks, grow
 from .holdings import Holdings
 from .host_blocks import SwappedSequence
+from .planning import PlanOrigin, find_growth, make_plan
 from .prefix_sharing import PrefixMatch
 from .sequences import NO_ROWS, integer_array
 from .sink_window import SinkWindow
@@ -338,23 +331,10 @@ class BlockManager(Holdings):
         needed = np.zeros(len(seq_ids), dtype=np.int64)
         request = StepRequest(seq_ids, num_new_tokens, None)
         for tables in self.groups:
-            growth = self._growth(tables, request)
+            growth = find_growth(tables, request, self.pool)
             counts = growth.needs.counts
             needed[growth.rows] += counts[:, 0] + counts[:, 1] + counts[:, 3]
         return needed
-
-    def _growth(self, tables: BlockTables, request: StepRequest) -> Growth:
-        """Whose blocks a step changes in a group of layers, and what they need."""
-        before = tables.num_stored[request.seq_ids]
-        after = before + request.num_new_tokens
-        rows = (after > tables.capacity[request.seq_ids]).nonzero()[0]
-        changed, needs = request.seq_ids[rows], NO_NEEDS
-        if len(rows):
-            certain = after = after[rows]
-            if request.num_draft_tokens is not None:
-                certain = after - request.num_draft_tokens[rows]
-            needs = count_needs(changed, after, certain, tables, self.pool.ref_counts)
-        return Growth(before, rows, changed, after, needs)
 
     def reserve(
         self,
@@ -378,7 +358,7 @@ class BlockManager(Holdings):
             num_new_tokens,
             num_draft_tokens,
         )
-        growths = [self._growth(tables, request) for tables in self.groups]
+        growths = [find_growth(tables, request, self.pool) for tables in self.groups]
         num_new_blocks = sum(growth.needs.num_new_blocks for growth in growths)
         if num_new_blocks > self.pool.num_free:
             return None
@@ -387,75 +367,9 @@ class BlockManager(Holdings):
                 tables.make_room(int(growth.after.max()))
         with self._change:
             new_ids = self.pool.allocate(num_new_blocks)
-            self._outstanding = self._planned(request, growths, new_ids)
+            origin = PlanOrigin(self.source, self.num_committed, request)
+            self._outstanding = make_plan(origin, self.groups, growths, new_ids, self.pool)
         return self._outstanding
-
-    def _planned(
-        self, request: StepRequest, growths: Sequence[Growth], new_ids: BlockIds
-    ) -> StepPlan:
-        """The plan of a step that takes these blocks, those of one group behind another's."""
-        plans: list[StepPlan] = []
-        end = len(new_ids)
-        for tables, growth in zip(reversed(self.groups), reversed(growths), strict=True):
-            start = end - growth.needs.num_new_blocks
-            others = tuple(reversed(plans)) if tables is self.tables else ()
-            plans.append(self._part(tables, request, growth, new_ids[start:end], others))
-            end = start
-        return plans[-1]
-
-    def _part(
-        self,
-        tables: BlockTables,
-        request: StepRequest,
-        growth: Growth,
-        new_ids: BlockIds,
-        others: tuple[StepPlan, ...],
-    ) -> StepPlan:
-        """One group's plan. The blocks get their places: nobody reads there before `commit`."""
-        seq_ids, needs, changed = request.seq_ids, growth.needs, growth.changed
-        open_end = needs.num_sealed + needs.num_opened
-        freed_ids = copy_sources = NO_BLOCKS
-        if len(changed):
-            freed_ids = place_blocks(
-                changed,
-                growth.before[growth.rows],
-                tables.num_sealed[changed],
-                needs.counts,
-                new_ids[needs.num_sealed : open_end],
-                tables.ids,
-                self.geometry.sizes,
-            )
-        if needs.num_copied:
-            copy_sources = tables.last_ids(changed[needs.counts[:, COPIED] > 0])
-            self.pool.leave(copy_sources)
-        num_evicted = num_sinks = window_sizes = None
-        if tables.evicts:
-            num_evicted = tables.state["num_evicted_tokens"][seq_ids]
-        if len(tables.windowed_rows(seq_ids)):
-            num_sinks = tables.state["num_sink_tokens"][seq_ids]
-            window_sizes = tables.state["window_size"][seq_ids]
-        elif tables.retention.keeps_all:
-            num_evicted = None
-        return StepPlan(
-            source=self.source,
-            number=self.num_committed,
-            seq_ids=seq_ids,
-            num_scheduled_tokens=request.num_new_tokens,
-            num_draft_tokens=request.num_draft_tokens,
-            context_lens=growth.before,
-            num_evicted_tokens=num_evicted,
-            num_sink_tokens=num_sinks,
-            window_sizes=window_sizes,
-            changed_rows=growth.rows,
-            block_counts=needs.counts,
-            new_block_ids=new_ids,
-            seal_block_ids=new_ids[: needs.num_sealed],
-            copy_sources=copy_sources,
-            copy_targets=new_ids[open_end:],
-            freed_block_ids=freed_ids,
-            table_update=tables.take_update(),
-            others=others,
-        )
 
     def commit(
         self,

@@ -21,6 +21,7 @@ from paged_kv.cache.transfer import export_sequence, import_sequence
 from paged_kv.errors import ConfigError, InvalidStepError, TransferError
 from paged_kv.kernels.triton import plan as triton_plan
 from tests.support.attention_oracle import layer_of
+from tests.support.exported_sequences import forged, parts_of
 from tests.support.fleets import Fleet
 from tests.support.token_streams import Stream, make_stream
 
@@ -249,6 +250,20 @@ def test_exported_sequences_go_on_elsewhere(kv_format, length):
         step_both([target, fleets[1]], {0: count})
     with pytest.raises(TransferError, match="groups"):
         import_sequence(target.cache, target.manager, kept)
+
+
+def test_exports_that_lack_what_is_still_seen_are_refused():
+    fleet = fed(NATIVE, 333)[0]
+    data = export_sequence(fleet.cache, fleet.manager, 0)
+    header, body = parts_of(data)
+    assert header["num_evicted_tokens"] == [0, 320, 288]  # the window reaches least far
+    target = MaskedFleet([NATIVE] * 3, fleet.retentions, num_blocks=400)
+    others = ([0, 320, 304], [16, 320, 288], [0, 320, 280], [0, 304, 288], [0, 320], "all")
+    for evicted in (*others, [0, 320, -16], [True, 320, 288]):
+        wrong = forged({**header, "num_evicted_tokens": evicted}, body)
+        with pytest.raises(TransferError, match="num_evicted_tokens"):
+            import_sequence(target.cache, target.manager, wrong)
+    assert target.manager.num_free_blocks == 400
 
 
 # -- misuse ---------------------------------------------------------------------------------------
