@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from paged_kv.blocks.retention import Retention
+from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.backend import choose_backend
 from paged_kv.cache.formats import FORMATS, INT2, INT8, NATIVE, KVFormat
@@ -47,10 +48,11 @@ class MaskedFleet(Fleet):
         retentions: list[Retention],
         *,
         keeps_all: bool = False,
+        layers: list[LayerSpec] | None = None,
         **options,
     ) -> None:
         self.retentions = retentions
-        layers = [
+        layers = layers or [
             replace(layer_of(kv_format), retention=retention)
             for kv_format, retention in zip(kv_formats, retentions, strict=True)
         ]
@@ -165,6 +167,39 @@ def test_triton_kernels_read_the_tables_of_their_group(kv_format, monkeypatch):
         outputs = [fleet.step({0: count}) for fleet in fleets]
         for its, expected in zip(*(each[0] for each in outputs), strict=True):
             torch.testing.assert_close(its, expected, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("kv_format", [NATIVE, QUANTIZED[0]], ids=lambda each: each.name)
+@pytest.mark.parametrize("sink_window", [SinkWindow(4, 100), SinkWindow(16, 64)])
+def test_a_window_of_ones_own_on_top_of_the_layers(kv_format, sink_window):
+    """It counts where it reaches less far than the layers' own; beside a sequence without one."""
+    retentions = [EVERYTHING, windowed(300), windowed(70), windowed(20)]
+    fleets = both([kv_format] * 4, retentions)
+    streams = [stream_of(fleets[0], seed, 800) for seed in (21, 22)]
+    for fleet in fleets:
+        fleet.add(streams[0], sink_window)
+        fleet.add(streams[1])
+    fitted = fleets[0].manager.fitted_window(sink_window)
+    step_both(fleets, {0: fitted.num_visible_tokens, 1: 300})
+    for count in (60, 1, 1, 90, 1, 128, 64, 1, 1, 1):
+        step_both(fleets, {0: count, 1: 1})
+    lengths = fleets[0].manager.stored_lengths(0)
+    assert len({its.num_stored + its.num_evicted for its in lengths}) == 1
+    assert [its.num_evicted > 0 for its in lengths] == [True] * 4
+
+
+def test_values_of_another_size_than_keys():
+    """As latent attention (MLA) has them."""
+    layers = [
+        replace(layer_of(QUANTIZED[0], key_dim=64, value_dim=32), retention=each)
+        for each in (EVERYTHING, windowed(50))
+    ]
+    fleets = both([QUANTIZED[0]] * 2, [EVERYTHING, windowed(50)], layers=layers)
+    stream = stream_of(fleets[0], 13, 400)
+    for fleet in fleets:
+        fleet.add(stream)
+    for count in (250, 1, 100, 1):
+        step_both(fleets, {0: count})
 
 
 # -- what is kept ---------------------------------------------------------------------------------

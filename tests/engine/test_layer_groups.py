@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import (
@@ -12,11 +14,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from paged_kv import LLM, SamplingParams
+from paged_kv import LLM, BeamSearchParams, DraftModel, SamplingParams
 from paged_kv.cache.layer_groups import find_groups
 from paged_kv.cache.layer_spec import keeping_all
 from paged_kv.models.huggingface import PagedModel
+from tests.support import paged_models
 from tests.support.paged_models import open_llm, scarce_blocks
+
+preempted = paged_models.preempted
 
 VOCAB, NEW = 300, 12
 SHAPE = {
@@ -104,6 +109,37 @@ def test_what_is_held_is_what_the_arithmetic_says(make):
         assert cache.groups == find_groups(cache.layers, cache.dtype)
         alone = cache.geometry.max_blocks(stored)
         assert manager.pool.peak_allocated < len(counts) * alone
+
+
+def test_forks_guesses_and_swaps_say_the_same(preempted):
+    model = gpt_oss(num_hidden_layers=4)
+    start = prompt(250, 9)
+    prompts = [start + start[:40], prompt(330, 10), prompt(200, 11)]
+    expected = [generated(model, each) for each in prompts]
+    with open_llm(model, speculation=DraftModel(model=deepcopy(model))) as llm:
+        assert greedy(llm, prompts) == expected
+        assert llm.engine.scheduler.statistics().num_accepted_tokens > NEW
+    with open_llm(model, swap_space="64MiB") as llm, scarce_blocks(4):
+        assert greedy(llm, prompts) == expected
+        assert preempted
+        params = SamplingParams(max_tokens=NEW, temperature=0, n=3)
+        (output,) = llm.generate(prompts[:1], params, show_progress=False)
+        assert [each.token_ids for each in output.completions] == [expected[0]] * 3
+        assert llm.engine.manager.num_free_blocks == llm.engine.manager.num_blocks
+    with open_llm(model) as llm:
+        params = BeamSearchParams(num_beams=3, max_tokens=NEW)
+        found = llm.beam_search(prompts[:1], params)
+        assert llm.engine.manager.num_free_blocks == llm.engine.manager.num_blocks
+    ids = torch.tensor(prompts[:1])
+    with torch.inference_mode():
+        beams = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            num_beams=3,
+            do_sample=False,
+        )
+    assert found[0].completions[0].token_ids == beams[0, len(prompts[0]) :].tolist()
 
 
 @pytest.mark.parametrize("kv_format", ["int8", "int2"])
