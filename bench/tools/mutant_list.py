@@ -885,8 +885,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         [
             Fault(
                 "second-groups-make-no-copies",
-                "if growth.needs.num_copied:",
-                "if growth.needs.num_copied and not tables.group:",
+                "    if needs.num_copied:",
+                "    if needs.num_copied and not tables.group:",
             ),
         ],
     ),

@@ -18,7 +18,7 @@ from ..validation import require_instance
 from .block_tables import BlockTables, StoredLengths
 from .events import CacheEvent
 from .geometry import NO_BLOCKS, BlockIds, IntArray
-from .growth import evict_blocks, grow
+from .growth import Growth, evict_blocks, grow
 from .holdings import Holdings
 from .host_blocks import SwappedSequence
 from .planning import PlanOrigin, find_growth, make_plan
@@ -329,7 +329,8 @@ class BlockManager(Holdings):
     def blocks_needed(self, seq_ids: IntArray, num_new_tokens: IntArray) -> IntArray:
         """New blocks that each sequence would take from the pool to store its new tokens."""
         needed = np.zeros(len(seq_ids), dtype=np.int64)
-        request = StepRequest(seq_ids, num_new_tokens, None)
+        before = self.num_computed_tokens[seq_ids]
+        request = StepRequest(seq_ids, num_new_tokens, None, before, before + num_new_tokens)
         for tables in self.groups:
             growth = find_growth(tables, request, self.pool)
             counts = growth.needs.counts
@@ -358,12 +359,15 @@ class BlockManager(Holdings):
             num_new_tokens,
             num_draft_tokens,
         )
-        growths = [find_growth(tables, request, self.pool) for tables in self.groups]
-        num_new_blocks = sum(growth.needs.num_new_blocks for growth in growths)
+        growths: list[Growth] = []
+        num_new_blocks = 0
+        for tables in self.groups:
+            growths.append(find_growth(tables, request, self.pool))
+            num_new_blocks += growths[-1].needs.num_new_blocks
         if num_new_blocks > self.pool.num_free:
             return None
         for tables, growth in zip(self.groups, growths, strict=True):
-            if growth.needs.num_opened:
+            if growth.needs.num_opened and self.sequences.may_exceed(tables.num_places):
                 tables.make_room(int(growth.after.max()))
         with self._change:
             new_ids = self.pool.allocate(num_new_blocks)
@@ -402,8 +406,8 @@ class BlockManager(Holdings):
         return evicted_ids[0] if len(evicted_ids) == 1 else np.concatenate(evicted_ids)
 
     def _store(self, tables: BlockTables, part: StepPlan, after: IntArray) -> None:
-        changed = part.seq_ids[part.changed_rows]
         lengths, last_open_link = after[part.changed_rows], self._sharing.last_open_link
+        changed = part.seq_ids[part.changed_rows]
         unused_ids = grow(changed, lengths, part, self.sequences, tables, last_open_link)
         tables.num_stored[part.seq_ids] = after
         for block_ids in (unused_ids, part.freed_block_ids):

@@ -26,15 +26,18 @@ class PlanOrigin(NamedTuple):
 
 def find_growth(tables: BlockTables, request: StepRequest, pool: BlockPool) -> Growth:
     """Whose blocks a step changes in a group of layers, and what they need."""
-    before = tables.num_stored[request.seq_ids]
-    after = before + request.num_new_tokens
+    before, after = request.before, request.after
+    if tables.group:
+        before = tables.num_stored[request.seq_ids]
+        after = before + request.num_new_tokens
     rows = (after > tables.capacity[request.seq_ids]).nonzero()[0]
-    changed, needs = request.seq_ids[rows], NO_NEEDS
-    if len(rows):
-        certain = after = after[rows]
-        if request.num_draft_tokens is not None:
-            certain = after - request.num_draft_tokens[rows]
-        needs = count_needs(changed, after, certain, tables, pool.ref_counts)
+    if not len(rows):
+        return Growth(before, rows, rows, rows, NO_NEEDS)
+    changed = request.seq_ids[rows]
+    certain = after = after[rows]
+    if request.num_draft_tokens is not None:
+        certain = after - request.num_draft_tokens[rows]
+    needs = count_needs(changed, after, certain, tables, pool.ref_counts)
     return Growth(before, rows, changed, after, needs)
 
 
@@ -46,33 +49,23 @@ def make_plan(
     pool: BlockPool,
 ) -> StepPlan:
     """The plan of a step that takes these blocks, those of one group behind another's."""
-    plans: list[StepPlan] = []
-    end = len(new_ids)
-    for tables, growth in zip(reversed(groups), reversed(growths), strict=True):
-        start = end - growth.needs.num_new_blocks
-        others = tuple(reversed(plans)) if tables is groups[0] else ()
-        copy_sources = NO_BLOCKS
-        if growth.needs.num_copied:
-            is_copied = growth.needs.counts[:, COPIED] > 0
-            copy_sources = tables.last_ids(growth.changed[is_copied])
-            pool.leave(copy_sources)
-        plans.append(make_part(origin, tables, growth, new_ids[start:end], copy_sources, others))
-        end = start
-    return plans[-1]
+    parts: list[StepPlan] = []
+    start = 0
+    for tables, growth in zip(groups, growths, strict=True):
+        end = start + growth.needs.num_new_blocks
+        parts.append(make_part(origin, tables, growth, new_ids[start:end], pool))
+        start = end
+    parts[0].others = tuple(parts[1:])
+    return parts[0]
 
 
 def make_part(
-    origin: PlanOrigin,
-    tables: BlockTables,
-    growth: Growth,
-    new_ids: BlockIds,
-    copy_sources: BlockIds,
-    others: tuple[StepPlan, ...],
+    origin: PlanOrigin, tables: BlockTables, growth: Growth, new_ids: BlockIds, pool: BlockPool
 ) -> StepPlan:
     """One group's plan. New blocks get their places: nobody reads there before the commit."""
     request, needs, changed = origin.request, growth.needs, growth.changed
     seq_ids, open_end = request.seq_ids, needs.num_sealed + needs.num_opened
-    freed_ids = NO_BLOCKS
+    freed_ids = copy_sources = NO_BLOCKS
     if len(changed):
         freed_ids = place_blocks(
             changed,
@@ -83,6 +76,9 @@ def make_part(
             tables.ids,
             tables.geometry.sizes,
         )
+    if needs.num_copied:
+        copy_sources = tables.last_ids(changed[needs.counts[:, COPIED] > 0])
+        pool.leave(copy_sources)
     num_evicted = num_sinks = window_sizes = None
     if len(tables.windowed_rows(seq_ids)):
         num_sinks = tables.state["num_sink_tokens"][seq_ids]
@@ -107,5 +103,4 @@ def make_part(
         copy_targets=new_ids[open_end:],
         freed_block_ids=freed_ids,
         table_update=tables.take_update(),
-        others=others,
     )

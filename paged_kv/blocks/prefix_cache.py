@@ -66,25 +66,27 @@ class PrefixCache:
                 return len(hashes) - index
         return 0
 
-    def store(self, block_hash: bytes, block_id: int, *, was_expected: bool) -> bool:
+    def store(self, block_hash: bytes, block_id: int) -> bool:
         """Make a block findable; False when another block of the same content already is.
 
         Such a one that nobody uses gives its place up: it would be evicted as what was needed long
         ago, though it was missed just now. It had to be computed again because other blocks of its
         prefix, or of another group of layers, were gone.
         """
-        self.awaited.discard(block_hash)
-        if was_expected:
-            self._forget_one(block_hash)
-        known = self._block_of.get(block_hash)
-        if block_id in self._hash_of or (known is not None and known not in self._idle):
+        block_of, hash_of = self._block_of, self._hash_of
+        if self.awaited:
+            self.awaited.discard(block_hash)
+        if block_id in hash_of:
             return False
-        if known is not None:
+        if block_hash in block_of:
+            known = block_of[block_hash]
+            if known not in self._idle:
+                return False
             del self._idle[known]
             self.withdraw([known])
             self.replaced.append(known)
-        self._block_of[block_hash] = block_id
-        self._hash_of[block_id] = block_hash
+        block_of[block_hash] = block_id
+        hash_of[block_id] = block_hash
         self.is_cached[block_id] = True
         return True
 
@@ -98,9 +100,10 @@ class PrefixCache:
         """The sequence ends without having stored these; others may still be about to."""
         self.awaited.difference_update(hashes)
         for block_hash in hashes:
-            self._forget_one(block_hash)
+            self.forget_expected(block_hash)
 
-    def _forget_one(self, block_hash: bytes) -> None:
+    def forget_expected(self, block_hash: bytes) -> None:
+        """One sequence less is about to store this."""
         count = self._pending.pop(block_hash) - 1
         if count:
             self._pending[block_hash] = count

@@ -279,8 +279,8 @@ class PrefixSharing(NoPrefixSharing):
 
     def publish(self, tables: BlockTables, seq_ids: IntArray) -> None:
         sequences, cache, found = self._sequences, self.cache, self._complete_links
-        chains, is_first, mark = sequences.chains, tables.group == 0, GROUP_MARKS[tables.group]
-        records_events = cache.records_events
+        chains, mark = sequences.chains, GROUP_MARKS[tables.group]
+        store, records_events = cache.store, cache.records_events
         num_expected = self._num_expected.data  # reads one element faster than numpy does
         while True:
             num_links = find_complete_links(
@@ -298,17 +298,20 @@ class PrefixSharing(NoPrefixSharing):
                 assert chain is not None
                 if link == len(chain.hashes):
                     chain.hash_links(self.geometry, link + 1)
-                was_expected = is_first and link < num_expected[seq_id]
-                block_hash = chain.hashes[link] + mark
-                is_new = cache.store(block_hash, block_id, was_expected=was_expected)
-                if is_new and records_events:
-                    cache.record(self._stored(chain, link, block_id, tables.group))
+                block_hash = chain.hashes[link]
+                if mark:
+                    block_hash += mark
+                elif link < num_expected[seq_id]:
+                    cache.forget_expected(block_hash)
+                if store(block_hash, block_id) and records_events:
+                    cache.record(self._stored(tables.group, seq_id, link, block_id))
             if cache.replaced:
                 self._pool.take_replaced()
             if num_links < len(found):
                 return
 
-    def _stored(self, chain: TokenChain, link: int, block_id: int, group: int) -> BlockStored:
+    def _stored(self, group: int, seq_id: int, link: int, block_id: int) -> BlockStored:
+        chain = self._sequences.chain(seq_id)
         start, end = self.geometry.link_end(link), self.geometry.link_end(link + 1)
         return BlockStored(
             block_hash=chain.hashes[link],

@@ -20,6 +20,8 @@ class StepRequest(NamedTuple):
     seq_ids: IntArray  # [N]
     num_new_tokens: IntArray  # [N] at least 1
     num_draft_tokens: IntArray | None  # [N] of these, last ones that commit may drop
+    before: IntArray  # [N] tokens that the first group of layers stores
+    after: IntArray  # [N] the same if all drafts are kept
 
 
 def checked_request(
@@ -37,9 +39,10 @@ def checked_request(
     seq_ids = sequences.distinct(seq_ids)
     num_new_tokens = _checked_counts(seq_ids, num_new_tokens, sequences.max_model_len)
     first = groups[0]
-    end = first.num_stored[seq_ids] + num_new_tokens  # evicted tokens included, from here on
-    if first.evicts:
-        end += first.state["num_evicted_tokens"][seq_ids]
+    before = first.num_stored[seq_ids]
+    end = after = before + num_new_tokens
+    if first.evicts:  # in the sequence, evicted tokens included
+        end = after + first.state["num_evicted_tokens"][seq_ids]
     certain_end = end
     if num_draft_tokens is not None:
         num_draft_tokens = integer_array("num_draft_tokens", num_draft_tokens)
@@ -59,7 +62,7 @@ def checked_request(
             f"seq_id {seq_ids[row]} would have {certain_end[row]} tokens computed, of which "
             f"{sequences.num_tokens[seq_ids[row]]} are known: append_tokens comes first"
         )
-    return StepRequest(seq_ids, num_new_tokens, num_draft_tokens)
+    return StepRequest(seq_ids, num_new_tokens, num_draft_tokens, before, after)
 
 
 def _checked_counts(seq_ids: IntArray, num_new_tokens: ArrayLike, max_model_len: int) -> IntArray:
