@@ -148,7 +148,6 @@ class PagedKVImpl(AttentionImpl):  # type: ignore[misc]
     ) -> None:
         refused = {
             "ALiBi": alibi_slopes is not None,
-            f"a sliding window of {sliding_window} tokens": sliding_window is not None,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
         }
@@ -157,7 +156,10 @@ class PagedKVImpl(AttentionImpl):  # type: ignore[misc]
                 raise ConfigError(f"paged_kv cannot be used: the model has {what}")
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale, self.kv_cache_dtype = float(scale), kv_cache_dtype
-        self.rules = ScoreRules(float(scale), logits_soft_cap or None, sink_logits=sinks)
+        # Of as many tokens, itself included, in vLLM as here.
+        self.rules = ScoreRules(
+            float(scale), logits_soft_cap or None, sliding_window, sink_logits=sinks
+        )
         self.layer = layer_spec(num_kv_heads, head_size, head_size)
         self.embedded: EmbeddedLayer | None = None
 

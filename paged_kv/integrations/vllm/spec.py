@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from ...blocks.geometry import BlockGeometry
@@ -33,12 +33,15 @@ class PagedKVSpec(FullAttentionSpec):  # type: ignore[misc]
     @classmethod
     def of(cls, spec: AttentionSpec) -> PagedKVSpec:
         """What vLLM would have of a layer, as pages of records."""
-        if type(spec) is not FullAttentionSpec:
-            raise ConfigError(f"paged_kv stores full attention only, a layer has {spec}")
+        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
+            raise ConfigError(
+                f"paged_kv stores full attention and windows only, a layer has {spec}"
+            )
         layer = layer_spec(spec.num_kv_heads, spec.head_size, spec.head_size_v)
         dtype = usual_kv_dtype([layer], spec.dtype)
         geometry = cache_geometry([layer], dtype)
-        values = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
+        names = {field.name for field in fields(AttentionSpec) if field.init}
+        values = {name: getattr(spec, name) for name in names}  # all is kept, a window only masks
         values |= {
             "block_size": geometry.open_block_size,
             "tokens_per_state": geometry.open_block_size,
