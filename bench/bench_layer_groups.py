@@ -41,7 +41,7 @@ from paged_kv.blocks.retention import Retention
 from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.blocks.step_plan import StepPlan
 from paged_kv.blocks.table_replica import TableReplica
-from paged_kv.cache.layer_spec import block_bytes
+from paged_kv.cache.layer_groups import block_bytes
 
 Windows = tuple[int | None, ...]  # of groups of layers; None where all is seen
 

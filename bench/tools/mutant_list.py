@@ -95,8 +95,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
             Fault(
                 "cache-stores-the-same-content-twice",
-                "if block_id in self._hash_of or (known is not None and known not in self._idle):",
-                "if block_id in self._hash_of:",
+                "            if known not in self._idle:\n                return False\n",
+                "",
             ),
             Fault(
                 "cache-expects-for-one-of-two",

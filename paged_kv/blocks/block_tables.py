@@ -95,11 +95,6 @@ class BlockTables:
         self.ids: BlockIds = np.zeros((sequences.max_num_seqs, width), dtype=np.int32)
         self._untold: list[IntArray] = []
 
-    @property
-    def num_places(self) -> int:
-        """Tokens that a row has places for."""
-        return int(self.ids.shape[1]) * self.geometry.open_block_size
-
     def make_room(self, num_tokens: int) -> None:
         """Widen every row to sequences that store so many tokens."""
         old, needed = self.ids, self.geometry.table_width(num_tokens)

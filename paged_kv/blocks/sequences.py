@@ -194,10 +194,6 @@ class Sequences:
             self._make_room(0, bound)
         self._length_bound = bound
 
-    def may_exceed(self, num_tokens: int) -> bool:
-        """Whether a step may leave some sequence with more tokens, drafts of a block included."""
-        return self._length_bound + self.geometry.block_size > num_tokens
-
     def write_tokens(
         self,
         seq_ids: IntArray,

@@ -35,7 +35,7 @@ class LayerSpec:
     key_dim: int
     value_dim: int
     calibration: KeyCalibration | None = None
-    retention: Retention = field(default=KEEPS_ALL, repr=False)  # tells nothing of what is stored
+    retention: Retention = field(default=KEEPS_ALL, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_format", resolve_format(self.kv_format))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from paged_kv.blocks.geometry import BlockGeometry
+from paged_kv.blocks.retention import Retention
 from paged_kv.blocks.token_chain import ExtraKey, TokenChain, link_hash, root_hash
 from paged_kv.cache.formats import INT2, INT4, INT8, NATIVE, KVFormat
 from paged_kv.cache.kv_cache import PagedKVCache
@@ -191,6 +192,7 @@ def test_every_change_of_format_layers_precision_or_model_changes_every_hash():
         "key_dim": replace(LAYER, key_dim=8),
         "value_dim": replace(LAYER, value_dim=16),
         "calibration": calibrated(LAYER),
+        "retention": replace(LAYER, retention=Retention(window_size=50)),
     }
     assert set(changed_layers) | {"kv_format"} == {field.name for field in fields(LayerSpec)}
     families = {

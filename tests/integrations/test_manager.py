@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm.v1.core.block_pool import BlockPool
 
+from paged_kv.blocks.retention import Retention
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.embedding import EmbeddedLayer, step_from_block_table
 from paged_kv.cache.formats import FORMATS
@@ -17,16 +18,19 @@ from paged_kv.cache.kv_cache import PagedKVCache
 from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
 from paged_kv.integrations.vllm.backend import num_shared
 from paged_kv.integrations.vllm.manager import PagedKVManager
-from paged_kv.integrations.vllm.spec import PagedKVSpec
+from paged_kv.integrations.vllm.spec import PagedKVSpec, PagedKVWindowSpec
+from paged_kv.integrations.vllm.windows import PagedKVWindowManager, WindowTables
 from paged_kv.kernels.new_tokens import NewTokens
 from paged_kv.kernels.rules import ScoreRules
 
 CPU, SIZE, NUM_PAGES, LONGEST, NUM_ROWS = torch.device("cpu"), 64, 1500, 1500, 8
 
 
-def spec_of(layer: LayerSpec, dtype: torch.dtype) -> PagedKVSpec:
-    geometry = cache_geometry([layer], dtype)
-    return PagedKVSpec(
+def spec_of(layer: LayerSpec, dtype: torch.dtype) -> PagedKVSpec | PagedKVWindowSpec:
+    geometry, retention = cache_geometry([layer], dtype), layer.retention
+    window = {} if retention.keeps_all else {"sliding_window": retention.window_size}
+    return (PagedKVWindowSpec if window else PagedKVSpec)(
+        **window,
         block_size=geometry.open_block_size,
         num_kv_heads=layer.num_kv_heads,
         head_size=SIZE,
@@ -40,13 +44,19 @@ def spec_of(layer: LayerSpec, dtype: torch.dtype) -> PagedKVSpec:
 
 
 class Engine:
-    """vLLM's scheduler and tables as far as our manager sees them, beside our own cache."""
+    """vLLM's scheduler and tables as far as our manager sees them, beside our own cache.
+
+    Pages that nobody holds are full of NaN.
+    """
 
     def __init__(self, layer: LayerSpec, dtype: torch.dtype) -> None:
+        self.window = None if layer.retention.keeps_all else layer.retention.window_size
         self.spec, self.geometry = spec_of(layer, dtype), cache_geometry([layer], dtype)
         size = self.geometry.open_block_size
         self.pool = BlockPool(num_gpu_blocks=NUM_PAGES, enable_caching=False, hash_block_size=size)
-        self.manager = PagedKVManager(
+        self.held: set[int] = set()
+        self.most_pages = 0  # of one request
+        self.manager = (PagedKVWindowManager if self.window else PagedKVManager)(
             self.spec,
             block_pool=self.pool,
             enable_caching=False,
@@ -79,6 +89,8 @@ class Engine:
         ids = [block.block_id for block in blocks]
         self.table[request.row, request.pages : request.pages + len(ids)] = ids
         request.pages += len(ids)
+        held = sum(not block.is_null for block in self.manager.req_to_blocks[name])
+        self.most_pages = max(self.most_pages, held)
 
     def step(self, counts: dict[str, int], generator: torch.Generator) -> int:
         """Both sides compute the same tokens: equal to the bit. Returns the number of seals."""
@@ -88,18 +100,27 @@ class Engine:
         assert plan is not None
         for name, count in counts.items():
             self.allocate(name, count)
+        held = {block.block_id for block in self.pool.blocks if block.ref_cnt}
+        self.arena[list(self.held - held)] = 255
+        self.held = held
         starts = np.concatenate([[0], np.cumsum(new)])
         seq_lens = np.array([request.length for request in requests]) + new
         table = self.table[[request.row for request in requests]]
         shared = num_shared(self.geometry, seq_lens - new, table)
+        if self.window:
+            tables = WindowTables(seq_lens, table, shared)
+            seq_lens, table, shared = tables.behind(self.geometry, self.window, new)
         step = step_from_block_table(self.geometry, starts, seq_lens, table, CPU, min_sealed=shared)
         query, key, value = (
             torch.randn(int(starts[-1]), heads, SIZE, generator=generator) for heads in (6, 2, 2)
         )
-        given = self.embedded.attend_and_store(
-            NewTokens(query, key, value), self.embedded.backend.plan(step), ScoreRules(0.125)
+        rules = ScoreRules(0.125, sliding_window=self.window)
+        plan_of_kernels = self.embedded.backend.plan(step)
+        given = self.embedded.attend_and_store(NewTokens(query, key, value), plan_of_kernels, rules)
+        begun = self.cache.begin(plan)
+        own = paged_attention(
+            query, key, value, self.cache, 0, begun, scale=0.125, sliding_window=self.window
         )
-        own = paged_attention(query, key, value, self.cache, 0, self.cache.begin(plan), scale=0.125)
         self.own.commit(plan)
         assert torch.equal(given, own)
         for request, count in zip(requests, new.tolist(), strict=True):
@@ -113,17 +134,26 @@ class Engine:
         places = self.geometry.body_places(np.arange(num_sealed))
         theirs = self.table[request.row, places].astype(np.int64)
         ours = self.own.tables.body_ids(request.seq_id).astype(np.int64)
+        theirs = theirs[len(theirs) - len(ours) :]  # less what a window let go
         assert torch.equal(self.arena[theirs], self.cache.arenas[0][ours])
         self.manager.remove_skipped_blocks(name, request.length)
         held = sum(not block.is_null for block in self.manager.req_to_blocks[name])
-        assert held == self.geometry.blocks_held(request.length)
+        assert held == self.spec.layer.retention.blocks_held(self.geometry, request.length)
         self.manager.free(name)
         self.own.remove_sequence(request.seq_id)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_random_steps_give_the_bytes_of_our_own_cache(name):
-    layer = LayerSpec(kv_format=FORMATS[name], num_kv_heads=2, key_dim=SIZE, value_dim=SIZE)
+WINDOWS = {"native": 40, "int8": 1, "int4": 300, "k4v2": 17, "int2": 100, "kivi2": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "window"), [*((name, None) for name in FORMATS), *WINDOWS.items()]
+)
+def test_random_steps_give_the_bytes_of_our_own_cache(name, window):
+    retention = Retention.of_layer(window, None)
+    layer = LayerSpec(
+        kv_format=FORMATS[name], num_kv_heads=2, key_dim=SIZE, value_dim=SIZE, retention=retention
+    )
     engine, rng = Engine(layer, torch.float32), random.Random(name)
     generator, num_seals = torch.Generator().manual_seed(0), 0
     for turn in range(1000):
@@ -138,3 +168,5 @@ def test_random_steps_give_the_bytes_of_our_own_cache(name):
         engine.finish(name)
     assert engine.pool.get_num_free_blocks() == NUM_PAGES - 1
     assert num_seals > 0 or not engine.geometry.seals
+    if window is not None:
+        assert engine.most_pages <= engine.spec.max_admission_blocks_per_request(300, LONGEST, 1)

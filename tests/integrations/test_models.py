@@ -22,6 +22,11 @@ FORMATS_OF = {
     "qwen2-biases": ["int8", "int3", "int8-token"],
     "gemma2": ["int8", "int2-long"],
 }
+WINDOWED = {
+    "gemma2-windows": ["int8", "int4"],
+    "gemma3": ["int8", "int2"],
+    "mistral-window": ["int8", "k4v2"],
+}
 
 
 @pytest.mark.parametrize("name", FORMATS_OF)
@@ -36,9 +41,19 @@ def test_tokens_are_those_of_vllms_own_cache_and_of_our_own_engine(name, tmp_pat
         assert first_difference(answer, expected) is None, kv_format
 
 
-def test_sliding_windows_are_refused_by_name(tmp_path):
-    with pytest.raises(AssertionError, match="ConfigError: paged_kv cannot be used: the model has"):
-        vllm_answer(PROMPTS, model=save_model("gemma2-windows", tmp_path), kv_format="int8")
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_give_the_tokens_of_vllms_own_cache_and_of_our_own_engine(name, tmp_path):
+    """Also where vLLM is told to keep all that they no longer see."""
+    model = save_model(name, tmp_path)
+    native = vllm_answer(PROMPTS, model=model, kv_format="native", **LONG)
+    assert native.rounds == vllm_answer(PROMPTS, model=model, **LONG).rounds
+    assert len({token for tokens in native.rounds[0] for token in tokens}) > 10
+    options = {**LONG, "disable_hybrid_kv_cache_manager": True}
+    assert native.rounds == vllm_answer(PROMPTS, model=model, kv_format="native", **options).rounds
+    for kv_format in WINDOWED[name]:
+        answer = vllm_answer(PROMPTS, model=model, kv_format=kv_format, **LONG)
+        expected = own_rounds(PROMPTS, kv_format, model=model, **LONG)
+        assert first_difference(answer, expected) is None, kv_format
 
 
 def test_a_pool_holds_the_requests_that_its_log_promises(tmp_path):

@@ -35,6 +35,14 @@ GEMMA = {
     "query_pre_attn_scalar": 1,
     "attn_logit_softcapping": 2.0,
 }
+# Five layers with a window to one without; normed queries and keys want a small scale.
+GEMMA3 = {
+    **GEMMA,
+    "query_pre_attn_scalar": 64,
+    "num_hidden_layers": 6,
+    "sliding_window": 70,
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+}
 TWO_HEADS = {"num_attention_heads": 2}
 WIDER = {"hidden_size": 512, "initializer_range": 0.07}
 FULL = {"layer_types": ["full_attention"] * 3}
@@ -45,13 +53,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-biases": ("Qwen2", {"num_key_value_heads": 2, **WIDER}),
     "gemma2": ("Gemma2", {"num_key_value_heads": 4, "head_dim": 256, **FULL, **GEMMA}),
     "gemma2-windows": ("Gemma2", {"num_key_value_heads": 4, "sliding_window": 128, **GEMMA}),
+    "gemma3": ("Gemma3", {"num_key_value_heads": 4, **GEMMA3}),
+    "mistral-window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 100}),
     "narrow": ("Llama", {"num_key_value_heads": 1, "num_hidden_layers": 1, **TWO_HEADS}),
 }
 
 
 def save_model(name: str, folder: Path) -> str:
     family, sizes = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **sizes})
+    name_of_config = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+    config = getattr(transformers, name_of_config)(**{**SIZES, **sizes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for parameter_name, parameter in model.named_parameters():

@@ -47,6 +47,7 @@ class Answer:
     num_lost: int = 0  # pages that nobody holds at the end and that are not free
     num_hit_tokens: int = 0  # of the last round
     preempted: dict[str, list[int]] = field(default_factory=dict)  # tokens made, by prompt index
+    peak_bytes: int = 0  # of pages that requests held, the most after any step
     peak_running: int = 0  # requests that made tokens in the same step
     log_probs: list[float] = field(default_factory=list)  # of each prompt's tokens, the mean
     capacity: int = 0  # "KV cache size" in vLLM's log
@@ -145,7 +146,7 @@ def run(job: dict[str, Any]) -> Answer:
     core = llm.llm_engine.engine_core.engine_core
     scheduler, pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool
     groups = scheduler.kv_cache_config.kv_cache_groups
-    is_ours = all(type(group.kv_cache_spec).__name__ == "PagedKVSpec" for group in groups)
+    is_ours = all(type(group.kv_cache_spec).__name__.startswith("PagedKV") for group in groups)
     assert is_ours == job["is_ours"], "vLLM did not take the cache that it was asked to take"
     answer = Answer([])
     watch_preemptions(scheduler, answer)
@@ -189,11 +190,18 @@ def one_round(
     """All prompts at once, to their end, as `LLM.generate` goes about it."""
     for index, prompt in enumerate(prompts):
         engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
+    pool, config = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config
+    page_bytes = max(
+        len(group.layer_names) * group.kv_cache_spec.page_size_bytes
+        for group in config.kv_cache_groups
+    )
     last: dict[int, Any] = {}
     completions: dict[tuple[int, int], Any] = {}
     while engine.has_unfinished_requests():
         outputs = engine.step()
         answer.peak_running = max(answer.peak_running, len(outputs))
+        num_held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        answer.peak_bytes = max(answer.peak_bytes, num_held * page_bytes)
         for output in outputs:
             index = int(output.request_id)
             last[index] = output

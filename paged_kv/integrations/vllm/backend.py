@@ -35,7 +35,8 @@ from ...cache.embedding import (
 from ...cache.layer_spec import cache_geometry, usual_kv_dtype
 from ...errors import ConfigError
 from .config import layer_spec
-from .spec import PagedKVSpec, arena_of
+from .spec import PagedKVPages, PagedKVWindowSpec, arena_of, paged_spec
+from .windows import WindowTables
 
 
 class PagedKVBackend(AttentionBackend):  # type: ignore[misc]
@@ -69,8 +70,8 @@ class PagedKVBackend(AttentionBackend):  # type: ignore[misc]
         return True
 
     @classmethod
-    def customize_spec(cls, spec: Any) -> PagedKVSpec:
-        return spec if isinstance(spec, PagedKVSpec) else PagedKVSpec.of(spec)
+    def customize_spec(cls, spec: Any) -> Any:
+        return spec if isinstance(spec, PagedKVPages) else paged_spec(spec)
 
 
 def open_block_size() -> int:
@@ -90,7 +91,7 @@ class PagedKVMetadata:
 
 class PagedKVMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     def __init__(
-        self, kv_cache_spec: PagedKVSpec, layer_names: list[str], vllm_config: Any, device: Any
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.kernels = choose_backend(device)
@@ -103,14 +104,14 @@ class PagedKVMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         starts = step.query_start_loc_cpu[: step.num_reqs + 1].numpy().astype(np.int64)
         seq_lens = step.seq_lens[: step.num_reqs].cpu().numpy().astype(np.int64)
         table = step.block_table_tensor[: step.num_reqs].cpu().numpy()
-        geometry = self.kv_cache_spec.geometry
+        geometry, query_lens = self.kv_cache_spec.geometry, np.diff(starts)
+        shared = num_shared(geometry, seq_lens - query_lens, table)
+        if isinstance(self.kv_cache_spec, PagedKVWindowSpec):
+            tables = WindowTables(seq_lens, table, shared)
+            window = self.kv_cache_spec.sliding_window
+            seq_lens, table, shared = tables.behind(geometry, window, query_lens)
         inputs = step_from_block_table(
-            geometry,
-            starts,
-            seq_lens,
-            table,
-            self.device,
-            min_sealed=num_shared(geometry, seq_lens - np.diff(starts), table),
+            geometry, starts, seq_lens, table, self.device, min_sealed=shared
         )
         return PagedKVMetadata(int(starts[-1]), self.kernels.plan(inputs))
 
@@ -148,7 +149,6 @@ class PagedKVImpl(AttentionImpl):  # type: ignore[misc]
     ) -> None:
         refused = {
             "ALiBi": alibi_slopes is not None,
-            f"a sliding window of {sliding_window} tokens": sliding_window is not None,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
             f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
         }
@@ -157,7 +157,10 @@ class PagedKVImpl(AttentionImpl):  # type: ignore[misc]
                 raise ConfigError(f"paged_kv cannot be used: the model has {what}")
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
         self.scale, self.kv_cache_dtype = float(scale), kv_cache_dtype
-        self.rules = ScoreRules(float(scale), logits_soft_cap or None, sink_logits=sinks)
+        # Of as many tokens, itself included, in vLLM as here.
+        self.rules = ScoreRules(
+            float(scale), logits_soft_cap or None, sliding_window, sink_logits=sinks
+        )
         self.layer = layer_spec(num_kv_heads, head_size, head_size)
         self.embedded: EmbeddedLayer | None = None
 

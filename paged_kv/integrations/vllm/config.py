@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import vllm
 from vllm.config import get_current_vllm_config_or_none
@@ -19,7 +19,14 @@ from ...validation import require
 
 TESTED_VERSIONS: Final = ("0.32",)  # major and minor
 FIELDS: Final = frozenset(field.name for field in fields(KVFormat)) - {"name"}
-_seen: KVFormat | None = (
+
+
+class Settings(NamedTuple):
+    kv_format: KVFormat
+    keeps_all: bool  # also what a layer's window has passed: vLLM's manager of groups is off
+
+
+_seen: Settings | None = (
     None  # of this process: vLLM asks for specs outside of its config's context
 )
 
@@ -77,18 +84,20 @@ def require_supported(config: Any) -> None:
             raise ConfigError(f"paged_kv cannot be used: {reason}")
 
 
-def current_format() -> KVFormat:
+def current_settings() -> Settings:
     """Of the engine that is being made, or was made last in this process."""
     global _seen
     config = get_current_vllm_config_or_none()
     if config is not None:
         require_supported(config)
-        _seen = kv_format_of(config)
+        keeps_all = bool(config.scheduler_config.disable_hybrid_kv_cache_manager)
+        _seen = Settings(kv_format_of(config), keeps_all)
     assert _seen is not None, "vLLM asks for no spec before it has made a layer"
     return _seen
 
 
 def layer_spec(num_kv_heads: int, key_dim: int, value_dim: int) -> LayerSpec:
+    kv_format = current_settings().kv_format
     return LayerSpec(
-        kv_format=current_format(), num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim
+        kv_format=kv_format, num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim
     )

@@ -31,7 +31,8 @@ class PagedKVManager(FullAttentionManager):  # type: ignore[misc]
         self.geometry = kv_cache_spec.geometry
         self.num_returned: dict[str, int] = {}  # sealed blocks whose other pages are not held
         self.published: dict[str, Any] = {}  # requests whose blocks others may find
-        log_capacity(kv_cache_spec, self.block_pool.num_gpu_blocks)
+        if self.kv_cache_group_id == 0:
+            log_capacity(kv_cache_spec, self.block_pool.num_gpu_blocks)
 
     def _needed(self, request_blocks: int, num_tokens: int) -> list[bool]:
         """Of each page behind the first `request_blocks`, whether it is needed."""
@@ -51,7 +52,10 @@ class PagedKVManager(FullAttentionManager):  # type: ignore[misc]
         if request_id not in self.num_cached_block:
             held += len(new_computed_blocks)
         evictable = self._get_num_evictable_blocks(new_computed_blocks)
-        return sum(self._needed(held, num_tokens)) + int(evictable)
+        needed, most = sum(self._needed(held, num_tokens)), self.max_admission_blocks_per_request
+        if most is not None and options.get("apply_admission_cap"):
+            needed = min(needed, most)
+        return needed + int(evictable)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -167,7 +171,7 @@ def log_capacity(spec: Any, num_pages: int) -> None:
     own = layer.num_kv_heads * (layer.key_dim + layer.value_dim) * spec.model_itemsize
     logger.info(
         "paged_kv: format %s, %.1f bytes a token and layer (%d in vLLM's own cache); pages for up "
-        "to %s tokens (%s in vLLM's own cache)",
+        "to %s tokens (%s in vLLM's own cache) of one group of layers",
         layer.kv_format.name,
         spec.bytes_per_token(),
         own,
