@@ -280,7 +280,8 @@ class Scheduler(Roster):
         self.waiting.remove(request)
         if request.swapped is None:
             seq_id = self.manager.add_sequence(request.tokens)
-            request.began_with(int(self.manager.num_computed_tokens[seq_id]))
+            its = self.manager.stored_lengths(seq_id)[0]
+            request.began_with(its.num_stored + its.num_evicted)
         else:
             swapped_in = self.manager.swap_in(request.swapped)
             assert swapped_in is not None, "its need was checked"

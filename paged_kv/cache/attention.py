@@ -65,11 +65,14 @@ def paged_attention(
         scale = query.shape[-1] ** -0.5
     elif not (type(scale) is float and 0 <= scale < math.inf):  # the quick way first
         require("scale", scale, is_finite(scale) and scale >= 0, "at least 0, and finite")
+    plan = step.plan_of(layer)
+    if plan.step.window_sizes is None:  # of the layer's group no sequence has sinks
+        sink_query = None
     output = attend_and_store(
         NewTokens(query, key, value, sink_query),
         cache.layers[layer],
         cache.records[layer],
-        step.plan_of(layer),
+        plan,
         ScoreRules(scale, softcap, sliding_window, attention_chunk, sink_logits),
         cache.backend,
     )

@@ -114,9 +114,8 @@ def engine_where_it_is(
     warm_up()
     graphs = None
     has_kernels = cache.device.type == "cuda" and cache.backend is not TORCH_BACKEND
-    can_capture = (
-        model.route == "fused" and not cache.has_several_tables
-    )  # which makes plans on the host
+    # Of several tables plans are made on the host.
+    can_capture = model.route == "fused" and not cache.has_several_tables
     if has_kernels and can_capture and not config.enforce_eager:
         graphs = DecodeGraphs(model, cache, manager)
     runner = ModelRunner(model, cache, graphs)

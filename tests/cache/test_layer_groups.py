@@ -13,11 +13,13 @@ import torch
 
 from paged_kv.blocks.retention import Retention
 from paged_kv.blocks.sink_window import SinkWindow
+from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.backend import choose_backend
 from paged_kv.cache.formats import FORMATS, INT2, INT8, NATIVE, KVFormat
 from paged_kv.cache.layer_groups import find_groups, sequence_bytes
 from paged_kv.cache.layer_spec import LayerSpec, keeping_all
+from paged_kv.cache.step_staging import stage
 from paged_kv.cache.transfer import export_sequence, import_sequence
 from paged_kv.errors import ConfigError, InvalidStepError, TransferError
 from paged_kv.kernels.triton import plan as triton_plan
@@ -25,6 +27,7 @@ from tests.support.attention_oracle import layer_of
 from tests.support.exported_sequences import forged, parts_of
 from tests.support.fleets import Fleet
 from tests.support.token_streams import Stream, make_stream
+from tests.support.transfers import TransferCounter
 
 EVERYTHING = Retention()
 SIZES = {"block_size": 64, "num_sink_tokens": 4, "min_tail_tokens": 32}
@@ -299,6 +302,24 @@ def test_exports_that_lack_what_is_still_seen_are_refused():
         with pytest.raises(TransferError, match="num_evicted_tokens"):
             import_sequence(target.cache, target.manager, wrong)
     assert target.manager.num_free_blocks == 400
+
+
+def test_the_arrays_of_all_groups_travel_in_one_copy():
+    fleet = fed(QUANTIZED[0], 150)[0]
+    plan = fleet.plan({0: 40})
+    for part, tables in zip(plan.parts, fleet.cache._tables, strict=True):
+        tables.apply(part)
+    arrays = [
+        StepArrays.from_plan(fleet.cache.geometry, part, tables)
+        for part, tables in zip(plan.parts, fleet.cache._tables, strict=True)
+    ]
+    with TransferCounter() as counter:
+        staged = stage(fleet.cache.geometry, plan, arrays, {}, torch.device("meta"))
+    assert len(counter.to_device) == 1
+    assert not counter.to_host
+    assert len(staged.inputs) == 3
+    for inputs, its in zip(staged.inputs, arrays, strict=True):
+        assert inputs.block_table.shape == its.block_table.shape
 
 
 # -- misuse ---------------------------------------------------------------------------------------

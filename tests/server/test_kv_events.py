@@ -6,6 +6,7 @@ import argparse
 import random
 import time
 from contextlib import closing
+from dataclasses import replace
 from threading import Event
 from types import SimpleNamespace
 
@@ -125,6 +126,17 @@ def test_what_nobody_else_can_hit_is_not_told():
     assert plain(encoded(blocks, manager)) == []
     serve(manager, tokens(9))  # evicts the others
     assert [event["type"] for event in plain(encoded(blocks, manager))] == ["BlockStored"]
+
+
+def test_of_groups_of_layers_the_first_is_told():
+    events = [stored(b"a"), replace(stored(b"a"), group=1), replace(stored(b"b"), group=2)]
+    removed = BlockRemoved(block_hash=b"a".rjust(32, b"-"), block_id=0)
+    blocks = UniformBlocks(2)
+    (message,) = blocks.messages(events)
+    assert len(message.block_hashes) == 1
+    assert blocks.messages([replace(removed, group=1)]) == []
+    (message,) = blocks.messages([removed])
+    assert message.block_hashes == [int.from_bytes(b"a".rjust(8, b"-"), "big")]
 
 
 def test_a_key_that_is_no_text_is_told_as_text():

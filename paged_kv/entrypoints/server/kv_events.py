@@ -82,9 +82,14 @@ class UniformBlocks:
         self._num_links.clear()
 
     def messages(self, events: Iterable[CacheEvent]) -> list[Message]:
-        """What a router is told of these events; nothing of links that nobody else can hit."""
+        """What a router is told of these events; nothing of links that nobody else can hit.
+
+        Of groups of layers it is told of the first, which needs the longest part of a prefix.
+        """
         messages: list[Message] = []
         for event in events:
+            if isinstance(event, (BlockStored, BlockRemoved)) and event.group:
+                continue
             if isinstance(event, BlockStored):
                 if not is_nobody_elses(event.extra_keys):
                     self._store(event, messages)
