@@ -22,7 +22,7 @@ from .sink_window import SinkWindow
 UNLIMITED: Final = int(np.iinfo(np.int64).max)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Retention:
     """A token sees the last `window_size` tokens, itself included, of its own chunk of so many."""
 
@@ -46,6 +46,12 @@ class Retention:
     @cached_property
     def keeps_all(self) -> bool:
         return self.reach == UNLIMITED
+
+    def __repr__(self) -> str:
+        """With what limits it."""
+        sizes = ((field.name, getattr(self, field.name)) for field in fields(self))
+        limits = ", ".join(f"{name}={size}" for name, size in sizes if size != UNLIMITED)
+        return f"Retention({limits})"
 
     def __str__(self) -> str:
         """What it leaves to be seen, in words."""

@@ -409,7 +409,7 @@ class PagedKVCache:
         if source.retentions != self.groups.retentions:
             raise InvalidStepError(
                 f"a manager of groups of layers {source.retentions} cannot hand out blocks of "
-                f"{self.groups.retentions}"
+                f"{self.groups.retentions}: make it by new_manager, or with these retentions"
             )
 
     def _require_whole_step(self, source: PlanSource, num_committed: int) -> None:

@@ -306,7 +306,8 @@ def run_info(arguments: argparse.Namespace) -> int:
         title=f"{len(layers)} layers, kv heads {heads}, {str(dtype).removeprefix('torch.')}, "
         f"{format_memory(memory_bytes)} for K/V",
         caption="bytes: a sealed token over all layers. at N: how many times smaller than native a "
-        "sequence of N tokens is, head and tail in full precision included.",
+        "sequence of N tokens is, head and tail in full precision included. tokens: that fit, of "
+        f"layers that let go of some in sequences of {CONTEXT_LENGTHS[-1]}.",
     )
     table.add_column("KV format")
     for heading in (
@@ -333,12 +334,19 @@ def run_info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def short_memory(num_bytes: int) -> str:
+    """Whole numbers without their fraction."""
+    return format_memory(num_bytes).replace(".0 ", " ")
+
+
 def held_table(title: str, kinds: Sequence[KindCost]) -> Table:
     """What sequences hold in every kind of layers, and in all of them."""
     from rich.table import Table
 
     table = Table(
-        title=title, caption="bytes: a sealed token. at N: what a sequence of N tokens holds."
+        title=title,
+        caption="bytes: a sealed token, empty places of groups included. at N: what a sequence of "
+        "N tokens holds.",
     )
     table.add_column("layers keep", no_wrap=True)
     for heading in ("layers", "bytes", *(f"at {n // 1024}K" for n in HELD_LENGTHS)):
@@ -348,14 +356,14 @@ def held_table(title: str, kinds: Sequence[KindCost]) -> Table:
             str(kind.retention),
             str(kind.num_layers),
             f"{kind.bytes_per_token:.0f}",
-            *(format_memory(kind.held[n]) for n in HELD_LENGTHS),
+            *(short_memory(kind.held[n]) for n in HELD_LENGTHS),
         )
     if len(kinds) > 1:
         table.add_row(
             "together",
             str(sum(kind.num_layers for kind in kinds)),
             f"{sum(kind.bytes_per_token for kind in kinds):.0f}",
-            *(format_memory(sum(kind.held[n] for kind in kinds)) for n in HELD_LENGTHS),
+            *(short_memory(sum(kind.held[n] for kind in kinds)) for n in HELD_LENGTHS),
         )
     return table
 

@@ -32,9 +32,14 @@ class FormatCost:
     bytes_per_token: float
     effective: dict[int, float]
 
+    keeps_all: bool  # in all layers
+
     def tokens_in(self, memory_bytes: int) -> int:
-        """Sealed tokens that fit."""
-        return int(memory_bytes / self.bytes_per_token)
+        """Sealed tokens that fit; where layers let go of some, those of the longest sequences."""
+        longest = max(self.effective)
+        return int(
+            memory_bytes / (self.bytes_per_token if self.keeps_all else self.effective[longest])
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,8 @@ def probe_layers(name: str | Path) -> tuple[list[LayerSpec], torch.dtype]:
             f"no causal language model at {str(name)!r}: {first_lines(error)}"
         ) from error
     dtype = config.get_text_config().dtype or torch.float32
-    paged = choose_route(model.to(dtype))
+    # Without weights experts know products of bfloat16 alone; layers are the same in any precision.
+    paged = choose_route(model.to(torch.bfloat16))
     return paged.layers(FORMATS["native"]), dtype
 
 
@@ -80,6 +86,7 @@ def format_costs(
                 name=formats_name(formats),
                 bytes_per_token=token_bytes(specs, dtype),
                 effective={n: sequence_bytes(specs, dtype, n) / n for n in lengths},
+                keeps_all=all(layer.retention.keeps_all for layer in layers),
             )
         )
     return costs

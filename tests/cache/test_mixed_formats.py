@@ -216,8 +216,8 @@ def test_an_export_of_a_device_of_the_other_order_is_read():
     header, body = parts_of(data)
     sequence, sections = transfer.read_sequence(fleet.cache, fleet.manager, data, b"", ())
     parts = [body[: header["token_bytes"]]]
-    for index, (layer, section) in enumerate(zip(layers, sections, strict=True)):
-        shape = (-1, *fleet.cache.record_shapes[index])
+    for layer, section in enumerate(sections):
+        shape = (-1, *fleet.cache.record_shapes[layer])
         records = torch.from_numpy(np.array(section).reshape(shape))
         reorder_records(fleet.cache, layer, records, sequence)
         parts.append(records.numpy().tobytes())

@@ -156,7 +156,7 @@ def test_a_model_that_cannot_be_captured_runs_on(gpu: PretendGpu) -> None:
         with pytest.warns(RuntimeWarning, match="LlamaForCausalLM cannot be captured.*capturing"):
             assert tokens_of(llm, prompts_of(5), greedy(6)) == expected
         assert not graphs_of(llm).is_enabled
-        assert llm.engine.cache._tables._changed is None
+        assert llm.engine.cache._tables[0]._changed is None
         assert tokens_of(llm, prompts_of(5), greedy(6)) == expected
 
 

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from transformers import Gemma3TextConfig
+from transformers import Gemma3TextConfig, GptOssConfig
 
 from paged_kv.entrypoints.cli import main
 
@@ -196,9 +196,25 @@ def test_info_tells_what_kinds_of_layers_hold(
         "4", "22", "26"
     ]  # fmt: skip
     # Native blocks of 16 tokens, 128 bytes a token and layer: 4 layers, and 6 groups of 4.
-    assert [rows["all tokens"][place].strip() for place in (3, 5)] == ["512", "4.0 MiB"]
+    assert [rows["all tokens"][place].strip() for place in (3, 5)] == ["512", "4 MiB"]
     assert rows["the last 4096"][3].strip() == "3072"
-    assert rows["the last 4096"][6].strip() == rows["the last 4096"][7].strip() == "12.0 MiB"
+    assert rows["the last 4096"][6].strip() == rows["the last 4096"][7].strip() == "12 MiB"
+
+
+def test_info_knows_models_of_experts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """gpt-oss in float32, whose layers keep all or the last 128 tokens in turn."""
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    config = GptOssConfig(
+        num_hidden_layers=4, vocab_size=99, num_local_experts=2, num_experts_per_tok=1, **shape
+    )
+    config.save_pretrained(tmp_path)
+    code, out, _ = run(capsys, "info", str(tmp_path))
+    assert code == 0
+    assert "the last 128" in out
+    native = next(line for line in out.splitlines() if line.startswith("│ native"))
+    held = next(line for line in out.splitlines() if line.startswith("│ together"))
+    assert "16.1 MiB" in held  # of 32K tokens: 2 layers of 4, 256 bytes a token, and a little
+    assert int(native.split("│")[-2].replace(",", "")) > 1.9 * 8 * 2**30 / (4 * 256)
 
 
 def test_info_tells_of_formats_by_layer(capsys: pytest.CaptureFixture[str]) -> None:

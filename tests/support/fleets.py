@@ -106,9 +106,8 @@ class Fleet:
             for seq_id, part in zip(plan.seq_ids, parts, strict=True):
                 outputs[int(seq_id)].append(part)
         evicted_ids = self.manager.commit(plan)
-        for part in plan.parts:
-            self.poison_blocks(part.freed_block_ids)
-        self.poison_blocks(evicted_ids)
+        let_go = np.concatenate([evicted_ids, *(part.freed_block_ids for part in plan.parts)])
+        self.poison_blocks(let_go[self.manager.pool.ref_counts[let_go] == 0])
         return outputs
 
     def masks(self, layer: int) -> dict[str, object]:
@@ -121,8 +120,6 @@ class Fleet:
             self.step({seq_id: c[turn] for seq_id, c in counts.items() if turn < len(c)})
 
     def poison_blocks(self, block_ids: NDArray[np.int32]) -> None:
-        """Those among them that nobody uses any more."""
-        block_ids = block_ids[self.manager.pool.ref_counts[block_ids] == 0]
         for arena in self.cache.arenas:
             arena[torch.as_tensor(block_ids, dtype=torch.int64)] = self.poison
 
