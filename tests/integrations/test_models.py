@@ -22,11 +22,7 @@ FORMATS_OF = {
     "qwen2-biases": ["int8", "int3", "int8-token"],
     "gemma2": ["int8", "int2-long"],
 }
-WINDOWED = {
-    "gemma2-windows": ["int8", "int4"],
-    "gemma3": ["int8", "int2"],
-    "mistral-window": ["int8", "k4v2"],
-}
+WINDOWED = {"gemma3": ["int2"], "mistral-window": ["int8"]}
 
 
 @pytest.mark.parametrize("name", FORMATS_OF)

@@ -52,7 +52,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gqa8": ("Llama", {"num_key_value_heads": 1, "head_dim": 32}),
     "qwen2-biases": ("Qwen2", {"num_key_value_heads": 2, **WIDER}),
     "gemma2": ("Gemma2", {"num_key_value_heads": 4, "head_dim": 256, **FULL, **GEMMA}),
-    "gemma2-windows": ("Gemma2", {"num_key_value_heads": 4, "sliding_window": 128, **GEMMA}),
     "gemma3": ("Gemma3", {"num_key_value_heads": 4, **GEMMA3}),
     "mistral-window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 100}),
     "narrow": ("Llama", {"num_key_value_heads": 1, "num_hidden_layers": 1, **TWO_HEADS}),
