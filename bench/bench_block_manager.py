@@ -403,9 +403,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--no-peer", action="store_true", help="leave vLLM out")
     arguments = parser.parse_args()
-    has_peer = not arguments.no_peer and vllm_manager.is_available()
-    if not has_peer:
-        print(f"without vLLM: {vllm_manager.why_not() or 'left out as asked'}")
+    has_peer = vllm_manager.takes_part(is_asked=not arguments.no_peer)
     sizes = (256, 1024) if arguments.quick else (256, 1024, 4096, 16384)
     rows = admission_rows(2 if arguments.quick else 8, has_peer)
     for num_seqs in sizes:

@@ -474,9 +474,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--no-peer", action="store_true", help="leave vLLM out")
     arguments = parser.parse_args()
-    has_peer = not arguments.no_peer and vllm_manager.is_available()
-    if not has_peer:
-        print(f"without vLLM: {vllm_manager.why_not() or 'left out as asked'}")
+    has_peer = vllm_manager.takes_part(is_asked=not arguments.no_peer)
     sizes = QUICK if arguments.quick else Sizes()
     rows = []
     for model in MODELS:

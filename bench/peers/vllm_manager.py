@@ -118,6 +118,14 @@ def is_available() -> bool:
     return _load()[0] is not None
 
 
+def takes_part(*, is_asked: bool) -> bool:
+    """Whether a benchmark measures vLLM too; says why where it does not."""
+    if is_asked and is_available():
+        return True
+    print(f"without vLLM: {why_not() or 'left out as asked'}")
+    return False
+
+
 def why_not() -> str:
     """Why `is_available()` is False; empty when it is True."""
     return _load()[1]

@@ -50,9 +50,9 @@ def find_groups(layers: Sequence[LayerSpec], dtype: torch.dtype) -> LayerGroups:
     retentions: list[Retention] = []
     group_of, slot_of = [0] * len(layers), [0] * len(layers)
     slots: list[tuple[int, bool]] = []  # bytes, and whether they are those of small blocks
+    is_small = [geometry.seals and layer.kv_format.is_native for layer in layers]
     for kind, its in zip(kinds, members, strict=True):
         # Large records beside large ones of other groups, and small blocks beside their like.
-        is_small = [geometry.seals and layer.kv_format.is_native for layer in layers]
         in_order = sorted(its, key=lambda n: (is_small[n], -sizes[n]))
         for start in range(0, len(its), size):
             free = list(range(len(slots)))
@@ -65,8 +65,8 @@ def find_groups(layers: Sequence[LayerSpec], dtype: torch.dtype) -> LayerGroups:
 
 
 def group_size(counts: Sequence[int]) -> int:
-    """Layers of a group, where there are so many of each kind: the most that pads no kind's last
-    group to more than its own layers, unless that makes too many groups."""
+    """Layers of a group, where there are so many of each kind: as many as the rarest kind has, so
+    that none of its places is empty, or more where that would make too many groups."""
     if len(counts) == 1:
         return counts[0]
     size = min(counts)

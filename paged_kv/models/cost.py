@@ -48,7 +48,6 @@ class KindCost:
 
     retention: Retention
     num_layers: int
-    num_groups: int  # each has block tables of its own
     bytes_per_token: float  # of a sealed one
     held: dict[int, int]
 
@@ -110,7 +109,6 @@ def kind_costs(
             KindCost(
                 retention=retention,
                 num_layers=sum(layer.retention == retention for layer in layers),
-                num_groups=num_groups,
                 bytes_per_token=num_groups * num_bytes / geometry.block_size,
                 held=held,
             )
