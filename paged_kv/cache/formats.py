@@ -233,10 +233,16 @@ def resolve_format(kv_format: str | KVFormat) -> KVFormat:
     if isinstance(kv_format, KVFormat):
         return kv_format
     name, at, size = kv_format.partition("@") if isinstance(kv_format, str) else ("", "", "")
-    is_size = size in ("64", "128") if at else not size
-    if name not in FORMATS or not is_size:
+    if name not in FORMATS:
         raise ConfigError(f"unknown KV format {kv_format!r}; expected one of {', '.join(FORMATS)}")
-    return FORMATS[name].with_options(block_size=int(size)) if at else FORMATS[name]
+    if not at:
+        return FORMATS[name]
+    if not (size.isascii() and size.isdecimal() and len(size) < 10):
+        raise ConfigError(f"KV format {kv_format!r} must be a format@tokens of a block")
+    try:
+        return FORMATS[name].with_options(block_size=int(size))
+    except ConfigError as error:
+        raise ConfigError(f"KV format {kv_format!r}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,10 +197,8 @@ class PagedKVCache:
 
     def fingerprint(self, model_fingerprint: bytes = b"") -> bytes:
         """32 bytes that differ when a token's stored K/V would: by model, format or precision."""
-        description = repr((self.layers, self.dtype, self.geometry))
-        if any(not layer.retention.keeps_all for layer in self.layers):
-            description += repr([layer.retention for layer in self.layers])
         require_instance("model_fingerprint", model_fingerprint, bytes)
+        description = repr((self.layers, self.dtype, self.geometry))
         return sha256(sha256(model_fingerprint).digest() + description.encode()).digest()
 
     def _copy(self, source_ids: Tensor, target_ids: Tensor) -> None:

@@ -96,6 +96,11 @@ def resolve_formats(kv_format: KVFormats) -> LayerFormats:
 def read_formats(text: str) -> LayerFormats:
     """Of a string: a default, then `layer=format` for those that are others."""
     first, *others = (part.strip() for part in text.split(","))
+    if "=" in first:
+        raise ConfigError(
+            f"kv_format {text!r} must begin with the format of all layers that it does not name, "
+            f"as in 'int2,{first}'"
+        )
     named: dict[str | int, Format] = {DEFAULT: first}
     for part in others:
         layer, separator, name = (piece.strip() for piece in part.partition("="))

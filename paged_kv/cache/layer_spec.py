@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 import numpy as np
@@ -21,7 +21,7 @@ FULL_PRECISION_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE: Final = 1 << 16  # for what dimensions can be see `RecordLayout`
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LayerSpec:
     """What one attention layer stores for each token; `kv_format` may be given by its name.
 
@@ -35,7 +35,7 @@ class LayerSpec:
     key_dim: int
     value_dim: int
     calibration: KeyCalibration | None = None
-    retention: Retention = field(default=KEEPS_ALL, repr=False)
+    retention: Retention = KEEPS_ALL
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_format", resolve_format(self.kv_format))
@@ -54,6 +54,13 @@ class LayerSpec:
             )
         if not self.kv_format.wants_calibration:
             object.__setattr__(self, "calibration", None)  # equal layers look equal
+
+    def __repr__(self) -> str:
+        """With its retention where that limits anything: layers that keep all look as ever."""
+        shown = [each.name for each in fields(self)]
+        if self.retention.keeps_all:
+            shown.remove("retention")
+        return f"LayerSpec({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
     def wide_channels(self) -> NDArray[np.int64] | None:

@@ -46,7 +46,7 @@ from .transfer_counts import JsonObject, read_counts, read_evicted
 from .travelling_records import TravellingRecords
 
 MAGIC: Final = b"paged_kv"
-VERSION: Final = 3
+VERSION: Final = 4
 FRAME: Final = Struct("<8sIIQ")
 DIGEST_BYTES: Final = 32
 TOKEN_DTYPE: Final = np.dtype("<i4")
@@ -168,9 +168,8 @@ def as_words(records: Tensor) -> Tensor:
 
 def shared_fields(cache: PagedKVCache, model_fingerprint: bytes) -> JsonObject:
     """What both sides must agree on."""
-    evicts = any(not each.keeps_all for each in cache.groups.retentions)
-    groups = [asdict(each) for each in cache.groups.retentions]
-    return ({"groups": groups} if evicts else {}) | {
+    return {
+        "groups": "; ".join(str(each) for each in cache.groups.retentions),
         "layers": [layer_fields(layer) for layer in cache.layers],
         "dtype": str(cache.dtype).removeprefix("torch."),
         "geometry": asdict(cache.geometry),

@@ -286,8 +286,12 @@ def test_exported_sequences_go_on_elsewhere(kv_format, length):
     assert target.manager.stored_lengths(copy) == fleets[0].manager.stored_lengths(0)
     for count in (1, 70, 1):
         step_both([target, fleets[1]], {0: count})
-    with pytest.raises(TransferError, match="groups"):
+    with pytest.raises(TransferError, match=r"header.groups is .*the last "):
         import_sequence(target.cache, target.manager, kept)
+    with pytest.raises(TransferError, match=r"header.groups is .*the last "):
+        import_sequence(fleets[1].cache, fleets[1].manager, data)
+    assert "retention=Retention(" in repr(target.cache.layers[-1])
+    assert "retention" not in repr(fleets[1].cache.layers[0])
 
 
 def test_exports_that_lack_what_is_still_seen_are_refused():

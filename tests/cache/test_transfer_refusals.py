@@ -106,7 +106,7 @@ def test_other_geometry_dtype_layer_count_version_and_model_are_refused_by_name(
     assert_refused(target, data, r"^header\.dtype is 'bfloat16' in the data, 'float32' here$")
     data = exported([layer] * 2)
     header, body = parts_of(data)
-    assert_refused(target, forged(header, body, version=2), r"^version is 2 in the data, 3 here$")
+    assert_refused(target, forged(header, body, version=2), r"^version is 2 in the data, 4 here$")
     other = header | {"byte_order": "big"}
     assert_refused(target, forged(other, body), r"^header\.byte_order is 'big' in the data")
     other = header | {"geometry": header["geometry"] | {"num_head_tokens": 0}}
