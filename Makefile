@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-emulated test-ptx test-vllm test-page soak soak-short mutants structure models lint clean
+.PHONY: demo test test-emulated test-ptx test-vllm test-page soak soak-short mutants results structure models lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -70,6 +70,11 @@ soak-short: $(VENV)/.installed
 # minutes each, together about half an hour on two cores.
 mutants: $(VENV)/.installed
 	PYTHONPATH=bench $(BIN)/python bench/tools/mutants.py --json bench/results/mutants.json
+
+# Tables, sentences and pictures of README and docs, from bench/results; the tests say where they differ.
+results: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt --group results
+	$(BIN)/python bench/make_results.py
 
 # Every file in one line, from what it says of itself.
 structure:

@@ -35,7 +35,6 @@ from typing import Any
 
 import numpy as np
 from bench_vllm import text_of
-from peers_picture import draw
 from report import Row, add_arguments, write_report
 
 ENGINES = Path(__file__).parent / "peers" / "engines"
@@ -281,14 +280,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workloads", nargs="*")
     parser.add_argument("--engines", nargs="*", help="by the beginning of their names")
-    parser.add_argument("--picture", type=Path, help="draw the results; needs matplotlib")
-    parser.add_argument("--source", type=Path, help="draw this report, and measure nothing")
     parser.add_argument("--log", default="/dev/null", help="where engines' messages go")
     add_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.source:
-        draw(json.loads(arguments.source.read_text()), arguments.picture)
-        return
     if arguments.model is None:
         parser.error("--model is missing")
     engines = [
@@ -308,8 +302,6 @@ def main() -> None:
             print(workload.name, name, {k: round(v, 2) for k, v in values.items()}, flush=True)
         rows += rows_of(workload, engines, found)
         write_report("peers", rows, arguments.json)
-    if arguments.json and arguments.picture:
-        draw(json.loads(Path(arguments.json).read_text()), arguments.picture)
 
 
 if __name__ == "__main__":

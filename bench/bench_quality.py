@@ -8,13 +8,12 @@ step. Per case and book: Kullback-Leibler divergence from native with its standa
 99th percentile, first choices, perplexity; recall of 14 pairs hidden in contexts of 0.8K to 6K
 tokens; bytes of a token and kv head, sealed and with what is in full precision. Results are kept
 one by one in FILE.part; the same command goes on with them. `--tuning` takes windows that no report
-takes. `--picture` draws divergence over bytes from the JSON, also of an earlier run (`--from`).
+takes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,7 +24,6 @@ import torch
 from peers.own_formats import OwnFormat
 from peers.parallel_pass import ParallelModel
 from peers.quality_peers import PEERS, Peer
-from quality_picture import draw
 from quality_windows import book_windows, stretches
 from report import Row, add_arguments, write_report
 from training.train_demo_model import read_book
@@ -302,13 +300,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-recall", action="store_true")
     parser.add_argument("--no-calibration", action="store_true")
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--picture", type=Path, help="draw the results; needs matplotlib")
-    parser.add_argument("--from", dest="source", type=Path, help="only draw this JSON")
     add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.lengths, arguments.windows, arguments.no_recall = [512], 1, True
-    if not arguments.source and not arguments.books:
+    if not arguments.books:
         parser.error("give --books")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -317,9 +313,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.source:
-        draw(json.loads(arguments.source.read_text()), arguments.picture)
-        return
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, model_max_length=1 << 30)
     books = [
         Book(path.stem, tokenizer.encode(read_book(path), add_special_tokens=False))
@@ -334,8 +327,6 @@ def main() -> None:
     measuring = Measuring(model, make_cases(model, arguments.cases, calibration), kept, calibration)
     plan.measure(measuring)
     write_report("quality", plan.rows(measuring), arguments.json)
-    if arguments.json and arguments.picture:
-        draw(json.loads(arguments.json.read_text()), arguments.picture)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ The books are one text, teacher-forced: a step computes several tokens, of which
 its own sinks and window. Beside sequences with sinks: dense attention within the trained length,
 windows without sinks, and windows that are computed anew (`recomputed`, the costly ideal). Then
 one sequence generates, one token a step, and each step is timed (also in CPU time, which other
-programs on the machine disturb less). `--picture` draws both from the JSON, also of an earlier
-run (`--from`).
+programs on the machine disturb less).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -45,7 +43,7 @@ WINDOWED = {
     "sinks + window, int2": ("int2", True),
     "window only, native": ("native", False),
 }
-BIN_TOKENS = 2048  # of a point in the picture
+BIN_TOKENS = 2048  # of a stretch
 RECOMPUTE_STRIDE = 64  # tokens that a recomputed window predicts
 Losses = NDArray[np.float64]
 
@@ -186,34 +184,6 @@ def generation_rows(model: PreTrainedModel, window: SinkWindow, num_tokens: int)
     return rows
 
 
-def draw(report: dict[str, object], picture: Path) -> None:
-    """Log-perplexity and memory over the position, from the rows of a report."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
-    rows = report["rows"]
-    assert isinstance(rows, list)
-    colors: dict[str, str] = {}
-    for axis, metric in zip(axes, ("log-perplexity", "KV memory"), strict=True):
-        names = dict.fromkeys(
-            r["case"].rsplit(", at ", 1)[0] for r in rows if r["metric"] == metric
-        )
-        for name in names:
-            points = [
-                (int(r["case"].rsplit(" ", 1)[1]), r["value"])
-                for r in rows
-                if r["metric"] == metric and r["case"].rsplit(", at ", 1)[0] == name
-            ]
-            color = colors.setdefault(name, f"C{len(colors)}")
-            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2, color=color)
-    axes[0].set_ylabel("log-perplexity (nat)")
-    axes[0].legend(fontsize=8, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.22))
-    axes[1].set_ylabel("K/V held (KiB)")
-    axes[1].set_ylim(bottom=0)
-    axes[1].set_xlabel("position in the text (tokens)")
-    figure.savefig(picture, dpi=90)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
@@ -223,14 +193,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1020)
     parser.add_argument("--tokens-per-step", type=int, default=64)
     parser.add_argument("--generate", type=int, default=100_000, help="tokens to generate, 0: none")
-    parser.add_argument("--picture", type=Path, help="draw the results; needs matplotlib")
-    parser.add_argument("--from", dest="source", type=Path, help="only draw this JSON")
     parser.add_argument("--adapter", type=Path, help="changes from train_sink_adapter.py")
     add_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.source:
-        draw(json.loads(arguments.source.read_text()), arguments.picture)
-        return
     if arguments.quick:
         arguments.tokens, arguments.generate = 4000, 400
     rows: list[Row] = []
@@ -243,8 +208,6 @@ def main() -> None:
         window = SinkWindow(arguments.sinks, arguments.window)
         rows += generation_rows(model, window, arguments.generate)
     write_report("windowed", rows, arguments.json)
-    if arguments.picture and arguments.json:
-        draw(json.loads(arguments.json.read_text()), arguments.picture)
 
 
 def text_rows(model: PreTrainedModel, arguments: argparse.Namespace) -> list[Row]:

@@ -1,6 +1,6 @@
 """Streams on a real model: what sinks are worth, and what quantizing the window costs.
 
-    python bench/bench_windowed_real.py --model FOLDER --books a.txt b.txt --json FILE --picture PNG
+    python bench/bench_windowed_real.py --model FOLDER --books a.txt b.txt --json FILE
 
 One text of the books' stretches that settings are not tuned on, as many tokens of each book, is
 teacher-forced through one windowed sequence of the library: sinks and window in native, int8 and
@@ -15,7 +15,6 @@ with them.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from hashlib import sha256
@@ -153,55 +152,6 @@ class Streams:
         )
 
 
-def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Of each case, by stretch: where it starts, its loss above the reference, K/V held."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        name, _, start = row["case"].rpartition(", at ")
-        if row["metric"] in (LOSS, HELD):
-            mine = found.setdefault(name, {"start": [], LOSS: [], HELD: []})
-            mine[row["metric"]].append(row["value"] - (row["baseline_value"] or 0))
-            if row["metric"] == LOSS:
-                mine["start"].append(int(start))
-    return found
-
-
-def draw(report: dict[str, Any], picture: Path) -> None:
-    """Loss above native with sinks, of the window alone and of quantized windows, and K/V held."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
-    panels = (
-        ("Sinks and window against window only", "loss above native\nwith sinks (nat)", LOSS),
-        ("The cases with sinks, enlarged", "loss above native\nwith sinks (nat)", LOSS),
-        ("Memory", "K/V held (MiB)", HELD),
-    )
-    found = curves(report["rows"])
-    for panel, (axis, (title, label, metric)) in enumerate(zip(axes, panels, strict=True)):
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.set_ylabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-        for index, (name, mine) in enumerate(found.items()):
-            if panel == 1 and name == WINDOW_ONLY:
-                continue
-            axis.plot(mine["start"], mine[metric], color=f"C{index}", linewidth=1.4, marker=".")
-            if panel == 0 and name not in (REFERENCE, WINDOW_ONLY):
-                continue  # it lies on the reference
-            lower = (panel, name) in ((1, REFERENCE), (2, WINDOW_ONLY))  # of two in one place
-            axis.annotate(
-                "sinks + window: all three" if (panel, name) == (0, REFERENCE) else name,
-                (mine["start"][-1], mine[metric][-1]), xytext=(6, -9 if lower else 0),
-                textcoords="offset points", color=f"C{index}", fontsize=8,
-            )  # fmt: skip
-    axes[2].set_ylim(bottom=0)
-    axes[2].set_xlabel("position in the text (tokens): start of the stretch")
-    axes[0].set_xlim(0, 1.3 * max(1, *found[REFERENCE]["start"]))  # room for labels
-    figure.savefig(picture, dpi=90)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
@@ -213,11 +163,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stretch", type=int, default=2000, help="tokens of a point (2000)")
     parser.add_argument("--decoded", type=int, default=2000, help="tokens, one a step; 0: none")
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--picture", type=Path, help="draw the results; needs matplotlib")
-    parser.add_argument("--from", dest="source", type=Path, help="only draw this JSON")
     add_arguments(parser)
     arguments = parser.parse_args()
-    if not arguments.source and not arguments.books:
+    if not arguments.books:
         parser.error("give --books")
     if arguments.quick:
         arguments.tokens, arguments.decoded = 2000, 200
@@ -228,14 +176,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.source:
-        draw(json.loads(arguments.source.read_text()), arguments.picture)
-        return
     arguments.tokenizer = AutoTokenizer.from_pretrained(arguments.model, model_max_length=1 << 30)
     streams = Streams(arguments, stream_of(arguments.books, arguments.tokenizer, arguments.tokens))
     write_report("windowed_real", streams.rows(), arguments.json)
-    if arguments.json and arguments.picture:
-        draw(json.loads(arguments.json.read_text()), arguments.picture)
 
 
 if __name__ == "__main__":

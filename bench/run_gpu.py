@@ -107,7 +107,7 @@ def stages(folder: Path) -> list[Stage]:
         sanitizing("racecheck"),
         Stage(
             "pictures",
-            (sys.executable, "bench/gpu_picture.py", str(folder)),
+            (sys.executable, "bench/make_results.py", "--gpu", str(folder)),
             lacking=missing("matplotlib"),
             is_kept=False,
         ),

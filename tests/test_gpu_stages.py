@@ -12,10 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import bench_gpu_attention
-import gpu_picture
 import pytest
 import report
 import run_gpu
+from pictures import gpu
 from report import Row, kept_rows, write_report
 from run_gpu import CUT_OFF, Stage, main, run_stages, stages
 
@@ -243,8 +243,8 @@ def test_figures_of_the_picture_are_those_of_the_rows(tmp_path):
     write_report("attention on a GPU", sweep_rows(), tmp_path / "sweep.json")
     rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
     shape = "64x32768\n4 queries"
-    assert gpu_picture.shares_of_copy(rows)[shape] == {"native": 0.9, "int4": 0.7}
-    assert gpu_picture.microseconds(rows)[shape] == {
+    assert gpu.shares_of_copy(rows)[shape] == {"native": 0.9, "int4": 0.7}
+    assert gpu.microseconds(rows)[shape] == {
         "ours, native": 100.0,
         "ours, int4": 100.0,
         "paged bf16 FlashInfer": 110.0,
@@ -252,15 +252,12 @@ def test_figures_of_the_picture_are_those_of_the_rows(tmp_path):
 
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_picture_is_drawn(tmp_path, monkeypatch):
+def test_the_picture_is_drawn(tmp_path):
     write_report("attention on a GPU", sweep_rows(), tmp_path / "sweep.json")
-    monkeypatch.setattr("sys.argv", ["gpu_picture.py", str(tmp_path)])
-    gpu_picture.main()
-    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+    gpu.draw_folder(tmp_path)
+    assert "</svg>" in (tmp_path / "attention-dark.svg").read_text()
 
 
-def test_there_is_no_picture_of_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["gpu_picture.py", str(tmp_path)])
-    gpu_picture.main()
+def test_there_is_no_picture_of_nothing(tmp_path, capsys):
+    gpu.draw_folder(tmp_path)
     assert capsys.readouterr().out.startswith("no picture: there is no sweep.json")

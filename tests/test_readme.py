@@ -52,7 +52,8 @@ def test_formats_table_is_what_the_code_computes(name: str) -> None:
 
 
 def test_every_named_benchmark_exists() -> None:
-    named = re.findall(r"\b(?:bench|train)_\w+\.py", README)
+    pages = [README, *(page.read_text() for page in (ROOT / "docs").glob("*.md"))]
+    named = {name for page in pages for name in re.findall(r"\b(?:bench|train)_\w+\.py", page)}
     assert named
     assert all(any((ROOT / "bench").rglob(name)) for name in named)
 
@@ -63,18 +64,3 @@ def test_numbers_are_those_of_the_code() -> None:
     assert f"a whole serving loop around a toy model in {len(serving_loop)} lines" in words
     assert f"a level of priority is worth {AGING_STEPS} steps of waiting" in words
     assert f"does not fit may be passed by {MAX_TIMES_PASSED} that do" in words
-
-
-def test_limits_of_errors_and_instructions_are_those_of_the_tests() -> None:
-    pytest.importorskip("triton")
-    from tests.kernels.test_triton_machine_code import BUDGETS
-    from tests.support.triton_fleet import limit_of
-
-    words = " ".join(README.split())
-    int8, int4, int2 = (limit_of(FORMATS[f], torch.float32) for f in ("int8", "int4", "int2"))
-    assert int4 == int2
-    assert f"(int8 within {int8:.0e}, int4 and int2 within {int4:.0e}," in words.replace(
-        "e-3", "e-03"
-    )
-    told = ("native", "int8", "int4", "int3", "int2")
-    assert ", ".join(f"{name} {BUDGETS[name]}" for name in told) in words

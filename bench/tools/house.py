@@ -41,6 +41,8 @@ FOLDERS = {
     "bench": "Measurements. `results/` holds what they wrote, `NOTES.md` what was learned.",
     "bench/peers": "What we compare with.",
     "bench/peers/engines": "Engines that decode, each in a process and an environment of its own.",
+    "bench/tables": "What reports are as tables and sentences of README and docs (`make results`).",
+    "bench/pictures": "What reports are as pictures, light and dark.",
     "bench/tools": "Looking at machine code, tuning launches, this list.",
     "bench/training": "How the demo model and its adapter were made.",
     "tests": "The house, what is built, and what belongs to no room.",

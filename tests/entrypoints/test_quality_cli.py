@@ -1,4 +1,4 @@
-"""`paged-kv eval` and `calibrate`, calibrations for `generate`, and the picture, in process."""
+"""`paged-kv eval` and `calibrate`, and calibrations for `generate`, in process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import bench_quality
 import pytest
-import quality_picture
 
 from paged_kv import LLM, SamplingParams
 from paged_kv.cache.layer_formats import resolve_formats
@@ -107,7 +106,7 @@ def test_the_benchmark_goes_on_where_it_was(tmp_path, monkeypatch):
     place = "persuasion-excerpt, 1 x 290 tokens"
     ours, theirs = (first[f"{name}, {place}", "KL from native"] for name in cases[1:])
     assert 0 < ours < theirs
-    assert first["KIVI-2", quality_picture.BYTES] == 48
+    assert first["KIVI-2", "bytes of a token and kv head"] == 48
     decoded = rows("--check", "--cases", "int8")
     found = decoded[f"int8, {place}", "KL from native"]
     assert found == pytest.approx(ours, rel=0.02)
@@ -122,33 +121,6 @@ def test_the_benchmark_knows_no_other_case(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench_quality.py", *options, "--cases", "int5"])
     with pytest.raises(SystemExit, match="no case int5; there are int8, "):
         bench_quality.main()
-
-
-def test_points_of_the_picture_are_means_over_windows():
-    rows = [
-        {"case": "a, with a comma", "metric": quality_picture.BYTES, "value": 40.0},
-        {
-            "case": "a, with a comma, book, 2 x 512 tokens",
-            "metric": quality_picture.DIVERGENCE,
-            "value": 1.0,
-        },
-        {
-            "case": "a, with a comma, other, 1 x 2048 tokens",
-            "metric": quality_picture.DIVERGENCE,
-            "value": 3.0,
-        },
-        {
-            "case": "native, book, 2 x 512 tokens",
-            "metric": quality_picture.DIVERGENCE,
-            "value": 0.0,
-        },
-    ]
-    assert quality_picture.points(rows) == {"a, with a comma": (40.0, 2.0)}
-    assert quality_picture.frontier([(3, 1), (1, 2), (2, 5), (4, 0.5)]) == [
-        (1, 2),
-        (3, 1),
-        (4, 0.5),
-    ]
 
 
 def divergence_of(kv_format: str, told: str) -> float:
