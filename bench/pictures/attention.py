@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pictures.bars import draw_bars
-from pictures.style import Theme, save, sheet
+from pictures.style import Theme, save, sheet, sources
 from tables.attention import FORMATS, SHAPES, beside_sdpa
 from tables.report import Reports
 
@@ -27,13 +27,13 @@ def draw(theme: Theme, reports: Reports, file: Path) -> None:
         "torch's SDPA"
     )
     subtitle = (
-        "How many times as fast attention over scattered blocks is as the fastest variant of "
-        "SDPA on contiguous fp32 keys "
-        "and values, in turns in one process, cold memory. 1 is SDPA."
+        "How many times as fast attention over scattered blocks is as the fastest variant of SDPA "
+        "on contiguous fp32 keys and values, in turns in one process, cold memory. 1 is SDPA."
     )
     colors = [theme.series[0] if name.startswith("int") else theme.series[5] for name in FORMATS]
     names = [name.replace("native", "native,") for name in FORMATS]
-    with sheet(theme, title, subtitle, height=3.1, panels=(1, len(SHAPES))) as on:
+    source = sources(reports, REPORTS)
+    with sheet(theme, title, subtitle, source, height=3.1, panels=(1, len(SHAPES))) as on:
         for axis, shape in zip(on.axes, SHAPES, strict=True):
             is_first = axis is on.axes[0]
             draw_bars(

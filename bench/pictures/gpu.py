@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pictures.style import THEMES, Sheet, Theme, save, sheet
+from pictures.style import THEMES, Sheet, Theme, save, sheet, sources
 from tables.report import Reports, Row
 
 REPORT, PICTURE = "sweep", "attention"
@@ -54,11 +54,11 @@ def draw(theme: Theme, reports: Reports, file: Path) -> None:
     shares, times = shares_of_copy(rows), microseconds(rows)
     subtitle = (
         "Above: needed bytes a second as a share of a copy's (the line), by format and shape. "
-        "Below: microseconds of a "
-        "decode call, logarithmic; others hatched."
+        "Below: microseconds of a decode call, logarithmic; others hatched."
     )
     title = "Decode attention beside a copy of memory"
-    with sheet(theme, title, subtitle, height=7, panels=(2, 1)) as on:
+    source = sources(reports, (REPORT,))
+    with sheet(theme, title, subtitle, source, height=7, panels=(2, 1)) as on:
         draw_groups(on, on.axes[0], shares)
         on.axes[0].axhline(1, color=theme.ink, linewidth=0.9)
         on.axes[0].set_ylabel("share of a copy's bytes a second")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pictures.style import Theme, label_line, save, sheet
+from pictures.style import Theme, label_line, save, sheet, sources
 from tables.layers import FORMATS, LENGTHS, group_memory, share
 from tables.report import Reports
 
@@ -19,8 +19,7 @@ def draw(theme: Theme, reports: Reports, file: Path) -> None:
     title = f"Layers that see 1024 tokens keep 1024: {part:.2f} of the memory at 128K"
     subtitle = (
         "Keys and values of one sequence of a Gemma-3-1b-shaped model in bfloat16, of whose 26 "
-        "layers 22 have a window of 1024 tokens; "
-        "both axes logarithmic."
+        "layers 22 have a window of 1024 tokens; both axes logarithmic."
     )
     lines = {
         "one group that keeps all, native": (whole, theme.series[5]),
@@ -29,7 +28,8 @@ def draw(theme: Theme, reports: Reports, file: Path) -> None:
             for number, name in zip((1, 2, 0), FORMATS, strict=True)
         },
     }
-    with sheet(theme, title, subtitle, height=3.8) as on:
+    source = sources(reports, REPORTS)
+    with sheet(theme, title, subtitle, source, height=3.8) as on:
         for name, (sizes, color) in lines.items():
             on.axis.plot(list(LENGTHS), sizes, color=color, marker="o", markersize=4)
             label_line(on.axis, last, sizes[-1], name, color)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pictures.style import Theme, label_line, save, sheet
+from pictures.style import Theme, label_line, save, sheet, sources
 from tables.report import Reports
 
 REPORTS = ("block_manager",)
@@ -26,11 +26,12 @@ def draw(theme: Theme, reports: Reports, file: Path) -> None:
         f"A decode step takes vLLM's manager {min(ratios):.0f} to {max(ratios):.0f} times as long"
     )
     subtitle = (
-        "Time of the manager alone, no model, by the number of sequences; both axes "
-        "logarithmic. int8's geometry "
-        "beside vLLM's blocks of 16 tokens, same lengths, prefix cache on, in turns in one process."
+        "Time of the manager alone, no model, by the number of sequences; both axes logarithmic. "
+        "int8's geometry beside vLLM's blocks of 16 tokens, same lengths, prefix cache on, in "
+        "turns in one process."
     )
-    with sheet(theme, title, subtitle, height=3.8, panels=(1, 2), sharey=True) as on:
+    source = sources(reports, REPORTS)
+    with sheet(theme, title, subtitle, source, height=3.8, panels=(1, 2), sharey=True) as on:
         for axis, (panel, rows) in zip(on.axes, found.items(), strict=True):
             for name, key, color in (
                 ("paged_kv", "value", theme.series[0]),

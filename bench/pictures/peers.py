@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pictures.bars import draw_bars
-from pictures.style import Theme, save, sheet
+from pictures.style import Theme, save, sheet, sources
 from tables.peers import ENGINES, WORKLOADS
 from tables.report import Reports, Row
 
@@ -40,14 +40,15 @@ def draw(theme: Theme, reports: Reports, file: Path) -> None:
     won = num_won(found["throughput"])
     title = f"Most tokens a second in {won} of {len(WORKLOADS)} workloads on a CPU"
     subtitle = (
-        "SmolLM2-135M in bfloat16, all requests at once, greedy, medians of three rounds in turns. "
-        "Above: output tokens a second (more is better). Below: seconds to the first token "
+        "SmolLM2-135M in bfloat16, all requests at once, greedy, medians of three rounds in "
+        "turns. Above: output tokens a second (more is better). Below: seconds to the first token "
         "(less is better)."
     )
     ours, others = theme.series[0], theme.series[5]
     colors = [ours if name.startswith("ours") else others for name in ENGINES]
     names = [SHORT.get(name, name) for name in ENGINES]
-    with sheet(theme, title, subtitle, height=4.9, panels=(2, len(WORKLOADS))) as on:
+    source = sources(reports, REPORTS)
+    with sheet(theme, title, subtitle, source, height=4.9, panels=(2, len(WORKLOADS))) as on:
         for number, axis in enumerate(on.axes):
             below, column = divmod(number, len(WORKLOADS))
             metric, workload = list(METRICS)[below], list(WORKLOADS)[column]

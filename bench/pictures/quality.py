@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pictures.style import Theme, label_points, save, sheet
+from pictures.style import Theme, label_points, save, sheet, sources
 from tables.report import Reports, Row
 
 REPORTS = ("quality_real",)
@@ -63,12 +63,13 @@ def draw(theme: Theme, reports: Reports, file: Path) -> None:
         raise ValueError("a peer is on our side of the line: the title is not true any more")
     subtitle = (
         "SmolLM2-135M-Instruct reads 2048 tokens of each of two novels. Divergence of its "
-        "next-token "
-        "predictions from those with full precision, over what keys and values of a token take, "
-        "what stays in full precision (head and tail) included. bfloat16 takes 256 bytes."
+        "next-token predictions from those with full precision, over what keys and values of a "
+        "token take, what stays in full precision (head and tail) included; others as they are, "
+        "without a head of ours. bfloat16 takes 256 bytes."
     )
     title = "For their bytes, our formats stay nearest to full precision"
-    with sheet(theme, title, subtitle, height=5.6) as on:
+    source = sources(reports, REPORTS)
+    with sheet(theme, title, subtitle, source, height=5.6) as on:
         axis, labels = on.axis, []
         for places, color, marker in ((ours, theme.series[0], "o"), (peers, theme.series[1], "s")):
             axis.scatter(*zip(*places.values(), strict=True), color=color, s=34, marker=marker)

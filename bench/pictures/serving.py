@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pictures.bars import draw_bars
-from pictures.style import Theme, save, sheet
+from pictures.style import Theme, save, sheet, sources
 from tables.report import Reports
 from tables.serving import FORMATS, SPEED
 
@@ -29,12 +29,12 @@ def draw(theme: Theme, reports: Reports, file: Path) -> None:
     )
     subtitle = (
         "Output tokens a second of 32 requests of mixed length on an 11 M-parameter Llama in "
-        "fp32, one thread, greedy. "
-        "In native every token is generate()'s."
+        "fp32, one thread, greedy. In native every token is generate()'s."
     )
     names = [*(f"paged_kv, {name}" for name in FORMATS), *PEERS.values()]
     colors = [theme.series[0]] * len(FORMATS) + [theme.series[5]] * len(PEERS)
-    with sheet(theme, title, subtitle, height=3.6) as on:
+    source = sources(reports, REPORTS)
+    with sheet(theme, title, subtitle, source, height=3.6) as on:
         draw_bars(on.axis, names, list(speeds.values()), colors, theme=theme)
         on.axis.margins(x=0.08)
         on.axis.set_xlabel("output tokens a second (more is better)")

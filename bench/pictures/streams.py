@@ -10,7 +10,7 @@ from typing import Any
 
 from pictures.bounds import DEMO as MODEL
 from pictures.bounds import bound
-from pictures.style import Theme, label_line, save, sheet
+from pictures.style import Theme, label_line, save, sheet, sources
 from tables.report import Report, Reports
 from tables.streams import DEMO
 
@@ -41,11 +41,12 @@ def draw(theme: Theme, reports: Reports, file: Path) -> None:
     title = "Loss and memory of a stream stay where they are, 100 windows on"
     subtitle = (
         "110,000 tokens of a novel in windows of 1024. Above: loss of a stretch of 2048 tokens "
-        "minus that of dense attention within 1024 "
-        "tokens on the same text, with full precision; below 0 is better. Below: keys and "
-        "values held, and what full precision never passes (dotted)."
+        "minus that of dense attention within 1024 tokens on the same text, with full precision; "
+        "below 0 is better. Below: keys and values held, and what full precision never passes "
+        "(dotted)."
     )
-    with sheet(theme, title, subtitle, height=6.6, num_sources=2, panels=(2, 2), sharex=True) as on:
+    source = sources(reports, REPORTS)
+    with sheet(theme, title, subtitle, source, height=6.6, panels=(2, 2), sharex=True) as on:
         for axis, (name, label) in zip(on.axes, MODELS.items(), strict=False):
             axis.set_title(label)
             draw_losses(axis, reports[name], colors, theme)

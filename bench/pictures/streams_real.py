@@ -10,7 +10,7 @@ from typing import Any
 
 from pictures.bounds import SMOLLM2, bound
 from pictures.streams import LOSS, Curve, curve
-from pictures.style import Theme, save, sheet
+from pictures.style import Theme, label_line, save, sheet, sources
 from tables.report import Report, Reports
 from tables.streams import REAL, WITH_SINKS
 
@@ -34,17 +34,18 @@ def draw(theme: Theme, reports: Reports, file: Path) -> None:
     )
     subtitle = (
         "SmolLM2-135M-Instruct reads 40,000 tokens of two novels, 32 sinks and a window of 992. "
-        "Loss of a stretch of 2000 tokens minus that of "
-        "full precision with sinks; right of it the formats enlarged. Last: keys and values "
-        "held, and the bound that they never pass (dotted)."
+        "Loss of a stretch of 2000 tokens minus that of full precision with sinks; right of it "
+        "the formats enlarged. Last: keys and values held, and the bound that they never pass "
+        "(dotted)."
     )
-    with sheet(theme, title, subtitle, height=4.3, panels=(1, 3)) as on:
+    source = sources(reports, REPORTS)
+    with sheet(theme, title, subtitle, source, height=4.3, panels=(1, 3)) as on:
         for axis, names in zip(on.axes, (list(REAL), list(REAL)[1:3]), strict=False):
             for name in names:
                 points = found[name]
                 axis.plot(*zip(*points, strict=True), color=colors[name], linewidth=1.4)
             axis.axhline(0, color=theme.ink, linewidth=0.8, zorder=0)
-        label(on.axes[0], found[WINDOW_ONLY], "window only", colors[WINDOW_ONLY], 1)
+        label(on.axes[0], found[WINDOW_ONLY], "window only", colors[WINDOW_ONLY], 2, down=17)
         label(on.axes[0], found[WITH_SINKS], "sinks: all formats", theme.ink, 1, down=-9)
         for name in ("int8", "int2"):
             case = f"sinks + window, {name}"
@@ -77,5 +78,6 @@ def draw_memory(axis: Any, report: Report, colors: dict[str, str]) -> None:
             raise ValueError(f"{name} held {max(held)} MiB, more than its bound of {most}")
         axis.plot([x for x, _ in points], held, color=color, linewidth=1.6)
         axis.plot([0, points[-1][0]], [most, most], color=color, linewidth=1.1, linestyle=":")
-        label(axis, points, f"{kv_format}, {held[-1]:.1f}", color, 1, down=9)
+        label_line(axis, points[-1][0], held[-1], f"{kv_format},\n{held[-1]:.1f}", color)
     axis.set_ylim(bottom=0)
+    axis.set_xlim(0, 58_000)

@@ -84,13 +84,13 @@ def sheet(
     theme: Theme,
     title: str,
     subtitle: str,
+    source: str,
     *,
     height: float,
-    num_sources: int = 1,
     panels: tuple[int, int] = (1, 1),
     **options: Any,
 ) -> Iterator[Sheet]:
-    """Axes below a title; what is drawn inside `with` has the theme's colours."""
+    """Axes between a title and where figures are from; inside `with` it has the theme's colours."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,7 +102,7 @@ def sheet(
         figure, axes = pyplot.subplots(
             *panels, figsize=(WIDTH, height), layout="constrained", squeeze=False, **options
         )
-        below = NOTE * (1.3 + 1.3 * num_sources) / INCH
+        below = NOTE * (1.3 + 1.3 * len(source.splitlines())) / INCH
         figure.get_layout_engine().set(
             rect=(0, below / height, 1, 1 - (above + below) / height), w_pad=0.14, h_pad=0.06
         )
@@ -112,6 +112,10 @@ def sheet(
             left, 1 - (TITLE * 1.9 / INCH) / height, "\n".join(lines),
             fontsize=NOTE + 1, color=theme.quiet, va="top", linespacing=1.35,
         )  # fmt: skip
+        figure.text(
+            left, 0.1 / height, source, fontsize=NOTE - 1, color=theme.quiet, va="bottom",
+            linespacing=1.3,
+        )  # fmt: skip
         try:
             yield Sheet(figure, list(axes.flat), theme)
         finally:
@@ -119,20 +123,15 @@ def sheet(
 
 
 def save(on: Sheet, file: Path, reports: Reports, names: Sequence[str]) -> None:
-    """With where it was measured at the bottom, and what it was drawn from in its metadata."""
-    told = "\n".join(reports[name].source().replace("`", "") for name in names)
-    height = on.figure.get_figheight()
-    on.figure.text(
-        MARGIN / WIDTH,
-        0.1 / height,
-        told,
-        fontsize=NOTE - 1,
-        color=on.theme.quiet,
-        va="bottom",
-        linespacing=1.3,
-    )
+    """With what it was drawn from in its metadata."""
     metadata = {"Date": None, "Creator": None, "Description": drawn_from(reports, names)}
     on.figure.savefig(file, metadata=metadata if file.suffix == ".svg" else None, dpi=110)
+
+
+def sources(reports: Reports, names: Sequence[str]) -> str:
+    """In lines that are no longer than a picture is wide."""
+    told = (reports[name].source().replace("`", "") for name in names)
+    return "\n".join(line for source in told for line in textwrap.wrap(source, 134))
 
 
 def drawn_from(reports: Reports, names: Sequence[str]) -> str:

@@ -59,16 +59,12 @@ def other_calls(reports: Reports) -> str:
     appends = [report.value(f"append 64 sequences, {name}", "append us") for name in FORMATS]
     return (
         f"A prefill chunk of 512 tokens on 4096 of context is {between(chunk)} times as fast as "
-        "SDPA in "
-        f"fp32, {between(in_bf16)} times in bf16. The smallest call (one sequence of 16 tokens, "
-        "one head) takes "
-        f"{between(calls, '{:.0f}')} us; appending a token to each of 64 sequences with 8 kv "
-        "heads adds "
-        f"{between(appends, '{:.0f}')} us. Relative error against float64 is at most "
-        f"{most_error(report, ('native fp32', 'native bf16', 'int8')):.2g} ppm in `native` and "
-        "`int8`, "
-        f"{most_error(report, ('int4', 'int2')):.2g} ppm in `int4` and `int2`, and in prompts "
-        "that are computed in bf16 "
+        f"SDPA in fp32, {between(in_bf16)} times in bf16. The smallest call (one sequence of 16 "
+        f"tokens, one head) takes {between(calls, '{:.0f}')} us; appending a token to each of 64 "
+        f"sequences with 8 kv heads adds {between(appends, '{:.0f}')} us. Relative error against "
+        f"float64 is at most {most_error(report, ('native fp32', 'native bf16', 'int8')):.2g} ppm "
+        f"in `native` and `int8`, {most_error(report, ('int4', 'int2')):.2g} ppm in `int4` and "
+        "`int2`, and in prompts that are computed in bf16 "
         f"{most_error(report, tuple(FORMATS), in_bf16=True) / 1e4:.2f} %, bf16's own rounding."
     )
 

@@ -39,10 +39,8 @@ def spills(report: Report) -> str:
     most = max(row["value"] for row in spilling)
     return (
         f"Of {len(rows)} kernels {len(spilling)} spill registers, at most {most} bytes of a "
-        "thread: "
-        f"{', '.join(sorted(f'`{kernel}`' for kernel in kernels))} of "
-        f"{', '.join(sorted(f'`{name}`' for name in names))}. None "
-        "with a loop over context does."
+        f"thread: {', '.join(sorted(f'`{kernel}`' for kernel in kernels))} of "
+        f"{', '.join(sorted(f'`{name}`' for name in names))}. None with a loop over context does."
     )
 
 
@@ -51,6 +49,5 @@ def emulated(reports: Reports) -> str:
     count, failing = (report.value("all", metric) for metric in ("cases", "cases that fail"))
     return (
         f"Compiled for sm_80 and sm_90 and run on an emulated GPU, {count - failing} of {count} "
-        "cases give what the definition "
-        "gives (`make test-ptx`)."
+        "cases give what the definition gives (`make test-ptx`)."
     )

@@ -61,12 +61,10 @@ def group_steps(reports: Reports) -> str:
     theirs = ", ".join(f"{row['baseline_value']:,.0f}" for row in steps)
     rates = [row["ratio"] for row in report.rows if row["metric"] == "hit rate"]
     return (
-        f"At 32K that is {shares[0]:.2f} of one group's blocks, {shares[1]:.2f} for gpt-oss, "
-        "half of whose layers "
-        f"keep all. Hit rates on shared prompts are {between(rates, '{:.2f}')} of vLLM's. A "
-        "step of 1024 sequences, tokens "
-        f"appended, takes with one, two and seven groups {ours} us in `int8`, vLLM's manager "
-        f"{theirs} us."
+        f"At 32K that is {shares[0]:.2f} of one group's blocks, {shares[1]:.2f} for gpt-oss, half "
+        f"of whose layers keep all. Hit rates on shared prompts are {between(rates, '{:.2f}')} of "
+        "vLLM's. A step of 1024 sequences, tokens appended, takes with one, two and seven groups "
+        f"{ours} us in `int8`, vLLM's manager {theirs} us."
     )
 
 

@@ -48,14 +48,11 @@ def behind(reports: Reports) -> str:
     pool = "pool of 1,000,000 blocks"
     preempted = report.row("1024 running requests", "preempt by recompute, one")
     return (
-        "Behind vLLM: admission without a prefix cache "
-        f"({report.value(OFF, ADMISSION):.0f} us, {report.ratio(OFF, ADMISSION):.2f}x; one "
-        "alone in its step "
+        f"Behind vLLM: admission without a prefix cache ({report.value(OFF, ADMISSION):.0f} us, "
+        f"{report.ratio(OFF, ADMISSION):.2f}x; one alone in its step "
         f"{report.ratio(OFF, 'admission, alone'):.2f}x) and preempting one of 1024 requests "
-        f"({preempted['value']:.0f} us, "
-        f"{preempted['ratio']:.2f}x). `int2`'s step of 4096 is "
+        f"({preempted['value']:.0f} us, {preempted['ratio']:.2f}x). `int2`'s step of 4096 is "
         f"{report.ratio('decode step of 4096 sequences', 'manager, int2'):.0f}x. A pool of a "
-        "million blocks takes "
-        f"{report.value(pool, 'bytes a block'):.0f} bytes a block and "
+        f"million blocks takes {report.value(pool, 'bytes a block'):.0f} bytes a block and "
         f"{report.value(pool, 'build'):.1f} ms to build."
     )

@@ -54,14 +54,11 @@ def beside(reports: Reports) -> str:
     ]
     return (
         f"Of the first row llama.cpp with a q8_0 cache has {others['llama.cpp q8_0']}, "
-        "transformers by "
-        f"`generate()` on padded batches {others['transformers padded']} and by its continuous "
-        "batching "
-        f"{others['transformers batching']}. Milliseconds between tokens are {gaps[0]} in the "
-        "first row, "
-        f"{gaps[1]} in the third, in the order of the columns. First tokens of long prompts "
-        "come later than OpenVINO's, by "
-        f"{between(later, '{:.0f}')} %."
+        f"transformers by `generate()` on padded batches {others['transformers padded']} and by "
+        f"its continuous batching {others['transformers batching']}. Milliseconds between tokens "
+        f"are {gaps[0]} in the first row, {gaps[1]} in the third, in the order of the columns. "
+        f"First tokens of long prompts come later than OpenVINO's, by {between(later, '{:.0f}')} "
+        "%."
     )
 
 
@@ -76,12 +73,11 @@ def memory(reports: Reports) -> str:
     }
     caches = {name: report.value(f"short, {name} bfloat16", "cache") for name in ENGINES}
     return (
-        f"The process takes {taken['ours native']} GiB in native and {taken['ours int8']} in "
-        "int8 (OpenVINO "
-        f"{taken['OpenVINO u8']}, vLLM {taken['vLLM']}, llama.cpp {taken['llama.cpp f16']}), "
-        "the cache of the first row "
-        f"{caches['ours int8']:.0f} MiB in int8, {caches['ours native']:.0f} in bfloat16, "
-        f"{caches['OpenVINO u8']:.0f} in OpenVINO's u8."
+        f"The process takes {taken['ours native']} GiB in native and {taken['ours int8']} in int8 "
+        f"(OpenVINO {taken['OpenVINO u8']}, vLLM {taken['vLLM']}, llama.cpp "
+        f"{taken['llama.cpp f16']}), the cache of the first row {caches['ours int8']:.0f} MiB in "
+        f"int8, {caches['ours native']:.0f} in bfloat16, {caches['OpenVINO u8']:.0f} in "
+        "OpenVINO's u8."
     )
 
 
@@ -97,8 +93,7 @@ def older_machine(reports: Reports) -> str:
         for name in ("vLLM", "ours int8", "OpenVINO u8")
     }
     return (
-        f"{table((WORKLOADS['short'], *engines.values()), lines)}\n\nIn float32 the tokens of "
-        "our native cache come "
-        f"for all {equal['vLLM']:.0f} requests of vLLM, {equal['ours int8']:.0f} of ours in "
-        f"int8 and {equal['OpenVINO u8']:.0f} of OpenVINO."
+        f"{table((WORKLOADS['short'], *engines.values()), lines)}\n\nIn float32 the tokens of our "
+        f"native cache come for all {equal['vLLM']:.0f} requests of vLLM, "
+        f"{equal['ours int8']:.0f} of ours in int8 and {equal['OpenVINO u8']:.0f} of OpenVINO."
     )

@@ -106,12 +106,10 @@ def continuations(reports: Reports) -> str:
     whole = report.row("int2", "continuations as native")
     repeated = [report.value(name, "runs of 4 tokens repeated") for name in ("native", "int2")]
     return (
-        f"Greedy continuations of {len(same)} passages of 500 to 3000 tokens, `native` and "
-        "`int2` side by "
-        "side, are there to read in `bench/results/continuations.md`. They part after "
+        f"Greedy continuations of {len(same)} passages of 500 to 3000 tokens, `native` and `int2` "
+        "side by side, are there to read in `bench/results/continuations.md`. They part after "
         f"{median:g} tokens in the median; {whole['value']:.0f} {whole['unit']} do not within "
-        f"{same[-1]:.0f}. "
-        f"Of their runs of four tokens {repeated[0]:.0f} % (`native`) and {repeated[1]:.0f} % "
-        "(`int2`) have come "
-        "before: so small a model goes in circles when it is greedy."
+        f"{same[-1]:.0f}. Of their runs of four tokens {repeated[0]:.0f} % (`native`) and "
+        f"{repeated[1]:.0f} % (`int2`) have come before: so small a model goes in circles when it "
+        "is greedy."
     )

@@ -46,11 +46,9 @@ def told(reports: Reports) -> str:
         row["value"] for row in report.rows if row["metric"].startswith("longest request")
     )
     return (
-        f"No request took more than {longest:.1f} times as long as the median one. The load "
-        "tool shares the two cores, which "
-        f"the engine alone (offline) has to itself: the server does {offline:.2f} of that. "
-        "Prompts are what vLLM computes "
-        "faster here. Beside arrivals `--max-slowdown` (3) cuts prompts into pieces, so that "
-        "tokens come evenly: p99 is "
+        f"No request took more than {longest:.1f} times as long as the median one. The load tool "
+        "shares the two cores, which the engine alone (offline) has to itself: the server does "
+        f"{offline:.2f} of that. Prompts are what vLLM computes faster here. Beside arrivals "
+        "`--max-slowdown` (3) cuts prompts into pieces, so that tokens come evenly: p99 is "
         f"{even['ours']:.1f} medians, vLLM's {even['vLLM']:.1f}; first tokens wait longer for it."
     )

@@ -66,7 +66,6 @@ def memory(reports: Reports) -> str:
     )
     return (
         f"Keys and values take {told} at most, where a dense cache takes "
-        f"{row['baseline_value']:.0f} MiB for all "
-        f"requests in one batch and {sorted_batch['baseline_value']:.1f} MiB for a sorted batch "
-        "of 8."
+        f"{row['baseline_value']:.0f} MiB for all requests in one batch and "
+        f"{sorted_batch['baseline_value']:.1f} MiB for a sorted batch of 8."
     )

@@ -41,9 +41,8 @@ def block_manager(reports: Reports) -> str:
     kinds = sum(row["case"] == "operations" for row in report.rows)
     return (
         f"{counted['steps']} random steps of {kinds} kinds of operations on the block manager, "
-        f"{counted['steps with groups of layers']} of "
-        "them with several groups of layers, each compared with a reference manager in plain "
-        "Python: no mismatch."
+        f"{counted['steps with groups of layers']} of them with several groups of layers, each "
+        "compared with a reference manager in plain Python: no mismatch."
     )
 
 
@@ -52,8 +51,8 @@ def batch_job(reports: Reports) -> str:
     zero(report, "native", "lost", "twice", "other than undisturbed", "files left over")
     return (
         f"A batch job of {report.value('native', 'requests'):,} requests, killed "
-        f"{report.value('native', 'kills')} times and resumed: none "
-        "lost, none twice, every result as in an undisturbed run."
+        f"{report.value('native', 'kills')} times and resumed: none lost, none twice, every "
+        "result as in an undisturbed run."
     )
 
 
@@ -63,10 +62,9 @@ def http(reports: Reports) -> str:
     running = report.row("HTTP", "clients at once")
     return (
         f"{report.value('HTTP', 'requests'):,} requests over HTTP by {running['value']} clients "
-        "at once that ask, stream, read slowly, leave "
-        "early and send nonsense: none wrong or lost, "
-        f"{report.value('HTTP', 'growth of memory, second half'):.1f} MiB of memory gained in "
-        "the second half."
+        "at once that ask, stream, read slowly, leave early and send nonsense: none wrong or "
+        f"lost, {report.value('HTTP', 'growth of memory, second half'):.1f} MiB of memory gained "
+        "in the second half."
     )
 
 
@@ -74,6 +72,6 @@ def mutants(reports: Reports) -> str:
     report = reports["mutants"]
     caught, survived = (report.value("all", f"faults {end}") for end in ("caught", "survived"))
     return (
-        f"Of {caught + survived:.0f} faults of one line that `make mutants` plants, one at a time, "
-        f"the tests see {caught}."
+        f"Of {caught + survived:.0f} faults of one line that `make mutants` plants, one at a "
+        f"time, the tests see {caught}."
     )
