@@ -78,7 +78,7 @@ def picture(name: str, page: Path, reports: Reports) -> str:
         reports[report]  # it is shown
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(told)}"></picture>'
+        f'<img src="{light}" width="100%" alt="{escape(told)}"></picture>'
     )
 
 

@@ -24,6 +24,8 @@ SHOWN = {
     "llama.cpp q4_0, rotated": "llama.cpp q4_0, rotated",
     "fp8 e4m3": "fp8 e4m3",
 }
+OURS = ("int8", "int8-token", "int4", "int3", "k4v2", "int2", "int2-long", "kivi2")
+NUM_CHANNELS = 64  # of SmolLM2's heads
 RECALLED = "pairs recalled"
 
 
@@ -65,6 +67,18 @@ def formats(reports: Reports) -> str:
         f"Rotated q8_0 ({bytes_of[1]:.0f} bytes) then has {' and '.join(map(brief, rotated))}, "
         f"where `int8` has {' and '.join(map(brief, int8))}."
     )  # fmt: skip
+
+
+def own_formats(reports: Reports) -> str:
+    """Ours alone, for who chooses one."""
+    report = reports["quality_real"]
+    lines = [("`native`, bf16", f"{2 * 2 * NUM_CHANNELS}", "", "")]  # keys and values, two bytes
+    for case in OURS:
+        divergence = " / ".join(map(brief, pair(report, case, DIVERGENCE)))
+        agreement = " / ".join(f"{value:.1f}" for value in pair(report, case, AGREEMENT))
+        size = f"{report.value(case, BYTES):.0f}"
+        lines.append((f"`{case}`", size, divergence, f"{agreement} %"))
+    return table(("format", "bytes", "KL, mnat", "same first choice"), lines)
 
 
 def recall(reports: Reports) -> str:
