@@ -1,11 +1,8 @@
 """One engine of vLLM in a process of its own; our own engine beside it.
 
 vLLM walks the modules that are loaded when an engine is made and trips over llvmlite's, which our
-kernels have loaded by then.
-
-    echo '{"model": ..., "rounds": 2, "prompts": [[5, 6]], ...}' | python -m tests.support.vllm_job
-
-prints a line with an `Answer`.
+kernels have loaded by then. Its import takes eight seconds, and longer than most jobs: one process
+imports it once, computes nothing, and forks for each job.
 """
 
 from __future__ import annotations
@@ -14,8 +11,11 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import paged_kv
@@ -25,7 +25,6 @@ MODEL = str(Path(paged_kv.__file__).parent / "demo_model")
 NUM_NEW = 64
 MEMORY = 64 << 20
 CLOSE = 1e-3  # in a logarithm of a probability
-ANSWER = "answer "  # opens the line; workers print others
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 1024,
@@ -88,20 +87,31 @@ def vllm_answer(
         "options": {**OPTIONS, **options},
         "is_ours": kv_format is not None,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.vllm_job"],
-        input=json.dumps(job),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    said = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
-    answer = Answer(**json.loads(said[-1].removeprefix(ANSWER)))
+    with TemporaryDirectory() as folder:
+        order = {"job": job, "answer": f"{folder}/answer.json", "log": f"{folder}/log"}
+        process = forking_process()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(json.dumps(order), file=process.stdin, flush=True)
+        status = process.stdout.readline()
+        assert status == "0\n", Path(order["log"]).read_text()[-4000:]
+        answer = Answer(**json.loads(Path(order["answer"]).read_text()))
     assert answer.num_lost == 0
     return answer
+
+
+@cache
+def forking_process() -> subprocess.Popen[str]:
+    """It ends with its standard input, and so with the process that asks it for engines."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.support.vllm_job"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+    )
 
 
 def first_difference(answer: Answer, expected: list[Tokens]) -> tuple[int, int, int] | None:
@@ -136,7 +146,7 @@ def own_rounds(
     return [[list(one.completions[0].token_ids) for one in some] for some in outputs]
 
 
-# -- in the job's process
+# -- in the job's process ------------------------------------------------------------------------
 
 
 def run(job: dict[str, Any]) -> Answer:
@@ -223,5 +233,29 @@ def gap(best: dict[int, Any]) -> float:
     return float(first - second)
 
 
+def serve() -> None:
+    """A line for each order's exit status, once its process has ended."""
+    statuses = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever is printed on import is no status
+    with suppress(ImportError):  # the job says so
+        import vllm.entrypoints.llm  # noqa: F401
+    for line in sys.stdin:
+        process = os.fork()
+        if not process:
+            statuses.close()
+            do(**json.loads(line))
+            return
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        print(status, file=statuses, flush=True)
+
+
+def do(job: dict[str, Any], answer: str, log: str) -> None:
+    """In a forked process: whatever it prints is in the log."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    Path(answer).write_text(json.dumps(asdict(run(job))))
+
+
 if __name__ == "__main__":
-    print("\n" + ANSWER + json.dumps(asdict(run(json.load(sys.stdin)))))
+    serve()
