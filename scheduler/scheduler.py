@@ -390,7 +390,7 @@ class Scheduler(Roster):
         preempted would take its tokens along.
         """
         running, num_free = self._running, self.manager.num_free_blocks
-        most_new = 2 * len(running)  # each takes an open block and a sealed one at most
+        most_new = 2 * len(running) * len(self.manager.groups)  # an open and a sealed block of each
         return (
             len(step.sampled_seq_ids) == len(running)
             and step.plan.num_draft_tokens is None
