@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-emulated test-ptx test-vllm test-page soak soak-short mutants results structure models lint clean
+.PHONY: demo test test-emulated test-ptx test-vllm test-page soak soak-short mutants results structure models drawings lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -79,6 +79,10 @@ results: $(VENV)/.installed
 # Every file in one line, from what it says of itself.
 structure:
 	$(PYTHON) bench/tools/house.py --tree > docs/structure.md
+
+# The pictures of docs/blocks.md and docs/kernels.md.
+drawings:
+	$(PYTHON) docs/pictures/draw.py
 
 # What becomes of every model of the zoo, from what its tests run.
 models: $(VENV)/.installed

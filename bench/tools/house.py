@@ -37,6 +37,7 @@ FOLDERS = {
     "paged_kv/integrations/vllm": "The cache inside vLLM, as a plugin.",
     "paged_kv/entrypoints": "What people and programs call.",
     "paged_kv/entrypoints/server": "An `LLM` over HTTP, and what is told of it.",
+    "docs/pictures": "The drawings of the documentation.",
     "examples": "Short programs that run as they stand.",
     "bench": "Measurements. `results/` holds what they wrote, `NOTES.md` what was learned.",
     "bench/peers": "What we compare with.",
