@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from inspect import signature
 from io import StringIO
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from paged_kv.kernels.eager.quantize import (
 from paged_kv.kernels.eager.rotation import rotate
 from paged_kv.kernels.naive import weigh
 from paged_kv.kernels.rules import ScoreRules
+from paged_kv.scheduler.admission import MAX_TIMES_PASSED
+from paged_kv.scheduler.request import AGING_STEPS
 
 ROOT = Path(__file__).parent.parent
 DOCS, PICTURES = ROOT / "docs", ROOT / "docs" / "pictures"
@@ -403,6 +406,38 @@ def test_sealing_finds_tokens_where_it_is_drawn() -> None:
     assert arrays_of(b, 21).seal_sources.tolist() == [
         [~token for token in range(first, first + 8)] for first in (2, 10)
     ]
+
+
+def test_limits_are_those_of_the_code() -> None:
+    pytest.importorskip("numba")
+    from paged_kv.kernels.cpu.microkernels import MAX_ROWS, TILE_TOKENS
+    from paged_kv.kernels.cpu.plan import MIN_SPLIT_TOKENS
+    from paged_kv.kernels.cpu.records import ITEM_ROWS, PAIR_ITEM_ROWS
+    from paged_kv.kernels.triton.launch import WIDE, tile_rows
+    from paged_kv.kernels.triton.plan import FEW_ROWS
+
+    small, large = tile_rows(8, WIDE, torch.device("cpu"))
+    usual = signature(Scheduler).parameters
+    steps_ahead, watermark = usual["steps_ahead"].default, usual["watermark"].default
+    said = {
+        "blocks": (
+            f"worth {AGING_STEPS} steps of waiting",
+            f"passed by {MAX_TIMES_PASSED}, then nobody",
+            f"(usually {steps_ahead} and {watermark})",
+        ),
+        "kernels": (
+            f"a microkernel takes 1, 2, 4 or {MAX_ROWS} rows",
+            f"up to {ITEM_ROWS} rows, in tiles of {MAX_ROWS} ({PAIR_ITEM_ROWS} where",
+            f"parts of at least {MIN_SPLIT_TOKENS} tokens",
+            f"in tiles of {TILE_TOKENS} tokens",
+            f"{small[0]} or {small[1]} rows where a sequence has up to {FEW_ROWS}, else {large}",
+            f"for heads of more than {WIDE} channels",
+            f"`int2` has {FORMATS['int2'].value_clip}",
+        ),
+    }
+    for page, phrases in said.items():
+        text = " ".join(PAGES[page].split())
+        assert [phrase for phrase in phrases if phrase not in text] == []
 
 
 def test_rotation_is_as_drawn() -> None:
