@@ -33,6 +33,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .blocks.block_manager import BlockManager as BlockManager
+    from .blocks.block_tables import StoredLengths as StoredLengths
     from .blocks.events import BlockRemoved as BlockRemoved
     from .blocks.events import BlockStored as BlockStored
     from .blocks.events import CacheCleared as CacheCleared

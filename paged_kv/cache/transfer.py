@@ -131,7 +131,7 @@ def import_sequence(
 
     With prefix caching its complete links can be hit at once. Their hashes are computed here, from
     the tokens and the `extra_keys` that the caller names as for `BlockManager.chain_tokens`; data
-    data that say otherwise are refused, so that nobody plants blocks under another prefix's hash.
+    that say otherwise are refused, so that nobody plants blocks under another prefix's hash.
     Token ids from `vocab_size` on, where it is given, and K/V that are not finite are refused too.
 
     Raises `TransferError` for data that are corrupt or do not fit, `OutOfBlocksError` if too few
