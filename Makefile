@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-emulated test-ptx test-vllm test-page soak soak-short mutants results structure models drawings lint clean
+.PHONY: demo test test-emulated test-ptx test-vllm test-page docs soak soak-short mutants results structure models drawings lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -45,6 +45,18 @@ $(VLLM_VENV)/.installed: pyproject.toml
 test-page: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt --group page
 	$(BIN)/python -m pytest -q tests/server/test_page.py
+
+# README's pages as a site in site/, whose index.html can be opened; every warning is an error, and
+# no package of ours is installed: the reference is read from the sources.
+DOCS_VENV := .venv-docs
+docs: $(DOCS_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+$(DOCS_VENV)/.installed: pyproject.toml constraints.txt
+	test -d $(DOCS_VENV) || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q --upgrade "pip>=25.1"
+	$(DOCS_VENV)/bin/python -m pip install -q -c constraints.txt --group docs
+	touch $@
 
 # Random requests through engines that faults strike, a batch job that is killed again and again,
 # random operations on the block manager beside a reference, and clients of all kinds at a server;
@@ -102,4 +114,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
