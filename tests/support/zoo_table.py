@@ -25,7 +25,7 @@ hidden. *Refused*: by an error with these words, before anything has changed. A 
 listed is looked at when it is loaded: where each of its layers calls the *attention interface*,
 once, with nothing but what is known here, our kernels read the blocks; else it is tried whether it
 computes the same by *gathering*, with a cache that gives it what blocks hold, and recurrent layers
-their *states* (docs/embedding.md).
+their *states* ([two routes](embedding.md#two-routes-in-llm)).
 
 | family | class | configuration | route | result |
 |---|---|---|---|---|

@@ -1,0 +1,11 @@
+"""Data that documents show, by the language of their fence. Knows how each is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Final
+
+import yaml
+
+DATA: Final[dict[str, Callable[[str], Any]]] = {"json": json.loads, "yaml": yaml.safe_load}
