@@ -118,7 +118,7 @@ def check_pip(arguments: list[str]) -> None:
         word = rest.pop(0)
         if word in ("-c", "-r"):
             assert (ROOT / rest.pop(0)).is_file()
-        elif word in ("--index-url", "--group"):
+        elif word == "--group":
             rest.pop(0)
         elif not word.startswith("-"):
             check_requirement(word)
