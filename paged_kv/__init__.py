@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from .integrations.transformers_cache import PagedCache as PagedCache
     from .kernels.new_tokens import NewTokens as NewTokens
     from .kernels.rules import ScoreRules as ScoreRules
+    from .models.loading import DEMO_MODEL as DEMO_MODEL
     from .scheduler.request import Request as Request
     from .scheduler.scheduler import Scheduler as Scheduler
     from .scheduler.statistics import SchedulerStatistics as SchedulerStatistics
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from .scheduler.step import ScheduledStep as ScheduledStep
 
 _HOME = {
+    "DEMO_MODEL": "models.loading",
     "FORMATS": "cache.formats",
     "INT2": "cache.formats",
     "INT4": "cache.formats",

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Final
 
@@ -26,12 +25,12 @@ from ..engine.evaluate import Quality, compare_formats
 from ..engine.sampling_params import SamplingParams
 from ..models.calibration import usual_calibration
 from ..models.huggingface import PagedModel
-from ..models.loading import load_model, load_tokenizer
+from ..models.loading import DEMO_MODEL, load_model, load_tokenizer
 from ..units import format_memory
 from .llm import LLM
 from .outputs import RequestOutput
 
-MODEL_FOLDER: Final = Path(__file__).parents[1] / "demo_model"
+MODEL_FOLDER: Final = DEMO_MODEL
 SUBJECTS: Final = (
     "The captain",
     "Her sister",
