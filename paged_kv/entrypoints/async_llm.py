@@ -63,7 +63,7 @@ class AsyncLLM:
         is_count = is_integer(max_requests) and max_requests >= 1
         require("max_requests", max_requests, is_count, "an integer of at least 1")
         self.llm = llm
-        self._listener = listener
+        self.listener = listener
         self._room = WaitingRoom(max_requests)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_accepting = True
@@ -271,10 +271,10 @@ class AsyncLLM:
             feed.stop(failure)
 
     def _tell(self, what: Callable[[Listener], None]) -> None:
-        if self._listener is None:
+        if self.listener is None:
             return
         try:
-            what(self._listener)
+            what(self.listener)
         except Exception:
             logger.exception("a listener of requests failed")
 

@@ -5,17 +5,29 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from ...errors import ConfigError
 from ..async_llm import AsyncLLM
 from . import chat_completions, completions, embeddings, models, state, tokens
 from .api_key_guard import ApiKeyGuard
 from .error_answers import handle_errors
+from .observation import Observation
 from .page_files import add_page, files_by_path
 from .served import Observer, Served
 from .settings import ServerSettings
 
 
-def create_app(engine: AsyncLLM, settings: ServerSettings, observer: Observer) -> FastAPI:
-    """An ASGI application; engine and observer stay their owner's, who closes them afterwards."""
+def create_app(
+    engine: AsyncLLM, settings: ServerSettings, observer: Observer | None = None
+) -> FastAPI:
+    """An ASGI application; engine and observer stay their owner's, who closes them afterwards.
+
+    Without an observer it makes one, which becomes the engine's listener; raises `ConfigError` for
+    an engine that has another one.
+    """
+    if observer is None:
+        if engine.listener is not None:
+            raise ConfigError("the engine has a listener: give create_app the observer it tells")
+        observer = engine.listener = Observation(engine.llm, settings.model_name)
     app = FastAPI(title="paged-kv", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.served = Served(engine, settings, observer)
     for part in (chat_completions, completions, embeddings, models, tokens, state):
