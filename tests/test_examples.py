@@ -2,52 +2,86 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import re
+import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SERVER = ("fastapi", "uvicorn", "openai")
 FORBIDDEN = {
-    "embed": ("transformers", "rich"),
+    "best_of_n": SERVER,
     "blocks_only": ("torch", "transformers"),
-    "endless_chat": (),
+    "chat_server": (),
+    "embed": ("transformers", "rich"),
+    "endless_chat": SERVER,
+    "summarise_folder": SERVER,
+    "watch_log": SERVER,
 }
-
-
 ARGUMENTS = {"endless_chat": ("20",)}
+RUN_BELOW = "summarise_folder"  # on texts of its own
+WORDS = "the captain saw a ship and no land that day"
+MOST_LINES = 60
+SECONDS = 120.0
 pytestmark = pytest.mark.xdist_group("examples")  # so that each of them runs once
+
+
+def started(name: str, *arguments: str, folder: Path | None = None) -> subprocess.Popen[str]:
+    """An example in a process. It must import nothing of what it says it does without."""
+    script = f"import runpy, sys; sys.argv[1:] = {arguments!r}\n"
+    script += f"runpy.run_path({str(EXAMPLES / name)!r} + '.py', run_name='__main__')\n"
+    script += f"assert not set(sys.modules) & {set(FORBIDDEN[name])!r}, sys.modules\n"
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output
 
 
 @cache
 def output_of(name: str) -> str:
-    """What an example prints. It must import nothing of what it says it does without."""
-    script = f"import runpy, sys; sys.argv[1:] = {ARGUMENTS.get(name, ())!r}\n"
-    script += f"runpy.run_path({str(EXAMPLES / name)!r} + '.py', run_name='__main__')\n"
-    script += f"assert not set(sys.modules) & {set(FORBIDDEN[name])!r}, sys.modules\n"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    """What an example prints."""
+    return finished(started(name, *ARGUMENTS.get(name, ())))
 
 
-@pytest.mark.parametrize("name", sorted(FORBIDDEN))
+@pytest.mark.parametrize("name", sorted(set(FORBIDDEN) - {RUN_BELOW}))
 def test_example_runs_and_imports_only_what_it_says(name: str) -> None:
     assert output_of(name)
 
 
-def test_every_example_is_tested() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(FORBIDDEN)
+def test_every_example_is_tested_and_told_of() -> None:
+    told = (EXAMPLES / "README.md").read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert path.stem in FORBIDDEN
+        assert f"python examples/{path.name}" in told
+        assert f"\n    python examples/{path.name}" in path.read_text() or path.stem == "watch_log"
+    assert len(told.splitlines()) <= 40
 
 
-def test_the_serving_loop_is_short_and_shares_its_prefix() -> None:
-    assert len((EXAMPLES / "embed.py").read_text().splitlines()) < 60
+@pytest.mark.parametrize("name", sorted(set(FORBIDDEN) - {"endless_chat"}))
+def test_examples_are_short(name: str) -> None:
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < MOST_LINES
+
+
+def test_the_serving_loop_shares_its_prefix() -> None:
     output = output_of("embed").splitlines()
     assert sum(line.startswith("request ") for line in output) == 12
     assert "41 steps; 2860 of 3720 prompt tokens came from shared blocks" in output[-1]
@@ -67,3 +101,85 @@ def test_the_chat_outlives_the_models_length_in_constant_memory() -> None:
     assert max(held[10:]) <= max(held[:10]) + 1
     assert last.startswith("at most ")
     assert int(last.split()[2]) <= 16
+
+
+def test_samples_of_all_questions_share_the_blocks_of_what_comes_before() -> None:
+    *answers, last = output_of("best_of_n").splitlines()
+    assert sum(" of 8: " in line for line in answers) == 4
+    assert sum("likeliest, -" in line for line in answers) == 4
+    held, alone = map(int, re.findall(r"\d+", last))
+    assert held * 4 < alone
+
+
+def test_the_server_streams_answers_to_all_who_talk_to_it() -> None:
+    serving, *lines = output_of("chat_server").splitlines()
+    assert re.fullmatch(r"serving at http://127\.0\.0\.1:\d+/v1", serving)
+    pieces = [int(count) for count in re.findall(r"\[(\d+) pieces\]$", "\n".join(lines), re.M)]
+    assert len(pieces) == 4
+    assert min(pieces) > 1
+
+
+def test_the_watcher_finds_every_fault_and_nothing_else_in_constant_memory() -> None:
+    output = output_of("watch_log")
+    assert re.findall(r"^line (\d+):", output, re.M) == ["71", "171", "271"]
+    lines, tokens, held = zip(
+        *re.findall(r"^\[(\d+) lines, (\d+) tokens; (\d+) bytes held\]$", output, re.M), strict=True
+    )
+    assert lines == ("100", "200", "300")
+    assert int(tokens[0]) > 1000  # of which 544 are kept
+    assert max(map(int, held[1:])) <= 1.2 * int(held[0])
+
+
+# -- summaries, and a kill in between --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of several pieces, of one, of none, and one that is no text."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = random.Random(0).choices(WORDS.split(), k=3000)
+    (folder / "a long one.txt").write_text(" ".join(words[:1800]))
+    (folder / "another.txt").write_text(" ".join(words[1800:]))
+    (folder / "empty.txt").write_text("")
+    (folder / "letter.md").write_text("Dear Jane, the ship is at Bath, and I am glad.")
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return folder
+
+
+def kept_answers(folder: Path) -> dict[str, str]:
+    with closing(sqlite3.connect(folder / "summaries.sqlite")) as kept:
+        try:
+            return dict(kept.execute("SELECT asked, text FROM answers"))
+        except sqlite3.OperationalError:  # it has not begun
+            return {}
+
+
+def summarising(texts: Path, folder: Path) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    return started(RUN_BELOW, str(texts), "--kv-format", "native", folder=folder)
+
+
+def test_a_killed_summary_of_a_folder_goes_on_as_if_undisturbed(texts: Path, tmp_path: Path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    output = finished(summarising(texts, undisturbed))
+    results = {result["file"]: result for result in map(json.loads, output.splitlines())}
+    assert list(results) == sorted(path.name for path in texts.iterdir())
+    assert "decode" in results.pop("picture.png")["error"]
+    assert results.pop("empty.txt")["summary"] == ""
+    assert all(result["summary"] for result in results.values())
+
+    answers = kept_answers(undisturbed)
+    assert len(answers) >= 8
+    number = random.randrange(1, len(answers))
+    process = summarising(texts, killed)
+    give_up = time.monotonic() + SECONDS
+    while len(kept_answers(killed)) < number and process.poll() is None:
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    before = kept_answers(killed)
+    assert len(before) >= number
+    assert before.items() <= answers.items()
+    assert finished(summarising(texts, killed)) == output
+    assert kept_answers(killed) == answers
