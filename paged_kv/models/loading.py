@@ -26,7 +26,7 @@ from ..validation import is_flag, require
 from .adapters import configs_of, unwrapped
 
 # A small model to try everything with, which comes with the package.
-DEMO_MODEL: Final = Path(__file__).parents[1] / "demo_model"
+DEMO_MODEL: Final[Path] = Path(__file__).parents[1] / "demo_model"
 # As the hub has them: "name" or "owner/name".
 HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 FILE_ENDINGS: Final = (".bin", ".ggml", ".gguf", ".json", ".pt", ".pth", ".safetensors")
