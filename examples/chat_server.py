@@ -17,7 +17,7 @@ from paged_kv.entrypoints.server.app import create_app
 from paged_kv.entrypoints.server.settings import ServerSettings
 
 TALKS = (("Where do whales sleep?", "Who told you?"), ("Is the captain in?", "When is he?"))
-OPTIONS = {"model": "demo", "temperature": 0.3, "max_completion_tokens": 48, "stop": '"'}
+OPTIONS = {"model": "demo", "temperature": 0.3, "max_completion_tokens": 48, "stop": '"\n'}
 NOVEL = '{% for m in messages %}"{{ m.content }}"\n\n{% endfor %}"'  # how novels write talks
 
 
