@@ -25,7 +25,7 @@ SEPARATORS: Final = ("&&", "||", ";", "|")
 ASSIGNMENT: Final = re.compile(r"[A-Z_a-z]+=")
 OF_A_COMMAND: Final = re.compile(r"\w+=\$\((.*)\)")
 # Of others, and not looked into.
-OTHERS: Final = {"guidellm", "export", "mkdir", "printf", ".", "cd", "source"}
+OTHERS: Final = {"guidellm", "export", "mkdir", "printf", ".", "cd", "source", "tail"}
 
 
 def check_commands(text: str) -> int:
