@@ -32,11 +32,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from bench_block_manager import Timer, keep_from_collector, random_tokens
 from peers import vllm_manager
 from report import Row, add_arguments, write_report
 
 from paged_kv import BlockGeometry, BlockManager, LayerSpec, cache_geometry
+from paged_kv.benchmarks.manager import Timer, keep_from_collector, random_tokens
 from paged_kv.blocks.retention import Retention
 from paged_kv.blocks.step_arrays import StepArrays
 from paged_kv.blocks.step_plan import StepPlan
@@ -424,7 +424,8 @@ def their_turn(timer: Timer, name: str, theirs: Theirs, tokens: list[int]) -> No
 
 def step_rows(sizes: Sizes, has_peer: bool) -> list[Row]:
     """Prompts of 1025 to 2048 tokens: a 16th of the sequences fills a block, and lets one go."""
-    rng, timer = np.random.default_rng(5), Timer(time.thread_time)
+    peer_name = f"vLLM {vllm_manager.version()}" if has_peer else ""
+    rng, timer = np.random.default_rng(5), Timer(peer_name, time.thread_time)
     lens = rng.integers(1025, 2049, size=sizes.num_seqs)
     prompts = [random_tokens(rng, int(length)) for length in lens]
     ours = {

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import bench_gpu_attention
 import pytest
-import report
 import run_gpu
 from pictures import gpu
 from report import Row, kept_rows, write_report
 from run_gpu import CUT_OFF, Stage, main, run_stages, stages
+
+from paged_kv.benchmarks import report
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,9 +22,14 @@ PACKAGE = ROOT / "paged_kv"
 TESTS = ROOT / "tests"
 
 # A room may import from rooms before its own, and from itself. `cache` imports kernels, `models`
-# those of a model's own layers.
-BESIDE_KERNELS = {("cache", "kernels"), ("models", "kernels"), ("kernels", "ground")}
-ROOMS = "ground < blocks < scheduler, cache < models < integrations, engine < entrypoints"
+# those of a model's own layers, and `benchmarks` calls and checks them.
+BESIDE_KERNELS = {
+    *(("cache", "kernels"), ("models", "kernels"), ("benchmarks", "kernels")),
+    ("kernels", "ground"),
+}
+ROOMS = (
+    "ground < blocks < scheduler, cache < models < integrations, engine < benchmarks < entrypoints"
+)
 GROUND = {
     *("change", "code_cache", "errors", "free_memory", "private_folder", "units", "validation"),
 }

@@ -1,4 +1,4 @@
-"""The command line: `paged-kv generate | chat | serve | top | eval | calibrate | demo | info`.
+"""The command line: `paged-kv generate`, `serve`, `bench` and so on.
 
 Knows arguments, standard input and output; never blocks, nor what is in a line or a result.
 """
@@ -19,6 +19,7 @@ from ..engine.sampling_params import SamplingParams
 from ..errors import InvalidRequestError, PagedKVError
 from ..units import format_memory, parse_memory
 from .batch_job import BatchJob, warn
+from .bench_cli import BENCH, add_bench
 from .chat_cli import CHAT, add_chat
 from .installed_version import version
 from .llm_options import SAMPLING_OPTIONS, add_memory, add_sampling, load_llm, sampling_params
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(arguments: Sequence[str] | None) -> int:
     parsed = build_parser().parse_args(arguments)
+    parsed.words = ["paged-kv", *(sys.argv[1:] if arguments is None else arguments)]
     try:
         exit_code: int = parsed.run(parsed)
     except KeyboardInterrupt:
@@ -104,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_memory(server)
     add_evaluate(commands.add_parser("eval", help="what formats change", description=EVALUATE))
     add_calibrate(commands.add_parser("calibrate", help="learn a model's keys", description=LEARN))
+    add_bench(commands.add_parser("bench", help="measure on this machine", description=BENCH))
     add_top(commands.add_parser("top", help="a live view of a server", description=TOP))
     add_demo(commands.add_parser("demo", help="see every KV format at work", description=DEMO))
     add_info(commands.add_parser("info", help="what a model's tokens cost", description=INFO))

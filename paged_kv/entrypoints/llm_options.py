@@ -15,9 +15,13 @@ from ..engine.sampling_params import SamplingParams
 from ..errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..engine.draft_model import DraftModel
     from ..engine.prompt_lookup import PromptLookup
     from .llm import LLM
+
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 KV_FORMAT: Final = f"""{", ".join(FORMATS)} (default: int8); with other layers behind it:
@@ -51,10 +55,11 @@ SAMPLING_OPTIONS: Final[dict[str, tuple[Callable[[str], Any], str]]] = {
 }
 
 
-def add_memory(parser: argparse.ArgumentParser) -> None:
-    """What an `LLM` is made of."""
+def add_memory(parser: argparse.ArgumentParser, *, has_format: bool = True) -> None:
+    """What an `LLM` is made of; several of them have formats of their own."""
     memory = parser.add_argument_group("memory")
-    memory.add_argument("--kv-format", default="int8", help=KV_FORMAT)
+    if has_format:
+        memory.add_argument("--kv-format", default="int8", help=KV_FORMAT)
     memory.add_argument("--kv-memory", metavar="SIZE", help="pool size, for example 2GiB")
     memory.add_argument("--num-blocks", type=int, help="pool size in blocks, instead")
     memory.add_argument("--max-num-seqs", type=int, default=64, help="sequences at once (64)")
@@ -131,7 +136,8 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     return SamplingParams(stop=stop, ignore_eos=arguments.ignore_eos, **chosen)
 
 
-def load_llm(arguments: argparse.Namespace) -> LLM:
+def load_llm(arguments: argparse.Namespace, loaded: Loaded | None = None) -> LLM:
+    """An `LLM` as the arguments say, on a model that is `loaded` already or on theirs."""
     import torch
 
     from ..models.loading import quiet_loading
@@ -139,8 +145,11 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
     from .llm import LLM
 
     quiet_loading()
+    named = MODEL_FOLDER if arguments.model is None else arguments.model
+    model, tokenizer = loaded or (named, None)
     return LLM(
-        MODEL_FOLDER if arguments.model is None else arguments.model,
+        model,
+        tokenizer=tokenizer,
         kv_format=arguments.kv_format,
         kv_memory=arguments.kv_memory,
         num_blocks=arguments.num_blocks,

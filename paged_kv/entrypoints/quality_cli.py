@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..engine.format_choice import Sensitivity
     from ..models.attached_model import AttachedModel
     from ..models.calibration import Calibration
+    from .evaluation import Evaluation
 
 EVALUATE: Final = """What KV formats change in what a model says, on a text that it continues token
 by token: Kullback-Leibler divergence from the native format, its standard error and 99th
@@ -49,6 +50,15 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help=f"of {', '.join(FORMATS)} (int8 int4 int3 int2)",
     )
+    add_measuring(parser)
+    parser.add_argument("--calibration", default="usual", metavar="FILE", help="none: without")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and how."""
     parser.add_argument("--text", type=Path, metavar="FILE", help="plain text, not calibrated on")
     parser.add_argument("--windows", type=int, help="how many stretches of it (all)")
     parser.add_argument("--length", type=int, default=1024, help="tokens of each (1024)")
@@ -59,10 +69,6 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="computed at once (16); 1 is what decoding does, more see newer tokens unquantized",
     )
     parser.add_argument("--no-recall", action="store_true", help="no hidden pairs")
-    parser.add_argument("--calibration", default="usual", metavar="FILE", help="none: without")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
 
 
 def add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -212,13 +218,26 @@ def set_threads(num_threads: int | None) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from .evaluation import write_json
+
+    evaluation = evaluate(arguments, arguments.json)
+    with explained("write", "standard output"):
+        Console().print(evaluation.table())
+    if arguments.json is not None:
+        with explained("write", arguments.json):
+            write_json(evaluation, arguments.json)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace, json_file: Path | None) -> Evaluation:
+    """Measure what the arguments say; results are kept beside the file they will be in."""
     from ..models.calibration import TEXT
-    from .evaluation import Evaluation, write_json
+    from .evaluation import Evaluation
     from .kept_results import KeptResults
 
     formats = [resolve_formats(name) for name in arguments.formats]
     require_counts(arguments, windows=1, length=2, tokens_per_step=1, threads=1)
-    text, kept = read_text(arguments.text or TEXT), KeptResults(arguments.json)
+    text, kept = read_text(arguments.text or TEXT), KeptResults(json_file)
     assert text is not None
     set_threads(arguments.threads)
     model, tokenizer = load(arguments)
@@ -228,9 +247,4 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     evaluation.run(arguments.tokens_per_step)
     if arguments.text is None and calibration is not None:
         print("no --text: measured on the text that calibrates, which flatters", file=sys.stderr)
-    with explained("write", "standard output"):
-        Console().print(evaluation.table())
-    if arguments.json is not None:
-        with explained("write", arguments.json):
-            write_json(evaluation, arguments.json)
-    return 0
+    return evaluation
