@@ -70,7 +70,9 @@ from transformers.utils.import_utils import is_optimum_quanto_available
 
 import paged_kv.engine.engine
 import paged_kv.models.huggingface
-from paged_kv import LLM, SamplingParams
+from paged_kv import LLM
+from paged_kv.benchmarks.serving import wanted
+from paged_kv.benchmarks.workloads import WorkItem, Workload
 from paged_kv.cache.formats import FORMATS
 
 THREAD_COUNTS: tuple[int, ...] = (1, 2)
@@ -96,15 +98,6 @@ MALLOC_SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Task:
-    """One request: what every contestant is asked to continue, and by how many tokens."""
-
-    prompt: list[int]
-    num_outputs: int
-
-
-Tasks = list[Task]
 Outputs = list[list[int]]
 
 
@@ -113,7 +106,7 @@ class Contestant:
     """Something that continues all requests. `must_equal`: its tokens must be the sequential's."""
 
     name: str
-    run: Callable[[Tasks], Outputs]
+    run: Callable[[Workload], Outputs]
     must_equal: bool = True
     outputs: Outputs = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -145,13 +138,13 @@ def make_model(device: torch.device) -> PreTrainedModel:
     return cast(PreTrainedModel, model.to(device))
 
 
-def make_tasks(is_quick: bool) -> Tasks:
+def make_tasks(is_quick: bool) -> Workload:
     rng = np.random.default_rng(0)
     count = NUM_QUICK_REQUESTS if is_quick else NUM_REQUESTS
     prompt_lens = log_uniform(rng, PROMPT_LENGTHS, count)
     output_lens = log_uniform(rng, QUICK_OUTPUT_LENGTHS if is_quick else OUTPUT_LENGTHS, count)
     return [
-        Task(rng.integers(1, VOCAB_SIZE, size=prompt_len).tolist(), output_len)
+        WorkItem(0.0, rng.integers(1, VOCAB_SIZE, size=prompt_len).tolist(), output_len)
         for prompt_len, output_len in zip(prompt_lens, output_lens, strict=True)
     ]
 
@@ -164,10 +157,11 @@ def log_uniform(rng: np.random.Generator, limits: tuple[int, int], count: int) -
 def our_contestant(llm: LLM, name: str) -> Contestant:
     """All requests at once, as many as the LLM takes."""
 
-    def run(tasks: Tasks) -> Outputs:
-        params = [SamplingParams(max_tokens=task.num_outputs, ignore_eos=True) for task in tasks]
-        prompts = [task.prompt for task in tasks]
-        return [o.token_ids for o in llm.generate(prompts, params, show_progress=False)]
+    def run(tasks: Workload) -> Outputs:
+        outputs = llm.generate(
+            [t.prompt for t in tasks], list(map(wanted, tasks)), show_progress=False
+        )
+        return [output.token_ids for output in outputs]
 
     return Contestant(name, run, must_equal=name == "native")
 
@@ -177,7 +171,7 @@ def static_contestant(
 ) -> Contestant:
     """`generate` on left-padded batches; with `bits` on a quantized cache."""
 
-    def run(tasks: Tasks) -> Outputs:
+    def run(tasks: Workload) -> Outputs:
         outputs: Outputs = [[] for _ in tasks]
         for batch in batches(tasks, batch_size, is_sorted):
             for index, tokens in zip(
@@ -189,7 +183,7 @@ def static_contestant(
     return Contestant(name, run, must_equal=not bits)
 
 
-def batches(tasks: Tasks, batch_size: int, is_sorted: bool) -> list[list[int]]:
+def batches(tasks: Workload, batch_size: int, is_sorted: bool) -> list[list[int]]:
     """Indices of the requests of each batch: in the order of arrival, or longest output first."""
     order = list(range(len(tasks)))
     if is_sorted:
@@ -197,7 +191,7 @@ def batches(tasks: Tasks, batch_size: int, is_sorted: bool) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def generate_batch(model: PreTrainedModel, batch: Tasks, bits: int) -> Outputs:
+def generate_batch(model: PreTrainedModel, batch: Workload, bits: int) -> Outputs:
     """Pad on the left, run until the longest output is complete, cut what is surplus."""
     width = max(len(task.prompt) for task in batch)
     token_ids = torch.zeros(len(batch), width, dtype=torch.int64)
@@ -220,7 +214,7 @@ def generate_batch(model: PreTrainedModel, batch: Tasks, bits: int) -> Outputs:
     return [row[: task.num_outputs] for row, task in zip(rows, batch, strict=True)]
 
 
-def continuous_contestant(model: PreTrainedModel, tasks: Tasks, stack: ExitStack) -> Contestant:
+def continuous_contestant(model: PreTrainedModel, tasks: Workload, stack: ExitStack) -> Contestant:
     """transformers' continuous batching; its thread runs, mostly asleep, until the stack closes."""
     greedy = cast(Any, GenerationConfig)(do_sample=False, eos_token_id=-1, pad_token_id=0)
     manager = cast(Any, model).init_continuous_batching(
@@ -238,7 +232,7 @@ def continuous_contestant(model: PreTrainedModel, tasks: Tasks, stack: ExitStack
     manager.start()
     stack.callback(manager.stop, block=True)
 
-    def run(tasks: Tasks) -> Outputs:
+    def run(tasks: Workload) -> Outputs:
         request_ids = [
             manager.add_request(task.prompt, max_new_tokens=task.num_outputs) for task in tasks
         ]
@@ -256,7 +250,7 @@ def continuous_contestant(model: PreTrainedModel, tasks: Tasks, stack: ExitStack
     return Contestant(CONTINUOUS, run)
 
 
-def make_peers(model: PreTrainedModel, tasks: Tasks, stack: ExitStack) -> list[Contestant]:
+def make_peers(model: PreTrainedModel, tasks: Workload, stack: ExitStack) -> list[Contestant]:
     """transformers in every way that is installed, each on its own copy of the model."""
     peers = [
         static_contestant(copy.deepcopy(model), SEQUENTIAL, 1),
@@ -278,7 +272,7 @@ def make_peers(model: PreTrainedModel, tasks: Tasks, stack: ExitStack) -> list[C
     return peers
 
 
-def sorted_sizes(tasks: Tasks) -> list[int]:
+def sorted_sizes(tasks: Workload) -> list[int]:
     return [size for size in SORTED_BATCHES if size <= len(tasks)]
 
 
@@ -286,7 +280,7 @@ def sorted_name(batch_size: int) -> str:
     return f"static batches of {batch_size}, sorted"
 
 
-def make_llms(model: PreTrainedModel, tasks: Tasks, stack: ExitStack) -> dict[str, LLM]:
+def make_llms(model: PreTrainedModel, tasks: Workload, stack: ExitStack) -> dict[str, LLM]:
     """Ours, in every format; pools for all requests at the length of the longest."""
     max_model_len = PROMPT_LENGTHS[1] + OUTPUT_LENGTHS[1]
     return {
@@ -303,7 +297,9 @@ def make_llms(model: PreTrainedModel, tasks: Tasks, stack: ExitStack) -> dict[st
     }
 
 
-def run_timed(contestant: Contestant, tasks: Tasks, device: torch.device) -> tuple[Outputs, float]:
+def run_timed(
+    contestant: Contestant, tasks: Workload, device: torch.device
+) -> tuple[Outputs, float]:
     synchronize(device)
     start = time.perf_counter()
     outputs = contestant.run(tasks)
@@ -317,7 +313,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def compete(
-    contestants: list[Contestant], tasks: Tasks, num_rounds: int, device: torch.device
+    contestants: list[Contestant], tasks: Workload, num_rounds: int, device: torch.device
 ) -> None:
     """A run each that only gives the tokens to compare, then rounds in turn, all times printed."""
     for round_index in range(-1, num_rounds):
@@ -331,13 +327,13 @@ def compete(
                 contestant.outputs = outputs
 
 
-def best_sorted_size(peers: list[Contestant], tasks: Tasks) -> int:
+def best_sorted_size(peers: list[Contestant], tasks: Workload) -> int:
     """The batch size with which static batching with foreknowledge was fastest."""
     seconds = {peer.name: peer.median_seconds for peer in peers}
     return min(sorted_sizes(tasks), key=lambda size: seconds[sorted_name(size)])
 
 
-def baselines_of(peers: list[Contestant], tasks: Tasks) -> dict[str, Contestant]:
+def baselines_of(peers: list[Contestant], tasks: Workload) -> dict[str, Contestant]:
     """What ours is compared with, by the names that the rows carry."""
     by_name = {peer.name: peer for peer in peers}
     found = {FOREKNOWLEDGE: by_name[sorted_name(best_sorted_size(peers, tasks))]}
@@ -346,7 +342,7 @@ def baselines_of(peers: list[Contestant], tasks: Tasks) -> dict[str, Contestant]
 
 
 def speed_rows(
-    label: str, ours: list[Contestant], peers: list[Contestant], tasks: Tasks
+    label: str, ours: list[Contestant], peers: list[Contestant], tasks: Workload
 ) -> list[Row]:
     num_tokens = sum(task.num_outputs for task in tasks)
     rows = [
@@ -388,7 +384,7 @@ def equality_rows(label: str, contestants: list[Contestant], expected: Outputs) 
 
 
 @torch.inference_mode()
-def margin_row(label: str, model: PreTrainedModel, tasks: Tasks, outputs: Outputs) -> Row:
+def margin_row(label: str, model: PreTrainedModel, tasks: Workload, outputs: Outputs) -> Row:
     """How near the second best token ever came to the best: rounding errors must stay below."""
     margins = []
     for task, tokens in zip(tasks, outputs, strict=True):
@@ -405,7 +401,7 @@ def margin_row(label: str, model: PreTrainedModel, tasks: Tasks, outputs: Output
 
 
 def memory_rows(
-    label: str, llms: dict[str, LLM], peers: list[Contestant], tasks: Tasks
+    label: str, llms: dict[str, LLM], peers: list[Contestant], tasks: Workload
 ) -> list[Row]:
     best = best_sorted_size(peers, tasks)
     token_bytes = llms["native"].bytes_per_token()
@@ -428,7 +424,7 @@ def memory_rows(
     return rows
 
 
-def dense_tokens(tasks: Tasks, batch_size: int) -> int:
+def dense_tokens(tasks: Workload, batch_size: int) -> int:
     """Tokens, padding included, that the largest batch holds; its last ones are never stored."""
     return max(
         len(batch)
@@ -470,7 +466,7 @@ class PartTimer:
         return timed
 
 
-def profile_rows(label: str, llm: LLM, tasks: Tasks) -> list[Row]:
+def profile_rows(label: str, llm: LLM, tasks: Workload) -> list[Row]:
     """Where the time of a step goes, from the engine's parts under timers."""
     engine, timer = llm.engine, PartTimer()
     places = [

@@ -15,6 +15,8 @@ Cases:
 - equal batch: 32 requests of 128 + 64 tokens, memory for all, so that only speed differs;
 - equal memory: 32 requests of 256 + 96 tokens in the same pool, more than vLLM's own cache holds;
 - repeated prompts: 32 requests of 300 + 48 tokens in that pool, asked again, prefix cache on;
+- budget, only if `--cases` names it: what `paged-kv bench throughput` serves by the same options,
+  in a pool that holds `--native-sequences` of their mean length in vLLM's own cache;
 - planning: what `AttentionMetadataBuilder.build` takes of a decode step of 64 and 256 requests.
 
 Seconds to the first token and between tokens are medians over all requests, from the moment when
@@ -40,6 +42,9 @@ from typing import Any
 
 from report import Row, add_arguments, write_report
 
+from paged_kv.benchmarks.workloads import describe, mean_tokens
+from paged_kv.entrypoints.bench_options import add_workload, workload_of
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "paged_kv" / "demo_model"
 TEXT = ROOT / "paged_kv" / "models" / "calibration.txt"
@@ -63,7 +68,7 @@ class Case:
 
     name: str
     prompts: list[list[int]]
-    num_new: int
+    num_new: int | list[int]  # of each request, where they differ
     pool: int  # bytes
     options: dict[str, Any]  # of the engine
     is_repeated: bool = False  # asked once more, and only the second time counts
@@ -93,18 +98,20 @@ class Engine:
             "start-up": time.perf_counter() - imported,
         }
 
-    def run(self, prompts: list[list[int]], num_new: int) -> dict[str, float]:
+    def run(self, prompts: list[list[int]], num_new: int | list[int]) -> dict[str, float]:
         """All requests at once, to their end."""
         from vllm import SamplingParams
 
         self.num_rounds += 1
-        params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
+        counts = num_new if isinstance(num_new, list) else [num_new] * len(prompts)
         began = time.perf_counter()
-        for number, prompt in enumerate(prompts):
+        for number, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
             name = f"{self.num_rounds}-{number}"
+            params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
             self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
         times: dict[str, list[float]] = {}
-        most_decoding = most_held = 0
+        most_decoding = most_held = most_running = 0
+        area = last = 0.0
         preempted: set[str] = set()
         with timed(self.builder, "build") as builds:
             while self.engine.has_unfinished_requests():
@@ -115,20 +122,30 @@ class Engine:
                 running = self.scheduler.running
                 decoding = sum(one.num_computed_tokens >= one.num_prompt_tokens for one in running)
                 most_decoding = max(most_decoding, decoding)
+                # Of those that ran: who has just ended is counted too.
+                ran = len(running) + sum(output.finished for output in outputs)
+                most_running, area, last = max(most_running, ran), area + ran * (now - last), now
                 held = self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
                 most_held = max(most_held, held)
                 preempted |= {one.request_id for one in running if one.num_preemptions}
         seconds = time.perf_counter() - began
         gaps = [b - a for some in times.values() for a, b in pairwise(some)]
         return {
-            "throughput": len(prompts) * num_new / seconds,
+            "throughput": sum(counts) / seconds,
             "first token": median(some[0] for some in times.values()),
             "between tokens": 1000 * median(gaps) if gaps else 0.0,
+            "between tokens, p99": 1000 * quantile(gaps, 0.99),
+            "side by side, mean": area / seconds,
             "decoding side by side": most_decoding,
+            "running side by side": most_running,
             "peak pages": most_held * self.page_bytes / 2**20,
             "preemptions": len(preempted),
             "planning": 1e6 * median(builds),
         }
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))] if values else 0.0
 
 
 @contextmanager
@@ -304,6 +321,36 @@ def cases_of(model: str, pool: int, num: int) -> list[tuple[Case, dict[str, Any]
     return found
 
 
+BUDGET_FIGURES = {
+    **FIGURES,
+    "between tokens, p99": ("ms", False),
+    "running side by side": ("requests", True),
+    "side by side, mean": ("requests", True),
+}
+
+
+def budget_case(arguments: argparse.Namespace) -> tuple[Case, dict[str, Any]]:
+    """What `paged-kv bench throughput --native-sequences` measures with these options."""
+    config = json.loads((Path(arguments.model) / "config.json").read_text())
+    most = int(config["max_position_embeddings"])
+    name, workload = workload_of(arguments, config["vocab_size"], most, None)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    num_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    element_bytes = 4 if arguments.dtype == "float32" else 2
+    page = 2 * 16 * config["num_hidden_layers"] * num_heads * head_dim * element_bytes
+    pages = arguments.native_sequences * -(-round(mean_tokens(workload)) // 16)
+    longest = max(len(item.prompt) + item.num_outputs for item in workload)
+    print(f"{name}\n{describe(workload)}; {pages * page / 2**20:.1f} MiB")
+    case = Case(
+        "budget",
+        [item.prompt for item in workload],
+        [item.num_outputs for item in workload],
+        (pages + 1) * page,  # one that vLLM never uses
+        {"max_model_len": longest, "max_num_seqs": 128},
+    )
+    return case, BUDGET_FIGURES
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(DEMO_MODEL), help="a folder")
@@ -313,12 +360,17 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=["fp8"], help="other kv_cache_dtypes of vLLM")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="that count")
     parser.add_argument("--cases", nargs="*", help="by the first word of their names")
+    parser.add_argument("--native-sequences", type=int, default=8, help="the pool of budget (8)")
+    add_workload(parser, has_arrivals=False)  # of budget
     add_arguments(parser)
     arguments = parser.parse_args()
     num, rounds = (4, 1) if arguments.quick else (32, arguments.rounds)
     names = [OWN, *(f"vLLM {peer}" for peer in arguments.peers), *arguments.formats]
-    rows = []
-    for case, figures in cases_of(arguments.model, arguments.pool << 20, num):
+    rows: list[Row] = []
+    cases = cases_of(arguments.model, arguments.pool << 20, num)
+    if "budget" in (arguments.cases or ()):
+        cases.append(budget_case(arguments))
+    for case, figures in cases:
         if arguments.cases and case.name.split()[0] not in arguments.cases:
             continue
         once = 1 if case.name == "memory" else rounds

@@ -27,19 +27,28 @@ def require_plot() -> None:
         ) from error
 
 
-def draw(report: dict[str, Any], picture: Path, metrics: Sequence[str]) -> None:
-    """Panels of the metrics that there are rows of; metrics are named by how they begin."""
+def draw(
+    report: dict[str, Any], picture: Path, metrics: Sequence[str], bound: str | None = None
+) -> None:
+    """Panels of the metrics that there are rows of; metrics are named by how they begin.
+
+    Where there are rows of the metric `bound`, a line across each bar shows it.
+    """
     require_plot()
     from matplotlib.figure import Figure
 
     panels = panels_of(report["rows"], metrics)
     if not panels:
         raise PagedKVError(f"nothing to draw in a report of {report['benchmark']}")
+    bounds = {row["case"]: row["value"] for row in report["rows"] if row["metric"] == bound}
     heights = [len(bars) + 1.5 for bars in panels.values()]
     figure = Figure(figsize=(8, 1 + PANEL_INCHES * sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
     for axis, (title, bars) in zip(axes[:, 0], panels.items(), strict=True):
-        draw_bars(axis, title, bars)
+        draw_bars(axis, f"{title}, | {bound}" if bounds else title, bars)
+        for place, case in enumerate(bars):
+            if case in bounds:
+                axis.plot(bounds[case], place, "k|", markersize=16)
     figure.suptitle(f"paged-kv bench {report['benchmark']}\n{report['device']}", fontsize=10)
     figure.supxlabel(f"{report['command']}  ({report['commit']})", fontsize=6, wrap=True)
     try:
@@ -55,8 +64,8 @@ def panels_of(
     found: dict[str, dict[str, float]] = {}
     for beginning in metrics:
         for row in rows:
-            if row["metric"].startswith(beginning):
-                title = f"{row['metric']} ({row['unit']})" if row["unit"] else row["metric"]
+            title = f"{row['metric']} ({row['unit']})" if row["unit"] else row["metric"]
+            if title.startswith(beginning):
                 found.setdefault(title, {})[row["case"]] = row["value"]
     return dict(list(found.items())[:MAX_PANELS])
 

@@ -56,7 +56,7 @@ COMMANDS: Final = {
 SHOWN: Final = {  # what pictures show
     "throughput": ("output tokens", "sequences at once", "peak KV"),
     "latency": ("time to first token", "between tokens", "goodput"),
-    "memory": ("held",),
+    "memory": ("held (",),
     "quality": ("KL mnat", "top-1", "B/token"),
     "attention": ("decode us", "prefill us", "append us", "seal us"),
     "manager": ("schedule + update", "manager, ", "admission"),
@@ -143,6 +143,7 @@ OPTIONS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
+    from ..benchmarks.held import BOUND
     from ..benchmarks.plot import draw, require_plot
     from ..benchmarks.report import command_of, report_of, write_json
 
@@ -159,7 +160,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         write_json(report, arguments.json)
     if arguments.plot is not None:
-        draw(report, arguments.plot, SHOWN[arguments.what])
+        draw(report, arguments.plot, SHOWN[arguments.what], BOUND)
     return 0
 
 
