@@ -256,7 +256,8 @@ def run_case(
 
 
 def rows_of(case: Case, contestants: dict[str, Contestant], figures: dict[str, Any]) -> list[Row]:
-    own = contestants[OWN]
+    first = next(iter(contestants))  # vLLM's own cache, where it could be started
+    own = contestants[first]
     rows = []
     for name, contestant in contestants.items():
         for metric, (unit, is_more_better) in figures.items():
@@ -271,9 +272,9 @@ def rows_of(case: Case, contestants: dict[str, Contestant], figures: dict[str, A
                     metric=metric,
                     value=value,
                     unit=unit,
-                    baseline=None if name == OWN else OWN,
-                    baseline_value=None if name == OWN else baseline,
-                    ratio=None if name == OWN or not worse else better / worse,
+                    baseline=None if name == first else first,
+                    baseline_value=None if name == first else baseline,
+                    ratio=None if name == first or not worse else better / worse,
                 )
             )
     return rows
@@ -340,6 +341,7 @@ def budget_case(arguments: argparse.Namespace) -> tuple[Case, dict[str, Any]]:
     page = 2 * 16 * config["num_hidden_layers"] * num_heads * head_dim * element_bytes
     pages = arguments.native_sequences * -(-round(mean_tokens(workload)) // 16)
     longest = max(len(item.prompt) + item.num_outputs for item in workload)
+    pages = max(pages, 8 * (longest // 128 + 2))  # vLLM's own are of 128 tokens on a CPU
     print(f"{name}\n{describe(workload)}; {pages * page / 2**20:.1f} MiB")
     case = Case(
         "budget",
