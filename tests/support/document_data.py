@@ -8,4 +8,8 @@ from typing import Any, Final
 
 import yaml
 
-DATA: Final[dict[str, Callable[[str], Any]]] = {"json": json.loads, "yaml": yaml.safe_load}
+DATA: Final[dict[str, Callable[[str], Any]]] = {
+    "json": json.loads,
+    "jsonl": lambda text: [json.loads(line) for line in text.splitlines()],
+    "yaml": yaml.safe_load,
+}
