@@ -25,6 +25,24 @@ class Limits(NamedTuple):
     between: float | None = None
 
 
+@dataclass
+class Occupancy:
+    """How many sequences held blocks in a stretch of time."""
+
+    most: int = 0
+    area: float = 0.0  # sequences times seconds
+    seconds: float = 0.0
+
+    def add(self, num_running: int, seconds: float) -> None:
+        self.most = max(self.most, num_running)
+        self.area += num_running * seconds
+        self.seconds += seconds
+
+    @property
+    def mean(self) -> float:
+        return self.area / self.seconds if self.seconds else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Served:
     """What came of a workload. Times are seconds from its start, requests as they arrived."""
@@ -33,8 +51,8 @@ class Served:
     times: list[list[float]]  # when each token of each request was there
     seconds: float
     peak_bytes: int  # of blocks in use at once
-    most_running: int  # sequences that held blocks at once
-    mean_running: float  # over time
+    held: Occupancy  # from the start to the last token
+    crowded: Occupancy  # while others waited for room
     num_preemptions: int
 
     @property
@@ -83,7 +101,7 @@ def serve(
     times: dict[str, list[float]] = {str(index): [] for index in range(len(workload))}
     waiting = iter(enumerate(workload))
     index, item = next(waiting, (0, None))
-    most, area, last, began = 0, 0.0, 0.0, clock()
+    held, crowded, last, began = Occupancy(), Occupancy(), 0.0, clock()
     try:
         while item is not None or engine.has_unfinished:
             while item is not None and item.arrival <= clock() - began:
@@ -92,9 +110,12 @@ def serve(
             if not engine.has_unfinished:
                 assert item is not None
                 sleep(max(item.arrival - (clock() - began), 0.0))
-                last = clock() - began
+                now = clock() - began
+                held.add(0, now - last)
+                last = now
                 continue
             updates = [each for each in engine.step() if isinstance(each, SequenceUpdate)]
+            is_crowded = scheduler.num_waiting > 0
             now = clock() - began
             for update in updates:
                 if update.error is not None:
@@ -102,7 +123,9 @@ def serve(
                 times[update.request_id].append(now)
             num_over = sum(update.finish_reason is not None for update in updates)
             running = scheduler.num_running + num_over
-            most, area, last = max(most, running), area + running * (now - last), now
+            for occupancy in (held, crowded) if is_crowded else (held,):
+                occupancy.add(running, now - last)
+            last = now
             for _ in range(num_over):
                 advance()
     finally:
@@ -112,8 +135,8 @@ def serve(
         times=list(times.values()),
         seconds=last,
         peak_bytes=pool.peak_allocated * engine.cache.block_bytes,
-        most_running=most,
-        mean_running=area / last,
+        held=held,
+        crowded=crowded,
         num_preemptions=scheduler.statistics().num_preemptions - num_preempted,
     )
 
@@ -168,8 +191,9 @@ RATES = (
     Figure("requests", "requests/s", True, lambda run: len(run.times) / run.seconds),
 )
 HELD = (
-    Figure("sequences at once, most", "sequences", True, lambda run: run.most_running),
-    Figure("sequences at once, mean", "sequences", True, lambda run: run.mean_running),
+    Figure("sequences at once, most", "sequences", True, lambda run: run.held.most),
+    Figure("sequences at once, mean", "sequences", True, lambda run: run.held.mean),
+    Figure("sequences at once, while others wait", "sequences", True, lambda run: run.crowded.mean),
     Figure("peak KV", "MiB", False, lambda run: run.peak_bytes / 2**20),
     Figure("preemptions", "times", None, lambda run: run.num_preemptions),
 )

@@ -17,6 +17,7 @@ from paged_kv.benchmarks.serving import (
 from paged_kv.benchmarks.serving import (
     TIMES,
     Limits,
+    Occupancy,
     Served,
     goodput,
     rows_of,
@@ -74,11 +75,12 @@ def test_requests_come_when_they_arrive(model):
         assert not llm.engine.has_unfinished
     assert [len(times) for times in served.times] == [2, 3]
     assert served.times[0][1] < 100 < served.times[1][0]
-    assert served.most_running == 1
+    assert served.held.most == 1
     assert served.first_token[1] == served.times[1][0] - 100
     assert len(served.gaps) == 3
     assert served.seconds == served.times[1][-1]
-    assert 0 < served.mean_running < 1  # nobody runs most of the time
+    assert 0 < served.held.mean < 1  # nobody runs most of the time
+    assert served.crowded.mean == served.crowded.most == 0  # nobody waits
 
 
 def test_what_fails_leaves_nothing_behind(model):
@@ -114,7 +116,8 @@ def test_at_a_budget_as_many_run_at_once_as_the_arithmetic_says(model, kv_format
         expected = (manager.num_blocks * cache.block_bytes - kept_free) // held
         served = serve(llm.engine, workload)
         assert served.peak_bytes == expected * held <= budget
-    assert served.most_running == expected
+    assert served.held.most == served.crowded.most == expected
+    assert served.held.mean <= served.crowded.mean <= expected
     assert (expected == num_native) == (kv_format == "native")
     assert served.num_preemptions == 0
     assert [len(times) for times in served.times] == [2] * 40
@@ -159,8 +162,8 @@ def served_at(times: list[list[float]], arrivals: list[float]) -> Served:
         times=times,
         seconds=max(map(max, times)),
         peak_bytes=0,
-        most_running=0,
-        mean_running=0.0,
+        held=Occupancy(),
+        crowded=Occupancy(),
         num_preemptions=0,
     )
 
