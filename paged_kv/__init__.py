@@ -30,6 +30,7 @@ from .errors import (
     TransferError,
     UnsupportedModelError,
 )
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .blocks.block_manager import BlockManager as BlockManager

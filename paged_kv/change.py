@@ -19,7 +19,7 @@ class Change:
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self.is_unfinished = False
+        self.is_unfinished: bool = False
 
     def __enter__(self) -> None:
         if self.is_unfinished:

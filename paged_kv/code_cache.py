@@ -37,7 +37,7 @@ FOLDERS_OF_SOURCES: Final = ("", ".blocks", ".kernels", ".kernels.eager", ".kern
 
 NAME_OF_SOURCES: Final = re.compile("sources-[0-9a-f]{32}")
 
-logger = logging.getLogger("paged_kv")
+logger: Final = logging.getLogger("paged_kv")
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:

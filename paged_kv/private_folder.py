@@ -15,7 +15,7 @@ from typing import Final
 FOLDER_VARIABLE: Final = "PAGED_KV_CACHE_DIR"
 OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
-logger = logging.getLogger("paged_kv")
+logger: Final = logging.getLogger("paged_kv")
 
 
 def owned_folder(name: str, what: str) -> Path | None:

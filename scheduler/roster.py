@@ -31,7 +31,7 @@ class Roster:
         self._begin_empty()
 
     def _begin_empty(self) -> None:
-        self.waiting = WaitingQueue()
+        self.waiting: WaitingQueue = WaitingQueue()
         self._requests: dict[str, Request] = {}
         self._lack = Lack(self.manager.pool.prefix_cache)
         self._num_swapped = 0  # of those that wait

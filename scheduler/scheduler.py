@@ -78,13 +78,13 @@ class Scheduler(Roster):
         require("watermark", watermark, is_fraction, "at least 0 and below 1")
         is_cost = is_finite(swap_cost) and swap_cost >= 0
         require("swap_cost", swap_cost, is_cost, "a number that is not negative")
-        self.token_budget = require_count("token_budget", token_budget)
+        self.token_budget: int = require_count("token_budget", token_budget)
         if max_prefill_tokens is not None:
             max_prefill_tokens = require_count("max_prefill_tokens", max_prefill_tokens)
         self.max_prefill_tokens = max_prefill_tokens
         self.most_beside_decodes: int | None = None  # tokens of prompts, set between steps
         super().__init__(manager, swap_cost=swap_cost)
-        self.steps_ahead = require_count("steps_ahead", steps_ahead, least=0)
+        self.steps_ahead: int = require_count("steps_ahead", steps_ahead, least=0)
         self._watermark_blocks = int(watermark * manager.num_blocks)
 
     # -- steps ----------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ ROOMS = (
 )
 GROUND = {
     *("change", "code_cache", "errors", "free_memory", "private_folder", "units", "validation"),
+    "version",
 }
 FLOOR_OF = {
     room: number for number, rooms in enumerate(ROOMS.split(" < ")) for room in rooms.split(", ")

@@ -179,7 +179,7 @@ class LayerRecords:
             inner=parts.gate.columns[0],
             dtype=shape.dtype,
         )
-        self.rows = workspace(sizes).rows(shape.num_rows)
+        self.rows: Final = workspace(sizes).rows(shape.num_rows)
         self._add_stages(parts)
         self._stages = Stages(self._list)
 

@@ -367,12 +367,14 @@ class DenseLayer:
 
     def __init__(self, weights: Sequence[Weight], activation: str | None = None) -> None:
         assert activation is None or len({weight.bias is None for weight in weights}) == 1
-        self.weights, self.activation = list(weights), activation
+        self.weights: Final = list(weights)
+        self.activation: Final = activation
         self._places = [place_of(weight) for weight in self.weights]
         self._num_channels = self.weights[0].matrix.shape[1]
         self._kind = WEIGHT_KINDS[self.weights[0].matrix.dtype]
         step = 1 if activation is None else 2
-        self.columns = [len(weight.matrix) for weight in self.weights[::step]]  # of each output
+        # Of each output.
+        self.columns: Final = [len(weight.matrix) for weight in self.weights[::step]]
         self._records: dict[tuple[str, str, bool], ctypes.Array[Any]] = {}
 
     def is_of(self, weights: Sequence[Weight]) -> bool:

@@ -17,7 +17,7 @@ NUM_PLANES: Final = {
     **dict.fromkeys(("float32", "bfloat16", "float16"), 1),
     **{kind: 8 // bits for kind, bits in CODE_BITS.items()},
 }
-ELEMENT_TYPES: Final = {"float32": FLOAT, "bfloat16": SHORT, "float16": HALF}
+ELEMENT_TYPES: Final[dict[str, Any]] = {"float32": FLOAT, "bfloat16": SHORT, "float16": HALF}
 NAN_BITS: Final = 0x7FC00000  # of a float32
 
 

@@ -58,10 +58,10 @@ class CpuPlan:
 
     def __init__(self, step: StepInputs) -> None:
         self.step = step
-        self.num_threads = torch.get_num_threads()
-        self.scratch = thread_scratch("attention", self.num_threads, 4 * SCRATCH_FLOATS)
+        self.num_threads: int = torch.get_num_threads()
+        self.scratch: Final = thread_scratch("attention", self.num_threads, 4 * SCRATCH_FLOATS)
         self.pair_scratch: Scratch | None = None
-        self.has_prefills = int(step.query_lens.max(initial=0)) > 1
+        self.has_prefills: bool = int(step.query_lens.max(initial=0)) > 1
         self._items: dict[tuple[int, int, bool], WorkItems] = {}
 
     def items(self, num_kv_heads: int, query_group_size: int, *, has_pairs: bool) -> WorkItems:

@@ -20,12 +20,12 @@ from llvmlite import binding, ir
 from ...code_cache import read_code, write_code
 
 CACHE_LINE: Final = 64
-BYTE: Final = ir.IntType(8)
-SHORT: Final = ir.IntType(16)
-INT: Final = ir.IntType(32)
-LONG: Final = ir.IntType(64)
-HALF: Final = ir.HalfType()
-FLOAT: Final = ir.FloatType()
+BYTE: Final[Any] = ir.IntType(8)
+SHORT: Final[Any] = ir.IntType(16)
+INT: Final[Any] = ir.IntType(32)
+LONG: Final[Any] = ir.IntType(64)
+HALF: Final[Any] = ir.HalfType()
+FLOAT: Final[Any] = ir.FloatType()
 
 
 @cache
@@ -55,12 +55,12 @@ class Emitter:
     """
 
     def __init__(self, name: str, num_arguments: int) -> None:
-        self.module = ir.Module(name=name)
+        self.module: Any = ir.Module(name=name)
         signature = ir.FunctionType(ir.VoidType(), [LONG] * num_arguments)
-        self.function = ir.Function(self.module, signature, name=name)
+        self.function: Any = ir.Function(self.module, signature, name=name)
         self.arguments: tuple[Any, ...] = self.function.args
         self._entry = self.function.append_basic_block("entry")
-        self.builder = ir.IRBuilder(self.function.append_basic_block("body"))
+        self.builder: Any = ir.IRBuilder(self.function.append_basic_block("body"))
 
     def finish(self) -> str:
         """The function as LLVM's text."""
@@ -251,7 +251,7 @@ class MachineCode:
 
     def __init__(self, name: str, text: str) -> None:
         self._engine = _compile(text)
-        self.address = int(self._engine.get_function_address(name))
+        self.address: int = int(self._engine.get_function_address(name))
 
 
 def _compile(text: str) -> binding.ExecutionEngine:

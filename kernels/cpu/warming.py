@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import Final
 
 from ...code_cache import read_code, write_code
 from ..block_views import LayerBlocks
@@ -20,7 +21,7 @@ from .stages import stages_worker
 from .store import store_worker, stored_layer
 from .vectors import host_features, host_name
 
-logger = logging.getLogger("paged_kv")
+logger: Final = logging.getLogger("paged_kv")
 
 
 def warm_up(layers: Sequence[LayerBlocks]) -> None:

@@ -50,7 +50,7 @@ class EagerPlan:
 
     def __init__(self, step: StepInputs) -> None:
         self.step = step
-        self.groups = plan_groups(step)
+        self.groups: Final = plan_groups(step)
 
 
 def plan_groups(step: StepInputs) -> list[AnyGroup]:

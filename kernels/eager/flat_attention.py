@@ -343,17 +343,17 @@ class BlockReader:
     """
 
     def __init__(self, blocks: Tensor, runs: BlockRuns, dtype: torch.dtype, bits: int = 8) -> None:
-        self.is_channel_major = blocks.stride(-1) != 1
+        self.is_channel_major: bool = blocks.stride(-1) != 1
         stored = blocks.transpose(-1, -2) if self.is_channel_major else blocks
-        self.records = stored.flatten(0, 1)  # a view: heads lie side by side in the arena
-        self.record_ids = record_ids(runs, blocks.shape[1])
-        self.num_tokens = runs.positions.shape[1]
+        self.records: Tensor = stored.flatten(0, 1)  # a view: heads lie side by side in the arena
+        self.record_ids: Final = record_ids(runs, blocks.shape[1])
+        self.num_tokens: int = runs.positions.shape[1]
         self.dtype = dtype
         self.bits = bits
-        self.num_planes = 8 // bits
+        self.num_planes: int = 8 // bits
         run_bytes = blocks.shape[1] * self.num_tokens * blocks.shape[3] * dtype.itemsize
         scratch_bytes = CPU_SCRATCH_BYTES if blocks.device.type == "cpu" else GPU_SCRATCH_BYTES
-        self.portion_size = max(1, scratch_bytes // run_bytes)
+        self.portion_size: int = max(1, scratch_bytes // run_bytes)
 
     def new_scores(self, queries: Tensor) -> Tensor:
         """Room for scores [P, H, M, R] of queries [N, H, M, D]."""

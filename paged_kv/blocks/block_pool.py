@@ -52,11 +52,11 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int, prefix_cache: PrefixCache | None = None) -> None:
-        self.num_blocks = require_count("num_blocks", num_blocks)
+        self.num_blocks: int = require_count("num_blocks", num_blocks)
         self.ref_counts: NDArray[np.int32] = np.zeros(self.num_blocks, dtype=np.int32)
         # Without one, one in which nothing is ever stored.
-        self.prefix_cache = prefix_cache or PrefixCache(num_blocks, record_events=False)
-        self.peak_allocated = 0  # most blocks in use at once so far
+        self.prefix_cache: Final = prefix_cache or PrefixCache(num_blocks, record_events=False)
+        self.peak_allocated: int = 0  # most blocks in use at once so far
         self._scratch: BlockIds = np.empty(SCRATCH, dtype=np.int32)
         self._free_stack: BlockIds = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
         self._stack_size = num_blocks

@@ -80,7 +80,7 @@ class BlockTables:
         self.geometry = geometry
         self.retention = retention
         self.group = group
-        self.rule = retention.numbers(geometry)
+        self.rule: Final = retention.numbers(geometry)
         max_num_seqs = sequences.max_num_seqs
         self.state: StateArray = np.zeros(max_num_seqs, dtype=STORED)
         self.num_stored: IntArray = np.zeros(max_num_seqs, dtype=np.int64)  # tokens
@@ -88,7 +88,7 @@ class BlockTables:
         # Tokens that a sequence can store before its blocks change.
         self.capacity: IntArray = np.zeros(max_num_seqs, dtype=np.int64)
         self._arrays = (self.state, self.num_stored, self.num_sealed, self.capacity)
-        self.num_windowed = 0  # sequences that a window of their own bounds here
+        self.num_windowed: int = 0  # sequences that a window of their own bounds here
         self._sequences = sequences
         self._usual_width = geometry.table_width(sequences.max_model_len)
         width = min(self._usual_width, FIRST_WIDTH)

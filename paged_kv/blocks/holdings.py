@@ -62,7 +62,7 @@ class Holdings:
         num_host_blocks = require_count("num_host_blocks", num_host_blocks, least=0)
         num_bytes = (num_blocks + num_host_blocks) * BYTES_PER_BLOCK
         require_memory(f"a manager of {num_blocks} blocks", num_bytes)
-        self.source = PlanSource(
+        self.source: PlanSource = PlanSource(
             manager_id=os.urandom(16),
             geometry=geometry,
             num_blocks=num_blocks,
@@ -97,8 +97,10 @@ class Holdings:
             if cache is None
             else PrefixSharing(sequences, groups, pool, cache)
         )
-        self.sequences, self.groups, self.pool = sequences, groups, pool
-        self.tables = groups[0]
+        self.sequences: Sequences = sequences
+        self.groups: tuple[BlockTables, ...] = groups
+        self.pool: BlockPool = pool
+        self.tables: BlockTables = groups[0]
         self._host_blocks = HostBlocks(num_host_blocks)
         self._outstanding: StepPlan | None = None
 

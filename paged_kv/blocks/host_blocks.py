@@ -25,7 +25,7 @@ class HostBlocks:
     """A pool of host blocks, none where there is no such memory, and who lies in it."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.pool = BlockPool(num_blocks) if num_blocks else None
+        self.pool: BlockPool | None = BlockPool(num_blocks) if num_blocks else None
         self._swapped: set[int] = set()  # identities of the sequences
 
     def has_room(self, num_blocks: int) -> bool:

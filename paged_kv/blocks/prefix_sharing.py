@@ -16,7 +16,7 @@ import numpy as np
 from .block_pool import BlockPool
 from .block_tables import BlockTables, StoredLengths
 from .events import BlockStored, CacheEvent
-from .geometry import NO_BLOCKS, BlockIds, IntArray
+from .geometry import NO_BLOCKS, BlockGeometry, BlockIds, IntArray
 from .growth import find_complete_links
 from .prefix_cache import PrefixCache
 from .retention import UNLIMITED
@@ -60,7 +60,7 @@ class NoPrefixSharing:
     last_open_link: int = -1
 
     def __init__(self, sequences: Sequences, num_groups: int = 1) -> None:
-        self.statistics = PrefixStatistics()
+        self.statistics: PrefixStatistics = PrefixStatistics()
         self._nothing = (StoredLengths(0, 0),) * num_groups
         # Tokens that each sequence may have computed.
         self.computable_tokens: IntArray = sequences.state["length_limit"]
@@ -124,9 +124,10 @@ class PrefixSharing(NoPrefixSharing):
         cache: PrefixCache,
     ) -> None:
         super().__init__(sequences, len(groups))
-        self.computable_tokens = sequences.num_tokens
-        self.geometry = geometry = sequences.geometry
-        self.last_open_link = geometry.num_head_tokens if geometry.seals else UNLIMITED
+        self.computable_tokens: IntArray = sequences.num_tokens
+        geometry = sequences.geometry
+        self.geometry: BlockGeometry = geometry
+        self.last_open_link: int = geometry.num_head_tokens if geometry.seals else UNLIMITED
         self.cache = cache
         self._sequences = sequences
         self._groups = groups

@@ -79,7 +79,7 @@ class Sequences:
         )
         # Their hashes, root and window; None where no sequence is.
         self.chains: list[TokenChain | None] = [None] * max_num_seqs
-        self.num_windowed = 0
+        self.num_windowed: int = 0
         self._free_seq_ids = list(range(max_num_seqs - 1, -1, -1))
         self._distinct: IntArray | None = None  # a read-only array once found to be distinct
 

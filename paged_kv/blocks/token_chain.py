@@ -86,10 +86,10 @@ class TokenChain:
         sink_window: SinkWindow | None = None,
         extra_keys: tuple[ExtraKey, ...] = (),
     ) -> None:
-        self.token_ids = token_ids
-        self.root = root
-        self.sink_window = sink_window
-        self.extra_keys = extra_keys
+        self.token_ids: TokenIds = token_ids
+        self.root: bytes = root
+        self.sink_window: SinkWindow | None = sink_window
+        self.extra_keys: tuple[ExtraKey, ...] = extra_keys
         self.hashes: list[bytes] = []
 
     def with_tokens(self, token_ids: TokenIds) -> TokenChain:

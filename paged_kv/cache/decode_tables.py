@@ -82,10 +82,10 @@ class DecodeTables:
         self.device = device
         self.max_num_seqs = max_num_seqs
         shape = max_num_seqs, geometry.table_width(max_model_len)
-        self.ids = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.ids: Tensor = torch.zeros(shape, dtype=torch.int32, device=device)
         # All batches write the rows of their step to the same: one runs after the other.
-        self.block_table = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.block_table: Tensor = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.drawn: Tensor = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
     def holds(self, plan: StepPlan) -> bool:
         """Whether a plan is a decode step that fits: each sequence has one new token."""
@@ -121,7 +121,7 @@ class DecodeBatch:
             (len(self._empty), width), dtype=torch.int64, device=tables.device
         )
         self._rows = dict(zip(self._empty, self._numbers[:, : kind.num_rows].unbind(), strict=True))
-        self.logit_tokens = torch.arange(kind.num_rows, device=tables.device)
+        self.logit_tokens: Tensor = torch.arange(kind.num_rows, device=tables.device)
 
     @cached_property
     def step(self) -> DecodeStep:

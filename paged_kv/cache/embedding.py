@@ -7,6 +7,8 @@ for what its tables say, and `BlockGeometry.is_place_needed` for the pages that 
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -65,8 +67,9 @@ class EmbeddedLayer:
         own = cache_geometry([layer], dtype)
         if own.block_size != geometry.block_size or own.open_block_size < geometry.open_block_size:
             raise ConfigError(f"a layer of {own} cannot have blocks of {geometry}")
-        self.layer, self.geometry = layer, geometry
-        self.backend = choose_backend(arena.device) if backend is None else backend
+        self.layer: Final = layer
+        self.geometry: Final = geometry
+        self.backend: Final = choose_backend(arena.device) if backend is None else backend
         self.blocks: LayerBlocks = layer_blocks(arena, layer, dtype, geometry.open_block_size)
 
     def attend_and_store(

@@ -87,27 +87,27 @@ class PagedKVCache:
         num_host_blocks: int = 0,
         backend: str | None = None,
     ) -> None:
-        self.geometry = cache_geometry(layers, dtype)
-        self.layers = tuple(layers)
-        self.num_blocks = require_count("num_blocks", num_blocks)
-        self.num_host_blocks = require_count("num_host_blocks", num_host_blocks, least=0)
+        self.geometry: Final = cache_geometry(layers, dtype)
+        self.layers: Final = tuple(layers)
+        self.num_blocks: int = require_count("num_blocks", num_blocks)
+        self.num_host_blocks: int = require_count("num_host_blocks", num_host_blocks, least=0)
         self.dtype = dtype
-        self.device = require_device(device)
-        self.backend = choose_backend(self.device, backend)
-        self.groups = find_groups(self.layers, dtype)
+        self.device: torch.device = require_device(device)
+        self.backend: Final = choose_backend(self.device, backend)
+        self.groups: Final = find_groups(self.layers, dtype)
         self._require_memory()
         try:
-            self.memory = [  # of each slot of a block
+            self.memory: list[Tensor] = [  # of each slot of a block
                 zeroed_bytes((self.num_blocks, size), self.device)
                 for size in self.groups.slot_bytes
             ]
-            self.host_memory = self._host_memory()
+            self.host_memory: list[Tensor] = self._host_memory()
         except (MemoryError, RuntimeError) as error:  # torch's own are RuntimeErrors
             raise ConfigError(
                 f"a pool of {num_blocks} blocks of {self.block_bytes} bytes, and {num_host_blocks} "
                 f"in host memory, cannot be allocated: {error}"
             ) from error
-        self.arenas = [
+        self.arenas: list[Tensor] = [
             records_of(self.memory[slot], shape)
             for slot, shape in zip(self.groups.slot_of_layer, self.record_shapes, strict=True)
         ]

@@ -64,9 +64,9 @@ class DecodeGraphs:
     def __init__(self, model: AttachedModel, cache: PagedKVCache, manager: BlockManager) -> None:
         self.model = model
         self.cache = cache
-        self.tables = cache.decode_tables(manager)
-        self.is_enabled = True
-        self.num_bytes = 0
+        self.tables: Final = cache.decode_tables(manager)
+        self.is_enabled: bool = True
+        self.num_bytes: int = 0
         self._capture = cuda_capture(cache.device)
         self._entries: dict[BatchKind, _Entry] = {}
 

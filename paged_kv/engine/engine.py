@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock, get_ident
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -61,14 +61,14 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.speculation = speculation
-        self.pace = None if max_slowdown is None else PrefillPace(scheduler, max_slowdown)
-        self.model = runner.model
-        self.cache = runner.cache
+        self.pace: Final = None if max_slowdown is None else PrefillPace(scheduler, max_slowdown)
+        self.model: Final = runner.model
+        self.cache: Final = runner.cache
         self.scheduler = scheduler
-        self.manager = scheduler.manager
+        self.manager: Final = scheduler.manager
         ends = frozenset(t for t in end_token_ids if 0 <= t < self.model.vocab_size)
-        self.intake = Intake(self.model, scheduler, ends, sink_window, defaults, tokenizer)
-        self.num_steps = 0
+        self.intake: Final = Intake(self.model, scheduler, ends, sink_window, defaults, tokenizer)
+        self.num_steps: int = 0
         self._live: dict[str, LiveRequest] = {}
         self._searches: dict[str, BeamSearch] = {}
         self._aborted: deque[str] = deque()  # ids whose requests are still to be taken out

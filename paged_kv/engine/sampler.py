@@ -156,10 +156,13 @@ class Sampling:
         shortlists: Sequence[Shortlist] = (),
         looks: Sequence[Look] = (),
     ) -> None:
-        self.draws, self.shortlists, self.looks = draws, shortlists, looks
+        self.draws: Final = draws
+        self.shortlists: Final = shortlists
+        self.looks: Final = looks
         self._logits, self._inputs = logits, inputs
         self._reading: ReadBack | None = None
-        self.token_ids = logits.new_empty(0, dtype=torch.int64)  # [len(draws)] on the device
+        # [len(draws)] on the device.
+        self.token_ids: Tensor = logits.new_empty(0, dtype=torch.int64)
         if draws or shortlists or looks:
             self._begin()
 

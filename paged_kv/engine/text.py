@@ -161,7 +161,7 @@ class Detokenizer:
         self._stop_strings = stop_strings
         self._held_back = max((len(stop) - 1 for stop in stop_strings), default=0)
         self._num_emitted = 0
-        self.text = ""  # of a long one only the end: a windowed request may go on for ever
+        self.text: str = ""  # of a long one only the end: a windowed request may go on for ever
 
     def append(self, token_id: int, may_stop: bool) -> bool:
         """Add a token; True when a stop string came with it. The text then ends before it."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from types import TracebackType
-from typing import Protocol
+from typing import Final, Protocol
 
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import Prompt
@@ -29,7 +29,7 @@ from .llm import LLM, raise_failures
 from .outputs import OutputAssembler, RequestOutput, StreamEvent
 from .waiting_room import WaitingRoom
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -74,7 +74,7 @@ class AsyncLLM:
         self._running: dict[Feed, None] = {}
         self._changed: deque[Feed] = deque()
         self._step_begins = time.monotonic()
-        self.thread = EngineThread(llm.requests, self._after_step, self._on_fault)
+        self.thread: Final = EngineThread(llm.requests, self._after_step, self._on_fault)
 
     @property
     def num_requests(self) -> int:

@@ -50,11 +50,12 @@ class Feed:
         self.params = params
         self.times = times
         self.outputs: list[Output] = []  # one for each sample, when it is queued
-        self.num_running = params.num_samples  # samples that are not over, for the engine's thread
+        # Samples that are not over, for the engine's thread.
+        self.num_running: int = params.num_samples
         self.timer: asyncio.TimerHandle | None = None  # of its timeout
-        self.is_over = False  # for the event loop
+        self.is_over: bool = False  # for the event loop
         self._owner = owner
-        self.num_tokens = [0] * params.num_samples  # of each sample, that were counted
+        self.num_tokens: list[int] = [0] * params.num_samples  # of each sample, that were counted
         self._end_error: PagedKVError | None = None  # why it was ended, where that is an error
         self._num_untaken = params.num_samples  # whose end was not taken
         self._ready: deque[Output] = deque()

@@ -18,10 +18,10 @@ from ..cache.layer_formats import formats_name, resolve_formats
 from ..engine.sampling_params import SamplingParams
 from ..errors import InvalidRequestError, PagedKVError
 from ..units import format_memory, parse_memory
+from ..version import __version__
 from .batch_job import BatchJob, warn
 from .bench_cli import BENCH, add_bench
 from .chat_cli import CHAT, add_chat
-from .installed_version import version
 from .llm_options import SAMPLING_OPTIONS, add_memory, add_sampling, load_llm, sampling_params
 from .quality_cli import EVALUATE, LEARN, add_calibrate, add_evaluate
 from .request_lines import Line, encode_json, fingerprint, json_lines, prepare, text_lines
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="paged-kv",
         description="Decode language models on quantized, paged KV blocks.",
     )
-    parser.add_argument("--version", action="version", version=f"paged-kv {version()}")
+    parser.add_argument("--version", action="version", version=f"paged-kv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands.add_parser("generate", help="continue prompts", description=GENERATE))
     chat = commands.add_parser("chat", help="talk with a model", description=CHAT)

@@ -18,7 +18,7 @@ from .text_engine import TextEngine
 LOOKING_SECONDS: Final = 0.1  # until it sees what other threads have done
 MOST_FAULTS: Final = 3  # in a row
 
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 class EngineThread:

@@ -46,7 +46,10 @@ class Evaluation:
         kept: KeptResults,
         calibration: Calibration | None = None,
     ) -> None:
-        self.kv_formats = [REFERENCE, *(each for each in kv_formats if each != REFERENCE)]
+        self.kv_formats: list[LayerFormats] = [
+            REFERENCE,
+            *(each for each in kv_formats if each != REFERENCE),
+        ]
         self._model, self._tokenizer, self._kept = model, tokenizer, kept
         self._known = None if calibration is None else calibration.layers
         self._windows: IntArray = np.zeros((0, 0), dtype=np.int64)

@@ -19,7 +19,7 @@ class KeptResults:
     """
 
     def __init__(self, output: Path | None) -> None:
-        self.path = None if output is None else output.with_name(f"{output.name}.part")
+        self.path: Path | None = None if output is None else output.with_name(f"{output.name}.part")
         self._results: dict[str, Any] = {}
         if self.path is not None and self.path.exists():
             with explained("read", self.path):

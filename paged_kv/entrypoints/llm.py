@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,6 +78,8 @@ class LLM:
     steps the engine.
     """
 
+    tokenizer: PreTrainedTokenizerBase | None
+
     def __init__(
         self,
         model: str | Path | PreTrainedModel | torch.nn.Module,
@@ -132,11 +135,11 @@ class LLM:
         self._processor = OutputProcessor(self.tokenizer)
         self._model = choose_route(loaded, widens=dtype is None and computes_wide(loaded, device))
         try:
-            self.engine = build_engine(self._model, config, device, self.tokenizer)
+            self.engine: Final = build_engine(self._model, config, device, self.tokenizer)
         except BaseException:
             self._model.close()
             raise
-        self.requests = TextEngine(self.engine, self._processor)
+        self.requests: Final = TextEngine(self.engine, self._processor)
 
     def __enter__(self) -> LLM:
         return self

@@ -73,7 +73,7 @@ class OutputAssembler:
     ) -> None:
         self._params = params
         self._num_unfinished = [p.num_samples for p in params]
-        self.outputs = [
+        self.outputs: list[RequestOutput] = [
             RequestOutput(
                 prompt=prompt,
                 prompt_token_ids=ids,

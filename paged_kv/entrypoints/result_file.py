@@ -105,8 +105,8 @@ class ResultFile:
     """
 
     def __init__(self, output: Path, job: Job, *, resume: bool) -> None:
-        self.output = Path(os.path.realpath(output))
-        self.part = part_of(self.output)
+        self.output: Path = Path(os.path.realpath(output))
+        self.part: Path = part_of(self.output)
         self._job: Job = {"paged_kv_job": JOB_VERSION, **job}
         self._places: dict[int, tuple[int, int]] = {}  # offset and length of each result
         self._failed: set[int] = set()

@@ -46,7 +46,10 @@ class AttachedModel(ABC):
     route: ClassVar[Route]
     implementation: ClassVar[str | None]  # of its attention; None is the model's own
     layer_retentions: Mapping[int, Retention] = MappingProxyType({})  # the others keep all
-    keeps_states = False  # of recurrent layers: its sequences cannot begin behind their first token
+    # Of recurrent layers: its sequences cannot begin behind their first token.
+    keeps_states: bool = False
+    layer_shapes: dict[int, LayerShape]
+    vocab_size: int
 
     def __init__(self, model: PreTrainedModel, *, widens: bool = False) -> None:
         refuse_invoked(model)
@@ -55,7 +58,7 @@ class AttachedModel(ABC):
 
     def _attach(self, model: PreTrainedModel, widens: bool) -> None:
         self.model = model
-        self.adapters = Adapters(model)
+        self.adapters: Adapters = Adapters(model)
         self._arguments = inspect.signature(model.forward).parameters.keys()
         attach(model, self.implementation)
         # Detaches once: by close(), or when nothing refers to this object any more.

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Attachment:
 attachments: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
 
 # Held while a model is attached: nobody else finds it half replaced.
-attaching = threading.RLock()
+attaching: Final = threading.RLock()
 
 
 def attach(model: PreTrainedModel, implementation: str | None) -> None:

@@ -38,7 +38,7 @@ CHUNK: Final = 512  # tokens computed at once
 NUM_HEAD_TOKENS: Final = 16  # stay in full precision, and have keys unlike all others
 FILE_FORMAT: Final = "paged_kv calibration 2"
 
-logger = logging.getLogger("paged_kv")
+logger: Final = logging.getLogger("paged_kv")
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,7 +99,8 @@ def is_untouched(*modules: Any) -> bool:
 
 class FastLinear(Replacement):
     def __init__(self, module: nn.Linear, original: Forward) -> None:
-        self.module, self.original = module, original
+        self.module: Final = module
+        self.original: Final = original
         self._dense = Dense()
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -139,7 +140,8 @@ class GatedLinear(Replacement):
     """down(activation(gate(x)) * up(x)), the inner part in one pass over both weights."""
 
     def __init__(self, module: nn.Module, original: Forward, activation: str) -> None:
-        self.module, self.original = module, original
+        self.module: Final = module
+        self.original: Final = original
         self._inner, self._outer = Dense(activation), Dense()
         self._act_fn: Any = module.act_fn
 
@@ -165,7 +167,9 @@ class TurnedAttention(Replacement):
     """Queries, keys and values in one pass, turned in place, as Llama's attention has them."""
 
     def __init__(self, module: Any, original: Forward, attend: Attention) -> None:
-        self.module, self.original, self._attend = module, original, attend
+        self.module: Final = module
+        self.original: Final = original
+        self._attend = attend
         self.settings: Mapping[str, object] = {}  # that attention is called with
         self._inner, self._outer = Dense(), Dense()
         self._norms = [name for name in HEAD_NORMS if name in module._modules]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,7 +29,7 @@ from ..cache.stored_context import StoredContext
 from ..errors import PagedKVError, UnsupportedModelError
 from .active_step import Observer
 from .adapters import TokenAdapters, applying
-from .attached_model import AttachedModel, LayerShape
+from .attached_model import AttachedModel, LayerShape, Route
 from .huggingface import IMPLEMENTATION, has_unlisted_window
 from .length_limit import find_length_limit
 from .paged_layer import PagedLayer
@@ -61,8 +61,8 @@ class GatheredModel(AttachedModel):
     Windows, graphs and calibrations need attention of ours.
     """
 
-    route = "gather"
-    implementation = None
+    route: ClassVar[Route] = "gather"
+    implementation: ClassVar[str | None] = None
 
     @torch.inference_mode()
     def forward(
@@ -200,7 +200,7 @@ class GatheredModel(AttachedModel):
                     f"{self._name} stores a {type(layer).__name__} in layer {number}, which is "
                     "neither keys and values of every token nor a state of fixed size"
                 )
-        self.keeps_states = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+        self.keeps_states: bool = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
         shapes = {
             number: (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
             for number, layer in enumerate(layers)
@@ -307,8 +307,9 @@ class SequenceContext:
     ) -> None:
         self._cache, self._stored, self._num_stored = cache, stored, length
         self._new: dict[int, tuple[Tensor, Tensor]] = {}  # [1, H, n, D]
-        self.length = length  # with those new tokens that all layers have computed
-        self.state_before = self.state = state
+        self.length: int = length  # with those new tokens that all layers have computed
+        self.state_before: RecurrentState = state
+        self.state: RecurrentState = state
         self.adapter = adapter  # None is what is active
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

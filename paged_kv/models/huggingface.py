@@ -10,8 +10,9 @@ Many arguments because transformers calls `paged_attention_forward` with them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from .active_step import (
     running_step,
 )
 from .adapters import TokenAdapters, applying
-from .attached_model import AttachedModel, LayerShape
+from .attached_model import AttachedModel, LayerShape, Route
 from .attachment import fuse_once
 from .length_limit import find_length_limit
 from .rotary import Rotation, StepTurns, find_rotation
@@ -210,8 +211,8 @@ class PagedModel(AttachedModel):
     as it was, where paged attention would not compute what the model means.
     """
 
-    route = "fused"
-    implementation = IMPLEMENTATION
+    route: ClassVar[Route] = "fused"
+    implementation: ClassVar[str | None] = IMPLEMENTATION
 
     def __init__(self, model: PreTrainedModel, *, widens: bool = False) -> None:
         refuse_unsupported(model)
@@ -295,7 +296,7 @@ class PagedModel(AttachedModel):
                 "cache of its own"
             ) from error
         check_probe(self.model, probe)
-        self.layer_retentions = probe.retentions
+        self.layer_retentions: Mapping[int, Retention] = probe.retentions
         return dict(sorted(probe.shapes.items())), logits.shape[-1]
 
 

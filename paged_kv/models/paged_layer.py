@@ -39,7 +39,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def __init__(self, store: LayerStore, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.store, self.layer = store, layer
+        self.store: LayerStore = store
+        self.layer: int = layer
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from transformers import PreTrainedModel
 
@@ -11,7 +12,7 @@ from .attached_model import AttachedModel
 from .gathered_model import GatheredModel
 from .huggingface import PagedModel, refuse_encoder_decoder
 
-logger = logging.getLogger("paged_kv")
+logger: Final = logging.getLogger("paged_kv")
 
 
 def choose_route(model: PreTrainedModel, *, widens: bool = False) -> AttachedModel:

@@ -41,7 +41,8 @@ class WholeLayer(Replacement):
     """Attention and then a gated linear part, each behind a norm and added to what went in."""
 
     def __init__(self, module: Any, original: Forward) -> None:
-        self.module, self.original = module, original
+        self.module: Final = module
+        self.original: Final = original
         self._local = threading.local()  # a `DecoderLayer` of each thread, and what it was made of
 
     def __call__(self, hidden_states: Tensor, **options: Any) -> Any:

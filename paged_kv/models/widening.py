@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import platform
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .adapters import adapters_own
 from .replacements import Replacements
 from .wrapped_weights import has_wrapped_weights
 
-logger = logging.getLogger("paged_kv")
+logger: Final = logging.getLogger("paged_kv")
 
 
 def usual_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 from uuid import uuid4
 
 from fastapi import APIRouter, Depends, Request
@@ -22,7 +22,7 @@ from .json_body import body_as
 from .logprobs import chat_logprobs
 from .served import Served
 
-router = APIRouter()
+router: Final = APIRouter()
 
 
 @router.post("/v1/chat/completions")

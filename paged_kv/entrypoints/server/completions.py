@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 from uuid import uuid4
 
 from fastapi import APIRouter, Depends, Request
@@ -20,7 +20,7 @@ from .json_body import body_as
 from .logprobs import CompletionLogprobs
 from .served import Served
 
-router = APIRouter()
+router: Final = APIRouter()
 
 
 @router.post("/v1/completions")

@@ -23,7 +23,7 @@ from .settings import ServerSettings
 
 KEEP_ALIVE_SECONDS: Final = 75  # longer than clients keep connections, which would find them closed
 SENDING_SECONDS: Final = 5  # for clients that have not read what was generated for them
-log = logging.getLogger(__name__)
+log: Final = logging.getLogger(__name__)
 
 
 async def serve(
@@ -38,6 +38,8 @@ class DrainingServer(uvicorn.Server):
     """A server that first lets its engine drain: meanwhile it answers, with status 503 where more
     is asked for.
     """
+
+    should_exit: bool
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings, observer: Observer) -> None:
         super().__init__(

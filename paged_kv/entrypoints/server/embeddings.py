@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from fastapi import APIRouter
 from fastapi.responses import Response
 
 from .refusal import Refusal
 
-router = APIRouter()
+router: Final = APIRouter()
 
 
 @router.post("/v1/embeddings")

@@ -28,7 +28,7 @@ from .kv_events import ClearedMessage, Message, MessageBatch, UniformBlocks
 WAIT_SECONDS: Final = 0.1  # a request for a replay waits at most so long
 LINGER_MS: Final = 500  # what was sent last still goes out
 END_OF_REPLAY: Final = (-1).to_bytes(8, "big", signed=True)
-log = logging.getLogger(__name__)
+log: Final = logging.getLogger(__name__)
 
 
 class StepEvents(NamedTuple):
@@ -63,7 +63,7 @@ class EventPublisher:
         high_water_mark: int = 100_000,
         max_queue_size: int = 100_000,
     ) -> None:
-        self.num_dropped = 0  # steps
+        self.num_dropped: int = 0  # steps
         self._num_dropped_since = 0  # the last one that was queued
         self._steps: queue.Queue[StepEvents | None] = queue.Queue(max_queue_size)
         self._blocks = UniformBlocks(block_size)
@@ -77,11 +77,11 @@ class EventPublisher:
             is_bound = "*" in endpoint or "::" in endpoint
             is_bound = is_bound or endpoint.startswith(("ipc://", "inproc://"))
             self._subscribers = self._socket(zmq.PUB, high_water_mark, endpoint, is_bound=is_bound)
-            self.endpoint = self._subscribers.get_string(zmq.LAST_ENDPOINT)
+            self.endpoint: str = self._subscribers.get_string(zmq.LAST_ENDPOINT)
             if replay_endpoint is not None:
                 most = 2 * (buffer_steps + 1)  # a whole replay, though nobody reads it yet
                 self._replays = self._socket(zmq.ROUTER, most, replay_endpoint, is_bound=True)
-                self.replay_endpoint = self._replays.get_string(zmq.LAST_ENDPOINT)
+                self.replay_endpoint: str = self._replays.get_string(zmq.LAST_ENDPOINT)
         except BaseException:
             self._context.destroy(linger=0)
             raise

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Final, TypeVar
 
+from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -22,7 +23,7 @@ from .error_answers import error_answer
 Result = TypeVar("Result")
 HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 LAST_EVENT: Final = b"data: [DONE]\n\n"
-logger = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
@@ -58,7 +59,7 @@ class EventStream(Response):
 
     def __init__(self, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
         self.status_code = 200
-        self.background = None
+        self.background: BackgroundTask | None = None
         self.init_headers(HEADERS)
         self._chunks = chunks
 

@@ -18,7 +18,7 @@ class Generation:
 
     def __init__(self, requests: Sequence[AsyncRequest]) -> None:
         self.requests = requests
-        self.num_output_tokens = 0  # of the events that were taken
+        self.num_output_tokens: int = 0  # of the events that were taken
 
     async def events(self) -> AsyncGenerator[tuple[int, StreamEvent], None]:
         """The index of a prompt, and an event of it. Raises the error of the first that fails."""

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Final
 
 from ..async_request import Feed
 from ..llm import LLM
 
-log = logging.getLogger(__name__)
+log: Final = logging.getLogger(__name__)
 
 
 class FieldFormatter(logging.Formatter):

@@ -65,7 +65,7 @@ class Metrics:
     """A registry of its own, told as a listener of an `AsyncLLM` what becomes of requests."""
 
     def __init__(self, llm: LLM, figures: Figures) -> None:
-        self.registry = CollectorRegistry()
+        self.registry: Final = CollectorRegistry()
         self._model_name = figures.model_name
         self._last_tokens: dict[Feed, LastTokens] = {}
         self._num_calls = 0  # of `step_done`

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter, Request
 
 from .served import Served
 
-router = APIRouter()
+router: Final = APIRouter()
 
 
 @router.get("/v1/models")

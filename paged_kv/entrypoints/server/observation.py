@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from ..async_llm import Listener
 from ..async_request import Feed
@@ -17,7 +17,7 @@ from .figures import Figures
 from .logs import RequestLog
 from .metrics import Metrics
 
-log = logging.getLogger(__name__)
+log: Final = logging.getLogger(__name__)
 
 
 class Observation:
@@ -30,8 +30,8 @@ class Observation:
     def __init__(
         self, llm: LLM, model_name: str, *, publisher: EventPublisher | None = None
     ) -> None:
-        self.figures = Figures(llm, model_name)
-        self.metrics = Metrics(llm, self.figures)
+        self.figures: Final = Figures(llm, model_name)
+        self.metrics: Final = Metrics(llm, self.figures)
         self.publisher = publisher
         self._listeners: list[Listener] = [self.figures, self.metrics, RequestLog()]
 

@@ -23,7 +23,7 @@ API_KEY_VARIABLE: Final = "PAGED_KV_API_KEY"
 DEFAULT_PORT: Final = 8000
 MAX_PORT: Final = 65535
 MAX_SLOWDOWN: Final = 3.0  # so that the times between tokens stay within a few medians
-log = logging.getLogger(__name__)
+log: Final = logging.getLogger(__name__)
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:

@@ -41,8 +41,8 @@ class Served:
         self.engine = engine
         self.settings = settings
         self.observer = observer
-        self.token_texts = TokenTexts(engine.llm.tokenizer)
-        self.created = int(time.time())
+        self.token_texts: Final = TokenTexts(engine.llm.tokenizer)
+        self.created: int = int(time.time())
 
     @property
     def names(self) -> list[str]:

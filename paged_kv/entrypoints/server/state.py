@@ -5,17 +5,17 @@ Knows an engine's figures, never requests.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ...errors import ClosedError
-from ..installed_version import version
+from ...version import __version__
 from .served import Served
 
-router = APIRouter()
+router: Final = APIRouter()
 
 
 @router.get("/health")
@@ -34,7 +34,7 @@ async def tell_readiness(request: Request) -> dict[str, str]:
 
 @router.get("/version")
 async def tell_version() -> dict[str, str]:
-    return {"version": version()}
+    return {"version": __version__}
 
 
 @router.get("/statistics")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Final
 
@@ -30,7 +31,7 @@ class TokenTexts:
         self._before = [] if tokenizer is None else tokenizer.encode("a", add_special_tokens=False)
         self._text_before = self._decode(self._before)
         self._special_ids = frozenset([] if tokenizer is None else tokenizer.all_special_ids)
-        self.text = lru_cache(MAX_KEPT)(self._text)
+        self.text: Callable[[int], str] = lru_cache(MAX_KEPT)(self._text)
 
     def _decode(self, token_ids: list[int]) -> str:
         if self._tokenizer is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Request
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from .refusal import Refusal
 from .served import Served
 from .token_requests import DetokenizeRequest, TokenizeChat, TokenizeText
 
-router = APIRouter()
+router: Final = APIRouter()
 
 
 async def tokenize_body(request: Request) -> TokenizeText | TokenizeChat:

@@ -8,7 +8,7 @@ Many arguments because vLLM calls with them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
@@ -42,8 +42,8 @@ from .windows import WindowTables
 class PagedKVBackend(AttentionBackend):  # type: ignore[misc]
     # Attention comes first: a chunk sees itself in full precision.
     forward_includes_kv_cache_update = True
-    supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar = ["auto"]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
 
     @staticmethod
     def get_name() -> str:
@@ -94,7 +94,7 @@ class PagedKVMetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.kernels = choose_backend(device)
+        self.kernels: Final = choose_backend(device)
         warm_up(kv_cache_spec.layer, kv_cache_spec.dtype, device)
 
     def build(
@@ -155,13 +155,16 @@ class PagedKVImpl(AttentionImpl):  # type: ignore[misc]
         for what, is_asked_for in refused.items():
             if is_asked_for:
                 raise ConfigError(f"paged_kv cannot be used: the model has {what}")
-        self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads
-        self.scale, self.kv_cache_dtype = float(scale), kv_cache_dtype
+        self.num_heads: int = num_heads
+        self.head_size: int = head_size
+        self.num_kv_heads: int = num_kv_heads
+        self.scale: float = float(scale)
+        self.kv_cache_dtype: str = kv_cache_dtype
         # Of as many tokens, itself included, in vLLM as here.
-        self.rules = ScoreRules(
+        self.rules: Final = ScoreRules(
             float(scale), logits_soft_cap or None, sliding_window, sink_logits=sinks
         )
-        self.layer = layer_spec(num_kv_heads, head_size, head_size)
+        self.layer: Final = layer_spec(num_kv_heads, head_size, head_size)
         self.embedded: EmbeddedLayer | None = None
 
     def forward(

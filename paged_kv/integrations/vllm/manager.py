@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-logger = logging.getLogger("vllm.paged_kv")  # below vLLM's own, so that its handlers show it
+logger: Final = logging.getLogger("vllm.paged_kv")  # below vLLM's own, so that its handlers show it
 
 
 class PagedKVManager(FullAttentionManager):  # type: ignore[misc]
@@ -28,7 +28,7 @@ class PagedKVManager(FullAttentionManager):  # type: ignore[misc]
 
     def __init__(self, kv_cache_spec: Any, **settings: Any) -> None:
         super().__init__(kv_cache_spec, **settings)
-        self.geometry = kv_cache_spec.geometry
+        self.geometry: Final = kv_cache_spec.geometry
         self.num_returned: dict[str, int] = {}  # sealed blocks whose other pages are not held
         self.published: dict[str, Any] = {}  # requests whose blocks others may find
         if self.kv_cache_group_id == 0:
