@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-emulated test-ptx test-vllm test-page docs soak soak-short mutants results structure models drawings lint clean
+.PHONY: demo test test-lowest test-pythons test-emulated test-ptx test-vllm test-page docs soak soak-short mutants results structure models drawings types wheel lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
 
 # Triton's kernels are interpreted where there is no GPU; what the compiler makes of them is looked
 # at in a second run.
-test: $(VENV)/.installed lint
+test: $(VENV)/.installed lint types
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
 
@@ -40,6 +40,26 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
 	> "$$site/vllm-0.32.0+cpu.dist-info/METADATA"
 	touch $@
+
+# With the oldest of everything that pyproject.toml admits: what touches other packages.
+LOWEST_VENV := .venv-lowest
+test-lowest: $(LOWEST_VENV)/.installed
+	$(LOWEST_VENV)/bin/python -m pip check
+	$(LOWEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup -q tests/test_public_surface.py tests/blocks/test_block_manager.py tests/cache tests/kernels/test_cpu_kernels.py tests/kernels/test_triton_kernels.py tests/models/test_gguf.py tests/models/test_loading.py tests/models/test_paged_cache.py tests/entrypoints/test_adapters.py tests/entrypoints/test_structured_output.py tests/entrypoints/test_llm.py tests/server
+
+$(LOWEST_VENV)/.installed: pyproject.toml
+	test -d $(LOWEST_VENV) || $(PYTHON) -m venv $(LOWEST_VENV)
+	$(PYTHON) bench/tools/lowest_bounds.py > $(LOWEST_VENV)/constraints-lowest.txt
+	$(LOWEST_VENV)/bin/python -m pip install -q --upgrade "pip>=25.1"
+	$(LOWEST_VENV)/bin/python -m pip install -q torch==2.13.0
+	$(LOWEST_VENV)/bin/python -m pip install -q -c $(LOWEST_VENV)/constraints-lowest.txt -e ".[models,cpu,gpu,gguf,adapters,server]" pytest pytest-xdist hypothesis httpx openai
+	touch $@
+
+# The wheel in a new environment for each version of Python that is here; those that are not are
+# skipped, which the last lines say. `TORCH=`: only what needs no torch.
+TORCH ?= torch==2.13.0
+test-pythons: wheel
+	$(BIN)/python bench/tools/try_pythons.py dist/*.whl --torch "$(TORCH)"
 
 # The page at / in a real browser, /usr/bin/chromium (apt install chromium).
 test-page: $(VENV)/.installed
@@ -88,6 +108,15 @@ results: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt --group results
 	$(BIN)/python bench/make_results.py
 
+# The last commit as a wheel and a source distribution, the same bytes wherever they are built.
+RELEASE_VENV := .venv-release
+wheel: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python bench/tools/build_release.py dist
+	test -d $(RELEASE_VENV) || $(PYTHON) -m venv $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/python -m pip install -q "twine>=6"
+	$(RELEASE_VENV)/bin/twine check --strict dist/*
+
 # Every file in one line, from what it says of itself.
 structure:
 	$(PYTHON) bench/tools/house.py --tree > docs/structure.md
@@ -105,6 +134,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Whether users' type checkers know everything public: half a minute, no network.
+types: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python bench/tools/verify_types.py
+
 # torch is asked for by its exact version first, so that pip resolves nothing else for it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -114,4 +147,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(LOWEST_VENV) $(RELEASE_VENV) $(DOCS_VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

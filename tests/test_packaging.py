@@ -5,6 +5,8 @@ Builds need setuptools, not a network.
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tools.build_release import build as build_release
+
+import paged_kv
 
 ROOT = Path(__file__).parent.parent
 LINKED = ("kernels", "scheduler")
@@ -83,10 +88,11 @@ CHECKOUTS: dict[str, Callable[[Path], Path]] = {
 
 
 def build_wheel(checkout: Path, target: Path) -> Path:
-    """As `pip wheel` does it, without asking a network for setuptools."""
+    """As pip does it, without asking a network for setuptools."""
     pytest.importorskip("setuptools", reason="builds need it")
-    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check")
-    run("-m", "pip", "wheel", "-q", *options, "-w", str(target), str(checkout), cwd=checkout)
+    target.mkdir()
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(target)!r})"
+    run("-c", build, cwd=checkout)
     (wheel,) = target.glob("*.whl")
     return wheel
 
@@ -178,6 +184,28 @@ def test_an_sdist_holds_what_a_checkout_holds_and_its_tests_run(tmp_path: Path) 
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=folder)
     wheel = build_wheel(folder, tmp_path / "wheel")
     assert wheel_files(wheel) == package_files(folder)
+    assert wheel.name == f"paged_kv-{paged_kv.__version__}-py3-none-any.whl"
+
+
+def test_two_checkouts_of_a_commit_give_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="builds need it")
+    checkout = clone_without_links(tmp_path / "checkout")
+    for path in (*checkout.glob("*/*.py"), *checkout.glob("*.toml")):
+        path.chmod(0o600)  # and now is not when the tests' own checkout was made
+    (checkout / "paged_kv" / "uncommitted.py").write_text("")
+    (wheel,) = build_release(ROOT, tmp_path / "one", ["wheel"])
+    before = os.umask(0o077)
+    try:
+        (same,) = build_release(checkout, tmp_path / "two", ["wheel"])
+    finally:
+        os.umask(before)
+    assert wheel.read_bytes() == same.read_bytes()
+
+
+def test_the_newest_changes_are_those_of_this_version() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.findall(r"^## \[([\d.]+)\] - (?:unreleased|\d{4}-\d\d-\d\d)$", changes, re.M)[0]
+    assert paged_kv.__version__.partition(".dev")[0] == newest
 
 
 def test_the_list_of_packages_is_the_folders() -> None:
