@@ -57,7 +57,7 @@ def convert(gguf: Path, target: Path) -> None:
     """The model of a GGUF file as bf16 safetensors with its tokenizer, as `LLM` loads folders."""
     loaded = cast(Any, load_model(gguf, torch.bfloat16))
     configuration = loaded.config.to_dict()
-    del configuration["quantization_config"]  # it is unpacked
+    configuration.pop("quantization_config", None)  # it is unpacked
     plain = type(loaded)(type(loaded.config)(**configuration)).to(torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config

@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")
-SMOKE = ("tests/test_units.py", "tests/blocks/test_block_manager.py", "tests/blocks/test_swap.py")
-SMOKE += ("tests/scheduler/test_scheduler.py",)
+SMOKE = ("tests/test_units.py", "tests/blocks/test_block_manager.py")
+SMOKE += ("tests/blocks/test_prefix_cache.py", "tests/scheduler/test_scheduler.py")
 SAY_VERSION = "import paged_kv, sys; print(paged_kv.__version__, paged_kv.__file__, sys.version)"
 
 

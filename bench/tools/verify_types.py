@@ -1,7 +1,7 @@
 """Whether a type checker knows the whole public interface: `pyright --verifytypes`.
 
 Exits with 1 where the type of a public name is unknown, or left for a checker to guess.
-basedpyright is pyright with a node of its own. vLLM, which few have, is anything at all here.
+basedpyright is pyright with a node of its own. vLLM, which few have, is stubs here.
 """
 
 from __future__ import annotations
@@ -18,21 +18,29 @@ ROOT = Path(__file__).parents[2]
 ANYTHING = "from typing import Any\n\ndef __getattr__(name: str) -> Any: ...\n"
 
 
-def imported_modules(package: str) -> set[str]:
-    """Modules of another package that this one takes names from."""
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "paged_kv").rglob("*.py")]
-    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names = {node.module for node in nodes if node.module and not node.level} | {package}
-    return {name for name in names if name.partition(".")[0] == package}
+def imported_names(package: str) -> dict[str, set[str]]:
+    """What this package takes out of which modules of another one."""
+    found: dict[str, set[str]] = {package: set()}
+    for path in (ROOT / "paged_kv").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.level or node.module is None:
+                continue
+            if node.module.partition(".")[0] == package:
+                found.setdefault(node.module, set()).update(alias.name for alias in node.names)
+    return found
 
 
 def write_stubs(folder: Path, package: str) -> None:
-    for module in imported_modules(package):
+    """Its modules, in which what is written as classes are is a class, and the rest anything."""
+    for module, names in imported_names(package).items():
         parts = module.split(".")
         for end in range(1, len(parts) + 1):
             place = folder.joinpath(*parts[:end])
             place.mkdir(exist_ok=True)
-            (place / "__init__.pyi").write_text(ANYTHING)
+            (place / "__init__.pyi").touch()
+        classes = "".join(f"class {name}: ...\n" for name in sorted(names) if name[0].isupper())
+        with (place / "__init__.pyi").open("a") as stub:
+            stub.write(ANYTHING + classes)
 
 
 def main() -> int:
