@@ -1,4 +1,4 @@
-"""What a fixed amount of memory for keys and values buys: a report of `paged-kv bench throughput`."""
+"""What a fixed budget of memory buys: a report of `paged-kv bench throughput`."""
 
 from __future__ import annotations
 
