@@ -48,7 +48,7 @@ def try_one(interpreter: str, wheel: Path, torch: str, folder: Path) -> None:
         run(*install, torch, folder=folder)
         run(*install, f"{wheel}[models,cpu]", folder=folder)
         run(python, "-m", "pip", "check", folder=folder)
-        run(folder / "venv" / "bin" / "paged-kv", "demo", folder=folder)
+        run(folder / "venv" / "bin" / "paged-kv", "demo", "--max-tokens", "64", folder=folder)
     else:
         run(*install, "numpy", "numba", folder=folder)
         run(*install, "--no-deps", wheel, folder=folder)
