@@ -69,9 +69,10 @@ class Timer:
     """Seconds of each call, by name; medians leave out what disturbs a shared machine."""
 
     def __init__(self, peer_name: str = "", clock: Callable[[], float] = time.perf_counter) -> None:
-        self.peer_name, self.clock = peer_name, clock
+        self.peer_name: str = peer_name
+        self.clock: Callable[[], float] = clock
         self.seconds: dict[str, list[float]] = {}
-        self.is_counting = True
+        self.is_counting: bool = True
 
     def __call__(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         start = self.clock()
