@@ -316,24 +316,6 @@ def row_of(
     )
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The figures of a report in Markdown: a line for each metric, who is measured side by side."""
-    found = {(row["case"], row["metric"]): row["value"] for row in rows}
-    cases = [case for case in dict.fromkeys(row["case"] for row in rows) if "beside" not in case]
-    lines = [" | ".join(["| ", *cases]) + " |", "|---|" + "---:|" * len(cases)]
-    for metric, (unit, _) in UNITS.items():
-        cells = [written(found.get((case, metric))) for case in cases]
-        head = metric if metric.endswith(unit) else f"{metric}, {unit}"
-        lines.append(" | ".join([f"| {head}", *cells]) + " |")
-    return "\n".join(lines)
-
-
-def written(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def texts_of(model: str, count: int, length: int) -> list[str]:
     """Stretches of a text, of about so many tokens, each from a place of its own."""
     from transformers import AutoTokenizer

@@ -45,10 +45,6 @@ def test_streams_are_measured_and_kept(book, tmp_path, monkeypatch):
     assert held["sinks + window, int8"] < held["sinks + window, native"]
     assert ("sinks + window, int2, first 100 tokens, 1 a step", "perplexity") in found
 
-    curves = bench_windowed_real.curves(rows)
-    assert curves["window only, native"]["start"] == [0, 300, 600]
-    assert curves["sinks + window, native"][bench_windowed_real.LOSS] == [0, 0, 0]
-
     # The same again measures nothing.
     monkeypatch.setattr(bench_windowed_real, "windowed", lambda *_: pytest.fail("again"))
     bench_windowed_real.main()
@@ -131,14 +127,6 @@ def test_caches_of_generate_go_in_turns(book, tmp_path, monkeypatch):
         name = bench_generate_cache.peer(backend, bits)
         metrics = {metric for who, metric in found if who == name}
         assert kl in metrics or any(metric.startswith("failed: ") for metric in metrics)
-
-
-def test_the_documented_caches_are_those_measured():
-    root = Path(__file__).parents[2]
-    report = json.loads((root / "bench" / "results" / "generate_cache.json").read_text())
-    documented = (root / "docs" / "embedding.md").read_text()
-    assert bench_generate_cache.table(report["rows"]) in documented
-    assert f"commit {report['commit']}" in documented
 
 
 def test_bytes_of_a_cache_are_those_of_all_its_tensors():
