@@ -3,10 +3,11 @@
     {"timestamp": 1500, "input_length": 700, "output_length": 64, "hash_ids": [46, 47]}
     {"timestamp": 2250, "prompt": "Once upon a time", "output_length": 64}
 
-`timestamp` is in milliseconds (0 without one); what a line holds beside these fields is ignored. A
-`prompt` is text or token ids. Without one, `input_length` tokens are made up: of `hash_ids` each
-names the contents of a block of 512 tokens, as in the traces of Mooncake (Qin et al. 2024,
-arXiv:2407.00079), so that prompts with the same ids in front begin alike; without ids all differ.
+`timestamp` is in milliseconds, 0 where there is none and none is needed; what a line holds beside
+these fields is ignored. A `prompt` is text or token ids. Without one, `input_length` tokens are
+made up: of `hash_ids` each names the contents of a block of 512 tokens, as in the traces of
+Mooncake (Qin et al. 2024, arXiv:2407.00079), so that prompts with the same ids in front begin
+alike; without ids all differ.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .workloads import WorkItem, Workload
 
 HASHED_TOKENS: Final = 512  # tokens that one of `hash_ids` stands for
 MAX_LENGTH: Final = 1 << 24
+MAX_TIME: Final = 10**15  # milliseconds: any date of a clock
 Encode = Callable[[str], list[int]]
 
 
@@ -34,17 +36,22 @@ def read_trace(
     seed: int = 0,
     encode: Encode | None = None,
     most: int | None = None,
+    needs_times: bool = False,
 ) -> Workload:
     """The first `most` requests by their place in the file, then in the order of arrival.
 
-    The first arrives at 0. Raises `InvalidRequestError` with the number of a wrong line.
+    The first arrives at 0. Raises `InvalidRequestError` with the number of a wrong line; with
+    `needs_times` one without a timestamp is wrong.
     """
     found = []
     for number, line in islice(enumerate(lines, 1), most):
         if not line.strip():
             continue
         try:
-            found.append(work_item(line, number, num_vocab, seed, encode))
+            record = record_of(line)
+            if needs_times and "timestamp" not in record:
+                raise ValueError('it has no "timestamp", and there is no --rate')
+            found.append(work_item(record, number, num_vocab, seed, encode))
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"line {number} of the trace: {error}") from error
     if not found:
@@ -53,14 +60,30 @@ def read_trace(
     return [item._replace(arrival=item.arrival - found[0].arrival) for item in found]
 
 
-def work_item(line: str, number: int, num_vocab: int, seed: int, encode: Encode | None) -> WorkItem:
-    """Raises `ValueError` for a line that is no request."""
-    record = json.loads(line)
+def record_of(line: str) -> dict[str, Any]:
+    """Raises `ValueError` for what is no object of JSON, or was no UTF-8."""
+    try:
+        line.encode()
+        record = json.loads(line)
+    except UnicodeEncodeError:
+        raise ValueError("it is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(record, dict):
         raise ValueError(f"it must be an object, got {line.strip()[:40]!r}")
+    return record
+
+
+def work_item(
+    record: dict[str, Any], number: int, num_vocab: int, seed: int, encode: Encode | None
+) -> WorkItem:
+    """Raises `ValueError` for a line that is no request."""
     timestamp = record.get("timestamp", 0)
-    if not is_finite(timestamp) or timestamp < 0:
-        raise ValueError(f'"timestamp" must be milliseconds, at least 0, got {timestamp!r}')
+    if not is_finite(timestamp) or not 0 <= timestamp <= MAX_TIME:
+        raise ValueError(
+            f'"timestamp" must be milliseconds, at least 0 and at most {MAX_TIME}, got '
+            f"{timestamp!r}"
+        )
     num_outputs = count_of(record, "output_length")
     if "prompt" in record:
         prompt = tokens_of(record["prompt"], num_vocab, encode)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
+PLOT_SUFFIXES: Final = (".png", ".svg")
 BENCH: Final = """Measure on this machine, in turns, beside the first of --formats or another
 baseline. Every figure is a row: case, metric, value, and how many times better than the baseline.
 --json writes rows with the command, the device, versions and the commit, --plot draws them, and
@@ -149,9 +150,11 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
     if arguments.plot is not None:
         require_plot()
+        if arguments.plot.suffix not in PLOT_SUFFIXES:
+            raise ConfigError(f"--plot must end in .png or .svg, got {str(arguments.plot)!r}")
     for path in (arguments.json, arguments.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"cannot write {str(path)!r}: there is no such folder")
+        if path is not None:
+            require_writable(path)
     if getattr(arguments, "threads", None) is not None:
         require_count("--threads", arguments.threads)
     rows = ROWS[arguments.what](arguments)
@@ -162,6 +165,16 @@ def run_bench(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         draw(report, arguments.plot, SHOWN[arguments.what], BOUND)
     return 0
+
+
+def require_writable(path: Path) -> None:
+    """Before anything is measured: that a file can be there, whatever is there now stays."""
+    with explained("write", path):
+        if path.is_dir() or not path.name:
+            raise ConfigError(f"cannot write {str(path)!r}: it is a folder")
+        trial = path.with_name(f"{path.name}.new")  # as `write_json` goes about it
+        trial.touch()
+        trial.unlink()
 
 
 def show(report: dict[str, Any]) -> None:

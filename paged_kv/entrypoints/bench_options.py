@@ -134,8 +134,20 @@ def workload_of(
     if arguments.quick:
         count = count or QUICK_REQUESTS
     if trace is not None:
-        with explained("read", trace), trace.open(encoding="utf-8", errors="replace") as lines:
-            workload = read_trace(lines, num_vocab, seed=arguments.seed, encode=encode, most=count)
+        needs_times = getattr(arguments, "rate", 1) is None
+        # What is no UTF-8 becomes surrogates, which belong to a line that is refused by its number.
+        with (
+            explained("read", trace),
+            trace.open(encoding="utf-8", errors="surrogateescape") as lines,
+        ):
+            workload = read_trace(
+                lines,
+                num_vocab,
+                seed=arguments.seed,
+                encode=encode,
+                most=count,
+                needs_times=needs_times,
+            )
         name = f"trace {trace.name}"
     else:
         shape = shape_of(arguments, min(longest, QUICK_TOKENS) if arguments.quick else longest)

@@ -125,7 +125,10 @@ def test_manager(bench, monkeypatch):
         (("latency", "--rate", "0"), "--rate must be above 0"),
         (("memory", "--lengths", "5000"), "--lengths may be at most 1022"),
         (("attention", "--cases", "none"), "cases are 4x512 8/2 64, "),
-        (("manager", "--json", "missing/rows.json"), "there is no such folder"),
+        (("manager", "--json", "missing/rows.json"), "missing/rows.json': No such file or dir"),
+        (("manager", "--json", ""), "cannot write '.': it is a folder"),
+        (("manager", "--json", "/"), "cannot write '/': it is a folder"),
+        (("manager", "--json", "x" * 300), "File name too long"),
         (("manager", "--plot", "picture.png"), "pip install 'paged-kv[plot]'"),
     ],
 )
@@ -137,11 +140,23 @@ def test_what_cannot_be_is_refused(words, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-def test_a_wrong_line_of_a_trace_is_named(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"input_length": 2, "timestamp": 1}', '"output_length" must be a number of tokens'),
+        (b'{"input_length": 2, "output_length": 1, "timestmap": 3}', 'it has no "timestamp", and'),
+        (b'{"input_length": 2, "output_length": 1, "timestamp": 1e300}', "at most 10000000000"),
+        (b'{"prompt": "caf\xe9", "output_length": 1, "timestamp": 1}', "it is not UTF-8"),
+        (b"{'prompt': 1}", "it is no JSON: "),
+    ],
+)
+def test_a_wrong_line_of_a_trace_is_named(line, message, tmp_path, capsys):
     trace = tmp_path / "trace.jsonl"
-    trace.write_text('{"input_length": 2, "output_length": 1}\n{"input_length": 2}\n')
+    trace.write_bytes(b'{"timestamp": 0, "input_length": 2, "output_length": 1}\n' + line)
     assert main(["bench", "latency", "--workload", str(trace), "--quick"]) == 2
-    assert "line 2 of the trace" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "line 2 of the trace" in said
+    assert message in said
 
 
 def test_requests_too_long_for_the_model_are_refused(capsys):
