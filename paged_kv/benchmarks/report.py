@@ -130,9 +130,13 @@ def write_report(benchmark: str, rows: list[Row], json_file: Path | None) -> Non
         write_json(report, json_file)
 
 
+def unfinished_of(file: Path) -> Path:
+    """Where a file is written before it takes its place; `KeptResults` of it end in .part."""
+    return file.with_name(f"{file.name}.new")
+
+
 def write_json(report: dict[str, Any], json_file: Path) -> None:
-    # `KeptResults` of the same file end in .part.
-    unfinished = json_file.with_name(f"{json_file.name}.new")
+    unfinished = unfinished_of(json_file)
     try:
         unfinished.write_text(json.dumps(report, indent=1) + "\n")
         unfinished.replace(json_file)  # whoever is stopped here has the one or the other

@@ -169,10 +169,12 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 def require_writable(path: Path) -> None:
     """Before anything is measured: that a file can be there, whatever is there now stays."""
+    from ..benchmarks.report import unfinished_of
+
     with explained("write", path):
         if path.is_dir() or not path.name:
             raise ConfigError(f"cannot write {str(path)!r}: it is a folder")
-        trial = path.with_name(f"{path.name}.new")  # as `write_json` goes about it
+        trial = unfinished_of(path)
         trial.touch()
         trial.unlink()
 
