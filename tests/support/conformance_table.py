@@ -60,7 +60,7 @@ NOTES: Final = {
     "echo": "",
     "response_format": "`text`, `json_object`, `json_schema`, which is always strict",
     "structured_outputs": "one of `json`, `json_object`, `regex`, `choice`, `grammar`",
-    "sink_window": "ours: `{num_sink_tokens, window_size}`, see streams.md",
+    "sink_window": "ours: `{num_sink_tokens, window_size}`, see [streams](streams.md)",
     "adapter": "ours: an adapter's name, or `__base__` for none",
     "cache_salt": "shares cached blocks only with requests of the same salt",
     "priority": "lower ones come first",
