@@ -1231,14 +1231,43 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         "kernels/test_dense",
         [
             Fault(
+                "cpu-second-weights-have-the-factors-of-the-first",
+                "address_or_0(second and second.scale)",
+                "address_or_0(scale)",
+            ),
+        ],
+    ),
+    *faults_in(
+        "kernels/cpu/dense_worker.py",
+        "kernels/test_dense",
+        [
+            Fault(
                 "cpu-widened-codes-are-read-with-the-strides-of-codes",
                 "count * row_bytes if widen else stride",
                 "stride",
             ),
             Fault(
-                "cpu-second-weights-have-the-factors-of-the-first",
-                "address_or_0(second and second.scale)",
-                "address_or_0(scale)",
+                "cpu-blocks-of-rows-begin-where-the-first-does",
+                "(rows + row * row_stride, row_stride, count, weights",
+                "(rows, row_stride, count, weights",
+            ),
+        ],
+    ),
+    *faults_in(
+        "kernels/cpu/matrix_tiles.py",
+        "kernels/test_dense",
+        [
+            Fault(
+                "cpu-tiles-of-sums-start-from-zero-where-they-add",
+                """        if adds:
+            tile_call""",
+                """        if not adds:
+            tile_call""",
+            ),
+            Fault(
+                "cpu-last-tile-of-rows-is-full",
+                "    counts[-1] = emitter.builder.sub(",
+                "    emitter.builder.sub(",
             ),
         ],
     ),

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..new_tokens import NewTokens
-from . import dense, token_rows
-from .dense import DenseLayer, linear_worker
+from . import token_rows
+from .dense import DenseLayer
 from .dense_kernels import SCRATCH_BYTES
+from .dense_worker import CALL, CallFields, linear_worker
 from .elements import ELEMENT_BYTES
 from .native_attention import attention_worker
 from .native_code import KINDS, address_of_array, address_or_0, kind_of, thread_scratch
@@ -208,10 +209,10 @@ class LayerRecords:
     def run(self, hidden: Tensor, angles: Sequence[Tensor], attention: int, output: Tensor) -> None:
         """Run on these, with the record of a prepared attention."""
         self._first[token_rows.CALL.first] = hidden.data_ptr()
-        self._output[dense.CALL.residual] = hidden.data_ptr()
+        self._output[CALL.residual] = hidden.data_ptr()
         self._turn[token_rows.CALL.third] = angles[0].data_ptr()
         self._turn[token_rows.CALL.fourth] = angles[1].data_ptr()
-        self._last[dense.CALL.outputs] = output.data_ptr()
+        self._last[CALL.outputs] = output.data_ptr()
         self._counters.data.cast("B")[:] = self._zeros
         self._stages.set_parameters(self._attention, attention)
         self._stages.run(self.shape.num_threads)
@@ -256,7 +257,7 @@ class LayerRecords:
         self, layer: DenseLayer, rows: Tensor, outputs: Tensor, residual: Tensor | None = None
     ) -> memoryview:
         has_residual = residual is not None
-        fields = dense.CallFields(
+        fields = CallFields(
             counters=self._next_counters(),
             scratch=self._scratch.address,
             rows=rows.data_ptr(),

@@ -14,18 +14,21 @@ from typing import Any, Final
 from llvmlite import ir
 
 from .elements import ELEMENT_BYTES, decode, encode, load_raw
+from .matrix_tiles import BLOCK_WEIGHTS, TILE_BYTES, TILE_CHANNELS, transposed
+from .matrix_tiles import TILE_ROWS as MATRIX_ROWS
 from .vectors import FLOAT, INT, SHORT, Emitter, MachineCode, host_features, host_width
 
 TILE_WEIGHTS: Final = 4  # rows of a weight that a tile multiplies at once ...
 TILE_ROWS: Final = {16: 6, 8: 3, 4: 2}  # ... with so many rows, by lanes of a vector
 UNIT_WEIGHTS: Final = 32  # a thread's unit of work: rows of a weight ...
-UNIT_ROWS: Final = 48  # ... with rows; both stay in the second cache
+UNIT_ROWS: Final = 64  # ... with rows; both stay in the second cache
 SUM_BYTES: Final = UNIT_ROWS * UNIT_WEIGHTS * 4  # of a unit, for one weight
 ROW_BYTES_AT_ONCE: Final = 4096  # of a row: a tile's rows stay in the first cache
 WIDE_BYTES: Final = UNIT_WEIGHTS * ROW_BYTES_AT_ONCE
 # Of a thread: sums for two weights, codes of a unit widened, then units.
 SCRATCH_BYTES: Final = 2 * SUM_BYTES + WIDE_BYTES + 1024
 PREFETCHED_ROWS: Final = 4  # so few take less time than their weights take to come
+assert UNIT_WEIGHTS == BLOCK_WEIGHTS  # where a unit's sums are is where a block's are
 # Whether this processor multiplies pairs of bfloat16 as fast as it multiplies floats.
 HAS_PAIRS: Final = host_width() == 16 and "+avx512bf16" in host_features()
 ACTIVATIONS: Final = ("silu", "gelu_tanh")
@@ -119,6 +122,32 @@ def widen_kernel(kind: str, is_paired: bool) -> MachineCode:
             place = emitter.offset(target, start, emitter.times(channel, row_bytes))
             emitter.store(weights, place)
     return MachineCode("widen", emitter.finish())
+
+
+@cache
+def pack_kernel(kind: str) -> MachineCode:
+    """`BLOCK_WEIGHTS` rows of a weight of `kind` in bfloat16 as `matrix_tiles` has them.
+
+    Arguments: weight, its stride in bytes, number of its rows (of fewer, the last stands for those
+    that are missing), number of channels, target [channels / 32][BLOCK_WEIGHTS / 16][16][64 bytes].
+    """
+    emitter = Emitter("pack", 5)
+    weight, stride, num_rows, num_channels, target = emitter.arguments
+    builder, last = emitter.builder, emitter.builder.sub(num_rows, emitter.long(1))
+    for first in range(0, BLOCK_WEIGHTS, MATRIX_ROWS):
+        starts = []
+        for row in range(first, first + MATRIX_ROWS):
+            is_there = builder.icmp_signed("<", emitter.long(row), num_rows)
+            place = builder.select(is_there, emitter.long(row), last)
+            starts.append(builder.add(weight, builder.mul(stride, place)))
+        with emitter.loop(emitter.long(0), num_channels, TILE_CHANNELS) as channel:
+            at = emitter.times(channel, ELEMENT_BYTES[kind])
+            rows = [load_weights(emitter, builder.add(start, at), kind, True) for start in starts]
+            pairs = [builder.bitcast(row, ir.VectorType(INT, MATRIX_ROWS)) for row in rows]
+            place = emitter.offset(target, emitter.times(channel, 2 * BLOCK_WEIGHTS))
+            for row, vector in enumerate(transposed(emitter, pairs)):
+                emitter.store(vector, emitter.offset(place, (first + row) * TILE_BYTES))
+    return MachineCode("pack", emitter.finish())
 
 
 def multiply_pairs(emitter: Emitter, a: Any, b: Any, c: Any) -> Any:

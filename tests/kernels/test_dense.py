@@ -9,8 +9,10 @@ from torch.nn import functional
 
 pytest.importorskip("numba")
 
-from paged_kv.kernels.cpu.dense import Weight, gated_linear, is_served, linear
+from paged_kv.kernels.cpu import dense
+from paged_kv.kernels.cpu.dense import DenseLayer, Weight, gated_linear, is_served, linear
 from paged_kv.kernels.cpu.dense_kernels import ACTIVATIONS, TILE_WEIGHTS
+from paged_kv.kernels.cpu.matrix_tiles import has_tiles
 from paged_kv.kernels.cpu.token_rows import Norm, rms_norm, turn
 from paged_kv.kernels.cpu.vectors import host_width
 
@@ -25,7 +27,7 @@ PRECISIONS = [
     (torch.bfloat16, torch.int8),
 ]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
-NUM_ROWS = (1, 2, 5, 6, 7, 48, 49, 200)
+NUM_ROWS = (1, 2, 5, 6, 7, 16, 33, 64, 65, 200)
 NUM_COLUMNS = (4, 5, 15, 31, 32, 33, 35, 64, 101)
 
 
@@ -60,6 +62,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["pairs", "tiles"])
+def _products(request, monkeypatch):
+    """Products of bfloat16 with and without the processor's tile registers."""
+    if request.param == "pairs":
+        monkeypatch.setattr(dense, "has_tiles", lambda: False)
+    elif not has_tiles():
+        pytest.skip("no AMX here")
+
+
+@pytest.mark.usefixtures("_products")
 @pytest.mark.parametrize(("precision", "stored"), PRECISIONS)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_layers_are_torchs(precision, stored, has_bias):
@@ -107,12 +119,15 @@ def test_activations_neither_overflow_nor_hide_what_is_no_number(activation):
     torch.testing.assert_close(given, exact, rtol=2e-5, atol=1e-30, equal_nan=True)
 
 
+@pytest.mark.usefixtures("_products")
 @pytest.mark.parametrize(("precision", "stored"), PRECISIONS)
 @pytest.mark.parametrize("columns", [33, 64])
-def test_many_channels_are_added_up_in_parts(precision, stored, columns):
+@pytest.mark.parametrize("num_rows", [7, 33])
+def test_many_channels_are_added_up_in_parts(precision, stored, columns, num_rows):
     """Also where the last tile of a weight shares columns with the one before it."""
     for channels in (1024, 2048 + 32, 5024):
-        rows, matrix = torch.randn(7, channels).to(precision), torch.randn(columns, channels)
+        rows = torch.randn(num_rows, channels).to(precision)
+        matrix = torch.randn(columns, channels)
         weight = Weight(matrix.to(stored))
         if stored is torch.int8:
             weight = codes(columns - columns % TILE_WEIGHTS, channels)
@@ -121,11 +136,29 @@ def test_many_channels_are_added_up_in_parts(precision, stored, columns):
             assert error_of(linear(rows, [weight])[0], exact_linear(rows, weight)) < 1e-6
 
 
+@pytest.mark.skipif(not has_tiles(), reason="no AMX here")
+def test_rows_in_tile_registers_end_where_they_end():
+    """What lies behind the last row is not read, and no row is written behind the last one."""
+    memory = torch.full((40, CHANNELS), torch.nan, dtype=torch.bfloat16)
+    matrix = Weight(torch.randn(35, CHANNELS).to(torch.bfloat16))
+    for num_rows in (7, 16, 17, 31, 33):
+        memory[:num_rows] = torch.randn(num_rows, CHANNELS)
+        layer, outputs = DenseLayer([matrix]), memory.new_full((40, 35), 7.0)
+        layer._multiply(memory[:num_rows], outputs.view(-1)[: num_rows * 35])
+        exact = exact_linear(memory[:num_rows], matrix)
+        assert error_of(outputs[:num_rows], exact) < TOLERANCE[torch.bfloat16]
+        assert (outputs[num_rows:] == 7).all()
+
+
 def test_rows_need_not_lie_close():
     rows = torch.randn(9, 3 * CHANNELS)[:, CHANNELS : 2 * CHANNELS]
     matrix = torch.randn(40, CHANNELS)
     given = linear(rows, [Weight(matrix)])[0]
     assert error_of(given, exact_linear(rows, Weight(matrix))) < 1e-6
+    apart, halves = rows.to(torch.bfloat16), Weight(matrix.to(torch.bfloat16))
+    wide = torch.zeros(9, 3 * CHANNELS, dtype=torch.bfloat16)[:, CHANNELS : 2 * CHANNELS]
+    given = linear(wide.copy_(apart), [halves])[0]
+    assert error_of(given, exact_linear(apart, halves)) < 4e-3
     given = linear(torch.randn(CHANNELS, 9).t(), [Weight(matrix)])[0]
     assert given.shape == (9, 40)
     assert linear(rows[:0], [Weight(matrix)])[0].shape == (0, 40)
