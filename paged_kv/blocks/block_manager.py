@@ -367,7 +367,7 @@ class BlockManager(Holdings):
         if num_new_blocks > self.pool.num_free:
             return None
         for tables, growth in zip(self.groups, growths, strict=True):
-            if growth.needs.num_opened:
+            if growth.needs.num_new_blocks:
                 tables.make_room(int(growth.after.max()))
         with self._change:
             new_ids = self.pool.allocate(num_new_blocks)

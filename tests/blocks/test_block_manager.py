@@ -75,6 +75,21 @@ def test_sealing_step_takes_old_tokens_from_open_slots_and_the_rest_from_the_chu
     assert plan.freed_block_ids.tolist() == [1]
 
 
+def test_a_table_widens_for_a_chunk_that_is_sealed_to_its_last_token():
+    """No open block comes, but places do."""
+    no_tail = geometry_of(block_size=8, open_block_size=4, num_head_tokens=4, min_tail_tokens=0)
+    for last in (8 * 40, 8 * 40 + 1):
+        manager = manager_of(no_tail, num_blocks=200, max_model_len=2000)
+        seq_id = manager.add_sequence()
+        compute(manager, {seq_id: 4 + 8 * 10})
+        compute(manager, {seq_id: last})
+        assert len(manager.block_ids(seq_id)) == 1 + 10 + 40 + (last % 8 > 0)
+        assert manager.tables.ids.shape[1] >= no_tail.table_width(4 + 8 * 10 + last)
+        manager.check_integrity()
+        manager.remove_sequence(seq_id)
+        assert manager.num_free_blocks == 200
+
+
 def test_native_blocks_never_seal():
     manager = manager_of(geometry_of(4, 4, 0, 0))
     seq_id = manager.add_sequence()
