@@ -12,6 +12,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from paged_kv.blocks import block_tables
+
 NEEDED_PACKAGE = {
     "kernels/test_cpu_code.py": "numba",
     "kernels/test_cpu_kernels.py": "numba",
@@ -32,6 +34,7 @@ if not find_spec("vllm"):  # an environment of its own has it: make test-vllm
     collect_ignore.append("integrations")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+block_tables.FIRST_WIDTH = 2  # so that tables widen again and again in short sequences
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell runs these tests behind itself
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -293,6 +293,11 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         "entrypoints/test_windowed_llm",
         [
             Fault(
+                "tables-widen-only-where-open-blocks-come",
+                "            if growth.needs.num_new_blocks:",
+                "            if growth.needs.num_opened:",
+            ),
+            Fault(
                 "rollback-leaves-shared-blocks-without-a-user",
                 "                self.pool.rejoin(part.copy_sources)\n",
                 "",

@@ -28,7 +28,7 @@ from .sequences import NO_ROWS, Sequences, StateArray, grown
 from .sink_window import SinkWindow
 from .step_plan import NO_UPDATE, TableUpdate
 
-FIRST_WIDTH: Final = 64  # blocks
+FIRST_WIDTH = 64  # blocks; tests begin with fewer
 STORED: Final = np.dtype(
     [
         ("num_evicted_tokens", np.int64),
@@ -246,6 +246,8 @@ class BlockTables:
             assert not num_evicted[window_sizes == 0].any()
         assert not (num_evicted % self.geometry.block_size).any()
         lengths, num_sealed = self.num_stored[living], self.num_sealed[living]
+        width = self.geometry.table_width(int(lengths.max(initial=0)))
+        assert width <= self.ids.shape[1], "a sequence is longer than its row"
         body_ends = self.geometry.num_head_tokens + num_sealed * self.geometry.block_size
         assert (lengths >= np.where(num_sealed, body_ends, 0)).all()
         is_overdue = lengths > self.capacity[living]  # drafts were kept beyond a seal
