@@ -46,6 +46,7 @@ from paged_kv.benchmarks.attention import READ_BYTES, Bench, chosen
 from paged_kv.benchmarks.attention_cases import CASES, QUICK_CASES
 from paged_kv.benchmarks.paged_cases import FORMATS
 from paged_kv.benchmarks.turns import OfLayer, Sampling
+from paged_kv.errors import ConfigError
 from paged_kv.kernels.cpu.native_code import address_of, fetch_add, load_long, store_long
 from paged_kv.kernels.cpu.threads import run_worker
 
@@ -111,8 +112,8 @@ def main() -> None:
         help="cuda runs bench_gpu_attention.py instead, which knows --quick and --json only",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--formats", help="parts of their names, such as native,int8")
-    parser.add_argument("--cases", help="parts of their names, such as 16x2048,ragged")
+    parser.add_argument("--formats", nargs="+", help="parts of their names, such as native int8")
+    parser.add_argument("--cases", nargs="+", help="parts of their names, such as 16x2048 ragged")
     parser.add_argument("--patience", type=float, help="seconds to wait for undisturbed samples")
     add_arguments(parser)
     arguments = parser.parse_args()
@@ -120,9 +121,11 @@ def main() -> None:
         bench_gpu_attention.run(arguments.quick, arguments.json)
         return
     cases = QUICK_CASES if arguments.quick else CASES
-    names, labels = chosen(cases, arguments.cases), chosen(FORMATS, arguments.formats)
-    if not names or not labels:
-        parser.error(f"cases are {list(cases)}, formats are {list(FORMATS)}")
+    try:
+        names = chosen("--cases", cases, arguments.cases)
+        labels = chosen("--formats", FORMATS, arguments.formats)
+    except ConfigError as error:
+        parser.error(str(error))
     num_wanted, patience = (3, 0.5) if arguments.quick else (15, 30.0)
     torch.set_num_threads(arguments.threads)
     bench = Bench(

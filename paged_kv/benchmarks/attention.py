@@ -5,12 +5,13 @@ Knows cases and times; never options. `bench/bench_attention.py` says what is me
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
+from ..errors import ConfigError
 from .attention_cases import Case, Contents, fastest_contiguous, per_sequence_attention
 from .paged_cases import (
     FORMATS,
@@ -166,6 +167,14 @@ def contiguous_copy(case: Case, paged: Paged) -> OfLayer:
     return copy
 
 
-def chosen(names: Iterable[str], terms: str | None) -> list[str]:
-    """The names that contain any of these comma-separated terms; all of them without terms."""
-    return [name for name in names if terms is None or any(t in name for t in terms.split(","))]
+def chosen(label: str, names: Collection[str], terms: Sequence[str] | None) -> list[str]:
+    """The names that contain any of these terms; all of them without terms.
+
+    Raises `ConfigError`, which begins with the label, for a term that is in no name.
+    """
+    if terms is None:
+        return list(names)
+    for term in terms:
+        if not term or not any(term in name for name in names):
+            raise ConfigError(f"{label} {term!r} is no part of any of {', '.join(names)}")
+    return [name for name in names if any(term in name for term in terms)]

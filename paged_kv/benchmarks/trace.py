@@ -5,9 +5,9 @@
 
 `timestamp` is in milliseconds, 0 where there is none and none is needed; what a line holds beside
 these fields is ignored. A `prompt` is text or token ids. Without one, `input_length` tokens are
-made up: of `hash_ids` each names the contents of a block of 512 tokens, as in the traces of
-Mooncake (Qin et al. 2024, arXiv:2407.00079), so that prompts with the same ids in front begin
-alike; without ids all differ.
+made up: of `hash_ids` each names the contents of a block of 512 tokens, the last of what is left,
+as in the traces of Mooncake (Qin et al. 2024, arXiv:2407.00079), so that prompts with the same ids
+in front begin alike; without `hash_ids` all differ.
 """
 
 from __future__ import annotations
@@ -111,11 +111,17 @@ def tokens_of(prompt: Any, num_vocab: int, encode: Encode | None) -> list[int]:
 
 def made_up(record: dict[str, Any], number: int, num_vocab: int, seed: int) -> list[int]:
     """Random tokens, which the ids of blocks decide as far as there are any."""
-    length, ids = count_of(record, "input_length"), record.get("hash_ids", [])
+    length, has_ids = count_of(record, "input_length"), "hash_ids" in record
+    ids, num_blocks = record.get("hash_ids", []), -(-length // HASHED_TOKENS)
     if not is_list_of(ids, lambda i: is_integer(i) and 0 <= int(i) <= MAX_COUNT):  # type: ignore[call-overload]
         raise ValueError('"hash_ids" must be a list of integers')
+    if has_ids and len(ids) != num_blocks:
+        raise ValueError(
+            f'"hash_ids" must be {num_blocks}, one for every {HASHED_TOKENS} of {length} tokens, '
+            f"got {len(ids)}"
+        )
     tokens: list[int] = []
-    for block in ids[: -(-length // HASHED_TOKENS)]:
+    for block in ids:
         rng = np.random.default_rng((seed, 0, int(block)))
         tokens += rng.integers(num_vocab, size=HASHED_TOKENS).tolist()
     rest = np.random.default_rng((seed, 1, number))

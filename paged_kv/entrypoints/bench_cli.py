@@ -123,8 +123,9 @@ def add_quality(parser: argparse.ArgumentParser) -> None:
 
 
 def add_attention(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--formats", metavar="NAMES", help="parts of their names: native,int8")
-    parser.add_argument("--cases", metavar="NAMES", help="parts of their names: 16x2048,ragged")
+    for name, parts in (("formats", "native int8"), ("cases", "16x2048 ragged")):
+        help_text = f"parts of their names: {parts} (all)"
+        parser.add_argument(f"--{name}", nargs="+", metavar="NAME", help=help_text)
     parser.add_argument("--patience", type=float, help="seconds to wait for undisturbed samples")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
 
@@ -343,9 +344,8 @@ def attention_rows(arguments: argparse.Namespace) -> list[Row]:
     from ..benchmarks.turns import Sampling
 
     cases = QUICK_CASES if arguments.quick else CASES
-    names, labels = chosen(cases, arguments.cases), chosen(FORMATS, arguments.formats)
-    if not names or not labels:
-        raise ConfigError(f"cases are {', '.join(cases)}; formats are {', '.join(FORMATS)}")
+    names = chosen("--cases", cases, arguments.cases)
+    labels = chosen("--formats", FORMATS, arguments.formats)
     if arguments.patience is not None and not arguments.patience > 0:
         raise ConfigError(f"--patience must be above 0 seconds, got {arguments.patience:g}")
     set_threads(arguments.threads)

@@ -83,7 +83,8 @@ def check_workload(arguments: argparse.Namespace) -> None:
         require_number(arguments, name, above=0)
     for name in ("input_sigma", "output_sigma"):
         require_number(arguments, name, above=-1e-9, most=10)
-    given = [n for n in (*sum(LENGTHS.values(), ()), "shared_tokens") if getattr(arguments, n)]
+    drawn = (*sum(LENGTHS.values(), ()), "shared_tokens")
+    given = [name for name in drawn if getattr(arguments, name) is not None]
     if trace is not None and given:
         raise InvalidRequestError(f"{option(given[0])} is for workloads that are drawn, not traces")
     if arguments.native_sequences is not None:

@@ -141,6 +141,10 @@ def trace(*records: object, **options: object):
     return read_trace((json.dumps(record) for record in records), VOCAB, **options)
 
 
+def hashed(length: int, ids: list[int]) -> str:
+    return json.dumps({"input_length": length, "output_length": 1, "hash_ids": ids})
+
+
 def test_blocks_of_the_same_id_hold_the_same_tokens():
     first, second, third = trace(
         {"timestamp": 500, "input_length": 1100, "output_length": 3, "hash_ids": [7, 8, 9]},
@@ -189,6 +193,9 @@ def test_only_the_first_lines_are_read():
         ('{"timestamp": -1, "input_length": 3, "output_length": 1}', '"timestamp" must be'),
         ('{"timestamp": NaN, "input_length": 3, "output_length": 1}', '"timestamp" must be'),
         ('{"input_length": 3, "output_length": 1, "hash_ids": [0.5]}', '"hash_ids" must be'),
+        (hashed(513, [1]), '"hash_ids" must be 2, one for every 512 of 513 tokens, got 1'),
+        (hashed(512, [1, 2]), '"hash_ids" must be 1, one for every 512 of 512 tokens, got 2'),
+        (hashed(1, []), '"hash_ids" must be 1, one for every 512 of 1 tokens, got 0'),
         ('{"prompt": [101], "output_length": 1}', "token ids below 101"),
         ('{"prompt": "", "output_length": 1}', "must be text, or token ids"),
         ('{"prompt": "text", "output_length": 1}', "needs a model with a tokenizer"),

@@ -89,7 +89,7 @@ def test_quality(bench):
 
 def test_attention(bench):
     pytest.importorskip("numba")
-    rows, _ = bench("attention", "--cases", "call,append", "--formats", "int8", "--threads", "1")
+    rows, _ = bench("attention", "--cases", "call", "append", "--formats", "int8", "--threads", "1")
     beside = {row.baseline for row in rows.values()}
     assert {"torch backend"} <= beside
     assert any(case.startswith("append 8 sequences, int8") for case, _ in rows)
@@ -118,13 +118,25 @@ def test_manager(bench, monkeypatch):
             ("throughput", "--kv-memory", "1GiB", "--native-sequences", "8"),
             "give --native-sequences or --kv-memory, not both",
         ),
-        (
-            ("throughput", "--workload", "a.jsonl", "--max-input", "8"),
-            "--max-input is for workloads that are drawn, not traces",
+        *(
+            (
+                ("throughput", "--workload", "a.jsonl", option, value),
+                f"{option} is for workloads that are drawn, not traces",
+            )
+            for option, value in (
+                *(("--max-input", "8"), ("--max-output", "8"), ("--shared-tokens", "0")),
+                *(("--input-median", "9"), ("--input-sigma", "0"), ("--output-sigma", "0.0")),
+            )
         ),
         (("latency", "--rate", "0"), "--rate must be above 0"),
         (("memory", "--lengths", "5000"), "--lengths may be at most 1022"),
-        (("attention", "--cases", "none"), "cases are 4x512 8/2 64, "),
+        (("attention", "--cases", "none"), "--cases 'none' is no part of any of 4x512 8/2 64, "),
+        (("attention", "--cases", "call,append"), "--cases 'call,append' is no part of any of"),
+        (("attention", "--formats", "int8", "int5"), "--formats 'int5' is no part of any of nat"),
+        (("attention", "--formats", "native,int8"), "--formats 'native,int8' is no part of any"),
+        (("attention", "--formats", ""), "--formats '' is no part of any of native fp32, "),
+        (("throughput", "--formats", "native,int8"), "kv_format 'native,int8' must be a format"),
+        (("attention", "--patience", "0"), "--patience must be above 0 seconds, got 0"),
         (("manager", "--json", "missing/rows.json"), "missing/rows.json': No such file or dir"),
         (("manager", "--json", ""), "cannot write '.': it is a folder"),
         (("manager", "--json", "/"), "cannot write '/': it is a folder"),
