@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paged_kv import INT2, INT4, INT8, LLM, NATIVE, KVFormat, SamplingParams
 from paged_kv.engine.evaluate import Quality, compare_formats
+from paged_kv.entrypoints.cli import main
 from paged_kv.entrypoints.demo import MODEL_FOLDER, demo_prompts
 from paged_kv.models.huggingface import PagedModel
 
@@ -89,6 +90,28 @@ def test_greedy_tokens_equal_generate() -> None:
             outputs = llm.generate(prompts, SamplingParams(max_tokens=48))
             assert [output.token_ids for output in outputs] == expected
             assert llm.memory_stats().allocated == 0
+
+
+def test_talks_are_written_as_novels_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    messages = [
+        {"role": "system", "content": "A ship, at night."},
+        {"role": "user", "content": "Is the captain in?"},
+        {"role": "assistant", "content": "He is not."},
+        {"role": "user", "content": "When is he?"},
+    ]
+    talk = '<|bos|>A ship, at night.\n\n"Is the captain in?"\n\n"He is not."\n\n"When is he?"\n\n"'
+    with LLM(MODEL_FOLDER, max_num_seqs=2) as llm:
+        chat, text = llm.generate([messages, talk], SamplingParams(max_tokens=8))
+    assert (
+        chat.prompt_token_ids
+        == text.prompt_token_ids
+        == tokenizer.encode(talk, add_special_tokens=False)
+    )
+    assert chat.token_ids == text.token_ids
+    command = ("generate", "--chat", "Is the captain in?", "--max-tokens", "4")
+    assert main(command) == 0
+    assert capsys.readouterr().out.strip()
 
 
 def test_demo_prompts_are_32_different_ones() -> None:

@@ -24,7 +24,7 @@ from paged_kv.entrypoints.cli import main
 from paged_kv.entrypoints.demo import MODEL_FOLDER
 
 from .documents import ROOT, Fence
-from .running_server import demo_tokenizer, running
+from .running_server import running
 
 SERVER: Final = "http://127.0.0.1:8000"
 STAND_INS: Final = {
@@ -90,6 +90,6 @@ def with_adapters(text: str) -> Iterator[str]:
 
 @contextmanager
 def server_url() -> Iterator[str]:
-    """A server of the demo model with a chat template, as a reader's model has one."""
-    with LLM(str(MODEL_FOLDER), tokenizer=demo_tokenizer()) as llm, running(llm) as server:
+    """A server of the demo model."""
+    with LLM(str(MODEL_FOLDER)) as llm, running(llm) as server:
         yield server.url
