@@ -213,12 +213,11 @@ def load(arguments: argparse.Namespace) -> Loaded:
     """The model once, for the `LLM`s of all formats, which are resolved first."""
     import torch
 
-    from ..models.loading import load_model, load_tokenizer, quiet_loading
+    from ..models.loading import load_model, load_tokenizer
     from .demo import MODEL_FOLDER
 
     for name in arguments.formats:
         resolve_formats(name)
-    quiet_loading()
     name = MODEL_FOLDER if arguments.model is None else arguments.model
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     return load_model(name, dtype), load_tokenizer(name)

@@ -285,10 +285,8 @@ def print_text(result: Result) -> None:
 def run_demo_command(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from ..models.loading import quiet_loading
     from .demo import run_demo
 
-    quiet_loading()
     run_demo(arguments.max_tokens, Console())
     return 0
 

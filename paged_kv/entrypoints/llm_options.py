@@ -140,11 +140,9 @@ def load_llm(arguments: argparse.Namespace, loaded: Loaded | None = None) -> LLM
     """An `LLM` as the arguments say, on a model that is `loaded` already or on theirs."""
     import torch
 
-    from ..models.loading import quiet_loading
     from .demo import MODEL_FOLDER
     from .llm import LLM
 
-    quiet_loading()
     named = MODEL_FOLDER if arguments.model is None else arguments.model
     model, tokenizer = loaded or (named, None)
     return LLM(

@@ -97,10 +97,9 @@ def load(
 ) -> tuple[AttachedModel, PreTrainedTokenizerBase]:
     import torch
 
-    from ..models.loading import load_model, load_tokenizer, quiet_loading
+    from ..models.loading import load_model, load_tokenizer
     from ..models.routes import choose_route
 
-    quiet_loading()
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     tokenizer = load_tokenizer(arguments.model)
     tokenizer.model_max_length = MAX_COUNT  # or it warns of texts that are cut to windows

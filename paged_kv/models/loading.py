@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from reprlib import repr as short_repr
 from textwrap import shorten
+from threading import RLock
 from typing import Any, Final, NamedTuple, cast
 
 import torch
@@ -17,7 +19,9 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
+from transformers.utils import logging as transformers_logging
 
 from ..cache.device_memory import require_device
 from ..cache.layer_spec import FULL_PRECISION_DTYPES
@@ -36,6 +40,7 @@ GGUF_MAGIC: Final = b"GGUF"
 GGUF_PACKAGES: Final = ("gguf", "accelerate")  # which transformers asks for
 ADAPTER_CONFIG: Final = "adapter_config.json"
 MAX_NAMES: Final = 5  # of tensors in a message
+READING: Final = RLock()  # of weights
 
 
 class Source(NamedTuple):
@@ -124,15 +129,16 @@ def load_model(
         )
     require("dtype", dtype, dtype is None or dtype in FULL_PRECISION_DTYPES, EXPECTED_DTYPES)
     try:
-        model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
-            found,
-            gguf_file=gguf_file,
-            dtype=dtype or "auto",
-            revision=source.revision or "main",
-            trust_remote_code=source.trust_remote_code,  # None would ask at a terminal
-            ignore_mismatched_sizes=True,  # `require_complete` names them
-            output_loading_info=True,
-        )
+        with without_bars():
+            model, report = cast(Any, AutoModelForCausalLM).from_pretrained(
+                found,
+                gguf_file=gguf_file,
+                dtype=dtype or "auto",
+                revision=source.revision or "main",
+                trust_remote_code=source.trust_remote_code,  # None would ask at a terminal
+                ignore_mismatched_sizes=True,  # `require_complete` names them
+                output_loading_info=True,
+            )
     except ImportError as error:
         raise MissingDependencyError(f"the model at {name!s}: {error}") from error
     except Exception as error:  # what reading a broken checkpoint raises has no end
@@ -303,8 +309,26 @@ def end_token_ids(model: PreTrainedModel) -> list[int]:
     return [found] if isinstance(found, int) else list(found)
 
 
-def quiet_loading() -> None:
-    """transformers draws progress bars for reading weights, also where nobody looks."""
-    from transformers.utils import logging
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Reading weights draws no progress bar of transformers; afterwards its settings are as before.
 
-    cast(Any, logging).disable_progress_bar()
+    One thread at a time, or the last to end would leave what another one has set. What the hub
+    shows of a download stays.
+    """
+    with (
+        READING,
+        replaced(transformers_logging, "_tqdm_active", False),
+        replaced(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors),
+    ):
+        yield
+
+
+@contextmanager
+def replaced(module: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

@@ -116,8 +116,9 @@ def test_it_is_found_from_its_own_folder(monkeypatch, file):
     assert load_model(file.name, None).num_parameters() > 0
 
 
-def test_precision_may_be_asked_for(file):
+def test_precision_may_be_asked_for_and_no_bar_is_drawn(file, capsys):
     assert load_model(file, torch.bfloat16).dtype == torch.bfloat16
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_command_line_takes_it(file, capsys):

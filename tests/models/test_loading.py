@@ -26,6 +26,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.utils import logging as transformers_logging
 
 from paged_kv import LLM, PagedKVError
 from paged_kv.errors import ConfigError, MissingDependencyError, ModelNotFoundError
@@ -96,6 +97,25 @@ def test_a_whole_checkpoint_loads_with_a_tied_head(folder):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert model.dtype == torch.float32
     assert load_model(str(folder), torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_loading_draws_no_bar_and_leaves_what_the_user_has_set(folder, capsys):
+    shown = transformers_logging.is_progress_bar_enabled()
+    try:
+        for wanted in (True, False):
+            switch = "enable" if wanted else "disable"
+            getattr(transformers_logging, f"{switch}_progress_bar")()
+            with LLM(folder, kv_format="native", max_num_seqs=1):
+                assert transformers_logging.is_progress_bar_enabled() is wanted
+            with pytest.raises(ModelNotFoundError):
+                load_model(folder.parent, None)
+            assert transformers_logging.is_progress_bar_enabled() is wanted
+        assert capsys.readouterr() == ("", "")
+        transformers_logging.enable_progress_bar()
+        AutoModelForCausalLM.from_pretrained(folder)
+        assert "Loading weights" in capsys.readouterr().err  # as ever in the user's own calls
+    finally:
+        getattr(transformers_logging, f"{'enable' if shown else 'disable'}_progress_bar")()
 
 
 @pytest.mark.parametrize(
