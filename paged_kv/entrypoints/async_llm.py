@@ -51,10 +51,11 @@ class Listener(Protocol):
 class AsyncLLM:
     """Requests of the tasks of one event loop, decoded together on one `LLM` by its own thread.
 
-    At most `max_requests` are accepted at once; others wait before they are looked at, or are
-    refused. A request whose events nobody takes waits, and others go on. Cancelling a task ends its
-    requests. An exception of a step ends the requests of that step, and the engine goes on. The
-    `llm` stays its owner's, who may use it in other threads too and closes it afterwards.
+    At most `max_requests` are accepted at once, of which each sample is one; others wait before
+    they are looked at, or are refused. A request whose events nobody takes waits, and others go on.
+    Cancelling a task ends its requests. An exception of a step ends the requests of that step, and
+    the engine goes on. The `llm` stays its owner's, who may use it in other threads too and closes
+    it afterwards.
     """
 
     def __init__(
@@ -145,12 +146,13 @@ class AsyncLLM:
         loop, times = self._enter_loop(), RequestTimes(arrived=time.monotonic())
         deadline = None if timeout is None else loop.time() + timeout
         self._check_is_accepting()
-        await self._room.enter(priority, deadline, waits=wait)
+        num_places = params.num_samples
+        await self._room.enter(priority, deadline, waits=wait, num_places=num_places)
         try:
             token_ids = await asyncio.to_thread(self.llm.check, prompt, params, priority)
             self._check_is_accepting()
         except BaseException:
-            self._room.leave()
+            self._room.leave(num_places)
             raise
         feed = Feed(self, token_ids, params, times)
         self._feeds.add(feed)
@@ -213,7 +215,7 @@ class AsyncLLM:
             if not feed.num_running and feed in self._feeds:
                 self._feeds.remove(feed)
                 feed.close()
-                self._room.leave()
+                self._room.leave(feed.params.num_samples)
         if not self._feeds:
             self._idle.set()
 

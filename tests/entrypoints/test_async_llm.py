@@ -230,6 +230,46 @@ def test_whoever_is_cancelled_as_it_gets_a_place_leaves_it():
     run(main())
 
 
+def test_samples_take_a_place_each_and_nobody_passes_who_wants_more():
+    async def main() -> None:
+        room, order = WaitingRoom(3), []
+
+        async def enter(num_places: int, priority: int = 0) -> None:
+            await room.enter(priority, None, waits=True, num_places=num_places)
+            order.append(num_places)
+
+        await enter(2)
+        with pytest.raises(QueueFullError, match="2 requests are there, of 3 at once, and 2 more"):
+            await room.enter(0, None, waits=False, num_places=2)
+        tasks = [asyncio.create_task(enter(count)) for count in (2, 1, 9)]  # 9: all three
+        await asyncio.sleep(0)
+        assert order == [2]
+        with pytest.raises(QueueFullError):
+            await room.enter(0, None, waits=False)  # one is free, but others came before
+        await enter(1, priority=-1)
+        room.leave(2)
+        await asyncio.sleep(0)
+        assert order == [2, 1, 2]
+        room.leave(2)
+        await asyncio.sleep(0)
+        assert order == [2, 1, 2, 1]
+        assert not room.is_full
+        room.leave(1)
+        room.leave(1)
+        await asyncio.gather(*tasks)
+        assert order == [2, 1, 2, 1, 9]
+        assert room.is_full
+        room.leave(9)
+        tasks = [asyncio.create_task(enter(count)) for count in (2, 2, 1)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()  # whoever waited behind it may come in
+        await asyncio.sleep(0)
+        await tasks[2]
+        assert room.is_full
+
+    run(main())
+
+
 # -- what goes wrong ----------------------------------------------------------------------------
 
 

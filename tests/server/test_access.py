@@ -127,6 +127,8 @@ def test_settings_that_cannot_be_are_refused():
         "api_key": "",
         "max_body": 0,
         "max_requests": 0,
+        "max_connections": 0,
+        "min_priority": 0.5,
         "request_timeout": 0,
         "drain_timeout": -1,
         "allow_origins": "x",

@@ -109,6 +109,7 @@ WRONG = [
     ({"adapter": "other"}, None),
     ({"cache_salt": ""}, "cache_salt"),
     ({"priority": 2**40}, "priority"),
+    ({"priority": -1}, "priority"),
 ]
 
 

@@ -109,6 +109,38 @@ def test_more_than_there_is_room_for_is_refused(server):
     assert len(answer.json()["choices"]) == 2
 
 
+def test_clients_go_before_others_as_far_as_the_server_lets_them(llm):
+    with running(llm, min_priority=-2) as server:
+        answers = [server.post(PATH, prompt="x", max_tokens=1, priority=p) for p in (-2, 5, -3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 400]
+    message = "priority must be at least -2 on this server, got -3"
+    assert answers[-1].json()["error"]["message"] == message
+
+
+def test_connections_beside_those_that_there_may_be_are_refused(llm):
+    with running(llm, max_connections=1) as server:
+        connections = server.server.server_state.connections
+        with server.connect():  # and sends nothing
+            until(lambda: len(connections) == 1)
+            assert httpx.get(server.url + "/health").status_code == 503
+        until(lambda: not connections)
+        assert server.get("/health").status_code == 200
+
+
+def test_every_sample_is_one_of_those_there_is_room_for(server):
+    with send(server, **ENDLESS):
+        until(lambda: server.engine.num_requests == 1)
+        assert server.post(PATH, prompt="x", n=2, max_tokens=1).status_code == 429
+        assert server.post(PATH, prompt="x", max_tokens=1).status_code == 200
+    assert_nothing_is_held(server)
+    assert len(server.post(PATH, prompt="x", n=2, max_tokens=1).json()["choices"]) == 2
+    for options, param in (({"n": 3}, "n"), ({"best_of": 3}, "n"), ({"n": 2}, "prompt")):
+        prompt = "x" if param == "n" else ["x", "y"]
+        answer = server.post(PATH, prompt=prompt, max_tokens=1, **options)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+
+
 def test_a_list_that_does_not_fit_beside_others_leaves_nothing(server):
     with send(server, **ENDLESS):
         until(lambda: server.engine.num_requests == 1)

@@ -132,6 +132,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(capfd, monkeypatch):
             ["--host", "256.256.256.256"],
             ["--max-body", "x"],
             ["--max-requests", "0"],
+            ["--max-connections", "0"],
             ["--request-timeout", "-1"],
         ):
             assert main(["serve", *options]) == 2, options

@@ -63,7 +63,7 @@ NOTES: Final = {
     "sink_window": "ours: `{num_sink_tokens, window_size}`, see [streams](streams.md)",
     "adapter": "ours: an adapter's name, or `__base__` for none",
     "cache_salt": "shares cached blocks only with requests of the same salt",
-    "priority": "lower ones come first",
+    "priority": "lower ones come first; not below `--min-priority`",
     "return_token_ids": "also `prompt_token_ids`",
     "add_generation_prompt": "true unless the last message is continued",
     "continue_final_message": "",

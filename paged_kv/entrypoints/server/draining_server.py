@@ -42,11 +42,13 @@ class DrainingServer(uvicorn.Server):
     should_exit: bool
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings, observer: Observer) -> None:
+        most = settings.max_connections
         super().__init__(
             uvicorn.Config(
                 create_app(engine, settings, observer),
                 log_config=None,  # its lines are like all others
                 lifespan="off",
+                limit_concurrency=None if most is None else most + 1,  # which it refuses
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=SENDING_SECONDS,
                 server_header=False,

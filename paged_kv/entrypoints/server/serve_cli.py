@@ -15,7 +15,12 @@ from ...validation import require
 from ..llm_options import add_generation_config, load_llm
 from ..result_file import explained
 from .observation_options import add_observation, observed
-from .settings import DEFAULT_DRAIN_SECONDS, DEFAULT_MAX_REQUESTS, ServerSettings
+from .settings import (
+    DEFAULT_DRAIN_SECONDS,
+    DEFAULT_MAX_REQUESTS,
+    DEFAULT_MIN_PRIORITY,
+    ServerSettings,
+)
 
 SERVE: Final = """Serve a model over HTTP, as OpenAI's API has it: completions, chats, models.
 SIGINT and SIGTERM end it when what was accepted is answered; a second one ends that too."""
@@ -40,7 +45,20 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "--max-requests",
         type=int,
         default=DEFAULT_MAX_REQUESTS,
-        help="that run or wait; of more each gets status 429 (256)",
+        help="that run or wait, each sample is one; of more each gets status 429 (256)",
+    )
+    server.add_argument(
+        "--min-priority",
+        type=int,
+        default=DEFAULT_MIN_PRIORITY,
+        metavar="N",
+        help="of a request; lower ones, which come first, are refused (0)",
+    )
+    server.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="at once; others get status 503 (no limit)",
     )
     server.add_argument("--max-body", default="8MiB", metavar="SIZE", help="of a request (8MiB)")
     server.add_argument(
@@ -80,6 +98,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
         request_timeout=arguments.request_timeout,
         drain_timeout=arguments.drain_timeout,
         max_requests=arguments.max_requests,
+        min_priority=arguments.min_priority,
+        max_connections=arguments.max_connections,
         allow_origins=arguments.allow_origin,
     )
     # Bound before the model is loaded, and listened at when it is.

@@ -83,9 +83,13 @@ class Served:
         self, prompts: Sequence[Prompt], params: SamplingParams, priority: int
     ) -> AsyncIterator[Generation]:
         """Requests of all prompts, which end with the block. Raises what the engine refuses."""
-        if len(prompts) > self.settings.max_requests:
-            message = f"{len(prompts)} prompts are more than {self.settings.max_requests} requests"
-            raise Refusal(message, param="prompt")
+        most, least = self.settings.max_requests, self.settings.min_priority
+        if len(prompts) * params.num_samples > most:
+            message = f"{len(prompts)} prompts of {params.num_samples} samples are more than {most}"
+            raise Refusal(f"{message} requests", param="prompt" if len(prompts) > 1 else "n")
+        if priority < least:
+            message = f"priority must be at least {least} on this server, got {priority}"
+            raise Refusal(message, param="priority")
         async with AsyncExitStack() as stack:
             requests = []
             for index, prompt in enumerate(prompts):
