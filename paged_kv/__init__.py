@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from .entrypoints.outputs import Completion as Completion
     from .entrypoints.outputs import RequestOutput as RequestOutput
     from .entrypoints.outputs import StreamEvent as StreamEvent
+    from .entrypoints.server.app import create_app as create_app
+    from .entrypoints.server.settings import ServerSettings as ServerSettings
     from .integrations.transformers_cache import PagedCache as PagedCache
     from .kernels.new_tokens import NewTokens as NewTokens
     from .kernels.rules import ScoreRules as ScoreRules
@@ -121,6 +123,7 @@ _HOME = {
     "Scheduler": "scheduler.scheduler",
     "SchedulerStatistics": "scheduler.statistics",
     "ScoreRules": "kernels.rules",
+    "ServerSettings": "entrypoints.server.settings",
     "Retention": "blocks.retention",
     "SinkWindow": "blocks.sink_window",
     "StepPlan": "blocks.step_plan",
@@ -131,6 +134,7 @@ _HOME = {
     "TokenChain": "blocks.token_chain",
     "TokenLogprob": "engine.token_logprob",
     "cache_geometry": "cache.layer_spec",
+    "create_app": "entrypoints.server.app",
     "export_sequence": "cache.transfer",
     "import_sequence": "cache.transfer",
     "num_blocks_for": "cache.layer_groups",
@@ -138,7 +142,10 @@ _HOME = {
     "step_from_block_table": "cache.embedding",
     "warm_up": "cache.embedding",
 }
-_EXTRA_PACKAGES = ("transformers", "tokenizers", "safetensors", "rich")
+_EXTRA_OF_PACKAGE = {
+    **dict.fromkeys(("transformers", "tokenizers", "safetensors", "rich"), "models"),
+    **dict.fromkeys(("fastapi", "starlette", "prometheus_client"), "server"),
+}
 
 __all__ = [
     "ClosedError",
@@ -191,10 +198,11 @@ def __getattr__(name: str) -> object:
     try:
         module = import_module(f".{_HOME[name]}", __name__)
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA_PACKAGES:
+        extra = _EXTRA_OF_PACKAGE.get(error.name or "")
+        if extra is None:
             raise
         raise MissingDependencyError(
-            f"paged_kv.{name} needs {error.name}: pip install 'paged-kv[models]'"
+            f"paged_kv.{name} needs {error.name}: pip install 'paged-kv[{extra}]'"
         ) from error
     return getattr(module, name)
 
