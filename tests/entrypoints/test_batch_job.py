@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from paged_kv import Completion, PagedKVError, RequestOutput, TokenLogprob
 from paged_kv.entrypoints import cli
+from paged_kv.entrypoints.batch_job import result_body
 from paged_kv.entrypoints.result_file import ResultFile
 from tests.support.batch_jobs import random_requests
 from tests.support.small_llm import MODEL_LEN, raise_once
@@ -381,3 +384,21 @@ def test_nobody_listening_to_errors_ends_no_job(llm, source, output, monkeypatch
     monkeypatch.setattr("sys.stderr", Gone())
     assert cli.main(["generate", "--input", str(source), "--output", str(output)]) == 1
     assert len(read(output)) == 2
+
+
+def test_the_keys_of_results_are_those_that_operations_tells_of() -> None:
+    said = TokenLogprob(5, -0.5, [(5, -0.5)])
+    one = Completion(text="x", token_ids=[5], finish_reason="stop", logprobs=[said])
+    failed = Completion(finish_reason="error", error=PagedKVError("no"))
+    given = {"prompt": "x", "prompt_token_ids": [5]}
+    results = [
+        result_body(RequestOutput(**given, completions=[one], prompt_logprobs=[None, said])),
+        result_body(RequestOutput(**given, completions=[one, one])),
+        result_body(RequestOutput(**given, completions=[one, failed])),
+    ]
+    told = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    table = told.partition("| Key | |")[2].partition("\n\n")[0]
+    keys = {key for result in results for key in result}
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == keys
+    row = next(line for line in table.splitlines() if line.startswith("| `logprobs`"))
+    assert all(f"`{key}`" in row for key in results[0]["logprobs"][0])
