@@ -10,7 +10,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from paged_kv import DEMO_MODEL, LLM, Completion, SamplingParams
+from paged_kv import DEMO_MODEL, LLM, PagedKVError, SamplingParams
 
 EXAMPLES = """
 Capital of Italy? Rome / Opposite of hot? cold / Colour of snow? white / Plural of man? men
@@ -26,10 +26,6 @@ Capital of Austria? Vienna / Opposite of dry? wet / Colour of soot? black / Plur
 QUESTIONS = ("Capital of France?", "Opposite of big?", "Colour of lemons?", "Plural of mouse?")
 
 
-def mean_log_probability(sample: Completion) -> float:
-    return sample.log_probability / len(sample.token_ids)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("questions", nargs="*", default=QUESTIONS, metavar="QUESTION")
@@ -37,23 +33,26 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO_MODEL, help="folder or hub name (the demo model)")
     parser.add_argument("--examples", type=Path, help="one a line, as: question? answer")
     asked = parser.parse_args()
-    text = asked.examples.read_text() if asked.examples else EXAMPLES.replace(" / ", "\n").strip()
-    params = SamplingParams(
-        n=asked.n, logprobs=0, temperature=0.8, seed=0, max_tokens=12, stop="\n"
-    )
-    with LLM(asked.model, kv_format="int4", max_num_seqs=asked.n * len(asked.questions)) as llm:
-        outputs = llm.generate([f"{text}\n{question}" for question in asked.questions], params)
+    text = EXAMPLES.replace(" / ", "\n") if asked.examples is None else asked.examples.read_text()
+    prompts = [f"{text.strip()}\n{question}" for question in asked.questions]
+    limits = {"max_tokens": 12, "stop": "\n"}
+    params = SamplingParams(n=asked.n, logprobs=0, temperature=0.8, seed=0, **limits)
+    with LLM(asked.model, kv_format="int4", max_num_seqs=asked.n * len(prompts)) as llm:
         alone, manager = 0, llm.engine.manager
-        for question, output in zip(asked.questions, outputs, strict=True):
+        for question, output in zip(asked.questions, llm.generate(prompts, params), strict=True):
             votes = Counter(sample.text.strip() for sample in output.completions)
             ((winner, count),) = votes.most_common(1)
-            best = max(output.completions, key=mean_log_probability)
+            means = [each.log_probability / len(each.token_ids) for each in output.completions]
+            likeliest = output.completions[means.index(max(means))].text.strip()
             print(f"{question}  by vote, {count} of {asked.n}: {winner}")
-            print(f"    likeliest, {mean_log_probability(best):.2f} a token: {best.text.strip()}")
+            print(f"    likeliest, {max(means):.2f} a token: {likeliest}")
             lengths = [len(output.prompt_token_ids + each.token_ids) for each in output.completions]
             alone += sum(map(manager.max_blocks, lengths))
         print(f"{manager.pool.peak_allocated} blocks held all samples; {alone} without sharing")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, PagedKVError) as error:
+        raise SystemExit(f"best_of_n.py: {error}") from error

@@ -2,22 +2,18 @@
 
     python examples/endless_chat.py [turns]
 
-The reader's lines come from a file, the demo model answers; its context is 1024 tokens and the
-talk goes far beyond them. Each turn appends only its own tokens. Memory and time for a token stay
-what they were: 4 attention sinks (whole blocks of them) and the newest 512 tokens are kept.
+The reader's lines are below, the demo model answers; its context is 1024 tokens and the talk goes
+far beyond them. Each turn computes only its own tokens. Memory and time for a token stay what they
+were: 4 attention sinks (whole blocks of them) and the newest 512 tokens are kept.
 """
 
-import sys
+import argparse
 import time
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paged_kv import INT8, PagedKVCache, SinkWindow
-from paged_kv.engine.model_runner import ModelRunner
-from paged_kv.entrypoints.demo import MODEL_FOLDER
-from paged_kv.models.huggingface import PagedModel
+from paged_kv import DEMO_MODEL, PagedCache, SinkWindow
 
 LINES = (
     "And pray, how do you find the country?",
@@ -28,56 +24,34 @@ LINES = (
 )
 ANSWER_TOKENS = 48
 
-tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-model = PagedModel(AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype="float32"))
-cache = PagedKVCache(model.layers(INT8), num_blocks=64, dtype=torch.float32)
-runner = ModelRunner(model, cache)
-manager = cache.new_manager(max_num_seqs=1, max_model_len=1024)
-tokens = manager.chain_tokens([tokenizer.bos_token_id], sink_window=SinkWindow(4, 512))
-seq_id = np.array([manager.add_sequence(tokens)])
 
-
-def compute() -> torch.Tensor:
-    """Compute every token that is known; the logits behind the last one."""
-    while count := int(manager.num_computable(seq_id)[0]):  # as many as a step may
-        plan = manager.reserve(seq_id, [count])
-        assert plan is not None
-        new = manager.token_ids[seq_id[0], plan.positions].astype(np.int64)
-        logits, _ = runner.run(plan, new, np.array([count - 1]))
-        manager.commit(plan)
-    return logits[0]
-
-
-def say(text: str) -> None:
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
-    manager.append_tokens(seq_id, token_ids, [len(token_ids)])
-
-
-def answer(generator: torch.Generator) -> str:
-    answered: list[int] = []
-    while len(answered) < ANSWER_TOKENS:
-        weights = (compute() / 0.7).softmax(-1)
-        answered.append(int(torch.multinomial(weights, 1, generator=generator)))
-        manager.append_tokens(seq_id, answered[-1:])
-    return tokenizer.decode(answered)
-
-
-def main() -> None:
-    num_turns = int(sys.argv[1]) if len(sys.argv) > 1 else 40
-    generator = torch.Generator().manual_seed(0)
+@torch.inference_mode()
+def main(num_turns: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype="float32")
+    model.set_attn_implementation("paged_kv")
+    cache = PagedCache(model, kv_format="int8", sink_window=SinkWindow(4, 512))
+    generator, most = torch.Generator().manual_seed(0), 0
+    unread = [tokenizer.bos_token_id]  # tokens that the model has not seen
     for turn in range(num_turns):
-        line = LINES[turn % len(LINES)]
-        say(f'\n"{line}"\n"')
+        line, answered = LINES[turn % len(LINES)], []
+        unread += tokenizer.encode(f'\n"{line}"\n"', add_special_tokens=False)
         started = time.perf_counter()
-        reply = " ".join(answer(generator).split())
+        for _ in range(ANSWER_TOKENS):
+            logits = model(torch.tensor([unread]), past_key_values=cache).logits[0, -1]
+            unread = torch.multinomial((logits / 0.7).softmax(-1), 1, generator=generator).tolist()
+            answered += unread
         per_token = (time.perf_counter() - started) / ANSWER_TOKENS
-        held = cache.memory_stats(manager).allocated
+        held = cache.memory_stats().allocated
+        most = max(most, held)
         print(
-            f"[{manager.num_tokens[seq_id[0]]} tokens, {held / 1024:.0f} KiB, "
-            f"{1000 * per_token:.1f} ms a token] {line} -- {reply[:60]} ..."
+            f"[{cache.get_seq_length()} tokens, {held / 1024:.0f} KiB, {1000 * per_token:.1f} ms "
+            f"a token] {line} -- {' '.join(tokenizer.decode(answered).split())[:60]} ..."
         )
-    print(f"at most {manager.pool.peak_allocated} blocks; the model was trained on 1024 tokens")
+    print(f"at most {most / 1024:.0f} KiB; the model was trained on 1024 tokens")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("turns", nargs="?", type=int, default=40, help="how many (40)")
+    main(parser.parse_args().turns)

@@ -40,15 +40,12 @@ async def summarise(path: Path, engine: AsyncLLM, kept: sqlite3.Connection) -> d
 
 
 async def main(folder: Path, model: str, kv_format: str) -> None:
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
     kept = sqlite3.connect("summaries.sqlite", isolation_level=None)
     kept.execute("CREATE TABLE IF NOT EXISTS answers (asked UNIQUE, text)")
-    with LLM(model, kv_format=kv_format, dtype="float32") as llm:
-        if llm.tokenizer.chat_template is None:  # what a model that does not chat may go on with
-            llm.tokenizer.chat_template = "{{ messages[0].content }}\n\nIn short, "
-        async with AsyncLLM(llm) as engine:
-            paths = sorted(path for path in folder.iterdir() if path.is_file())
-            for job in [asyncio.create_task(summarise(path, engine, kept)) for path in paths]:
-                print(json.dumps(await job), flush=True)
+    async with AsyncLLM(LLM(model, kv_format=kv_format, dtype="float32")) as engine:
+        for job in [asyncio.create_task(summarise(path, engine, kept)) for path in paths]:
+            print(json.dumps(await job), flush=True)
 
 
 if __name__ == "__main__":
@@ -56,4 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parents[1] / "docs")
     parser.add_argument("--model", default=DEMO_MODEL, help="folder or hub name (the demo model)")
     parser.add_argument("--kv-format", default="int8", help='"native": a kill changes no word')
-    asyncio.run(main(**vars(parser.parse_args())))
+    try:
+        asyncio.run(main(**vars(parser.parse_args())))
+    except (OSError, sqlite3.Error, PagedKVError) as error:
+        raise SystemExit(f"summarise_folder.py: {error}") from error

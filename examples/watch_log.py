@@ -2,14 +2,12 @@
 
     tail -F LOG | python examples/watch_log.py --stdin [--model MODEL]
 
-Each line is computed once, behind the newest 512 tokens. Without --stdin: a made-up ship's log.
-"""
+Each line is computed once, behind the newest 512 tokens. Without --stdin: a made-up ship's log."""
 
 import argparse
 import random
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from statistics import mean, stdev
 
 import torch
@@ -29,25 +27,25 @@ def ships_log() -> Iterator[str]:
 
 
 @torch.inference_mode()
-def watch(lines: Iterable[str], name: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
-    model.set_attn_implementation("paged_kv")
-    cache = PagedCache(model, kv_format="int8", sink_window=SinkWindow(4, 512))
-    last = model(torch.tensor([[tokenizer.bos_token_id]]), past_key_values=cache).logits[0]
-    usual = deque[float](maxlen=50)
-    for number, line in enumerate(lines, start=1):
+def watch(stdin: bool, model: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    llm = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    llm.set_attn_implementation("paged_kv")
+    cache = PagedCache(llm, kv_format="int8", sink_window=SinkWindow(4, 512))
+    last = llm(torch.tensor([[tokenizer.bos_token_id]]), past_key_values=cache).logits[0]
+    usual: list[float] = []
+    for number, line in enumerate(sys.stdin if stdin else ships_log(), start=1):
         token_ids = torch.tensor(tokenizer.encode(line, add_special_tokens=False)[:200])
-        logits = model(token_ids[None], past_key_values=cache).logits[0]
+        logits = llm(token_ids[None], past_key_values=cache).logits[0]
         before, last = torch.cat([last, logits[:-1]]), logits[-1:]
         nats = torch.nn.functional.cross_entropy(before, token_ids).item()
         if len(usual) > 20 and nats > mean(usual) + 5 * stdev(usual):
             print(f"line {number}: {nats:.1f} nats a token, not {mean(usual):.1f}: {line.strip()}")
-        usual.append(nats)
+        usual = [*usual[-49:], nats]
+        held, length = cache.memory_stats().allocated, cache.get_seq_length()
         if number % 100 == 0:
-            held, num_tokens = cache.memory_stats().allocated, cache.get_seq_length()
-            print(f"[{number} lines, {num_tokens} tokens; {held} bytes held]")
-        if cache.get_seq_length() > 1_000_000:  # where positions in float32 begin to be coarse
+            print(f"[{number} lines, {length} tokens; {held} bytes held]")
+        if length > 1_000_000:  # where positions in float32 begin to be coarse
             cache.reset()
 
 
@@ -55,5 +53,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stdin", action="store_true", help="watch standard input")
     parser.add_argument("--model", default=DEMO_MODEL, help="folder or hub name (the demo model)")
-    asked = parser.parse_args()
-    watch(sys.stdin if asked.stdin else ships_log(), asked.model)
+    try:
+        watch(**vars(parser.parse_args()))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"watch_log.py: {str(error).splitlines()[0]}") from error

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import runpy
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from paged_kv import LLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SERVER = ("fastapi", "uvicorn", "openai")
@@ -32,7 +36,7 @@ RUN_BELOW = "summarise_folder"  # on texts of its own
 WORDS = "the captain saw a ship and no land that day"
 MOST_LINES = 60
 SECONDS = 120.0
-pytestmark = pytest.mark.xdist_group("examples")  # so that each of them runs once
+OF_EXAMPLE = {name: pytest.mark.xdist_group(f"example {name}") for name in FORBIDDEN}  # runs once
 
 
 def started(name: str, *arguments: str, folder: Path | None = None) -> subprocess.Popen[str]:
@@ -62,7 +66,10 @@ def output_of(name: str) -> str:
     return finished(started(name, *ARGUMENTS.get(name, ())))
 
 
-@pytest.mark.parametrize("name", sorted(set(FORBIDDEN) - {RUN_BELOW}))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=OF_EXAMPLE[name]) for name in sorted(set(FORBIDDEN) - {RUN_BELOW})],
+)
 def test_example_runs_and_imports_only_what_it_says(name: str) -> None:
     assert output_of(name)
 
@@ -75,33 +82,36 @@ def test_every_example_is_tested_and_told_of() -> None:
         assert f"\n    python examples/{path.name}" in path.read_text() or path.stem == "watch_log"
 
 
-@pytest.mark.parametrize("name", sorted(set(FORBIDDEN) - {"endless_chat"}))
+@pytest.mark.parametrize("name", sorted(FORBIDDEN))
 def test_examples_are_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < MOST_LINES
 
 
+@OF_EXAMPLE["embed"]
 def test_the_serving_loop_shares_its_prefix() -> None:
     output = output_of("embed").splitlines()
     assert sum(line.startswith("request ") for line in output) == 12
     assert "41 steps; 2860 of 3720 prompt tokens came from shared blocks" in output[-1]
 
 
+@OF_EXAMPLE["blocks_only"]
 def test_the_manager_alone_prints_what_it_promises() -> None:
     output = output_of("blocks_only").splitlines()
     assert output[2] == "computed already: 448 tokens"
     assert output[-1] == "free again: 64 of 64"
 
 
+@OF_EXAMPLE["endless_chat"]
 def test_the_chat_outlives_the_models_length_in_constant_memory() -> None:
     *turns, last = output_of("endless_chat").splitlines()
     lengths = [int(turn.split()[0].strip("[")) for turn in turns]
     assert lengths[-1] > 1200
     held = [int(turn.split()[2]) for turn in turns]
     assert max(held[10:]) <= max(held[:10]) + 1
-    assert last.startswith("at most ")
-    assert int(last.split()[2]) <= 16
+    assert last == f"at most {max(held)} KiB; the model was trained on 1024 tokens"
 
 
+@OF_EXAMPLE["best_of_n"]
 def test_samples_of_all_questions_share_the_blocks_of_what_comes_before() -> None:
     *answers, last = output_of("best_of_n").splitlines()
     assert sum(" of 8: " in line for line in answers) == 4
@@ -110,6 +120,7 @@ def test_samples_of_all_questions_share_the_blocks_of_what_comes_before() -> Non
     assert held * 4 < alone
 
 
+@OF_EXAMPLE["chat_server"]
 def test_the_server_streams_answers_to_all_who_talk_to_it() -> None:
     serving, *lines = output_of("chat_server").splitlines()
     assert re.fullmatch(r"serving at http://127\.0\.0\.1:\d+/v1", serving)
@@ -118,6 +129,7 @@ def test_the_server_streams_answers_to_all_who_talk_to_it() -> None:
     assert min(pieces) > 1
 
 
+@OF_EXAMPLE["watch_log"]
 def test_the_watcher_finds_every_fault_and_nothing_else_in_constant_memory() -> None:
     output = output_of("watch_log")
     assert re.findall(r"^line (\d+):", output, re.M) == ["71", "171", "271"]
@@ -127,6 +139,44 @@ def test_the_watcher_finds_every_fault_and_nothing_else_in_constant_memory() -> 
     assert lines == ("100", "200", "300")
     assert int(tokens[0]) > 1000  # of which 544 are kept
     assert max(map(int, held[1:])) <= 1.2 * int(held[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("endless_chat", ("abc",), "argument turns: invalid int value: 'abc'"),
+        ("best_of_n", ("--examples", "MISSING"), "No such file or directory: 'MISSING'"),
+        ("best_of_n", ("--n", "0"), "n must be from 1 to 65536, got 0"),
+        ("best_of_n", ("--model", "./MISSING"), "no model folder at './MISSING'"),
+        ("summarise_folder", ("MISSING",), "No such file or directory: 'MISSING'"),
+        ("summarise_folder", (__file__,), "Not a directory"),
+        ("watch_log", ("--model", "./MISSING"), "./MISSING"),
+        ("chat_server", ("--port", "TAKEN"), "Address already in use"),
+        ("chat_server", ("--port", "70000"), "--port 70000 is none from 0 to 65535"),
+    ],
+)
+def test_wrong_arguments_are_one_line_before_anything_is_loaded(
+    name: str,
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "MISSING" not in arguments[-1]:  # what is no model is only found by looking for it
+        monkeypatch.setattr(LLM, "__init__", lambda *_, **__: pytest.fail("it was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = [port if word == "TAKEN" else word for word in arguments]
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr()
+    last = ended.value.code if isinstance(ended.value.code, str) else printed.err
+    assert message in last.splitlines()[-1]
+    assert last.startswith((f"{name}.py: ", "usage: "))
+    assert not printed.out
 
 
 # -- summaries, and a kill in between --------------------------------------------------------------
