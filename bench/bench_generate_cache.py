@@ -27,10 +27,9 @@ import argparse
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -276,30 +275,6 @@ def measure(
     return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The figures of a report in Markdown: a line for each cache, its batches beside each other."""
-    columns = {BYTES: "MiB", DECODING: "tokens/s", DIVERGENCE: "mnat"}
-    found: dict[str, dict[tuple[str, str], float]] = {}
-    for row in rows:
-        batch, _, name = (part.strip() for part in row["case"].split(",", 2))
-        if row["metric"] in columns and row["baseline"] is None:
-            found.setdefault(name, {})[batch, row["metric"]] = row["value"]
-    batches = list(dict.fromkeys(batch for batch, _ in found[REFERENCE]))
-    heads = [f"{batch}: {head}" for batch in batches for head in columns.values()]
-    lines = [" | ".join(["| Cache", *heads]) + " |", "|---|" + "---:|" * len(heads)]
-    for name, values in found.items():
-        figures = [values.get((batch, metric)) for batch in batches for metric in columns]
-        cells = ["" if figure is None else written(figure) for figure in figures]
-        lines.append(" | ".join([f"| {name}", *cells]) + " |")
-    return "\n".join(lines)
-
-
-def written(figure: float) -> str:
-    """Three digits, three behind the point at most."""
-    figure = round(figure, 3) + 0.0  # no -0.0
-    return f"{figure:.0f}" if figure >= 100 else f"{figure:#.3g}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -335,7 +310,6 @@ def main() -> None:
     for batch_size in arguments.batches:
         rows += measure(models, known, tokens[:batch_size], arguments.prompt)
         write_report("generate_cache", rows, arguments.json)  # of what there is so far
-    print(table([asdict(row) for row in rows]))
 
 
 if __name__ == "__main__":

@@ -8,19 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from drawing import (
-    CACHED,
-    CHANGED,
-    DIM,
-    FREE,
-    LARGE,
-    OPEN,
-    PLAIN,
-    SEALED,
-    SMALL,
-    Block,
-    Picture,
-)
+import drawing
+from drawing import Block, Picture
 
 NUM_BLOCKS = 16
 OPEN_SIZE, SEALED_SIZE, HEAD = 2, 8, 2
@@ -70,18 +59,18 @@ def blocks_of(held: Held, new: tuple[int, ...] = ()) -> list[Block]:
 
 def brace(picture: Picture, x: float, width: float, y: float, name: str) -> None:
     """A name above some blocks."""
-    picture.line([(x, y + 6), (x, y), (x + width, y), (x + width, y + 6)], DIM)
-    picture.text(x + width / 2, y - 7, name, SMALL, anchor="middle", colour=DIM)
+    picture.line([(x, y + 6), (x, y), (x + width, y), (x + width, y + 6)], drawing.DIM)
+    picture.text(x + width / 2, y - 7, name, drawing.SMALL, anchor="middle", colour=drawing.DIM)
 
 
 def draw_pool() -> Picture:
     picture = Picture(400)
-    picture.text(30, 36, "one block, two readings of the same bytes", LARGE, bold=True)
+    picture.text(30, 36, "one block, two readings of the same bytes", drawing.LARGE, bold=True)
     for x, block in ((30, Block(5, (10, 11))), (310, Block(6, range(2, 10), True))):
         picture.block(x, 54, block, width=260)
     picture.note(30, 132, "open: 2 tokens, full precision")
     picture.note(310, 132, "sealed: 8 tokens, codes")
-    picture.text(30, 182, "the pool: 16 blocks, whoever needs one", LARGE, bold=True)
+    picture.text(30, 182, "the pool: 16 blocks, whoever needs one", drawing.LARGE, bold=True)
     growth, (_, shared) = GROWTH[-1], SHARED
     names: dict[int, str] = {}
     for name, held in (("A", growth), ("B", shared)):
@@ -90,10 +79,16 @@ def draw_pool() -> Picture:
     sealed = {*growth.body, *shared.body}
     for block_id in range(NUM_BLOCKS):
         x, y = 30 + 68 * (block_id % 8), 200 + 64 * (block_id // 8)
-        paint = SEALED if block_id in sealed else OPEN if block_id in names else FREE
+        paint = (
+            drawing.SEALED
+            if block_id in sealed
+            else drawing.OPEN
+            if block_id in names
+            else drawing.FREE
+        )
         picture.box(x, y, 62, 54, paint)
-        picture.text(x + 6, y + 18, str(block_id), SMALL)
-        picture.text(x + 31, y + 42, names.get(block_id, "free"), SMALL, anchor="middle")
+        picture.text(x + 6, y + 18, str(block_id), drawing.SMALL)
+        picture.text(x + 31, y + 42, names.get(block_id, "free"), drawing.SMALL, anchor="middle")
     picture.note(
         30,
         350,
@@ -106,18 +101,24 @@ def draw_pool() -> Picture:
 def draw_sequence() -> Picture:
     held = SHARED[1]
     picture = Picture(310)
-    picture.text(30, 36, "B: 21 tokens in 5 blocks", LARGE, bold=True)
+    picture.text(30, 36, "B: 21 tokens in 5 blocks", drawing.LARGE, bold=True)
     x, step = 40, 106
     for name, first, count in (("head", 0, 1), ("body", 1, 2), ("tail", 3, 2)):
         brace(picture, x + step * first, step * count - 10, 74, name)
     for index, block in enumerate(blocks_of(held)):
         picture.block(x + step * index, 86, block, width=96)
-    picture.text(30, 190, "its block table", LARGE, bold=True)
+    picture.text(30, 190, "its block table", drawing.LARGE, bold=True)
     for place, entry in enumerate(table_of(held)):
         at = 30 + 49 * place
-        paint = FREE if entry is None else SEALED if entry in held.body else OPEN
+        paint = (
+            drawing.FREE
+            if entry is None
+            else drawing.SEALED
+            if entry in held.body
+            else drawing.OPEN
+        )
         picture.cell(at, 206, 46, 38, "-" if entry is None else str(entry), paint)
-        picture.text(at + 23, 262, str(place), SMALL, anchor="middle", colour=DIM)
+        picture.text(at + 23, 262, str(place), drawing.SMALL, anchor="middle", colour=drawing.DIM)
     picture.note(30, 290, "place i is for tokens 2i and 2i + 1; nobody reads what is marked -")
     return picture
 
@@ -132,11 +133,11 @@ def table_of(held: Held) -> list[int | None]:
 
 def draw_sealing() -> Picture:
     picture = Picture(500)
-    picture.text(30, 36, "A, one token a step", LARGE, bold=True)
+    picture.text(30, 36, "A, one token a step", drawing.LARGE, bold=True)
     new = ((0, 1, 2, 3, 4), (), (5,), (6,), (1,))
     for index, held in enumerate(GROWTH):
         y = 58 + 84 * index
-        picture.text(20, y + 25, f"{held.num_tokens}", LARGE, bold=True)
+        picture.text(20, y + 25, f"{held.num_tokens}", drawing.LARGE, bold=True)
         picture.note(20, y + 45, f"free {held.num_free}")
         picture.row(92, y, blocks_of(held, new[index]))
     picture.note(92, 484, "framed: taken from the pool in this step")
@@ -146,11 +147,11 @@ def draw_sealing() -> Picture:
 def draw_step() -> Picture:
     picture = Picture(470)
     for x, width, name in ((20, 250, "manager"), (330, 250, "who runs the model")):
-        picture.box(x, 50, width, 400, PLAIN)
-        picture.text(x + width / 2, 36, name, LARGE, anchor="middle", bold=True)
-    picture.cell(40, 70, 210, 40, "reserve: take block 6", OPEN)
-    picture.box(40, 130, 520, 138, CACHED)
-    picture.text(55, 156, "the plan, plain data: A stores token 11", SMALL, bold=True)
+        picture.box(x, 50, width, 400, drawing.PLAIN)
+        picture.text(x + width / 2, 36, name, drawing.LARGE, anchor="middle", bold=True)
+    picture.cell(40, 70, 210, 40, "reserve: take block 6", drawing.OPEN)
+    picture.box(40, 130, 520, 138, drawing.CACHED)
+    picture.text(55, 156, "the plan, plain data: A stores token 11", drawing.SMALL, bold=True)
     for line, text in enumerate(
         (
             "new_block_ids [6], seal_block_ids [6]",
@@ -159,44 +160,46 @@ def draw_step() -> Picture:
             "table_update: rows that no plan has told",
         )
     ):
-        picture.text(55, 182 + 23 * line, text, SMALL)
+        picture.text(55, 182 + 23 * line, text, drawing.SMALL)
     picture.arrow([(145, 110), (145, 130)])
     picture.arrow([(455, 268), (455, 290)])
-    picture.cell(350, 290, 210, 40, "replica of the tables", OPEN)
+    picture.cell(350, 290, 210, 40, "replica of the tables", drawing.OPEN)
     picture.arrow([(455, 330), (455, 352)])
-    picture.cell(350, 352, 210, 40, "kernels, by layer", SEALED)
+    picture.cell(350, 352, 210, 40, "kernels, by layer", drawing.SEALED)
     picture.arrow([(350, 372), (250, 372)])
-    picture.cell(40, 342, 210, 60, "", OPEN)
-    picture.text(145, 366, "commit: 6 is sealed,", SMALL, anchor="middle")
-    picture.text(145, 388, "1 2 3 4 are free", SMALL, anchor="middle")
-    picture.text(145, 430, "or rollback: 6 goes back", SMALL, anchor="middle")
+    picture.cell(40, 342, 210, 60, "", drawing.OPEN)
+    picture.text(145, 366, "commit: 6 is sealed,", drawing.SMALL, anchor="middle")
+    picture.text(145, 388, "1 2 3 4 are free", drawing.SMALL, anchor="middle")
+    picture.text(145, 430, "or rollback: 6 goes back", drawing.SMALL, anchor="middle")
     return picture
 
 
 def draw_prefix() -> Picture:
     picture = Picture(520)
-    picture.text(30, 36, "links, each hash covers the one before", LARGE, bold=True)
+    picture.text(30, 36, "links, each hash covers the one before", drawing.LARGE, bold=True)
     links = (("root", ""), ("link 0", "0-1"), ("link 1", "2-9"), ("link 2", "10-17"))
     for index, (name, tokens) in enumerate(links):
         x = 30 + 140 * index
-        picture.box(x, 54, 112, 56, CACHED if index else PLAIN)
+        picture.box(x, 54, 112, 56, drawing.CACHED if index else drawing.PLAIN)
         picture.text(x + 56, 78, name, anchor="middle", bold=True)
-        picture.text(x + 56, 100, tokens or "model, format", SMALL, anchor="middle")
+        picture.text(x + 56, 100, tokens or "model, format", drawing.SMALL, anchor="middle")
         if index:
             picture.arrow([(x - 28, 82), (x, 82)])
     for index, (block_id, size) in enumerate(((0, "open"), (6, "sealed"), (2, "sealed"))):
         x = 170 + 140 * index
-        picture.arrow([(x + 56, 110), (x + 56, 138)], CACHED.line)
-        picture.cell(x, 138, 112, 36, f"block {block_id}", OPEN if size == "open" else SEALED)
-    picture.text(30, 218, "B: found, then computed", LARGE, bold=True)
+        picture.arrow([(x + 56, 110), (x + 56, 138)], drawing.CACHED.line)
+        picture.cell(
+            x, 138, 112, 36, f"block {block_id}", drawing.OPEN if size == "open" else drawing.SEALED
+        )
+    picture.text(30, 218, "B: found, then computed", drawing.LARGE, bold=True)
     found = len(blocks_of(SHARED[0]))
     picture.row(92, 262, blocks_of(SHARED[1]), 96)
     brace(picture, 92, 96 * found - 20, 250, "shared with A")
     brace(picture, 92 + 96 * found, 96 * 3 - 20, 250, "11 tokens, own")
-    picture.text(30, 372, "all have ended: idle, and still found", LARGE, bold=True)
+    picture.text(30, 372, "all have ended: idle, and still found", drawing.LARGE, bold=True)
     for index, block_id in enumerate(IDLE):
         x = 92 + 120 * index
-        picture.cell(x, 390, 90, 40, f"block {block_id}", CACHED)
+        picture.cell(x, 390, 90, 40, f"block {block_id}", drawing.CACHED)
         if index:
             picture.arrow([(x - 30, 410), (x, 410)])
     picture.note(
@@ -211,19 +214,19 @@ def draw_prefix() -> Picture:
 
 def draw_fork() -> Picture:
     picture = Picture(480)
-    picture.text(30, 36, "fork: every block has one user more", LARGE, bold=True)
+    picture.text(30, 36, "fork: every block has one user more", drawing.LARGE, bold=True)
     before = blocks_of(SHARED[1])
     for name, y in (("B", 56), ("F", 138)):
-        picture.text(36, y + 36, name, LARGE, bold=True)
+        picture.text(36, y + 36, name, drawing.LARGE, bold=True)
     picture.row(80, 56, before, 100)
     for index in range(len(before)):
-        picture.line([(118 + 100 * index, 112), (118 + 100 * index, 138)], OPEN.line, "4 3")
-        picture.cell(80 + 100 * index, 138, 76, 40, "2 users", PLAIN, SMALL)
-    picture.text(30, 226, "both store token 21 in one step", LARGE, bold=True)
+        picture.line([(118 + 100 * index, 112), (118 + 100 * index, 138)], drawing.OPEN.line, "4 3")
+        picture.cell(80 + 100 * index, 138, 76, 40, "2 users", drawing.PLAIN, drawing.SMALL)
+    picture.text(30, 226, "both store token 21 in one step", drawing.LARGE, bold=True)
     for y, held, name in ((246, FORKED[0], "B"), (364, FORKED[1], "F")):
-        picture.text(36, y + 36, name, LARGE, bold=True)
+        picture.text(36, y + 36, name, drawing.LARGE, bold=True)
         picture.row(80, y, blocks_of(held, (7,)), 100)
-    picture.arrow([(518, 364), (518, 305)], CHANGED.line)
+    picture.arrow([(518, 364), (518, 305)], drawing.CHANGED.line)
     picture.note(506, 340, "copy block 4", anchor="end")
     picture.note(30, 452, "one copy for two writers: the last of all users keeps the block")
     return picture
@@ -231,15 +234,15 @@ def draw_fork() -> Picture:
 
 def draw_groups() -> Picture:
     picture = Picture(340)
-    picture.text(30, 36, "28 tokens, two groups of layers, one pool", LARGE, bold=True)
+    picture.text(30, 36, "28 tokens, two groups of layers, one pool", drawing.LARGE, bold=True)
     picture.text(30, 74, "layers that keep all", bold=True)
     picture.row(30, 90, blocks_of(GROUPS[0]), 110)
     picture.text(30, 190, "layers with a window of 8", bold=True)
     head, body, tail = blocks_of(GROUPS[1])
     for index, block in ((0, head), (3, body), (4, tail)):
         picture.block(30 + 110 * index, 206, block)
-    picture.box(140, 206, 186, 56, FREE)
-    picture.text(233, 240, "2-17: let go", SMALL, anchor="middle")
+    picture.box(140, 206, 186, 56, drawing.FREE)
+    picture.text(233, 240, "2-17: let go", drawing.SMALL, anchor="middle")
     picture.note(
         30,
         292,
@@ -251,14 +254,14 @@ def draw_groups() -> Picture:
 
 def draw_window() -> Picture:
     picture = Picture(400)
-    picture.text(30, 36, "2 sinks, a window of 8", LARGE, bold=True)
+    picture.text(30, 36, "2 sinks, a window of 8", drawing.LARGE, bold=True)
     titles = ("16 tokens: the next one sees 0 1 and 9 to 16", "17 tokens: it sees 0 1 and 10 to 17")
     for index, (held, title) in enumerate(zip(STREAM, titles, strict=True)):
         y = 72 + 150 * index
         picture.text(30, y, title, bold=True)
         for place, block in enumerate(blocks_of(held, (3,) if index else ())):
             picture.block(30 + 96 * place, y + 22, block)
-    picture.arrow([(164, 150), (164, 184)], CHANGED.line)
+    picture.arrow([(164, 150), (164, 184)], drawing.CHANGED.line)
     picture.note(176, 178, "tokens 2-9 are evicted, block 6 is free")
     picture.note(
         30,
@@ -291,23 +294,29 @@ SWAPPED = 10  # the step before which D leaves
 
 def draw_steps() -> Picture:
     picture = Picture(430)
-    picture.text(30, 36, "tokens that each request computes, step by step", LARGE, bold=True)
+    picture.text(
+        30, 36, "tokens that each request computes, step by step", drawing.LARGE, bold=True
+    )
     for step in range(len(STEPS)):
-        picture.text(96 + 45 * step, 66, str(step + 1), SMALL, anchor="middle", colour=DIM)
+        picture.text(
+            96 + 45 * step, 66, str(step + 1), drawing.SMALL, anchor="middle", colour=drawing.DIM
+        )
     for row, (name, length) in enumerate(PROMPTS.items()):
         y = 78 + 52 * row
-        picture.text(24, y + 20, name, LARGE, bold=True)
+        picture.text(24, y + 20, name, drawing.LARGE, bold=True)
         picture.note(20, y + 38, f"of {length}")
         for step, counts in enumerate(STEPS):
             count, x = counts.get(name, 0), 76 + 45 * step
             if count:
-                picture.cell(x, y, 41, 42, str(count), OPEN if count == 1 else SEALED)
+                picture.cell(
+                    x, y, 41, 42, str(count), drawing.OPEN if count == 1 else drawing.SEALED
+                )
             elif step >= (9 if name == "D" else 2) and name in "DE":
                 word = "out" if name == "D" and step + 1 == SWAPPED else "wait"
-                picture.cell(x, y, 41, 42, word, FREE, 14)
-    picture.text(20, 360, "free", SMALL, colour=DIM)
+                picture.cell(x, y, 41, 42, word, drawing.FREE, 14)
+    picture.text(20, 360, "free", drawing.SMALL, colour=drawing.DIM)
     for step, num_free in enumerate(STEPS_FREE):
-        picture.text(96 + 45 * step, 360, str(num_free), SMALL, anchor="middle")
+        picture.text(96 + 45 * step, 360, str(num_free), drawing.SMALL, anchor="middle")
     picture.note(
         20,
         388,
@@ -319,22 +328,22 @@ def draw_steps() -> Picture:
 
 def draw_failure() -> Picture:
     picture = Picture(330)
-    picture.text(30, 36, "a change is whole, or known not to be", LARGE, bold=True)
+    picture.text(30, 36, "a change is whole, or known not to be", drawing.LARGE, bold=True)
     for x, name, paint in (
-        (30, "checks", PLAIN),
-        (170, "change", OPEN),
-        (400, "whole again", CACHED),
+        (30, "checks", drawing.PLAIN),
+        (170, "change", drawing.OPEN),
+        (400, "whole again", drawing.CACHED),
     ):
         width = {"checks": 110, "change": 200, "whole again": 160}[name]
         picture.cell(x, 62, width, 52, name, paint)
     picture.arrow([(140, 88), (170, 88)])
     picture.arrow([(370, 88), (400, 88)])
     picture.note(36, 138, "may refuse:", "nothing changed")
-    picture.arrow([(270, 114), (270, 190)], CHANGED.line)
+    picture.arrow([(270, 114), (270, 190)], drawing.CHANGED.line)
     picture.note(284, 142, "an exception,", "between any two lines")
-    picture.cell(170, 190, 200, 52, "unfinished", FREE)
+    picture.cell(170, 190, 200, 52, "unfinished", drawing.FREE)
     picture.arrow([(370, 216), (400, 216)])
-    picture.cell(400, 190, 160, 52, "recover()", SEALED)
+    picture.cell(400, 190, 160, 52, "recover()", drawing.SEALED)
     picture.arrow([(480, 190), (480, 114)])
     picture.note(
         30,
