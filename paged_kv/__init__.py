@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from .entrypoints.outputs import StreamEvent as StreamEvent
     from .entrypoints.server.app import create_app as create_app
     from .entrypoints.server.settings import ServerSettings as ServerSettings
+    from .entrypoints.stream import Stream as Stream
     from .integrations.transformers_cache import PagedCache as PagedCache
     from .kernels.new_tokens import NewTokens as NewTokens
     from .kernels.rules import ScoreRules as ScoreRules
@@ -128,6 +129,7 @@ _HOME = {
     "SinkWindow": "blocks.sink_window",
     "StepPlan": "blocks.step_plan",
     "StoredLengths": "blocks.block_tables",
+    "Stream": "entrypoints.stream",
     "StreamEvent": "entrypoints.outputs",
     "StructuredOutput": "engine.structured_output",
     "SwappedSequence": "blocks.host_blocks",

@@ -38,6 +38,7 @@ from ..validation import is_list_of
 from .batch import as_batch, as_params, naming_prompt
 from .outputs import Completion, OutputAssembler, RequestOutput, StreamEvent
 from .progress import Progress
+from .stream import Stream
 from .text_engine import Output, TextEngine
 
 
@@ -242,6 +243,13 @@ class LLM:
             raise ConfigError("best_of compares finished continuations: use generate")
         token_ids = self._check_all(batch, per_prompt, priorities)
         return self._run(token_ids, per_prompt, priorities, keep_going=keep_going)
+
+    def open_stream(self, sink_window: SinkWindow | None = None) -> Stream:
+        """A sequence without end, to be fed and asked for more; closing it frees its memory.
+
+        It keeps the sinks and the window that are given, or those of this LLM.
+        """
+        return Stream(self, sink_window)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | None = None
