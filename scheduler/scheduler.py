@@ -156,8 +156,7 @@ class Scheduler(Roster):
             else:
                 return None
             seq_ids, num_new, _ = self._share_budget(budget)
-            if len(seq_ids):  # branches that wait for their tokens compute nothing
-                plan = self.manager.reserve(seq_ids, num_new)
+            plan = self.manager.reserve(seq_ids, num_new) if len(seq_ids) else None
         return plan
 
     def _describe(self, plan: StepPlan, preempted: list[Request], drafts: Drafts) -> ScheduledStep:

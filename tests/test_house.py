@@ -129,13 +129,19 @@ def test_every_public_object_says_what_it_is() -> None:
         assert getattr(paged_kv, name).__doc__, name
 
 
-def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str, package: str | None = None) -> None:
-        raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+@pytest.mark.parametrize(
+    ("package", "public", "extra"),
+    [("transformers", "LLM", "models"), ("fastapi", "create_app", "server")],
+)
+def test_missing_extra_is_named(
+    package: str, public: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     monkeypatch.setattr(paged_kv, "import_module", fail)
-    with pytest.raises(paged_kv.PagedKVError, match=r"pip install 'paged-kv\[models\]'"):
-        paged_kv.__getattr__("LLM")
+    with pytest.raises(paged_kv.PagedKVError, match=rf"pip install 'paged-kv\[{extra}\]'"):
+        paged_kv.__getattr__(public)
 
 
 @pytest.mark.parametrize("folder", ["kernels", "scheduler"])
