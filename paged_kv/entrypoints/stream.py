@@ -185,7 +185,9 @@ class Stream:
         return plan
 
     def _tokens_of(self, plan: StepPlan) -> IntArray:
-        return self._manager.token_ids[self._seq_ids[0], plan.positions].astype(np.int64)
+        known = self._manager.token_ids[self._seq_ids[0]]
+        token_ids: IntArray = known[plan.positions].astype(np.int64)
+        return token_ids
 
     def _let_go(self, plan: StepPlan) -> None:
         """A step that was cut off did not happen."""
