@@ -787,8 +787,8 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         [
             Fault(
                 "a-task-that-leaves-while-it-is-checked-keeps-its-place",
-                "        except BaseException:\n            self._room.leave()",
-                "        except Exception:\n            self._room.leave()",
+                "        except BaseException:\n            self._room.leave(num_places)",
+                "        except Exception:\n            self._room.leave(num_places)",
             ),
             Fault(
                 "those-who-wait-are-not-told-that-it-drains",
@@ -814,8 +814,13 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         [
             Fault(
                 "a-place-is-lost-with-the-task-that-got-it",
-                "                self.leave()  # it",
+                "                self.leave(num_places)  # it",
                 "                pass  # it",
+            ),
+            Fault(
+                "whoever-waited-behind-one-that-left-waits-on",
+                "            self._let_in()  # others",
+                "            pass  # others",
             ),
         ],
     ),
