@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from .errors import ConfigError
+
 FOLDER_VARIABLE: Final = "PAGED_KV_CACHE_DIR"
 OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
@@ -32,6 +34,17 @@ def owned_folder(name: str, what: str) -> Path | None:
         )
         return None
     return root / name
+
+
+def private_folder_at(path: Path) -> Path:
+    """A folder that a user names, made where it is not there; raises `ConfigError` where others
+    could write to it."""
+    folder = path.expanduser().absolute()
+    folder = Path(os.path.realpath(folder.parent)) / folder.name
+    reason = _make_private(folder, folder)
+    if reason is not None:
+        raise ConfigError(f"{str(path)!r} cannot be a folder of nobody else's: {reason}")
+    return folder
 
 
 def _make_private(folder: Path, root: Path) -> str | None:

@@ -28,7 +28,8 @@ BESIDE_KERNELS = {
     ("kernels", "ground"),
 }
 ROOMS = (
-    "ground < blocks < scheduler, cache < models < integrations, engine < benchmarks < entrypoints"
+    "ground < blocks, stores < scheduler, cache < models < integrations, engine < benchmarks < "
+    "entrypoints"
 )
 GROUND = {
     *("change", "code_cache", "errors", "free_memory", "private_folder", "units", "validation"),

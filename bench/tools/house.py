@@ -25,6 +25,7 @@ Every file in one line, written by `make structure` from what the file says of i
 FOLDERS = {
     "paged_kv": "The ground floor: what every room may use.",
     "paged_kv/blocks": "Who holds which block. numpy, never torch.",
+    "paged_kv/stores": "Where copies of blocks outlive a process: bytes under keys.",
     "scheduler": "Who computes next. No torch. Installs as `paged_kv.scheduler`.",
     "kernels": "The border between a cache and its kernels. Installs as `paged_kv.kernels`.",
     "kernels/eager": "The kernels in torch: the fallback.",
@@ -49,6 +50,7 @@ FOLDERS = {
     "bench/training": "How the demo model and its adapter were made.",
     "tests": "The house, what is built, and what belongs to no room.",
     "tests/blocks": "Tests of `paged_kv/blocks`.",
+    "tests/stores": "Tests of `paged_kv/stores`.",
     "tests/scheduler": "Tests of `scheduler`.",
     "tests/kernels": "Tests of `kernels`.",
     "tests/cache": "Tests of `paged_kv/cache`.",
