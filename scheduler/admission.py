@@ -190,7 +190,7 @@ def find_admissible(
             return
         if num_skipped == MAX_SKIPPED:
             break
-        if request.is_paused:
+        if request.stands_still:
             continue
         last = request
         budget = min(room.num_tokens, room.most_tokens)

@@ -72,6 +72,7 @@ class Request:
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
     seq_ids: list[int] = field(default_factory=list, init=False)  # while it runs
     is_paused: bool = field(default=False, init=False)  # it keeps its place and computes nothing
+    is_held: bool = field(default=False, init=False)  # it waits, and does not start
     num_shared_tokens: int = field(default=0, init=False)  # that it began with, in others' blocks
     num_hit_tokens: int | None = field(default=None, init=False)  # of its prompt, the first time
     is_retried: bool = field(default=False, init=False)  # because what it shared may be spoilt
@@ -117,12 +118,18 @@ class Request:
         self.tokens = TokenChain(tokens, root=b"")
         self.arrival, self.manager, self.swapped, self.seq_ids = None, None, None, []
         self.status, self.is_paused, self.times_passed = RequestStatus.WAITING, False, 0
+        self.is_held = False
 
     @property
     def may_be_retried(self) -> bool:
         """Whether, if what is computed for it is not finite, that may be the fault of others."""
         is_single = self.status is RequestStatus.RUNNING and self.branching is None
         return is_single and self.num_shared_tokens > 0 and not self.is_retried
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether it gets nothing until somebody says so."""
+        return self.is_paused or self.is_held
 
     @property
     def is_unfinished(self) -> bool:

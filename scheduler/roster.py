@@ -82,7 +82,7 @@ class Roster:
         0 where none does, or sequences or blocks are lacking too.
         """
         first, manager = self.waiting.first, self.manager
-        if first is None or first.is_paused or not manager.num_free_seqs:
+        if first is None or first.stands_still or not manager.num_free_seqs:
             return 0
         if self._lack.persists(manager.num_free_seqs, manager.num_free_blocks):
             return 0
@@ -193,6 +193,17 @@ class Roster:
             request.is_paused = False
             self._lack.changed()
             self._running.paused.difference_update(request.seq_ids)
+
+    def hold(self, request: Request) -> None:
+        """Do not start this request, which waits, until it is let go: it keeps its place."""
+        with self._change:
+            request.is_held = True
+
+    def let_go(self, request: Request) -> None:
+        """A request that was held may start."""
+        with self._change:
+            request.is_held = False
+            self._lack.changed()
 
     def _stop_running(self, request: Request) -> None:
         assert request.seq_id is not None

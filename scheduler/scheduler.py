@@ -90,7 +90,7 @@ class Scheduler(Roster):
     # -- steps ----------------------------------------------------------------------------------
 
     def schedule(self, drafts: Drafts = NO_DRAFTS) -> ScheduledStep | None:
-        """Plan the next step and reserve its blocks; None when no request is left but paused ones.
+        """Plan the next step and reserve its blocks; None when none is left that may compute.
 
         Requests that sample in it try their `drafts`, as far as budget and blocks are left. Raises
         `OutOfBlocksError` where sequences that the scheduler does not know leave no room.
@@ -110,7 +110,7 @@ class Scheduler(Roster):
                 if len(plan.seq_ids) < len(self._running):
                     self._running.had_a_turn(plan.seq_ids)
                 self._step = self._describe(plan, preempted, drafts)
-        if self._step is None and not all(r.is_paused for r in self._requests.values()):
+        if self._step is None and not all(r.stands_still for r in self._requests.values()):
             raise self._held_by_others()
         return self._step
 
@@ -122,7 +122,7 @@ class Scheduler(Roster):
                 seq_ids, num_new = self._admit(seq_ids, num_new, num_left)
             if len(seq_ids) or not self._running.paused:
                 return seq_ids, num_new
-            if all(request.is_paused for request in self.waiting):
+            if all(request.stands_still for request in self.waiting):
                 return seq_ids, num_new
             preempted.append(self._running.worst)  # paused, and others wait for what it holds
             self._preempt(self._running.worst)

@@ -8,7 +8,7 @@ anything about its blocks changes, so one comparison finds those that need work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,7 +22,7 @@ from .growth import Growth, evict_blocks, grow
 from .holdings import Holdings
 from .host_blocks import SwappedSequence
 from .planning import PlanOrigin, find_growth, make_plan
-from .prefix_sharing import PrefixMatch
+from .prefix_sharing import PrefixMatch, WantedBlock
 from .sequences import NO_ROWS, integer_array
 from .sink_window import SinkWindow
 from .step_plan import StepPlan
@@ -306,6 +306,41 @@ class BlockManager(Holdings):
     def take_events(self) -> list[CacheEvent]:
         """What was stored in and removed from the prefix cache since the last call."""
         return self._sharing.take_events()
+
+    # -- copies from elsewhere ------------------------------------------------------------------
+
+    def lacked(self, tokens: TokenChain) -> list[bytes]:
+        """Hashes, as `wanted` takes them, that a new sequence could use and the cache lacks."""
+        return self._sharing.lacked(tokens)
+
+    def wanted(self, tokens: TokenChain, elsewhere: Container[bytes]) -> list[WantedBlock]:
+        """What the cache lacks of the longest prefix that it and `elsewhere` could serve."""
+        return self._sharing.wanted(tokens, elsewhere)
+
+    def adopt(
+        self,
+        tokens: TokenChain,
+        wanted: Sequence[WantedBlock],
+        write: Callable[[BlockIds], None],
+    ) -> bool:
+        """Make blocks that are `wanted` findable, by a copy that `write` makes of each; they and
+        the blocks before them are then the last to be evicted. False where too few are free.
+        """
+        self.require_no_step()
+        held, pool = self._sharing.hold(tokens, wanted), self.pool
+        num_idle = sum(int(np.count_nonzero(pool.ref_counts[ids] == 0)) for ids in held)
+        if len(wanted) > pool.num_free - num_idle:
+            return False
+        with self._change:
+            for ids in held:
+                pool.share(ids)
+            block_ids = pool.allocate(len(wanted))
+            write(block_ids)
+            self._sharing.publish_copies(tokens, wanted, block_ids)
+            pool.release(block_ids)
+            for ids in reversed(held):
+                pool.release(ids)
+        return True
 
     # -- steps ----------------------------------------------------------------------------------
 

@@ -7,15 +7,33 @@ least recently used goes first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Container, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .events import BlockRemoved, CacheCleared, CacheEvent
+from .token_chain import ExtraKey
 
 HASH_BYTES: Final = 32  # of a link; behind them stands which group of layers, but for the first
+
+
+class PublishedBlock(NamedTuple):
+    """A block that can be found since somebody computed it."""
+
+    block_hash: bytes  # as the cache knows it
+    block_id: int
+    is_sealed: bool
+    extra_keys: tuple[ExtraKey, ...]  # of whose tokens it is
+
+
+class CacheNews:
+    """For whoever keeps copies of blocks elsewhere: what has come and what turned out to be bad."""
+
+    def __init__(self) -> None:
+        self.published: list[PublishedBlock] = []
+        self.withdrawn: list[bytes] = []  # hashes: what the blocks hold may not be trusted
 
 
 class PrefixCache:
@@ -28,6 +46,7 @@ class PrefixCache:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self.replaced: list[int] = []  # blocks that gave up their place, for the pool to take
         self._events: list[CacheEvent] | None = [] if record_events else None
+        self.news: CacheNews | None = None  # what is new since it was last taken, if anybody asks
         # Hashes that living sequences are about to store, and how many sequences.
         self._pending: dict[bytes, int] = {}
         # Hashes of which somebody wants to know: each is dropped when it is stored, or when those
@@ -39,6 +58,7 @@ class PrefixCache:
         cache = PrefixCache(num_blocks, record_events=self.records_events)
         if self._events is not None:
             cache._events = [*self._events, CacheCleared()]
+        cache.news = None if self.news is None else CacheNews()
         return cache
 
     @property
@@ -59,12 +79,19 @@ class PrefixCache:
             found.append(block_id)
         return found
 
-    def num_missing(self, hashes: Sequence[bytes]) -> int:
-        """How many of `hashes` are left from the last one on that is not cached; 0 if all are."""
-        for index in range(len(hashes) - 1, -1, -1):
-            if hashes[index] not in self._block_of:
-                return len(hashes) - index
-        return 0
+    @property
+    def known(self) -> Container[bytes]:
+        """The hashes that can be found."""
+        return self._block_of
+
+    def take_news(self) -> CacheNews:
+        """What is new since the last call, of it the published blocks that are still there."""
+        news, block_of = self.news, self._block_of
+        self.news = CacheNews()
+        if news is None:
+            return self.news
+        news.published = [n for n in news.published if block_of.get(n.block_hash) == n.block_id]
+        return news
 
     def store(self, block_hash: bytes, block_id: int) -> bool:
         """Make a block findable; False when another block of the same content already is.
@@ -144,6 +171,12 @@ class PrefixCache:
             self.record(removed(block_hash, block_id))
         self.is_cached[block_ids] = False
 
+    def withdraw_bad(self, block_ids: list[int]) -> None:
+        """The same of blocks that hold what may not be trusted."""
+        if self.news is not None:
+            self.news.withdrawn += [self._hash_of[block_id] for block_id in block_ids]
+        self.withdraw(block_ids)
+
     def clear(self) -> list[int]:
         """Forget everything; returns the blocks, all of which must be idle."""
         assert len(self._idle) == len(self._block_of), "a cached block is in use"
@@ -175,6 +208,22 @@ class PrefixCache:
         assert set(np.flatnonzero(self.is_cached).tolist()) == set(self._hash_of)
         unused = {block_id for block_id in self._hash_of if not ref_counts[block_id]}
         assert set(self._idle) == unused
+
+
+def num_found(hashes: Sequence[bytes], known: Container[bytes]) -> int:
+    """How many of `hashes`, from the first on, are known."""
+    for index, block_hash in enumerate(hashes):
+        if block_hash not in known:
+            return index
+    return len(hashes)
+
+
+def num_missing(hashes: Sequence[bytes], known: Container[bytes]) -> int:
+    """How many of `hashes` are left from the last one on that is not known; 0 if all are."""
+    for index in range(len(hashes) - 1, -1, -1):
+        if hashes[index] not in known:
+            return len(hashes) - index
+    return 0
 
 
 def removed(block_hash: bytes, block_id: int) -> BlockRemoved:

@@ -8,6 +8,7 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -18,7 +19,7 @@ from .block_tables import BlockTables, StoredLengths
 from .events import BlockStored, CacheEvent
 from .geometry import NO_BLOCKS, BlockGeometry, BlockIds, IntArray
 from .growth import find_complete_links
-from .prefix_cache import PrefixCache
+from .prefix_cache import PrefixCache, PublishedBlock, num_found, num_missing
 from .retention import UNLIMITED
 from .sequences import Sequences
 from .token_chain import TokenChain
@@ -36,6 +37,15 @@ class PrefixMatch(NamedTuple):
     lengths: tuple[StoredLengths, ...]  # what each group would store
     next_link: bytes | None  # the hash of the first that is missing
     is_pending: bool  # a living sequence is about to store it
+
+
+class WantedBlock(NamedTuple):
+    """A block that the prefix cache lacks, and that a sequence would share if it were there."""
+
+    block_hash: bytes  # as the cache knows it
+    group: int
+    link: int
+    is_sealed: bool
 
 
 @dataclass(kw_only=True)
@@ -99,6 +109,23 @@ class NoPrefixSharing:
 
     def withdraw(self, seq_ids: IntArray) -> None:
         """Nobody finds the blocks of these sequences any more, nor any that they store later."""
+
+    def lacked(self, tokens: TokenChain) -> list[bytes]:
+        """Hashes of links that a new sequence of these tokens could share, and nobody can find."""
+        return []
+
+    def wanted(self, tokens: TokenChain, elsewhere: Container[bytes]) -> list[WantedBlock]:
+        """What the cache lacks of the longest prefix that it and `elsewhere` could serve."""
+        return []
+
+    def hold(self, tokens: TokenChain, wanted: Sequence[WantedBlock]) -> list[BlockIds]:
+        """The cached blocks, of each group, that go with those that are wanted."""
+        return []
+
+    def publish_copies(
+        self, tokens: TokenChain, wanted: Sequence[WantedBlock], block_ids: BlockIds
+    ) -> None:
+        """Make blocks, which hold what is wanted, findable."""
 
     def reset(self) -> None:
         """Forget all cached blocks, of which no sequence uses any."""
@@ -187,35 +214,48 @@ class PrefixSharing(NoPrefixSharing):
     def _find_links(self, tokens: TokenChain) -> tuple[int, list[BlockIds]]:
         """How many first links a sequence may share, and each group's cached blocks of those that
         it needs: the longest prefix that all groups can serve."""
+        num_links = self._num_servable(tokens, self.cache.known)
+        return num_links, [
+            np.array(self.cache.find(self._needed(tables, tokens, num_links)), dtype=np.int32)
+            for tables in self._groups
+        ]
+
+    def _num_servable(self, tokens: TokenChain, known: Container[bytes]) -> int:
+        """How many first links a sequence may share where all that is known can be found."""
         limit = tokens.num_shareable_links(self.geometry)
         tokens.hash_links(self.geometry, limit)
         num_links, before = limit, -1
         while num_links != before:
             before = num_links
             for tables in self._groups:
-                num_links = self._servable(tables, tokens, num_links)
-        return num_links, [
-            np.array(self.cache.find(self._needed(tables, tokens, num_links)), dtype=np.int32)
-            for tables in self._groups
-        ]
+                num_links = self._servable(tables, tokens, num_links, known)
+        return num_links
 
-    def _servable(self, tables: BlockTables, tokens: TokenChain, num_links: int) -> int:
-        """The most first links, up to so many, of which the cache has what a group needs."""
+    def _servable(
+        self, tables: BlockTables, tokens: TokenChain, num_links: int, known: Container[bytes]
+    ) -> int:
+        """The most first links, up to so many, of which what a group needs is known."""
         if tables.retention.keeps_all:
-            return len(self.cache.find(group_hashes(tokens.hashes[:num_links], tables.group)))
+            return num_found(group_hashes(tokens.hashes[:num_links], tables.group), known)
         num_head = self.geometry.num_head_blocks
         while num_links:
             needed = self._needed(tables, tokens, num_links)
-            num_missing = self.cache.num_missing(needed)
-            if not num_missing:
+            num_left = num_missing(needed, known)
+            if not num_left:
                 break
             # Whoever wants fewer links, but this one among them, needs it too.
-            index = len(needed) - num_missing
-            num_links = index if index < num_head else num_links - num_missing
+            index = len(needed) - num_left
+            num_links = index if index < num_head else num_links - num_left
         return num_links
 
+    def _needed_links(self, tables: BlockTables, tokens: TokenChain, num_links: int) -> list[int]:
+        """Those of a prefix's first links that a group stores."""
+        gone = self._lengths(tables, tokens, num_links).num_evicted // self.geometry.block_size
+        num_head = self.geometry.num_head_blocks if gone else 0
+        return [*range(num_head), *range(num_head + gone, num_links)]
+
     def _needed(self, tables: BlockTables, tokens: TokenChain, num_links: int) -> list[bytes]:
-        """Those of a prefix's links that a group stores, as the cache knows them."""
+        """The same, as the cache knows them."""
         gone = self._lengths(tables, tokens, num_links).num_evicted // self.geometry.block_size
         hashes, num_head = tokens.hashes, self.geometry.num_head_blocks if gone else 0
         return group_hashes(hashes[:num_head] + hashes[num_head + gone : num_links], tables.group)
@@ -269,7 +309,7 @@ class PrefixSharing(NoPrefixSharing):
             self.stop(tables, seq_ids)
             for seq_id in seq_ids.tolist():
                 block_ids = tables.block_ids(seq_id)
-                self.cache.withdraw(block_ids[self.cache.is_cached[block_ids]].tolist())
+                self.cache.withdraw_bad(block_ids[self.cache.is_cached[block_ids]].tolist())
 
     def _unpublished_hashes(self, seq_id: int) -> list[bytes]:
         """Of the links that others may wait for."""
@@ -281,7 +321,7 @@ class PrefixSharing(NoPrefixSharing):
     def publish(self, tables: BlockTables, seq_ids: IntArray) -> None:
         sequences, cache, found = self._sequences, self.cache, self._complete_links
         chains, mark = sequences.chains, GROUP_MARKS[tables.group]
-        store, records_events = cache.store, cache.records_events
+        store, records_events, news = cache.store, cache.records_events, cache.news
         num_expected = self._num_expected.data  # reads one element faster than numpy does
         while True:
             num_links = find_complete_links(
@@ -304,15 +344,22 @@ class PrefixSharing(NoPrefixSharing):
                     block_hash += mark
                 elif link < num_expected[seq_id]:
                     cache.forget_expected(block_hash)
-                if store(block_hash, block_id) and records_events:
-                    cache.record(self._stored(tables.group, seq_id, link, block_id))
+                if store(block_hash, block_id):
+                    if records_events:
+                        cache.record(self._stored(tables.group, chain, link, block_id))
+                    if news is not None:
+                        is_sealed = self._is_sealed(link)
+                        keys = chain.extra_keys
+                        news.published.append(PublishedBlock(block_hash, block_id, is_sealed, keys))
             if cache.replaced:
                 self._pool.take_replaced()
             if num_links < len(found):
                 return
 
-    def _stored(self, group: int, seq_id: int, link: int, block_id: int) -> BlockStored:
-        chain = self._sequences.chain(seq_id)
+    def _is_sealed(self, link: int) -> bool:
+        return self.geometry.seals and link >= self.geometry.num_head_blocks
+
+    def _stored(self, group: int, chain: TokenChain, link: int, block_id: int) -> BlockStored:
         start, end = self.geometry.link_end(link), self.geometry.link_end(link + 1)
         return BlockStored(
             block_hash=chain.hashes[link],
@@ -323,6 +370,45 @@ class PrefixSharing(NoPrefixSharing):
             extra_keys=chain.extra_keys,
             group=group,
         )
+
+    # -- copies from elsewhere ------------------------------------------------------------------
+
+    def lacked(self, tokens: TokenChain) -> list[bytes]:
+        limit, known = tokens.num_shareable_links(self.geometry), self.cache.known
+        return [
+            block_hash
+            for tables in self._groups
+            for block_hash in group_hashes(tokens.hashes[:limit], tables.group)
+            if block_hash not in known
+        ]
+
+    def wanted(self, tokens: TokenChain, elsewhere: Container[bytes]) -> list[WantedBlock]:
+        both = Either(self.cache.known, elsewhere)
+        num_links = self._num_servable(tokens, both)
+        return [
+            WantedBlock(each, tables.group, link, self._is_sealed(link))
+            for tables in self._groups
+            for link in self._needed_links(tables, tokens, num_links)
+            if (each := group_hashes([tokens.hashes[link]], tables.group)[0])
+            not in self.cache.known
+        ]
+
+    def hold(self, tokens: TokenChain, wanted: Sequence[WantedBlock]) -> list[BlockIds]:
+        both = Either(self.cache.known, {each.block_hash for each in wanted})
+        num_links = self._num_servable(tokens, both)
+        held = []
+        for tables in self._groups:
+            needed = self._needed(tables, tokens, num_links)
+            ids = [n for each in needed for n in self.cache.find([each])]
+            held.append(np.array(ids, dtype=np.int32))
+        return held
+
+    def publish_copies(
+        self, tokens: TokenChain, wanted: Sequence[WantedBlock], block_ids: BlockIds
+    ) -> None:
+        for each, block_id in zip(wanted, block_ids.tolist(), strict=True):
+            if self.cache.store(each.block_hash, block_id) and self.cache.records_events:
+                self.cache.record(self._stored(each.group, tokens, each.link, block_id))
 
     # -- the cache as a whole -------------------------------------------------------------------
 
@@ -341,6 +427,17 @@ class PrefixSharing(NoPrefixSharing):
             fresh.hash_links(self.geometry, len(chain.hashes))
             assert fresh.hashes == chain.hashes
             assert self._num_published[seq_id] <= len(chain.hashes)
+
+
+class Either:
+    """What is in one of two containers."""
+
+    def __init__(self, first: Container[bytes], second: Container[bytes]) -> None:
+        self._first = first
+        self._second = second
+
+    def __contains__(self, block_hash: object) -> bool:
+        return block_hash in self._first or block_hash in self._second
 
 
 def group_hashes(link_hashes: list[bytes], group: int) -> list[bytes]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..blocks.warming import warm_up
 from ..cache.backend import TORCH_BACKEND
+from ..cache.block_entries import BlockEntries
 from ..cache.device_memory import usual_kv_memory
 from ..cache.formats import KVFormat
 from ..cache.key_calibration import KeyCalibration
@@ -24,9 +25,13 @@ from ..models.calibration import Calibration, usual_calibration
 from ..models.generation_config import generation_options
 from ..models.length_limit import model_length
 from ..models.loading import end_token_ids, move_model
+from ..models.whole_fingerprint import whole_fingerprint
 from ..scheduler.scheduler import Scheduler
+from ..stores.block_store import BlockStore
+from ..stores.opening import open_store
 from ..units import parse_memory
 from ..validation import require
+from .block_tier import BlockTier
 from .build_speculation import find_speculation
 from .config import USUAL, EngineConfig
 from .decode_graphs import DecodeGraphs
@@ -59,12 +64,15 @@ def build_engine(
     kv_formats = fitted_formats(model, config)
     model.layers(kv_formats)  # or it raises
     usual_options(model, config)  # or it raises
+    store = find_store(model, config)
     if device is not None:
         move_model(model.model, device)
     try:
         calibration = find_calibration(model, config, kv_formats, tokenizer)
         layers = model.layers(kv_formats, calibration)
         engine = engine_where_it_is(model, config, layers, max_model_len, tokenizer)
+        if store is not None:
+            engine.tier = tier_of(engine, store)
     except BaseException:
         if model.device != before:
             move_model(model.model, before)
@@ -132,6 +140,27 @@ def engine_where_it_is(
         speculation,
         config.max_slowdown,
     )
+
+
+def find_store(model: AttachedModel, config: EngineConfig) -> BlockStore | None:
+    """Where blocks outlive the engine, if anywhere."""
+    store = config.block_store
+    if store is None or isinstance(store, BlockStore):
+        found = store
+    else:
+        found = open_store(store, config.block_store_size)
+    what = "None: states of recurrent layers, which this model has, are no blocks"
+    require("block_store", store, not (model.keeps_states and found is not None), what)
+    return found
+
+
+def tier_of(engine: Engine, store: BlockStore) -> BlockTier:
+    model, cache = engine.model, engine.cache
+
+    def entries() -> BlockEntries:
+        return BlockEntries(cache, whole_fingerprint(model.model))
+
+    return BlockTier(store, engine.scheduler, entries, lambda: model.adapters.names)
 
 
 def usual_options(model: AttachedModel, config: EngineConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Knows values and their ranges, never the model that they are for.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,8 @@ from ..cache.layer_formats import KVFormats, resolve_formats
 from ..cache.layer_spec import FULL_PRECISION_DTYPES
 from ..errors import ConfigError
 from ..models.calibration import Calibration
+from ..stores.block_store import BlockStore
+from ..stores.opening import USUAL_SIZE
 from ..units import parse_memory
 from ..validation import MAX_COUNT, is_finite, is_flag, is_integer, require
 from .draft_model import DraftModel
@@ -51,6 +54,8 @@ class EngineConfig:
     max_model_len: int | None = None
     prefix_caching: bool = True
     record_events: bool = False
+    block_store: BlockStore | str | os.PathLike[str] | None = None
+    block_store_size: int | str = USUAL_SIZE
     swap_space: int | str = 0
     num_threads: int | None = None
     enforce_eager: bool = False
@@ -84,6 +89,7 @@ class EngineConfig:
                 f"got {self.kv_memory!r} and {self.num_blocks}"
             )
         parse_memory(self.swap_space, "swap_space", least=0)
+        self._check_store()
         for name in ("prefix_caching", "record_events", "enforce_eager"):
             require(name, getattr(self, name), is_flag(getattr(self, name)), "True or False")
         for name, most in MOST.items():
@@ -91,3 +97,13 @@ class EngineConfig:
             is_valid = value is None and name in OPTIONAL
             is_valid = is_valid or (is_integer(value) and 1 <= value <= most)
             require(name, value, is_valid, f"an integer of at least 1 and at most {most}")
+
+    def _check_store(self) -> None:
+        store = self.block_store
+        is_store = store is None or isinstance(store, (str, os.PathLike, BlockStore))
+        require("block_store", store, is_store, "a folder, a url, a BlockStore or None")
+        parse_memory(self.block_store_size, "block_store_size")
+        if store is not None and not self.prefix_caching:
+            raise ConfigError(
+                "a block_store keeps what prefix_caching finds, which is switched off"
+            )

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from threading import Lock, get_ident
+from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Final
 
@@ -25,6 +23,7 @@ from ..scheduler.drafts import NO_DRAFTS, Drafts
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import Fork, ScheduledStep
 from .beam_search import BeamSearch, BeamSearchParams
+from .block_tier import NoBlockTier
 from .flight import Flight
 from .intake import NO_DEFAULTS, Intake
 from .live_request import (
@@ -43,9 +42,10 @@ from .prompt_look import looks_of
 from .sampler import Sampling, sampling_arrays
 from .sampling_params import SamplingParams
 from .speculation import Speculation
+from .turns import Turns
 
 
-class Engine:
+class Engine(Turns):
     """Decodes many requests and beam searches at once on one model, one cache and one pool."""
 
     def __init__(
@@ -59,6 +59,7 @@ class Engine:
         speculation: Speculation | None = None,
         max_slowdown: float | None = None,
     ) -> None:
+        super().__init__()
         self.runner = runner
         self.speculation = speculation
         self.pace: Final = None if max_slowdown is None else PrefillPace(scheduler, max_slowdown)
@@ -76,41 +77,13 @@ class Engine:
         self._last_names: list[str] = []  # of the step that was launched last
         self._flight: Flight | None = None  # a step that the next one finds under way
         self._change = Change("engine")
-        self._lock = Lock()
-        self._owner: int | None = None  # the thread that holds the lock
+        self.tier: NoBlockTier = NoBlockTier()  # where blocks outlive the engine, if anywhere
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self._live or self._searches)
 
     # -- turns ----------------------------------------------------------------------------------
-
-    @property
-    def _is_inside(self) -> bool:
-        """Whether this very thread is in the middle of a turn: something that it calls is back."""
-        return self._lock.locked() and self._owner == get_ident()
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """One thread at a time, on an engine that is whole, and that is left whole.
-
-        What an exception cuts off is undone before anybody sees the exception. Where another one
-        strikes while that is done, the next turn begins with it.
-        """
-        if self._is_inside:
-            raise InvalidStepError("the engine is in the middle of a step, which calls it again")
-        with self._lock:
-            self._owner = get_ident()
-            try:
-                self._mend()
-                self._take_out_aborted()
-                yield
-                self._take_out_aborted()
-            except BaseException:
-                self._mend()
-                raise
-            finally:
-                self._owner = None
 
     def _mend(self) -> None:
         """Undo what was cut off: a step that was not updated, or else everything but the tokens."""
@@ -124,6 +97,7 @@ class Engine:
         self._change.is_unfinished = True
         self._flight = None
         self.scheduler.recover()
+        self.tier.reset()
         for request_id in self._aborted:
             self._searches.pop(request_id, None)
             if request_id in self._live:
@@ -306,7 +280,7 @@ class Engine:
     def _step(self) -> list[SequenceUpdate | SearchUpdate]:
         flight, self._flight = self._flight, None
         if flight is None:
-            scheduled = self.scheduler.schedule(self._drafts())
+            scheduled = self._schedule()
             if scheduled is None:
                 return []
             if scheduled.swap_outs or scheduled.swap_ins:
@@ -320,6 +294,17 @@ class Engine:
             flight, self._flight = self._flight, None
             self._land(flight)
         return updates
+
+    def _schedule(self) -> ScheduledStep | None:
+        """The next step; None where there is none, or all wait for what is looked for."""
+        with self._change:
+            self.tier.bring_in()
+        scheduled = self.scheduler.schedule(self._drafts())
+        if scheduled is None and self.tier.wait():
+            with self._change:
+                self.tier.bring_in()
+            scheduled = self.scheduler.schedule(self._drafts())
+        return scheduled
 
     def _drafts(self) -> Drafts:
         return self.speculation.drafts_for(self._live.values()) if self.speculation else NO_DRAFTS
@@ -352,7 +337,10 @@ class Engine:
         for look in flight.looks:
             look.tell()
         with self._change:
-            return self._update(flight.scheduled, flight.draws, flight.shortlists)
+            updates = self._update(flight.scheduled, flight.draws, flight.shortlists)
+            self.tier.copy()
+            self.tier.write()
+        return updates
 
     def _wait_for(self, flight: Flight) -> None:
         flight.sampling.settle()
@@ -383,6 +371,8 @@ class Engine:
                 self.scheduler.finish(request)
             self.num_steps += 1
             goes_on = flight.goes_on
+            self.tier.copy()
+            self.tier.bring_in()
             scheduled = self.scheduler.schedule()
             if scheduled is not None:
                 self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
@@ -405,6 +395,7 @@ class Engine:
             self._flight = following
         if not all(draw.is_finite for draw in flight.draws):
             self._recover()
+        self.tier.write()
         return updates
 
     def _update(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from ..engine.draft_model import DraftModel
 from ..engine.output_processor import OutputProcessor
 from ..engine.prompt_lookup import PromptLookup
 from ..engine.sampling_params import SamplingParams
+from ..engine.store_counts import BlockStoreStatistics
 from ..engine.text import Prompt, encode_prompt
 from ..errors import ConfigError, GenerationError, PagedKVError
 from ..models.attached_model import Route
@@ -34,6 +36,8 @@ from ..models.loading import Source, parse_device, parse_dtype
 from ..models.routes import choose_route
 from ..models.widening import computes_wide
 from ..scheduler.statistics import SchedulerStatistics
+from ..stores.block_store import BlockStore
+from ..stores.opening import USUAL_SIZE
 from ..validation import is_list_of
 from .batch import as_batch, as_params, naming_prompt
 from .outputs import Completion, OutputAssembler, RequestOutput, StreamEvent
@@ -65,7 +69,9 @@ class LLM:
     many times as long as without them: tokens come evenly, prompts wait longer; but a request that
     has waited for six steps to begin is computed whatever that takes. With
     `prefix_caching` prompts that begin alike share their blocks, also with earlier ones; with
-    `record_events` what happens to cached blocks is kept until `engine.manager.take_events()`.
+    `record_events` what happens to cached blocks is kept until `engine.manager.take_events()`. With
+    a `block_store`, a folder, a url or a `BlockStore`, they outlive this object, in at most
+    `block_store_size` bytes, and others that are made alike find them.
     Sequences that must make room go to `swap_space` bytes of host memory where that is cheaper than
     computing them again. On a CPU model and kernels share torch's threads; `num_threads` sets how
     many there are, for the whole process. On a GPU decode steps are captured as graphs, which
@@ -101,6 +107,8 @@ class LLM:
         max_model_len: int | None = None,
         prefix_caching: bool = True,
         record_events: bool = False,
+        block_store: BlockStore | str | PathLike[str] | None = None,
+        block_store_size: int | str = USUAL_SIZE,
         swap_space: int | str = 0,
         num_threads: int | None = None,
         enforce_eager: bool = False,
@@ -123,6 +131,8 @@ class LLM:
             max_model_len=max_model_len,
             prefix_caching=prefix_caching,
             record_events=record_events,
+            block_store=block_store,
+            block_store_size=block_store_size,
             swap_space=swap_space,
             num_threads=num_threads,
             enforce_eager=enforce_eager,
@@ -149,7 +159,11 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Give the model its own attention back; this object cannot be used afterwards."""
+        """Give the model its own attention back; this object cannot be used afterwards.
+
+        What is still to be written to a block store is written first.
+        """
+        self.engine.tier.close()
         if self.engine.speculation is not None:
             self.engine.speculation.close()
         self._model.close()
@@ -182,6 +196,11 @@ class LLM:
         """Requests, blocks, preemptions and the prefix cache's hits: now, and so far."""
         return self.engine.scheduler.statistics()
 
+    def block_store_statistics(self) -> BlockStoreStatistics | None:
+        """Entries of the block store that were written and found, and why others were not; None
+        without one."""
+        return self.engine.tier.statistics
+
     def bytes_per_token(self) -> float:
         """Bytes of one sealed token over all layers (native: of one token)."""
         return self.engine.cache.bytes_per_token()
@@ -189,9 +208,10 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, as after a change of the model's weights.
 
-        Raises `InvalidStepError` while requests run.
+        Those in a block store stay, for models that are as this one was. Raises `InvalidStepError` while requests run.
         """
         self.engine.manager.reset_prefix_cache()
+        self.engine.tier.model_changed()
 
     def generate(
         self,

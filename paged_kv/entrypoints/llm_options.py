@@ -13,6 +13,7 @@ from ..blocks.sink_window import SinkWindow
 from ..cache.formats import FORMATS
 from ..engine.sampling_params import SamplingParams
 from ..errors import InvalidRequestError
+from ..stores.opening import USUAL_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +74,12 @@ def add_memory(parser: argparse.ArgumentParser, *, has_format: bool = True) -> N
     memory.add_argument("--max-model-len", type=int, help="longest sequence (the model's)")
     memory.add_argument(
         "--no-prefix-caching", action="store_true", help="share no blocks between prompts"
+    )
+    memory.add_argument(
+        "--block-store", metavar="WHERE", help="folder or url where cached blocks outlive this"
+    )
+    memory.add_argument(
+        "--block-store-size", default=USUAL_SIZE, metavar="SIZE", help=f"of it ({USUAL_SIZE})"
     )
     memory.add_argument("--swap-space", metavar="SIZE", help="host memory for preempted sequences")
     memory.add_argument(
@@ -157,6 +164,8 @@ def load_llm(arguments: argparse.Namespace, loaded: Loaded | None = None) -> LLM
         max_model_len=arguments.max_model_len,
         prefix_caching=not arguments.no_prefix_caching,
         record_events=getattr(arguments, "kv_events", None) is not None,  # a server may have it
+        block_store=arguments.block_store,
+        block_store_size=arguments.block_store_size,
         swap_space=arguments.swap_space or 0,
         num_threads=arguments.threads,
         sink_window=sink_window(arguments),

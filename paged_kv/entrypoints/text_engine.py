@@ -132,7 +132,8 @@ class TextEngine:
             if output is not None:  # or nobody waits for it since the middle of the step
                 self._read(output)
         self._is_behind = False
-        return bool(names) or self.engine.num_steps > num_steps
+        did_anything = bool(names) or self.engine.num_steps > num_steps
+        return did_anything or self.engine.tier.holds_requests  # it may, in a moment
 
     def _read(self, output: Output) -> None:
         """Tell of what has come for an output; one whose updates nobody takes waits."""
