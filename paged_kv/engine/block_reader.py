@@ -45,7 +45,7 @@ class Lookup:
     tokens: TokenChain
     lacked: list[bytes]
     entries: BlockEntries
-    deadline: float
+    deadline: float = field(default_factory=lambda: time.monotonic() + SECONDS)
     is_done: bool = False
     places: dict[bytes, Place] = field(default_factory=dict)  # by hash
     stacks: dict[Kind, NDArray[np.uint8]] = field(default_factory=dict)

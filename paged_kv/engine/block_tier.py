@@ -12,7 +12,6 @@ as if it was not there.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -25,7 +24,7 @@ from ..cache.block_entries import BlockCopies, BlockEntries
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from ..stores.block_store import BlockStore
-from .block_reader import SECONDS, BlockReader, Lookup
+from .block_reader import BlockReader, Lookup
 from .block_writer import BlockWriter
 from .intake import is_nobody_elses
 from .store_counts import BlockStoreStatistics, StoreCounts
@@ -208,7 +207,7 @@ class BlockTier(NoBlockTier):
                 self._scheduler.hold(request)
                 return
         self._looked_up[request] = request.num_preemptions
-        lookup = Lookup(request.tokens, lacked, self._entries, time.monotonic() + SECONDS)
+        lookup = Lookup(request.tokens, lacked, self._entries)
         self._held[request] = lookup
         self._scheduler.hold(request)
         self._reader.begin(lookup)

@@ -25,7 +25,7 @@ from ..models.calibration import Calibration, usual_calibration
 from ..models.generation_config import generation_options
 from ..models.length_limit import model_length
 from ..models.loading import end_token_ids, move_model
-from ..models.whole_fingerprint import whole_fingerprint
+from ..models.model_identity import whole_fingerprint
 from ..scheduler.scheduler import Scheduler
 from ..stores.block_store import BlockStore
 from ..stores.opening import open_store

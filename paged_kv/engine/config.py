@@ -104,6 +104,4 @@ class EngineConfig:
         require("block_store", store, is_store, "a folder, a url, a BlockStore or None")
         parse_memory(self.block_store_size, "block_store_size")
         if store is not None and not self.prefix_caching:
-            raise ConfigError(
-                "a block_store keeps what prefix_caching finds, which is switched off"
-            )
+            raise ConfigError(f"a block_store needs prefix_caching, got {self.prefix_caching!r}")

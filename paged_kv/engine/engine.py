@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..blocks.sink_window import SinkWindow
 from ..cache.decode_tables import Drawn
 from ..change import Change
-from ..errors import InvalidRequestError, InvalidStepError, PagedKVError, StepFailedError
+from ..errors import InvalidRequestError, PagedKVError, StepFailedError
 from ..scheduler.drafts import NO_DRAFTS, Drafts
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step import Fork, ScheduledStep

@@ -208,7 +208,8 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, as after a change of the model's weights.
 
-        Those in a block store stay, for models that are as this one was. Raises `InvalidStepError` while requests run.
+        Those in a block store stay, for models that are as this one was. Raises
+        `InvalidStepError` while requests run.
         """
         self.engine.manager.reset_prefix_cache()
         self.engine.tier.model_changed()

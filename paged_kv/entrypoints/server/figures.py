@@ -111,6 +111,16 @@ class Figures:
             "steps": counts.num_steps,
             "scheduled_tokens": counts.num_scheduled_tokens,
             "preemptions": counts.num_preemptions,
+            **self._store(),
+        }
+
+    def _store(self) -> dict[str, Any]:
+        """What has become of entries of a block store, where there is one."""
+        store = self._llm.block_store_statistics()
+        if store is None:
+            return {}
+        return {
+            "block_store": {name.removeprefix("num_"): count for name, count in vars(store).items()}
         }
 
     def _counts(self, now: float) -> TokenCounts:

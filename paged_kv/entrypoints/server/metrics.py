@@ -259,6 +259,28 @@ class FiguresCollector(Collector):
         free = {**sizes, "free": sizes["free"] - sizes["cached"]}
         kinds = ("used", "wasted", "cached", "free", "decode_graphs", "recurrent_states")
         yield self._by_kind("paged_kv:kv_bytes", free, kinds, "Bytes over all layers, by use.")
+        if "block_store" in figures:
+            yield from self._store(figures["block_store"])
+
+    def _store(self, store: dict[str, int]) -> Iterator[Metric]:
+        """Of a block store."""
+        entries = CounterMetricFamily(
+            "paged_kv:block_store_entries",
+            "Entries of the block store, by what became of them.",
+            labels=(*LABELS, "kind"),
+        )
+        for kind in ("stored", "found", "refused", "dropped"):
+            entries.add_metric((self._figures.model_name, ENGINE, kind), store[kind])
+        yield entries
+        yield self._counter(
+            "paged_kv:block_store_written_bytes", store["stored_bytes"], "Written to the store."
+        )
+        yield self._counter(
+            "paged_kv:block_store_read_bytes", store["found_bytes"], "Of it brought into the pool."
+        )
+        yield self._counter(
+            "paged_kv:block_store_errors", store["failed"], "Exceptions that the store raised."
+        )
 
     def _gauge(self, name: str, value: float, text: str) -> Metric:
         family = GaugeMetricFamily(name, text, labels=LABELS)

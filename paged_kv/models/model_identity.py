@@ -59,7 +59,7 @@ def tensor_digest(named: tuple[str, Tensor]) -> bytes:
     name, tensor = named
     about = f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
     flat = tensor.detach().reshape(-1).cpu().contiguous()
-    return sha256(about + sha256(flat.view(torch.uint8).numpy()).digest()).digest()
+    return sha256(about + sha256(flat.view(torch.uint8).numpy().data).digest()).digest()
 
 
 def code_of(model: PreTrainedModel) -> bytes:
