@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from .engine.draft_model import DraftModel as DraftModel
     from .engine.prompt_lookup import PromptLookup as PromptLookup
     from .engine.sampling_params import SamplingParams as SamplingParams
+    from .engine.store_counts import BlockStoreStatistics as BlockStoreStatistics
     from .engine.structured_output import StructuredOutput as StructuredOutput
     from .engine.token_logprob import TokenLogprob as TokenLogprob
     from .entrypoints.async_llm import AsyncLLM as AsyncLLM
@@ -87,6 +88,8 @@ if TYPE_CHECKING:
     from .scheduler.step import BlockCopy as BlockCopy
     from .scheduler.step import Fork as Fork
     from .scheduler.step import ScheduledStep as ScheduledStep
+    from .stores.block_store import BlockStore as BlockStore
+    from .stores.opening import open_store as open_store
 
 _HOME = {
     "DEMO_MODEL": "models.loading",
@@ -103,6 +106,8 @@ _HOME = {
     "BlockGeometry": "blocks.geometry",
     "BlockManager": "blocks.block_manager",
     "BlockRemoved": "blocks.events",
+    "BlockStore": "stores.block_store",
+    "BlockStoreStatistics": "engine.store_counts",
     "BlockStored": "blocks.events",
     "CacheCleared": "blocks.events",
     "Completion": "entrypoints.outputs",
@@ -140,6 +145,7 @@ _HOME = {
     "export_sequence": "cache.transfer",
     "import_sequence": "cache.transfer",
     "num_blocks_for": "cache.layer_groups",
+    "open_store": "stores.opening",
     "paged_attention": "cache.attention",
     "step_from_block_table": "cache.embedding",
     "warm_up": "cache.embedding",

@@ -250,15 +250,20 @@ class PrefixSharing(NoPrefixSharing):
 
     def _needed_links(self, tables: BlockTables, tokens: TokenChain, num_links: int) -> list[int]:
         """Those of a prefix's first links that a group stores."""
-        gone = self._lengths(tables, tokens, num_links).num_evicted // self.geometry.block_size
-        num_head = self.geometry.num_head_blocks if gone else 0
-        return [*range(num_head), *range(num_head + gone, num_links)]
+        num_head, first = self._gap(tables, tokens, num_links)
+        return [*range(num_head), *range(first, num_links)]
 
     def _needed(self, tables: BlockTables, tokens: TokenChain, num_links: int) -> list[bytes]:
         """The same, as the cache knows them."""
+        (num_head, first), hashes = self._gap(tables, tokens, num_links), tokens.hashes
+        return group_hashes(hashes[:num_head] + hashes[first:num_links], tables.group)
+
+    def _gap(self, tables: BlockTables, tokens: TokenChain, num_links: int) -> tuple[int, int]:
+        """Between which of a prefix's first links a group has let go of some: how many come before,
+        and the first behind."""
         gone = self._lengths(tables, tokens, num_links).num_evicted // self.geometry.block_size
-        hashes, num_head = tokens.hashes, self.geometry.num_head_blocks if gone else 0
-        return group_hashes(hashes[:num_head] + hashes[num_head + gone : num_links], tables.group)
+        num_head = self.geometry.num_head_blocks if gone else 0
+        return num_head, num_head + gone
 
     def _lengths(self, tables: BlockTables, tokens: TokenChain, num_links: int) -> StoredLengths:
         """What a group stores of a sequence's first links."""

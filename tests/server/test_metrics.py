@@ -340,3 +340,24 @@ def test_steps_of_other_threads_do_not_come_between(llm):
         assert not told.wait(0.05)
     thread.join()
     assert is_told
+
+
+def test_a_block_store_is_told_of(tmp_path):
+    with LLM(MODEL_FOLDER, kv_format="native", num_blocks=200, block_store=tmp_path) as llm:
+        for _ in range(2):
+            llm.generate([PROMPT], SamplingParams(max_tokens=2))
+            llm.engine.tier.flush()
+            llm.reset_prefix_cache()
+        llm.engine.tier._counts.add(num_refused=3, num_dropped=4, num_failed=5)
+        figures = Figures(llm, "m")
+        told, scrape = figures.snapshot()["block_store"], Scrape(Metrics(llm, figures))
+    entries = {
+        kind: scrape("paged_kv:block_store_entries_total", kind=kind)
+        for kind in ("stored", "found", "refused", "dropped")
+    }
+    assert entries == {"stored": 12, "found": 12, "refused": 3, "dropped": 4}
+    assert entries == {kind: told[kind] for kind in entries}
+    num_bytes = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert scrape("paged_kv:block_store_written_bytes_total") == num_bytes == told["found_bytes"]
+    assert scrape("paged_kv:block_store_read_bytes_total") == num_bytes == told["stored_bytes"]
+    assert scrape("paged_kv:block_store_errors_total") == told["failed"] == 5
