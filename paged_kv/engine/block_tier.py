@@ -95,6 +95,7 @@ class BlockTier(NoBlockTier):
         self._counts = StoreCounts()
         self._writer = BlockWriter(store, self._counts)
         self._reader = BlockReader(store, self._counts, self._manager, self._writer.remove)
+        self._is_closed = False
         self._copied: list[BlockCopies] = []
         self._bad: list[bytes] = []  # keys
         self._held: dict[Request, Lookup] = {}
@@ -121,10 +122,13 @@ class BlockTier(NoBlockTier):
         self._writer.flush()
 
     def close(self) -> None:
+        if self._is_closed:
+            return
         self.copy()
         self.write()
         self._reader.close()
         self._writer.close()
+        self._is_closed = True
 
     def reset(self) -> None:
         self._copied, self._bad, self._held = [], [], {}

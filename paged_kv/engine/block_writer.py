@@ -44,6 +44,7 @@ class BlockWriter:
         self._thread.submit(self._work).result()
 
     def close(self) -> None:
+        """Return when all that waits is written; nothing may be put afterwards."""
         self.flush()
         self._thread.shutdown()
 

@@ -549,6 +549,14 @@ def test_two_processes_share_a_folder_at_once(tmp_path):
     assert served(tmp_path)[2] > 600
 
 
+def test_closing_writes_what_is_left_and_can_be_done_again(tmp_path):
+    llm = open_llm(tmp_path)
+    llm.generate([PROMPT], SamplingParams(max_tokens=1))
+    llm.close()
+    llm.close()
+    assert llm.block_store_statistics().num_stored == len(list(tmp_path.iterdir())) == 700 // 16
+
+
 def test_a_size_limit_holds(tmp_path):
     with open_llm(tmp_path, block_store_size="200KiB") as llm:
         for seed in range(4):
