@@ -6,6 +6,7 @@ import pytest
 
 from paged_kv.blocks.block_manager import BlockManager
 from paged_kv.blocks.geometry import BlockGeometry
+from paged_kv.engine.block_tier import NoBlockTier
 from paged_kv.engine.engine import Engine
 from paged_kv.engine.live_request import LiveRequest, SequenceUpdate
 from paged_kv.engine.sampling_params import SamplingParams
@@ -159,3 +160,42 @@ def test_what_is_not_finite_ends_one_request_and_the_others_start_again() -> Non
     assert spoilt[0].token_ids.tolist() == alone(*spoilt)[:4]
     assert other[0].token_ids.tolist() == alone(*other)
     assert engine.manager.num_free_blocks == engine.manager.num_blocks
+
+
+class Spy(NoBlockTier):
+    """Notes what is published and what is said to be right, in their order."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.copied: list[bytes] = []
+        self.written: list[bytes] = []
+        self.num_ahead = 0
+        engine.manager.pool.prefix_cache.take_news()
+
+    def copy(self) -> None:
+        assert self.engine.scheduler.step is None, "blocks may be taken for the next step"
+        self.copied += [
+            n.block_hash for n in self.engine.manager.prefix_cache.take_news().published
+        ]
+
+    def write(self) -> None:
+        self.num_ahead += self.engine._flight is not None
+        self.written, self.copied = self.written + self.copied, []
+
+    def bring_in(self) -> None:
+        assert self.engine.scheduler.step is None
+
+    def reset(self) -> None:
+        self.copied = []
+
+
+def test_what_is_published_is_copied_before_the_next_step_takes_blocks() -> None:
+    engine = engine_of()
+    spy = engine.tier = Spy(engine)
+    (live,) = engine.add_request("a", [1, 2, 3, 4, 5], params_of(14))
+    drain(engine)
+    assert spy.num_ahead > 5
+    tokens = [1, 2, 3, 4, 5, *live.token_ids.tolist()]
+    chain = engine.manager.chain_tokens(tokens)
+    chain.hash_links(GEOMETRY, GEOMETRY.num_links(len(tokens) - 1))
+    assert spy.written == chain.hashes
