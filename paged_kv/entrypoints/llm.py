@@ -24,13 +24,14 @@ from ..engine.beam_search import BeamSearch, BeamSearchParams, Hypothesis
 from ..engine.build import build_engine
 from ..engine.config import MODELS_OWN, USUAL, EngineConfig
 from ..engine.draft_model import DraftModel
+from ..engine.engine import Engine
 from ..engine.output_processor import OutputProcessor
 from ..engine.prompt_lookup import PromptLookup
 from ..engine.sampling_params import SamplingParams
 from ..engine.store_counts import BlockStoreStatistics
 from ..engine.text import Prompt, encode_prompt
 from ..errors import ConfigError, GenerationError, PagedKVError
-from ..models.attached_model import Route
+from ..models.attached_model import AttachedModel, Route
 from ..models.calibration import Calibration
 from ..models.loading import Source, parse_device, parse_dtype
 from ..models.routes import choose_route
@@ -145,11 +146,7 @@ class LLM:
         loaded, self.tokenizer = source.load(model, tokenizer, dtype)
         self._processor = OutputProcessor(self.tokenizer)
         self._model = choose_route(loaded, widens=dtype is None and computes_wide(loaded, device))
-        try:
-            self.engine: Final = build_engine(self._model, config, device, self.tokenizer)
-        except BaseException:
-            self._model.close()
-            raise
+        self.engine: Final = built_engine(self._model, config, device, self.tokenizer)
         self.requests: Final = TextEngine(self.engine, self._processor)
 
     def __enter__(self) -> LLM:
@@ -406,6 +403,20 @@ class LLM:
             except BaseException:  # as a second interrupt: nobody else would do it
                 requests.let_go(left)
                 raise
+
+
+def built_engine(
+    model: AttachedModel,
+    config: EngineConfig,
+    device: torch.device | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Engine:
+    """An engine for a model, which is closed where there can be none."""
+    try:
+        return build_engine(model, config, device, tokenizer)
+    except BaseException:
+        model.close()
+        raise
 
 
 def raise_failures(outputs: list[RequestOutput]) -> None:
