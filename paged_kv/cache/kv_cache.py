@@ -116,6 +116,7 @@ class PagedKVCache:
             for arena, layer in zip(self.arenas, self.layers, strict=True)
         ]
         self._tables = [TableReplica(self.geometry) for _ in self.groups.retentions]
+        self.num_parts: int = 1  # processes that share the kv heads, of which this holds its own
         self._source: PlanSource | None = None  # the manager whose plans are begun here
         self._step: Step | None = None  # begun last
         self.backend.warm_up(self.records)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -35,6 +35,10 @@ class MemoryStats:
     cached: int
     decode_graphs: int = 0
     recurrent_states: int = 0
+
+    def times(self, count: int) -> MemoryStats:
+        """Of so many processes, each of which has as much."""
+        return MemoryStats(**{each.name: count * getattr(self, each.name) for each in fields(self)})
 
 
 def measure_memory(cache: PagedKVCache, manager: BlockManager) -> MemoryStats:

@@ -85,6 +85,7 @@ def export_sequence(
     `InvalidStepError` while a step is outstanding, or where no sequence is.
     """
     require_instance("cache", cache, PagedKVCache)
+    require_all_heads(cache)
     cache.require_stored(manager)
     manager.require_at_rest(seq_id)
     tokens = manager.chain_of(seq_id)
@@ -139,6 +140,7 @@ def import_sequence(
     changed then.
     """
     require_instance("cache", cache, PagedKVCache)
+    require_all_heads(cache)
     cache.require_manager(manager)
     sequence, layer_data = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
     require_token_ids(sequence.tokens.token_ids, vocab_size)
@@ -152,6 +154,15 @@ def import_sequence(
         raise
     manager.publish_sequence(seq_id)
     return seq_id
+
+
+def require_all_heads(cache: PagedKVCache) -> None:
+    """Raise `TransferError` for a cache that has some of the kv heads, as others the rest."""
+    if cache.num_parts > 1:
+        raise TransferError(
+            f"this cache holds its part of the kv heads of {cache.num_parts} processes "
+            "(tensor_parallel_size): its sequences cannot be exported, nor others imported"
+        )
 
 
 def on_device(cache: PagedKVCache, block_ids: BlockIds) -> Tensor:

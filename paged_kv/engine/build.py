@@ -21,11 +21,12 @@ from ..cache.layer_groups import max_blocks, num_blocks_for
 from ..cache.layer_spec import LayerSpec, cache_geometry, usual_kv_dtype
 from ..errors import ConfigError
 from ..models.attached_model import AttachedModel
-from ..models.calibration import Calibration, usual_calibration
+from ..models.calibration import Calibrate, Calibration, calibrate, usual_calibration
 from ..models.generation_config import generation_options
 from ..models.length_limit import model_length
 from ..models.loading import end_token_ids, move_model
 from ..models.model_identity import whole_fingerprint
+from ..models.model_part import ModelPart
 from ..scheduler.scheduler import Scheduler
 from ..stores.block_store import BlockStore
 from ..stores.opening import open_store
@@ -37,6 +38,7 @@ from .config import USUAL, EngineConfig
 from .decode_graphs import DecodeGraphs
 from .engine import Engine
 from .model_runner import ModelRunner
+from .parallel_group import WorkerGroup
 from .sampling_params import SamplingParams
 
 HOST_BYTES_PER_SECOND: Final = 1e10
@@ -48,10 +50,12 @@ def build_engine(
     config: EngineConfig,
     device: torch.device | str | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    group: WorkerGroup | None = None,
 ) -> Engine:
     """An engine for a model, which moves to `device` if one is given.
 
-    The usual calibration needs a tokenizer, for its text; without one nothing is calibrated.
+    With a `group` this process is its rank 0, and the model a part of one. The usual calibration
+    needs a tokenizer, for its text; without one nothing is calibrated.
 
     Without `kv_memory` or `num_blocks` the pool is what `max_num_seqs` full-length sequences need,
     at most `usual_kv_memory`. Raises
@@ -68,9 +72,14 @@ def build_engine(
     if device is not None:
         move_model(model.model, device)
     try:
-        calibration = find_calibration(model, config, kv_formats, tokenizer)
+        make = calibrate if group is None else group.calibrate
+        calibration = find_calibration(model, config, kv_formats, tokenizer, make)
         layers = model.layers(kv_formats, calibration)
         engine = engine_where_it_is(model, config, layers, max_model_len, tokenizer)
+        if group is not None:
+            assert isinstance(model, ModelPart), "a group computes a model in parts"
+            engine.cache.num_parts = group.size
+            engine.runner = group.runner(model, engine.cache, kv_formats, calibration)
         if store is not None:
             engine.tier = tier_of(engine, store)
     except BaseException:
@@ -92,6 +101,7 @@ def engine_where_it_is(
     """An engine on the device of its model."""
     dtype = config.kv_dtype or usual_kv_dtype(layers, model.dtype)
     swap_space, num_host_blocks = parse_memory(config.swap_space, "swap_space", least=0), 0
+    swap_space //= config.tensor_parallel_size
     if model.keeps_states:
         what = "0: states of recurrent layers, which this model has, are not swapped"
         require("swap_space", config.swap_space, not swap_space, what)
@@ -189,6 +199,7 @@ def find_calibration(
     config: EngineConfig,
     kv_formats: Sequence[KVFormat],
     tokenizer: PreTrainedTokenizerBase | None,
+    make: Calibrate = calibrate,
 ) -> Sequence[KeyCalibration] | None:
     """What formats want to know of each layer; None where they do not, or nobody says."""
     wanted = config.calibration
@@ -203,7 +214,7 @@ def find_calibration(
         return None
     if model.route == "gather":  # it tells of no queries
         return None
-    return usual_calibration(model, tokenizer).layers
+    return usual_calibration(model, tokenizer, make).layers
 
 
 def pool_size(
@@ -213,17 +224,20 @@ def pool_size(
     device: torch.device,
     max_model_len: int,
 ) -> int:
-    """Blocks of the pool."""
+    """Blocks of the pool, of which each process has its part of the memory."""
+    num_parts = config.tensor_parallel_size
     if config.num_blocks is not None:
         return config.num_blocks
     if config.kv_memory is not None:
-        return num_blocks_for(parse_memory(config.kv_memory, "kv_memory"), layers, dtype)
+        asked = parse_memory(config.kv_memory, "kv_memory")
+        return num_blocks_for(asked // num_parts, layers, dtype)
     longest = max_blocks(layers, dtype, max_model_len)
     if config.sink_window is not None:
         fitted = config.sink_window.fitted(cache_geometry(layers, dtype))
         longest = max(longest, max_blocks(layers, dtype, max_model_len, fitted))
     wanted = config.max_num_seqs * (longest + 1)
-    return min(wanted, num_blocks_for(usual_kv_memory(device), layers, dtype))
+    most = usual_kv_memory(device) // num_parts
+    return min(wanted, num_blocks_for(most, layers, dtype))
 
 
 def swap_cost(model: AttachedModel, cache: PagedKVCache) -> float:

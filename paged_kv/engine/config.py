@@ -32,6 +32,7 @@ MOST: Final = {
     "max_prefill_tokens": MAX_COUNT,
     "max_model_len": MAX_COUNT,
     "num_threads": 4096,
+    "tensor_parallel_size": 256,
 }
 MODELS_OWN: Final = "auto"  # generation_config: what came with the model
 USUAL: Final = "usual"  # calibration: that on the library's own text
@@ -62,6 +63,7 @@ class EngineConfig:
     sink_window: SinkWindow | None = None
     generation_config: str | None = MODELS_OWN
     speculation: PromptLookup | DraftModel | None = None
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         resolve_formats(self.kv_format)
@@ -76,6 +78,16 @@ class EngineConfig:
         guesses = self.speculation
         is_source = guesses is None or isinstance(guesses, (PromptLookup, DraftModel))
         require("speculation", guesses, is_source, "a PromptLookup, a DraftModel or None")
+        if self.block_store is not None and self.tensor_parallel_size != 1:
+            raise ConfigError(
+                "block_store: a store takes blocks of all kv heads, and with tensor_parallel_size "
+                f"{self.tensor_parallel_size} each process has its part of them"
+            )
+        if isinstance(guesses, DraftModel) and self.tensor_parallel_size != 1:
+            raise ConfigError(
+                "speculation: a DraftModel guesses in one process, not beside "
+                f"tensor_parallel_size {self.tensor_parallel_size}; a PromptLookup does"
+            )
         slowdown = self.max_slowdown
         is_ratio = slowdown is None or (is_finite(slowdown) and slowdown > 1)
         require("max_slowdown", slowdown, is_ratio, "None or a number above 1")

@@ -26,6 +26,7 @@ from ..engine.config import MODELS_OWN, USUAL, EngineConfig
 from ..engine.draft_model import DraftModel
 from ..engine.engine import Engine
 from ..engine.output_processor import OutputProcessor
+from ..engine.parallel_group import WorkerGroup, start_group
 from ..engine.prompt_lookup import PromptLookup
 from ..engine.sampling_params import SamplingParams
 from ..engine.store_counts import BlockStoreStatistics
@@ -116,6 +117,7 @@ class LLM:
         sink_window: SinkWindow | None = None,
         generation_config: str | None = MODELS_OWN,
         speculation: PromptLookup | DraftModel | None = None,
+        tensor_parallel_size: int = 1,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -140,13 +142,14 @@ class LLM:
             sink_window=sink_window,
             generation_config=generation_config,
             speculation=speculation,
+            tensor_parallel_size=tensor_parallel_size,
         )
-        dtype, device = parse_dtype(dtype), parse_device(device)
         source = Source(gguf_file, revision, trust_remote_code)
-        loaded, self.tokenizer = source.load(model, tokenizer, dtype)
+        self._group, self._model, self.tokenizer, engine = start(
+            model, source, tokenizer, parse_dtype(dtype), config, parse_device(device)
+        )
+        self.engine: Final = engine
         self._processor = OutputProcessor(self.tokenizer)
-        self._model = choose_route(loaded, widens=dtype is None and computes_wide(loaded, device))
-        self.engine: Final = built_engine(self._model, config, device, self.tokenizer)
         self.requests: Final = TextEngine(self.engine, self._processor)
 
     def __enter__(self) -> LLM:
@@ -158,12 +161,13 @@ class LLM:
     def close(self) -> None:
         """Give the model its own attention back; this object cannot be used afterwards.
 
-        What is still to be written to a block store is written first.
+        What is still to be written to a block store is written first. Other processes that compute
+        the model have ended when this returns.
         """
         self.engine.tier.close()
         if self.engine.speculation is not None:
             self.engine.speculation.close()
-        self._model.close()
+        let_go(self._model, self._group)
 
     @property
     def max_model_len(self) -> int:
@@ -180,14 +184,15 @@ class LLM:
         return self._model.route
 
     def memory_stats(self) -> MemoryStats:
-        """What the pool holds now, and what there is beside it."""
+        """What the pool holds now, in all processes, and what there is beside it."""
         stats = self.engine.cache.memory_stats(self.engine.manager)
         graphs = self.engine.runner.graphs
-        return replace(
+        stats = replace(
             stats,
             decode_graphs=0 if graphs is None else graphs.num_bytes,
             recurrent_states=self._model.state_bytes(self.engine.cache),
         )
+        return stats.times(self.engine.cache.num_parts)
 
     def statistics(self) -> SchedulerStatistics:
         """Requests, blocks, preemptions and the prefix cache's hits: now, and so far."""
@@ -199,8 +204,8 @@ class LLM:
         return self.engine.tier.statistics
 
     def bytes_per_token(self) -> float:
-        """Bytes of one sealed token over all layers (native: of one token)."""
-        return self.engine.cache.bytes_per_token()
+        """Bytes of one sealed token over all layers (native: of one token), in all processes."""
+        return self.engine.cache.bytes_per_token() * self.engine.cache.num_parts
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached blocks, as after a change of the model's weights.
@@ -405,18 +410,38 @@ class LLM:
                 raise
 
 
-def built_engine(
-    model: AttachedModel,
+def start(
+    model: str | Path | PreTrainedModel | torch.nn.Module,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | None,
     config: EngineConfig,
     device: torch.device | str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Engine:
-    """An engine for a model, which is closed where there can be none."""
+) -> tuple[WorkerGroup | None, AttachedModel, PreTrainedTokenizerBase | None, Engine]:
+    """The processes that share a model, the model on blocks, its tokenizer, and its engine."""
+    group: WorkerGroup | None = None
+    attached: AttachedModel | None = None
     try:
-        return build_engine(model, config, device, tokenizer)
+        if config.tensor_parallel_size > 1:
+            group, attached, tokenizer = start_group(
+                model, source, tokenizer, dtype, config, device
+            )
+        else:
+            loaded, tokenizer = source.load(model, tokenizer, dtype)
+            widens = dtype is None and computes_wide(loaded, device)
+            attached = choose_route(loaded, widens=widens)
+        engine = build_engine(attached, config, device, tokenizer, group)
     except BaseException:
-        model.close()
+        let_go(attached, group)
         raise
+    return group, attached, tokenizer, engine
+
+
+def let_go(model: AttachedModel | None, group: WorkerGroup | None) -> None:
+    if model is not None:
+        model.close()
+    if group is not None:
+        group.close()
 
 
 def raise_failures(outputs: list[RequestOutput]) -> None:

@@ -109,6 +109,13 @@ def add_memory(parser: argparse.ArgumentParser, *, has_format: bool = True) -> N
         "--draft-model", metavar="MODEL", help="try what this smaller model says, instead"
     )
     memory.add_argument("--device", help="cpu or cuda (default: where the model loads)")
+    memory.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="PROCESSES",
+        help="so many compute the model together on CPUs, each with its part of the heads (1)",
+    )
     memory.add_argument("--threads", type=int, help="CPU threads (torch's default)")
 
 
@@ -174,6 +181,7 @@ def load_llm(arguments: argparse.Namespace, loaded: Loaded | None = None) -> LLM
         calibration=None if arguments.calibration == "none" else arguments.calibration,
         generation_config=None if arguments.generation_config == "none" else "auto",
         speculation=speculation(arguments),
+        tensor_parallel_size=arguments.tensor_parallel_size,
         device=arguments.device,
     )
 

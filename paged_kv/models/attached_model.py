@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from types import MappingProxyType
 from typing import ClassVar, Literal
@@ -184,11 +184,13 @@ class AttachedModel(ABC):
             )
 
 
-def fingerprint_of(model: PreTrainedModel) -> bytes:
-    """`AttachedModel.fingerprint` of a model as it is."""
+def fingerprint_of(
+    model: PreTrainedModel, whole: Callable[[Tensor], Tensor] = lambda weight: weight
+) -> bytes:
+    """`AttachedModel.fingerprint` of a model as it is; `whole` makes one of weights in parts."""
     digest = sha256(type(model).__name__.encode())
     for name, weight in model.state_dict().items():
-        for tensor in stored_tensors(weight):
+        for tensor in stored_tensors(whole(weight)):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             flat = tensor.flatten()
             samples = flat[:: max(flat.numel() // 64, 1)].cpu().contiguous()

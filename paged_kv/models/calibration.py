@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -183,7 +183,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return token_ids
 
 
-def usual_calibration(model: AttachedModel, tokenizer: PreTrainedTokenizerBase) -> Calibration:
+Calibrate = Callable[[AttachedModel, Sequence[int]], Calibration]
+
+
+def usual_calibration(
+    model: AttachedModel, tokenizer: PreTrainedTokenizerBase, make: Calibrate = calibrate
+) -> Calibration:
     """That on the library's own text: read where it was kept, or else made and kept."""
     fingerprint = model.fingerprint()
     token_ids = encode(tokenizer, TEXT.read_text(encoding="utf-8"))
@@ -198,7 +203,7 @@ def usual_calibration(model: AttachedModel, tokenizer: PreTrainedTokenizerBase) 
         else:
             return kept
     logger.info("calibrating %s on %d tokens", type(model.model).__name__, len(token_ids))
-    made = calibrate(model, token_ids)
+    made = make(model, token_ids)
     if path is not None:
         with suppress(ConfigError):
             made.save(path)

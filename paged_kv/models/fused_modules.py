@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..kernels.cpu.dense import DenseLayer, Weight, is_served
 from ..kernels.cpu.token_rows import Norm, rms_norm, turn
 from .replacements import Forward, Replacement
+from .split_modules import finished, inner_linear
 from .widening import WideLinear
 from .wrapped_weights import codes_and_factors, has_known_codes
 
@@ -149,9 +150,9 @@ class GatedLinear(Replacement):
         """The inner part and what is behind it; None where somebody has changed a module."""
         gate, up, down, act_fn = (cast(Any, self.module._modules.get(n)) for n in GATED_PARTS)
         is_the_same = act_fn is self._act_fn and not is_heard(act_fn)
-        if not (is_the_same and is_untouched(gate, up, down)):
+        if not (is_the_same and is_untouched(gate, up, inner_linear(down))):
             return None
-        inner, outer = self._inner.layer(gate, up), self._outer.layer(down)
+        inner, outer = self._inner.layer(gate, up), self._outer.layer(inner_linear(down))
         return None if inner is None or outer is None else (inner, outer)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ class GatedLinear(Replacement):
         if layers is None:
             return self.original(x)  # type: ignore[no-any-return]
         inner, outer = layers
-        output = outer(inner(rows_of(x))[0])[0]
+        output = finished(self.module._modules["down_proj"], outer(inner(rows_of(x))[0])[0])
         return output.view(*x.shape[:-1], output.shape[1])
 
 
@@ -177,10 +178,10 @@ class TurnedAttention(Replacement):
     def layers(self) -> tuple[DenseLayer, DenseLayer] | None:
         """Before attention and behind it; None where somebody has changed a module."""
         query, key, value, last = (self.module._modules.get(name) for name in PROJECTIONS)
-        if not is_untouched(query, key, value, last):
+        if not is_untouched(query, key, value, inner_linear(last)):
             return None
         inner = self._inner.layer(*cast(Any, (query, key, value)))
-        outer = self._outer.layer(cast(Any, last))
+        outer = self._outer.layer(inner_linear(last))
         return None if inner is None or outer is None else (inner, outer)
 
     def __call__(
@@ -213,4 +214,5 @@ class TurnedAttention(Replacement):
         turn(heads[0], heads[1], *(rows_of(one) for one in position_embeddings))
         output = self._attend(module, *heads, **self.settings)
         output = outer(output.view(output.shape[0], -1))[0]
+        output = finished(module._modules["o_proj"], output)
         return output.view(*hidden_states.shape[:-1], output.shape[1]), None

@@ -28,6 +28,7 @@ from .fused_modules import (
     is_linear,
 )
 from .replacements import Forward, Replacement, Replacements
+from .split_modules import SummedLinear, inner_linear
 from .whole_layers import LAYER_PARTS, WholeLayer
 
 # How far two ways to compute the same may be apart, as a relative norm.
@@ -141,11 +142,11 @@ def candidates_of(module: Any, attend: Attention) -> list[Replacement]:
     if is_linear(module):
         return [FastLinear(module, original)]
     if is_plain(module, ATTENTION_NAMES) and all(
-        is_linear(getattr(module, name, None)) for name in PROJECTIONS
+        is_linear(inner_linear(getattr(module, name, None))) for name in PROJECTIONS
     ):
         return [TurnedAttention(module, original, attend)]
     if is_plain(module, GATED_NAMES) and all(
-        is_linear(getattr(module, name, None)) for name in GATED_PARTS[:3]
+        is_linear(inner_linear(getattr(module, name, None))) for name in GATED_PARTS[:3]
     ):
         activation = ACTIVATIONS.get(type(module.act_fn).__name__)
         has_bias = {getattr(module, name).bias is not None for name in GATED_PARTS[:2]}
@@ -153,6 +154,8 @@ def candidates_of(module: Any, attend: Attention) -> list[Replacement]:
             return []
         return [GatedLinear(module, original, activation)]
     if is_plain(module, LAYER_NAMES) and all(hasattr(module, name) for name in LAYER_PARTS):
+        if any(type(part) is SummedLinear for part in module.modules()):
+            return []  # sums of several processes are in the middle of it
         return [WholeLayer(module, original)]
     weight = getattr(module, "weight", None)
     if is_plain(module, NORM_NAMES) and isinstance(weight, Tensor) and weight.ndim == 1:

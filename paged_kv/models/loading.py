@@ -11,6 +11,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from textwrap import shorten
 from threading import RLock
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, cast
 
 import torch
@@ -114,13 +115,15 @@ def load_model(
     dtype: torch.dtype | None,
     gguf_file: str | None = None,
     source: Source = NEWEST,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """Load a causal language model whose checkpoint has all of its tensors.
 
     A GGUF file is given by its path, or as the `gguf_file` of a folder or hub name; what it has
-    quantized is unpacked. `dtype` None is the checkpoint's own, of a GGUF file float32. Raises
-    `ModelNotFoundError` where there is no such model, naming tensors that lack, differ in size or
-    have no place; `MissingDependencyError` where a package that it needs does.
+    quantized is unpacked. `dtype` None is the checkpoint's own, of a GGUF file float32. `options`
+    are further ones of transformers' `from_pretrained`. Raises `ModelNotFoundError` where there is
+    no such model, naming tensors that lack, differ in size or have no place;
+    `MissingDependencyError` where a package that it needs does.
     """
     found, gguf_file = find_checkpoint(name, gguf_file)
     if os.path.exists(os.path.join(found, ADAPTER_CONFIG)) and find_spec("peft") is None:
@@ -138,6 +141,7 @@ def load_model(
                 trust_remote_code=source.trust_remote_code,  # None would ask at a terminal
                 ignore_mismatched_sizes=True,  # `require_complete` names them
                 output_loading_info=True,
+                **options,
             )
     except ImportError as error:
         raise MissingDependencyError(f"the model at {name!s}: {error}") from error
