@@ -98,4 +98,5 @@ def finished(module: Any, output: Tensor) -> Tensor:
     """A module's output, from that of its `inner_linear`."""
     if not isinstance(module, SummedLinear):
         return output
-    return module.finished(output)
+    summed_output: Tensor = module.finished(output)
+    return summed_output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ def fingerprint(model: Any) -> bytes:
         attached.close()
 
 
-@pytest.mark.parametrize("kv_format", ["int8", "int2"])
+@pytest.mark.parametrize("kv_format", ["native", "int8", "int2"])
 def test_formats_preemption_and_sharing_are_those_of_one_process(
     kv_format: str, make: Make, prompts: list[list[int]], tmp_path: Path
 ) -> None:
@@ -121,25 +120,18 @@ def test_formats_preemption_and_sharing_are_those_of_one_process(
         "token_budget": 128,
     }
     batch = [*prompts, prompts[3]]
-    greedy = replace(GREEDY, max_tokens=60 if kv_format == "int8" else 24)
-    # Where a code of 2 bits is rounded the other way, what is drawn may be another token.
-    two = SamplingParams(
-        max_tokens=40,
-        temperature=0.7,
-        seed=3,
-        n=2,
-        ignore_eos=True,
-        top_k=1 + (kv_format == "int8"),
-    )
+    # Where a code is rounded the other way, what is drawn of two tokens may be the other one.
+    top_k = 2 if kv_format == "native" else 1
+    two = SamplingParams(max_tokens=40, temperature=0.7, seed=3, n=2, ignore_eos=True, top_k=top_k)
     with LLM(DEMO_MODEL, dtype="float32", **settings) as one:
-        expected = tokens_of(one, batch, greedy), tokens_of(one, prompts[:2], two)
+        expected = tokens_of(one, batch), tokens_of(one, prompts[:2], two)
         beams = one.beam_search(prompts[:1], BeamSearchParams(num_beams=3, max_tokens=9))
         statistics = one.statistics()
         stats, bytes_per_token = one.memory_stats(), one.bytes_per_token()
-    assert statistics.num_preemptions or kv_format == "int8"
+    assert statistics.num_preemptions or kv_format != "int2"
     assert statistics.num_hit_tokens
     llm = make(**settings)
-    assert (tokens_of(llm, batch, greedy), tokens_of(llm, prompts[:2], two)) == expected
+    assert (tokens_of(llm, batch), tokens_of(llm, prompts[:2], two)) == expected
     found = llm.beam_search(prompts[:1], BeamSearchParams(num_beams=3, max_tokens=9))
     assert [c.token_ids for c in found[0].completions] == [
         c.token_ids for c in beams[0].completions
