@@ -66,7 +66,7 @@ class GatheredLinear(nn.Module):
         self.place = place
 
     def forward(self, input: Tensor) -> Tensor:
-        own = self.linear(input).contiguous()
+        own: Tensor = self.linear(input).contiguous()
         if self.place.rank:
             torch.distributed.gather(own, dst=0)
             return own.new_zeros(*own.shape[:-1], self.linear.out_features)
@@ -98,5 +98,4 @@ def finished(module: Any, output: Tensor) -> Tensor:
     """A module's output, from that of its `inner_linear`."""
     if not isinstance(module, SummedLinear):
         return output
-    summed_output: Tensor = module.finished(output)
-    return summed_output
+    return module.finished(output)
