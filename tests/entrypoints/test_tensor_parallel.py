@@ -193,6 +193,7 @@ def test_sequences_of_one_part_do_not_travel(make: Make, prompts: list[list[int]
         ({"tensor_parallel_size": 0}, ConfigError, "tensor_parallel_size"),
         ({"device": "meta"}, ConfigError, "for CPUs"),
         ({"gguf_file": "model.gguf"}, ConfigError, "GGUF"),
+        ({"block_store": "somewhere"}, ConfigError, "block_store"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_started(
