@@ -18,6 +18,8 @@ import numpy as np
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from .events import tell_whole_link, tell_whole_removals
+
 logger: Final = logging.getLogger("vllm.paged_kv")  # below vLLM's own, so that its handlers show it
 
 
@@ -62,7 +64,10 @@ class PagedKVManager(FullAttentionManager):  # type: ignore[misc]
     ) -> list[Any]:
         blocks = self.req_to_blocks[request_id]
         needed = self._needed(len(blocks), num_tokens)
+        num_events = len(self.block_pool.kv_event_queue)
         pages = iter(self.block_pool.get_new_blocks(sum(needed)))
+        if len(self.block_pool.kv_event_queue) > num_events:
+            tell_whole_removals(self.block_pool, num_events)
         new_blocks = [next(pages) if is_needed else self._null_block for is_needed in needed]
         blocks.extend(new_blocks)
         return new_blocks
@@ -120,11 +125,11 @@ class PagedKVManager(FullAttentionManager):  # type: ignore[misc]
         first, past = (self.geometry.num_links(n * self.block_size) for n in (before, done))
         for link in range(first, past):
             place, end = (self.geometry.link_end(n) // self.block_size for n in (link, link + 1))
-            self._publish_link(request, blocks[place], end)
+            self._publish_link(request, blocks[place], place, end)
         self.num_cached_block[request.request_id] = done
 
-    def _publish_link(self, request: Any, page: Any, end: int) -> None:
-        """One link, under the hash of what ends before place `end`."""
+    def _publish_link(self, request: Any, page: Any, place: int, end: int) -> None:
+        """The link in the places [place, end), under the hash of what ends before `end`."""
         if page.block_hash is not None:
             return
         blocks = [self._null_block] * (end - 1) + [page]
@@ -136,6 +141,8 @@ class PagedKVManager(FullAttentionManager):  # type: ignore[misc]
             block_size=self.block_size,
             kv_cache_group_id=self.kv_cache_group_id,
         )
+        if self.block_pool.enable_kv_cache_events and not page.is_null:
+            tell_whole_link(self.block_pool, request, place, end, self.block_size)
 
     @classmethod
     def find_longest_cache_hit(
