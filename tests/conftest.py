@@ -32,6 +32,8 @@ pytest.register_assert_rewrite("tests.support")
 collect_ignore = [name for name, package in NEEDED_PACKAGE.items() if not find_spec(package)]
 if not find_spec("vllm"):  # an environment of its own has it: make test-vllm
     collect_ignore.append("integrations")
+if not find_spec("ray"):  # the same one: make test-ray
+    collect_ignore.append("ray")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 block_tables.FIRST_WIDTH = 2  # so that tables widen again and again in short sequences

@@ -35,6 +35,8 @@ GROUND = {
     *("change", "code_cache", "errors", "free_memory", "private_folder", "units", "validation"),
     "version",
 }
+# Stages and deployments of other frameworks, which are made of what `entrypoints` has.
+MADE_OF_ENTRYPOINTS = {"integrations.ray_data"}
 FLOOR_OF = {
     room: number for number, rooms in enumerate(ROOMS.split(" < ")) for room in rooms.split(", ")
 }
@@ -56,7 +58,7 @@ FUNCTIONS = {module: list(functions_of(path)) for module, path in FILES.items()}
 
 
 def room_of(module: str) -> str:
-    if module == "__main__":  # it has to lie where it lies
+    if module == "__main__" or module in MADE_OF_ENTRYPOINTS:  # they lie where they are looked for
         return "entrypoints"
     return "ground" if module in GROUND else module.partition(".")[0]
 
@@ -230,7 +232,7 @@ def test_what_crosses_between_blocks_cache_and_kernels_has_types() -> None:
 def test_test_folders_mirror_the_rooms() -> None:
     folders = {path.name for path in TESTS.iterdir() if path.is_dir()} - {"__pycache__"}
     rooms = {room_of(module) for module in MODULES} - {"ground"}
-    assert folders == rooms | {"server", "support", "soak"}
+    assert folders == rooms | {"server", "ray", "support", "soak"}
     kept_apart = [*TESTS.glob("support/**/test_*.py"), *TESTS.glob("soak/**/test_*.py")]
     assert not kept_apart, "pytest collects tests from the rooms' folders"
 

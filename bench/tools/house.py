@@ -60,6 +60,7 @@ FOLDERS = {
     "tests/entrypoints": "Tests of `paged_kv/entrypoints`.",
     "tests/server": "Tests of `paged_kv/entrypoints/server`.",
     "tests/integrations": "Tests of `paged_kv/integrations`, in an environment of their own.",
+    "tests/ray": "Tests of what runs in Ray, in the environment of vLLM.",
     "tests/support": "Oracles, drivers and fleets that tests share.",
     "tests/support/ptx": "A GPU emulated: Triton's kernels as PTX, on a CPU.",
     "tests/soak": "What runs for hours (`make soak`), not with the tests.",

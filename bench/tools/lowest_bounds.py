@@ -12,13 +12,15 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).parents[2]
+NOT_TOGETHER = {"vllm", "ray"}  # extras with pins of their own
 BOUND = re.compile(r"([\w-]+)(?:\[[\w,]+\])?>=([\w.]+)")
 
 
 def bounds(project: dict[str, object]) -> Iterator[str]:
     extras: dict[str, list[str]] = project["optional-dependencies"]  # type: ignore[assignment]
     required: list[str] = project["dependencies"]  # type: ignore[assignment]
-    for line in [*required, *(line for name in extras if name != "vllm" for line in extras[name])]:
+    optional = (line for name in extras if name not in NOT_TOGETHER for line in extras[name])
+    for line in [*required, *optional]:
         found = BOUND.match(line)
         if found is None:
             raise SystemExit(f"{line!r} has no lower bound")
