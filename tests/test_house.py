@@ -36,7 +36,7 @@ GROUND = {
     "version",
 }
 # Stages and deployments of other frameworks, which are made of what `entrypoints` has.
-MADE_OF_ENTRYPOINTS = {"integrations.ray_data"}
+MADE_OF_ENTRYPOINTS = ("integrations.ray_data", "integrations.ray_serve")
 FLOOR_OF = {
     room: number for number, rooms in enumerate(ROOMS.split(" < ")) for room in rooms.split(", ")
 }
@@ -51,14 +51,19 @@ STILL_LONG_FUNCTIONS: set[str] = set()
 STILL_MANY_ARGUMENTS: set[str] = set()
 FILES = module_files(ROOT)
 MODULES = sorted(FILES)
-# What is inside another engine can only be imported where that is installed.
-IMPORTABLE = [module for module in MODULES if "vllm" not in module or find_spec("vllm")]
+# What is inside another engine or framework can only be imported where that is installed.
+FRAMEWORKS = {"vllm": "vllm", "ray_serve": "ray"}
+IMPORTABLE = [
+    module
+    for module in MODULES
+    if all(find_spec(package) for part, package in FRAMEWORKS.items() if part in module)
+]
 ARROWS = {module: imports_of(module, path, FILES) for module, path in FILES.items()}
 FUNCTIONS = {module: list(functions_of(path)) for module, path in FILES.items()}
 
 
 def room_of(module: str) -> str:
-    if module == "__main__" or module in MADE_OF_ENTRYPOINTS:  # they lie where they are looked for
+    if module == "__main__" or module.startswith(MADE_OF_ENTRYPOINTS):  # they lie where they must
         return "entrypoints"
     return "ground" if module in GROUND else module.partition(".")[0]
 
