@@ -22,7 +22,7 @@ import torch
 from ..errors import PagedKVError
 
 PACKAGES = (
-    *("torch", "triton", "transformers", "numpy", "numba", "xformers", "vllm"),
+    *("torch", "triton", "transformers", "numpy", "numba", "xformers", "vllm", "ray"),
     *("optimum-quanto", "hqq"),
 )
 ROOT = Path(__file__).resolve().parents[2]  # of a checkout
