@@ -94,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
     count, num_tokens = (4, 16) if arguments.quick else (32, 64)
     rows: list[Row] = []
-    ray.init(num_cpus=4, object_store_memory=200 << 20, include_dashboard=False)
+    ray.init("local", num_cpus=4, object_store_memory=200 << 20, include_dashboard=False)
     logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})

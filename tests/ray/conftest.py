@@ -26,7 +26,7 @@ def cluster() -> Iterator[Path]:
     """The folder of its logs."""
     import ray
 
-    ray.init(num_cpus=4, object_store_memory=200 << 20, include_dashboard=False)
+    ray.init("local", num_cpus=4, object_store_memory=200 << 20, include_dashboard=False)
     try:
         yield Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
     finally:
