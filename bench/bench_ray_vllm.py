@@ -88,7 +88,7 @@ def bytes_said(logs: Path, kv_format: str) -> float:
     return float(found[-1])
 
 
-def measure(arguments: argparse.Namespace) -> list[Row]:
+def measure(arguments: argparse.Namespace) -> None:
     import ray
     from ray import serve
 
@@ -129,12 +129,11 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
                         unit="bytes",
                     ),
                 ]
-                print(case, f"{differ} of {count} differ", f"{seconds:.1f} s", flush=True)
+                write_report("ray_vllm", rows, arguments.json)  # a start takes minutes
                 serve.delete("llm")
     finally:
         serve.shutdown()
         ray.shutdown()
-    return rows
 
 
 def main() -> None:
@@ -144,7 +143,7 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)
-    write_report("ray_vllm", measure(arguments), arguments.json)
+    measure(arguments)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tables.report import Reports, table
 
-FORMATS = ("native", "int2")
+FORMATS = ("int2",)
 ROWS = {
     "answers": "answers",
     "other than one worker's": "other than one worker's",
