@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from paged_kv.cache.key_calibration import KeyCalibration
 from paged_kv.cache.layer_spec import LayerSpec
 
 
+@cache
 def random_calibration(num_kv_heads: int, key_dim: int, seed: int = 0) -> KeyCalibration:
     """Every kv head has another order of channels, and feedback that is not small."""
     generator = np.random.default_rng(seed)

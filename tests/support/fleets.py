@@ -153,13 +153,9 @@ class Fleet:
 
 
 def plane_codes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:
-    """Codes [tokens, dim] of one block and head from its bytes [rows, dim], token by token."""
-    rows = len(packed)
-    codes = [
-        (packed[token % rows].astype(np.int64) >> (token // rows * bits)) & ((1 << bits) - 1)
-        for token in range(rows * 8 // bits)
-    ]
-    return np.stack(codes)
+    """Codes [tokens, dim] of one block and head from its bytes [rows, dim], plane by plane."""
+    planes = [packed.astype(np.int64) >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    return np.concatenate(planes)
 
 
 def small_blocks(

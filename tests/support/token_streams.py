@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -28,23 +29,34 @@ def make_stream(
     layers: Sequence[LayerSpec], length: int, seed: int, dtype: torch.dtype, gqa_group: int = 1
 ) -> Stream:
     """Random tokens whose keys have a mean and a spread for each channel, as real keys do."""
+    sizes = tuple((layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in layers)
+    drawn = drawn_tokens(sizes, length, seed, gqa_group)
+    return Stream(*([t.to(dtype, copy=True) for t in tensors] for tensors in drawn))
+
+
+@lru_cache(maxsize=100)  # a file of tests asks for few, in one format after the other
+def drawn_tokens(
+    sizes: tuple[tuple[int, int, int], ...], length: int, seed: int, gqa_group: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Queries, keys and values of a stream over layers of (heads, key dim, value dim)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    stream = Stream([], [], [])
-    for layer in layers:
-        heads, key_dim = layer.num_kv_heads, layer.key_dim
-        keys = normal(length, heads, key_dim) * normal(heads, key_dim) + normal(heads, key_dim)
-        stream.queries.append(normal(length, heads * gqa_group, key_dim).to(dtype))
-        stream.keys.append(keys.to(dtype))
-        stream.values.append(normal(length, heads, layer.value_dim).to(dtype))
-    return stream
+    queries, keys, values = [], [], []
+    for heads, key_dim, value_dim in sizes:
+        keys.append(
+            normal(length, heads, key_dim) * normal(heads, key_dim) + normal(heads, key_dim)
+        )
+        queries.append(normal(length, heads * gqa_group, key_dim))
+        values.append(normal(length, heads, value_dim))
+    return queries, keys, values
 
 
+@cache
 def tokens_of_every_kind(length: int, heads: int, dim: int, seed: int) -> Tensor:
-    """[blocks, length, heads, dim]: each block another kind of numbers.
+    """[blocks, length, heads, dim]: each block another kind of numbers. To be read only.
 
     Groups of zeros of both signs are left out: which of them is the least is not defined.
     """
@@ -80,6 +92,7 @@ def tokens_of_every_kind(length: int, heads: int, dim: int, seed: int) -> Tensor
     )
 
 
+@cache
 def in_float32_only(length: int, heads: int, dim: int, seed: int) -> Tensor:
     """As above: numbers that are infinite, or zero, in half precision."""
     generator = torch.Generator().manual_seed(seed)
