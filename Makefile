@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where it is set, each process that tests start would compile the whole package anew: 4 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-lowest test-pythons test-emulated test-ptx test-vllm test-ray test-page docs soak soak-short mutants results structure models drawings types wheel lint clean
 
@@ -9,9 +11,11 @@ demo: $(VENV)/.installed
 	$(BIN)/paged-kv demo
 
 # Triton's kernels are interpreted where there is no GPU; what the compiler makes of them is looked
-# at in a second run.
-test: $(VENV)/.installed lint types
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
+# at in a second run. A worker runs whole files one after the other, and then steals from the end of
+# what the other one has left: files whose tests share something make it once.
+test: $(VENV)/.installed
+	$(MAKE) -j2 lint types
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -q tests/kernels/test_machine_code.py tests/kernels/test_triton_machine_code.py tests/kernels/test_tune.py
 
 # What the compiler makes of Triton's kernels for two kinds of GPU, run on an emulated one: some whole

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
+
+# NumPy's own threads spin beside those of another worker; it asks when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 
 from paged_kv.blocks import block_tables
@@ -39,6 +43,11 @@ if not torch.cuda.is_available():
 block_tables.FIRST_WIDTH = 2  # so that tables widen again and again in short sequences
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell runs these tests behind itself
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what one process has made come first: workers steal from the end."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -59,7 +59,7 @@ def served_at_once(name: str) -> list[list[int]]:
     return served
 
 
-@pytest.mark.parametrize("name", zoo.each(zoo.ARCHITECTURES))
+@pytest.mark.parametrize("name", zoo.each(zoo.ARCHITECTURES), scope="module")
 def test_at_once_and_again_on_prefix_hits(name: str) -> None:
     served = served_at_once(name)
     # A model that says the same whatever it sees would show nothing.
@@ -68,7 +68,7 @@ def test_at_once_and_again_on_prefix_hits(name: str) -> None:
     assert len({tuple(tokens) for tokens in served}) == len(served)
 
 
-@pytest.mark.parametrize("name", zoo.each(zoo.ARCHITECTURES))
+@pytest.mark.parametrize("name", zoo.each(zoo.ARCHITECTURES), scope="module")
 def test_in_chunks_and_preempted(name: str, preempted: list[Any]) -> None:
     served = served_at_once(name)
     with open_llm(zoo.model(name), token_budget=TOKEN_BUDGET) as llm, scarce_blocks():
@@ -77,7 +77,7 @@ def test_in_chunks_and_preempted(name: str, preempted: list[Any]) -> None:
     assert preempted
 
 
-@pytest.mark.parametrize("name", zoo.each(EACH_ALONE))
+@pytest.mark.parametrize("name", zoo.each(EACH_ALONE), scope="module")
 @pytest.mark.parametrize("is_scarce", [False, True])
 @pytest.mark.parametrize("token_budget", [TOKEN_BUDGET, 1024])
 def test_chunks_preemption_and_hits_each_alone(
@@ -92,7 +92,7 @@ def test_chunks_preemption_and_hits_each_alone(
     assert bool(preempted) == is_scarce
 
 
-@pytest.mark.parametrize("name", zoo.each(zoo.ARCHITECTURES))
+@pytest.mark.parametrize("name", zoo.each(zoo.ARCHITECTURES), scope="module")
 def test_control_old_context_forgotten(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every architecture, tokens that do not see the past beyond 20 tokens are others."""
     served = served_at_once(name)

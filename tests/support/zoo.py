@@ -80,7 +80,10 @@ def model_type(name: str) -> str:
 
 
 def group(name: str) -> pytest.MarkDecorator:
-    """Tests of one model run in one process, which keeps what the model generated."""
+    """Tests of one model run in one process, which keeps what the model generated.
+
+    Those with a `scope` run one after the other, too, so that few are parted.
+    """
     return pytest.mark.xdist_group(f"zoo-{name}")
 
 
