@@ -39,6 +39,7 @@ FOLDERS = {
     "paged_kv/benchmarks": "What `paged-kv bench` and `bench/*.py` measure with.",
     "paged_kv/entrypoints": "What people and programs call.",
     "paged_kv/entrypoints/server": "An `LLM` over HTTP, and what is told of it.",
+    "paged_kv/integrations/ray_serve": "Our `LLM` on Ray Serve: replicas behind one endpoint.",
     "docs/pictures": "The drawings of the documentation.",
     "examples": "Short programs that run as they stand.",
     "bench": "Measurements. `results/` holds what they wrote, `NOTES.md` what was learned.",

@@ -63,7 +63,7 @@ class BlockManager(Holdings):
         a `sink_window` the sequence is windowed; raises `ConfigError` for one that cannot be kept.
         """
         is_plain = isinstance(extra_keys, tuple) and not extra_keys
-        root = self._root if is_plain else root_hash(self._fingerprint, extra_keys)
+        root = self._root if is_plain else root_hash(self.fingerprint, extra_keys)
         chain = TokenChain(as_token_ids(token_ids), root, sink_window, tuple(extra_keys))
         self.sequences.check_length(chain)
         if sink_window is not None:

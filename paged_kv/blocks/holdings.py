@@ -71,7 +71,7 @@ class Holdings:
         self.geometry = geometry
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        self._fingerprint = fingerprint
+        self.fingerprint: bytes = fingerprint
         self._root = root_hash(fingerprint)
         at_once = (each.step(geometry) // geometry.block_size for each in self.source.retentions)
         self._evicted_ids: BlockIds = np.empty(max(SCRATCH, *at_once), dtype=np.int32)

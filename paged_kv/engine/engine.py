@@ -28,11 +28,14 @@ from .flight import Flight
 from .intake import NO_DEFAULTS, Intake
 from .live_request import (
     BeamShortlist,
+    GivenTokens,
     LiveRequest,
     SearchUpdate,
     SequenceUpdate,
     TokenDraw,
     draws_of,
+    leaders_of,
+    samples_left,
     shortlists_of,
     with_following,
 )
@@ -127,21 +130,24 @@ class Engine(Turns):
         params: SamplingParams,
         *,
         priority: int = 0,
+        given: GivenTokens | None = None,
     ) -> list[LiveRequest]:
         """Queue a request; raises `InvalidRequestError` and queues nothing if it cannot be served.
 
-        One id for each of its samples, of which this returns what becomes of them. `max_tokens`
-        beyond the model's length is cut to what is left after the prompt; None is what the pool
-        holds too. Stop strings are not looked at: they are text.
+        One id for each of its samples; what becomes of them is returned. `max_tokens` beyond the
+        model's length is cut to what is left after the prompt; None is what the pool holds too.
+        Stop strings are text: not looked at. Of another engine's request the samples of `given` go
+        on, each behind these tokens as if they had been drawn here.
         """
         params = self.intake.completed(params)
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        if len(ids) != params.num_samples or len(set(ids)) != len(ids):
-            raise InvalidRequestError(f"{params.num_samples} samples need as many ids, got {ids}")
+        indices = samples_left(params.num_samples, given)
+        if len(ids) != len(indices) or len(set(ids)) != len(ids):
+            raise InvalidRequestError(f"{len(indices)} samples need as many ids, got {ids}")
         seed = secrets.randbits(64) if params.seed is None else params.seed
         with self._turn():
             samples = []
-            for sample_index, request_id in enumerate(ids):
+            for sample_index, request_id in zip(indices, ids, strict=True):
                 self._check_id(request_id)
                 request = self.intake.request(request_id, prompt_token_ids, params, priority)
                 live = LiveRequest(
@@ -151,12 +157,11 @@ class Engine(Turns):
                     sample_index=sample_index,
                     end_token_ids=self.intake.end_token_ids(params),
                     rules=self.intake.rules(request, params),
+                    given=self.intake.tokens_given(request, params, given, sample_index),
                 )
                 samples.append(live)
-            leaders = samples if self.model.keeps_states else samples[:1]  # states do not fork
-            leaders[0].siblings = siblings = samples[len(leaders) :]
-            for sibling in siblings:
-                sibling.leader = leaders[0]
+            is_forked = given is None and not self.model.keeps_states  # states do not fork
+            leaders = leaders_of(samples) if is_forked else samples
             with self._change:
                 for leader in leaders:
                     self.scheduler.add(leader.request)
@@ -217,10 +222,8 @@ class Engine(Turns):
         elif live.request.has_arrived:  # or the step that would have started it left it out
             self.scheduler.finish(live.request)
         if live.siblings:  # another one computes the prompt
-            leader, *leader.siblings = live.siblings
-            leader.leader, live.siblings = None, []
-            for sibling in leader.siblings:
-                sibling.leader = leader
+            (leader,), live.siblings = leaders_of(live.siblings), []
+            leader.leader = None
             self.scheduler.add(leader.request)
         del self._live[request_id]
 

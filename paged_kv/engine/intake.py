@@ -11,7 +11,7 @@ from typing import Any, Final
 from transformers import PreTrainedTokenizerBase
 
 from ..blocks.sink_window import SinkWindow
-from ..blocks.token_chain import ExtraKey
+from ..blocks.token_chain import ExtraKey, as_token_ids
 from ..errors import InvalidRequestError, PromptTooLongError, UnsupportedModelError
 from ..models.adapters import AdapterNames
 from ..models.attached_model import AttachedModel
@@ -19,6 +19,7 @@ from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from .beam_search import BeamSearch, BeamSearchParams, find_branching, max_blocks_of_beams
 from .grammar import GrammarCompiler
+from .live_request import GivenTokens
 from .sampling_params import SamplingParams
 from .token_rules import TokenRules, rules_of
 
@@ -53,12 +54,12 @@ class Intake:
         self._manager = scheduler.manager
         self._ends = ends
         self.sink_window = sink_window
-        self._defaults = defaults
+        self.defaults = defaults
         self._grammars = GrammarCompiler(tokenizer, model.vocab_size, sorted(ends))
 
     def completed(self, params: SamplingParams) -> SamplingParams:
         """With what the model says of options that a request leaves open."""
-        return params.completed(self._defaults)
+        return params.completed(self.defaults)
 
     def end_token_ids(self, params: SamplingParams | BeamSearchParams) -> frozenset[int]:
         """Tokens that end a request."""
@@ -99,6 +100,30 @@ class Intake:
             [] if form is None else [self._grammars.constrain(form, length)],
         )
 
+    def tokens_given(
+        self, request: Request, params: SamplingParams, given: GivenTokens | None, index: int
+    ) -> Sequence[int]:
+        """The tokens that this sample has already.
+
+        Raises `InvalidRequestError` for some that a request cannot go on from.
+        """
+        if given is None:
+            return ()
+        token_ids = given[index]
+        try:
+            as_token_ids(token_ids)
+            self._check_in_vocabulary(token_ids)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"given: {error}") from None
+        if request.max_tokens is not None and len(token_ids) >= request.max_tokens:
+            raise InvalidRequestError(
+                f"given: {len(token_ids)} tokens leave none of {request.max_tokens}"
+            )
+        ends = self.end_token_ids(params)
+        if len(token_ids) >= max(params.least_tokens, 1) and token_ids[-1] in ends:
+            raise InvalidRequestError(f"given: token {token_ids[-1]} has ended the request")
+        return token_ids
+
     def search(
         self, request_id: str, prompt_token_ids: Sequence[int], params: BeamSearchParams
     ) -> BeamSearch:
@@ -111,7 +136,7 @@ class Intake:
             raise UnsupportedModelError(
                 "beams fork, and the states of recurrent layers, which this model has, do not"
             )
-        unfit = sorted(set(self._defaults).difference(LIMITS_OF_SAMPLES))
+        unfit = sorted(set(self.defaults).difference(LIMITS_OF_SAMPLES))
         if unfit:
             raise InvalidRequestError(
                 f"the model's generation config sets {', '.join(unfit)}, which beam search does "

@@ -6,14 +6,15 @@ exception finds it there, and the engine goes on from there.
 
 from __future__ import annotations
 
+import reprlib
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import InitVar, dataclass, field
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from ..errors import PagedKVError
+from ..errors import InvalidRequestError, PagedKVError
 from ..scheduler.request import Request, RequestStatus
 from ..scheduler.step import ScheduledStep
 from .beam_search import Beam, BeamOutput, BeamSearch
@@ -22,6 +23,9 @@ from .sampler import Draw, Shortlist, uniform_numbers
 from .sampling_params import SamplingParams
 from .token_logprob import TokenLogprob
 from .token_rules import TokenRules
+
+GivenTokens = Mapping[int, Sequence[int]]  # of samples that go on, by the index of each
+NOT_KNOWN: Final = float("nan")  # log-probabilities of what was drawn elsewhere
 
 
 class SequenceUpdate(NamedTuple):
@@ -64,8 +68,16 @@ class LiveRequest:
     draft_length: DraftLength = field(default_factory=DraftLength)
     finish_reason: str | None = None  # of a `SequenceUpdate`, or "abort"
     error: PagedKVError | None = None
+    given: InitVar[Sequence[int]] = ()  # tokens that another engine has drawn
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, given: Sequence[int]) -> None:
+        if given:
+            self.token_ids.extend(given)
+            self.request.restart(given)
+        if self.params.is_scored:
+            self.log_probabilities.extend([NOT_KNOWN] * len(given))
+        if self.params.logprobs is not None:
+            self.likeliest.extend([()] * len(given))
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * self.request.num_prompt_tokens
 
@@ -184,6 +196,24 @@ class BeamShortlist(Shortlist):
 
     search: BeamSearch
     beam: Beam
+
+
+def leaders_of(samples: Sequence[LiveRequest]) -> Sequence[LiveRequest]:
+    """Of samples of one prompt the first, which computes it: the others wait for that."""
+    leader, *leader.siblings = samples
+    for sibling in leader.siblings:
+        sibling.leader = leader
+    return [leader]
+
+
+def samples_left(num_samples: int, given: GivenTokens | None) -> list[int]:
+    """The indices of samples to compute: all, or those that go on with what they were given."""
+    if given is None:
+        return list(range(num_samples))
+    if not isinstance(given, Mapping) or not given or not set(given) <= set(range(num_samples)):
+        shown = reprlib.repr(list(given) if isinstance(given, Mapping) else given)
+        raise InvalidRequestError(f"given: tokens of the samples below {num_samples}, got {shown}")
+    return sorted(given)
 
 
 def draws_of(scheduled: ScheduledStep, lives: Mapping[str, LiveRequest]) -> list[TokenDraw]:

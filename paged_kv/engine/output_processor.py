@@ -81,6 +81,12 @@ class TextOutput:
         self._num_taken += 1
         return reading.updates[index]
 
+    def pass_over(self) -> None:
+        """Read what it has been given so far, of which nobody waits for updates but for an end."""
+        self.catch_up()
+        reading = self._reading
+        self._num_taken = reading.first + len(reading.updates) - reading.is_over
+
     def catch_up(self) -> None:
         """Read the tokens that have come, up to the end of the request or a stop string."""
         reading, live = self._reading, self.live
@@ -147,9 +153,11 @@ class OutputProcessor:
             raise InvalidRequestError("stop strings need a tokenizer")
 
     def follow(self, live: LiveRequest, prompt_token_ids: Sequence[int]) -> TextOutput:
-        """The text of a request, from its first token on."""
+        """The text of a request, from its next token on."""
         stop_strings = live.params.stop_strings
-        return TextOutput(live, Detokenizer(self.tokenizer, prompt_token_ids, stop_strings))
+        text = TextOutput(live, Detokenizer(self.tokenizer, prompt_token_ids, stop_strings))
+        text.pass_over()
+        return text
 
     def text_of(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
         """The whole text of tokens that follow a prompt."""

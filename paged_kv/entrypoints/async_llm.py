@@ -14,6 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Protocol
 
+from ..engine.live_request import GivenTokens
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import Prompt
 from ..errors import (
@@ -129,13 +130,16 @@ class AsyncLLM:
         priority: int = 0,
         timeout: float | None = None,
         wait: bool = True,
+        given: GivenTokens | None = None,
     ) -> AsyncRequest:
         """Queue a request: it was checked and accepted when this returns.
 
         `timeout` is the seconds that it may take from now on, waiting included; then its samples
-        end with a `RequestTimeoutError`, or this call with it. Raises what `LLM.check` raises for
-        what cannot be served, `QueueFullError` where `max_requests` are there and it is not to
-        `wait`, and `ClosedError` after `drain`.
+        end with a `RequestTimeoutError`, or this call with it. With `given` samples go on that
+        another engine has begun: by the index of each that is not over, the tokens that it has,
+        which have no events here. Raises what `LLM.check` raises for what cannot be served,
+        `QueueFullError` where `max_requests` are there and it is not to `wait`, and `ClosedError`
+        after `drain`.
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -151,10 +155,10 @@ class AsyncLLM:
         try:
             token_ids = await asyncio.to_thread(self.llm.check, prompt, params, priority)
             self._check_is_accepting()
+            feed = Feed(self, token_ids, params, times, given)
         except BaseException:
             self._room.leave(num_places)
             raise
-        feed = Feed(self, token_ids, params, times)
         self._feeds.add(feed)
         self._idle.clear()
         try:
@@ -224,9 +228,13 @@ class AsyncLLM:
     def _add(self, feed: Feed, priority: int, queued: asyncio.Future[None]) -> None:
         requests, error = self.llm.requests, None
         try:
-            request_ids = requests.new_ids(feed.params.num_samples)
             feed.outputs = requests.add(
-                request_ids, feed.prompt_token_ids, feed.params, feed.tell, priority=priority
+                requests.new_ids(feed.num_running),
+                feed.prompt_token_ids,
+                feed.params,
+                feed.tell,
+                priority=priority,
+                given=feed.given,
             )
             feed.times.queued = time.monotonic()
             self._running[feed] = None

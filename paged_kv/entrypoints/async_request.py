@@ -14,6 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ..engine.live_request import GivenTokens, samples_left
 from ..engine.sampling_params import SamplingParams
 from ..errors import PagedKVError
 from .outputs import StreamEvent
@@ -45,19 +46,23 @@ class Feed:
         prompt_token_ids: list[int],
         params: SamplingParams,
         times: RequestTimes,
+        given: GivenTokens | None = None,
     ) -> None:
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.times = times
+        self.given = given
+        indices = samples_left(params.num_samples, given)
         self.outputs: list[Output] = []  # one for each sample, when it is queued
         # Samples that are not over, for the engine's thread.
-        self.num_running: int = params.num_samples
+        self.num_running: int = len(indices)
         self.timer: asyncio.TimerHandle | None = None  # of its timeout
         self.is_over: bool = False  # for the event loop
         self._owner = owner
-        self.num_tokens: list[int] = [0] * params.num_samples  # of each sample, that were counted
+        # Tokens of each sample that were counted.
+        self.num_tokens: dict[int, int] = {i: len(given[i]) if given else 0 for i in indices}
         self._end_error: PagedKVError | None = None  # why it was ended, where that is an error
-        self._num_untaken = params.num_samples  # whose end was not taken
+        self._num_untaken = len(indices)  # whose end was not taken
         self._ready: deque[Output] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._is_resuming = False
@@ -137,7 +142,7 @@ class Feed:
     async def next(self) -> StreamEvent:
         """The oldest event that was not taken; raises `StopAsyncIteration` behind the last."""
         while True:
-            event = self._take()
+            event = self.take()
             if event is not None:
                 return event
             if not self._num_untaken:
@@ -148,7 +153,8 @@ class Feed:
             if not self._ready:  # else it came before anybody waited
                 await self._waiter
 
-    def _take(self) -> StreamEvent | None:
+    def take(self) -> StreamEvent | None:
+        """The oldest event that was not taken; None where there is none yet."""
         while self._ready:
             output = self._ready[0]
             update = output.text.take()
@@ -198,6 +204,10 @@ class AsyncRequest:
     def num_cached_tokens(self) -> int:
         """Of the prompt, found in the prefix cache; known with the first token."""
         return self._feed.num_cached_tokens
+
+    def take_ready(self) -> list[StreamEvent]:
+        """The events that have come and were not taken, without waiting for more."""
+        return list(iter(self._feed.take, None))
 
     def abort(self) -> None:
         """End what is not over of it: its last events say "abort". Any thread may call this."""

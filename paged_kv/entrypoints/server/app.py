@@ -12,7 +12,7 @@ from .api_key_guard import ApiKeyGuard
 from .error_answers import handle_errors
 from .observation import Observation
 from .page_files import add_page, files_by_path
-from .served import Observer, Served
+from .served import ModelOfLLM, Observer, Served
 from .settings import ServerSettings
 
 
@@ -28,8 +28,14 @@ def create_app(
         if engine.listener is not None:
             raise ConfigError("the engine has a listener: give create_app the observer it tells")
         observer = engine.listener = Observation(engine.llm, settings.model_name)
+    return app_of(Served(engine, settings, observer, ModelOfLLM(engine.llm)))
+
+
+def app_of(served: Served) -> FastAPI:
+    """An ASGI application over an engine that is one or speaks for several."""
+    settings = served.settings
     app = FastAPI(title="paged-kv", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.served = Served(engine, settings, observer)
+    app.state.served = served
     for part in (chat_completions, completions, embeddings, models, tokens, state):
         app.include_router(part.router)
     add_page(app)

@@ -56,12 +56,12 @@ class ChatAnswer:
 
     @asynccontextmanager
     async def _requests(self) -> AsyncIterator[Generation]:
-        llm = self._served.engine.llm
+        model = self._served.model
         token_ids = await asyncio.to_thread(
             encode_chat,
             self._body.plain_messages,
-            llm.tokenizer,
-            llm.engine.intake.max_prompt_tokens(self._params),
+            model.tokenizer,
+            model.max_prompt_tokens(self._params),
             **self._body.template_options,
         )
         async with self._served.generation(

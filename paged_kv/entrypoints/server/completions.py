@@ -111,7 +111,7 @@ class CompletionAnswer:
         return generation.usage
 
     def _text_of(self, prompt: Any) -> str:
-        tokenizer = self._served.engine.llm.tokenizer
+        tokenizer = self._served.model.tokenizer
         if isinstance(prompt, str) or not self._body.echo:
             return prompt if isinstance(prompt, str) else ""
         return "" if tokenizer is None else str(tokenizer.decode(prompt, skip_special_tokens=True))

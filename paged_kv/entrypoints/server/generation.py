@@ -5,18 +5,45 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
+from ...engine.sampling_params import SamplingParams
 from ...engine.text import Prompt
 from ...errors import PagedKVError
-from ..async_request import AsyncRequest
 from ..outputs import OutputAssembler, RequestOutput, StreamEvent
+
+
+class RunningRequest(Protocol):
+    """A request that was accepted, as `AsyncRequest` is one; it ends with its `async with`."""
+
+    @property
+    def prompt_token_ids(self) -> list[int]: ...
+
+    @property
+    def params(self) -> SamplingParams: ...
+
+    @property
+    def num_cached_tokens(self) -> int: ...
+
+    def __aiter__(self) -> AsyncIterator[StreamEvent]: ...
+
+    async def __anext__(self) -> StreamEvent: ...
+
+    async def __aenter__(self) -> RunningRequest: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
 
 
 class Generation:
     """Requests of one prompt or several, with the same parameters, whose events are taken once."""
 
-    def __init__(self, requests: Sequence[AsyncRequest]) -> None:
+    def __init__(self, requests: Sequence[RunningRequest]) -> None:
         self.requests = requests
         self.num_output_tokens: int = 0  # of the events that were taken
 
@@ -57,7 +84,7 @@ class Generation:
 
 
 async def merged(
-    requests: Sequence[AsyncRequest],
+    requests: Sequence[RunningRequest],
 ) -> AsyncGenerator[tuple[int, StreamEvent], None]:
     """Events of all requests as they come. Of each at most one is taken before it is wanted."""
     if len(requests) == 1:

@@ -33,5 +33,5 @@ def card(served: Served, name: str) -> dict[str, Any]:
         "owned_by": "paged_kv",
         "root": own,
         "parent": None if name == own else own,
-        "max_model_len": served.engine.llm.max_model_len,
+        "max_model_len": served.model.max_model_len,
     }

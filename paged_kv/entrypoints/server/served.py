@@ -11,11 +11,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
+from transformers import PreTrainedTokenizerBase
+
+from ...blocks.sink_window import SinkWindow
 from ...engine.sampling_params import SamplingParams
 from ...engine.text import Prompt
-from ..async_llm import AsyncLLM
 from ..batch import naming_prompt
-from .generation import Generation
+from ..llm import LLM
+from .generation import Generation, RunningRequest
 from .refusal import Refusal
 from .sampling_fields import SamplingFields
 from .settings import ServerSettings
@@ -34,21 +37,88 @@ class Observer(Protocol):
         """Metrics, as Prometheus scrapes them."""
 
 
+class ServedEngine(Protocol):
+    """Who takes requests, as `AsyncLLM` does; it may speak for several."""
+
+    @property
+    def is_accepting(self) -> bool: ...
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int,
+        timeout: float | None,
+        wait: bool,
+    ) -> RunningRequest: ...
+
+
+class ServedModel(Protocol):
+    """What has to be known of a model to read requests to it."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None: ...
+
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def sink_window(self) -> SinkWindow | None: ...
+
+    def completed(self, params: SamplingParams) -> SamplingParams:
+        """With what the model says of options that a request leaves open."""
+
+    def max_prompt_tokens(self, params: SamplingParams) -> int | None:
+        """The longest prompt that leaves room for output; None where there is no limit."""
+
+
+class ModelOfLLM:
+    """The model of an `LLM` of this process."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._intake = llm.engine.intake
+        self.tokenizer: Final = llm.tokenizer
+        self.max_model_len: Final = llm.max_model_len
+        self.sink_window: Final = self._intake.sink_window
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return self._llm.adapters
+
+    def completed(self, params: SamplingParams) -> SamplingParams:
+        return self._intake.completed(params)
+
+    def max_prompt_tokens(self, params: SamplingParams) -> int | None:
+        return self._intake.max_prompt_tokens(params)
+
+
 class Served:
     """One engine under the name of its model, and of each of its adapters."""
 
-    def __init__(self, engine: AsyncLLM, settings: ServerSettings, observer: Observer) -> None:
+    def __init__(
+        self,
+        engine: ServedEngine,
+        settings: ServerSettings,
+        observer: Observer,
+        model: ServedModel,
+    ) -> None:
         self.engine = engine
         self.settings = settings
         self.observer = observer
-        self.token_texts: Final = TokenTexts(engine.llm.tokenizer)
+        self.model = model
+        self.token_texts: Final = TokenTexts(model.tokenizer)
         self.created: int = int(time.time())
 
     @property
     def names(self) -> list[str]:
         """What requests may call it: its own name, then its adapters'."""
         own = self.settings.model_name
-        return [own, *(name for name in self.engine.llm.adapters if name != own)]
+        return [own, *(name for name in self.model.adapters if name != own)]
 
     def check_name(self, name: str | None) -> str:
         """The name that answers give; None is the model's own."""
@@ -63,10 +133,10 @@ class Served:
         """With what the server decides: the adapter that a model's name means, and OpenAI's
         temperature where neither the request nor the model says one.
         """
-        intake = self.engine.llm.engine.intake
-        if intake.completed(params).temperature is None:
+        model = self.model
+        if model.completed(params).temperature is None:
             params = replace(params, temperature=DEFAULT_TEMPERATURE)
-        is_endless = params.max_tokens is None and (params.sink_window or intake.sink_window)
+        is_endless = params.max_tokens is None and (params.sink_window or model.sink_window)
         if is_endless and not body.stream:
             raise Refusal("a windowed request needs max_tokens or stream", param="max_tokens")
         name = self.check_name(body.model)

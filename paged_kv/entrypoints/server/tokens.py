@@ -50,7 +50,7 @@ async def tokenize(
     words = tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None
     return {
         "count": len(token_ids),
-        "max_model_len": served.engine.llm.max_model_len,
+        "max_model_len": served.model.max_model_len,
         "tokens": token_ids,
         "token_strs": words,
     }
@@ -68,7 +68,7 @@ async def detokenize(
 
 
 def tokenizer_of(served: Served) -> PreTrainedTokenizerBase:
-    tokenizer = served.engine.llm.tokenizer
+    tokenizer = served.model.tokenizer
     if tokenizer is None:
         raise Refusal("the model has no tokenizer", code="unsupported")
     return tokenizer

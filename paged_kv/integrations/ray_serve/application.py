@@ -1,0 +1,42 @@
+"""The application of Ray Serve: an endpoint before replicas. Knows how its parts go together."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from .deployments import EndpointDeployment, ReplicaDeployment
+from .options import FleetOptions
+
+REPLICAS: Final = "replicas"
+ENDPOINT: Final = "endpoint"
+ROUTER: Final = f"{__package__}.router.FleetRouter"
+SPARE: Final = 32  # requests beside those of `max_requests`, which are told so
+
+
+def application_of(options: FleetOptions) -> serve.Application:
+    fleet = f"{options.model}/{REPLICAS}"
+    # No more than they depend on: whatever else is changed, they stay.
+    given = (options.model, options.llm, options.max_ongoing_requests, options.release)
+    scaled: dict[str, Any] = {"num_replicas": options.num_replicas or 1}
+    if "autoscaling_config" in options.deployment:
+        scaled = {}
+    replicas = serve.deployment(
+        name=REPLICAS,
+        max_ongoing_requests=options.max_ongoing_requests,
+        request_router_config=RequestRouterConfig(
+            request_router_class=ROUTER,
+            request_router_kwargs={"fleet": fleet, "policy": options.policy},
+        ),
+        **scaled,
+        **options.deployment,
+    )(ReplicaDeployment)
+    endpoint = serve.deployment(
+        name=ENDPOINT,
+        num_replicas=options.num_endpoints,
+        max_ongoing_requests=options.max_requests + SPARE,
+        ray_actor_options={"num_cpus": 0},
+    )(serve.ingress()(EndpointDeployment))
+    return endpoint.bind(replicas.bind(*given), options.model_dump(), fleet)

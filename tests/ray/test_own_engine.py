@@ -1,0 +1,92 @@
+"""Our own engine on Ray Serve: replicas that die or are replaced under load, and who is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+from bench_ray_serve import (
+    Ask,
+    asks_of,
+    deploy,
+    disturbed,
+    expected_tokens,
+    hit_rate,
+    kill,
+    replica_names,
+    serving,
+    shared_prefixes,
+    statistics,
+)
+
+from paged_kv import DEMO_MODEL, ConfigError
+from paged_kv.integrations.ray_serve import build_app
+
+NUM_NEW = 48
+
+
+@pytest.fixture(scope="module")
+def url(cluster: Path) -> Iterator[str]:
+    with serving() as url:
+        deploy()
+        yield url
+
+
+@pytest.fixture(scope="module")
+def asks() -> list[Ask]:
+    return asks_of(60, num_new=NUM_NEW)
+
+
+@pytest.fixture(scope="module")
+def expected(asks: Sequence[Ask]) -> list[list[int]]:
+    return expected_tokens(str(DEMO_MODEL), asks)
+
+
+def test_a_killed_replica_loses_nothing(
+    url: str, asks: list[Ask], expected: list[list[int]]
+) -> None:
+    outcome = disturbed(url, asks, expected, at=20, disturb=lambda: kill(replica_names()[0]))
+    assert (outcome.num_lost, outcome.num_wrong) == (0, 0), outcome.faults
+    assert outcome.num_continued, "it had nothing to do"
+
+
+def test_a_restart_loses_nothing(url: str, asks: list[Ask], expected: list[list[int]]) -> None:
+    before: list[str] = []
+
+    def restart() -> None:
+        before.extend(replica_names())
+        deploy(release="next")
+
+    outcome = disturbed(url, asks, expected, at=20, disturb=restart)
+    assert (outcome.num_lost, outcome.num_wrong) == (0, 0), outcome.faults
+    assert before
+    assert not set(before) & set(replica_names())
+
+
+def test_prefixes_are_found_more_often_than_by_turns(url: str) -> None:
+    rates = {}
+    for seed, policy in enumerate(("prefix", "round_robin")):
+        deploy(release="next", policy=policy)
+        rates[policy] = hit_rate(url, shared_prefixes(8, 4, 300, num_new=2, seed=seed))
+    assert rates["prefix"] >= 1.5 * rates["round_robin"], rates
+    assert len(statistics(url)["replicas"]) == 2
+
+
+def test_what_is_wrong_is_refused_once(url: str) -> None:
+    before = statistics(url)["lost_attempts"]
+    body = {"prompt": [70000], "max_tokens": 1}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False)
+    assert answer.status_code == 400
+    assert "token id 70000 is outside the vocabulary" in answer.json()["error"]["message"]
+    assert statistics(url)["lost_attempts"] == before
+
+
+def test_options_of_serve_pass_through() -> None:
+    scaling = {"min_replicas": 1, "max_replicas": 5}
+    app = build_app({"kv_format": "int2", "deployment": {"autoscaling_config": scaling}})
+    config = app._bound_deployment.init_args[0]._bound_deployment._deployment_config
+    assert config.autoscaling_config.max_replicas == 5
+    with pytest.raises(ConfigError, match="kv_fromat: "):
+        build_app({"kv_fromat": "int2"})
