@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +162,11 @@ def replica_names() -> list[str]:
     return sorted(each["name"] for each in found if REPLICAS in each["name"])
 
 
-def kill(name: str) -> None:
-    """The process of a replica is gone, without a word."""
+def death_of(name: str) -> Callable[[], None]:
+    """Call it, and the process of this replica is gone, without a word."""
     import ray
 
-    ray.kill(ray.get_actor(name, namespace="serve"))
+    return partial(ray.kill, ray.get_actor(name, namespace="serve"))
 
 
 # -- clients --------------------------------------------------------------------------------------
@@ -312,9 +313,7 @@ def killed_rows(url: str, model: str, count: int) -> list[Row]:
     asks = asks_of(count, num_new=64)
     expected = expected_tokens(model, asks)
     deploy(model=model)
-    outcome = disturbed(
-        url, asks, expected, at=count // 3, disturb=lambda: kill(replica_names()[0])
-    )
+    outcome = disturbed(url, asks, expected, at=count // 3, disturb=death_of(replica_names()[0]))
     for fault in outcome.faults[:5]:
         print(fault)
     case = f"{count} requests, one of two replicas killed"

@@ -81,7 +81,7 @@ def test_what_an_order_promised_is_forgotten_with_it() -> None:
 def test_too_much_work_outweighs_what_is_cached() -> None:
     fleet = Fleet()
     has(fleet, "a", "xyz")
-    saved = 3 * SIZE
+    saved = 2 * 3 * SIZE
     for number in range(1, saved // TOKENS_PER_REQUEST + 2):  # answered by `a`
         fleet.place(order(number), "a")
         fleet.begin(number)

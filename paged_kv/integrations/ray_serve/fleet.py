@@ -45,9 +45,10 @@ class Replica:
         return num_tokens
 
     def work_for(self, blocks: PromptBlocks) -> int:
-        """Prompt tokens to compute until a request's first one, those of others included."""
+        """What a request adds here, twice because others wait for that too, to what is there."""
         to_compute = blocks.num_tokens - self.num_cached_tokens(blocks)
-        return to_compute + self.num_waiting_tokens + TOKENS_PER_REQUEST * self.num_answering
+        there = self.num_waiting_tokens + TOKENS_PER_REQUEST * self.num_answering
+        return 2 * to_compute + there
 
 
 @dataclass(eq=False)
@@ -63,10 +64,10 @@ class Placement:
 class Fleet:
     """Which replica an order goes to, and what follows from it.
 
-    By "prefix" an order goes where the fewest prompt tokens are left to compute before its first
-    token: those of its own that are not cached there, those of orders that wait there, and
-    `TOKENS_PER_REQUEST` for each order that is being answered. Of equal ones it is the one that
-    was chosen least recently. By "round_robin" they take turns.
+    By "prefix" an order goes where the sum is least of twice the prompt tokens that it would have
+    to compute there, because they are not cached, of those that orders wait for there, and of
+    `TOKENS_PER_REQUEST` for each order that is being answered there. Of equal ones it is the one
+    that was chosen least recently. By "round_robin" they take turns.
     """
 
     def __init__(self, policy: str = BY_BLOCKS) -> None:
