@@ -38,7 +38,7 @@ from paged_kv.integrations.ray_serve import build_app
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AUTH_MODE": "disabled",  # or a token is left in the home folder
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
@@ -121,7 +121,12 @@ def cluster() -> Iterator[str]:
     try:
         import ray
 
-        ray.init(num_cpus=NUM_CPUS, object_store_memory=STORE_BYTES, include_dashboard=False)
+        ray.init(
+            "local",
+            num_cpus=NUM_CPUS,
+            object_store_memory=STORE_BYTES,
+            include_dashboard=False,
+        )
         try:
             with serving() as url:
                 yield url

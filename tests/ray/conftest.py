@@ -12,7 +12,6 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",  # or a token is left in the home folder
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do anyway; it warns otherwise
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -29,12 +28,6 @@ def cluster() -> Iterator[Path]:
 
     ray.init("local", num_cpus=4, object_store_memory=200 << 20, include_dashboard=False)
     try:
-        yield session_folder() / "logs"
+        yield Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
     finally:
         ray.shutdown()
-
-
-def session_folder() -> Path:
-    import ray
-
-    return Path(ray._private.worker._global_node.get_session_dir_path())
