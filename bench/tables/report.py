@@ -21,6 +21,7 @@ VERSIONS_OF = {
     "machine_code": ("triton",),
     "mutants": (),
     "ptx": ("triton",),
+    "ray_serve": ("torch", "transformers", "numba", "ray"),
     "soak_block_manager": ("numpy", "numba"),
 }
 

@@ -72,7 +72,7 @@ class BlockReader:
         self._counts = counts
         self._manager = manager
         self._remove = remove
-        self.has_news = Event()  # set when a lookup is done
+        self.has_news: Event = Event()  # set when a lookup is done
         self._lookups = ThreadPoolExecutor(NUM_LOOKUPS, thread_name_prefix="paged_kv store lookup")
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="paged_kv store reader")
 

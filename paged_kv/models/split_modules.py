@@ -48,7 +48,7 @@ class SummedEmbedding(nn.Module):
         super().__init__()
         embedding.padding_idx = None  # it may be in another process, and is as good as any
         self.embedding = embedding
-        self.first = place.rank * -(-embedding.num_embeddings // place.size)
+        self.first: int = place.rank * -(-embedding.num_embeddings // place.size)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input - self.first
