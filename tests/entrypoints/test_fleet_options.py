@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from paged_kv import DEMO_MODEL, ConfigError
-from paged_kv.integrations.ray_serve.options import read_options
+from paged_kv.integrations.ray_serve.options import FleetOptions, read_options
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_command_line_says_as_much_as_yaml() -> None:
@@ -65,3 +70,13 @@ def test_keywords_of_an_llm_may_stand_together() -> None:
 def test_what_cannot_be_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_options(given)
+
+
+def test_what_the_docs_say_is_taken() -> None:
+    page = (ROOT / "docs" / "ray.md").read_text().partition("## Our own engine")[2]
+    written = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (application,) = yaml.safe_load(written[0])["applications"]
+    options = read_options(application["args"])
+    assert (options.served_model_name, options.llm["kv_format"]) == ("chat", "int8")
+    told = set(re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \|", page, re.MULTILINE))
+    assert {name for names in told for name in names if name} <= set(FleetOptions.model_fields)

@@ -71,7 +71,8 @@ def test_a_restart_loses_nothing_and_prefixes_are_found_more_often_than_by_turns
     assert not set(before) & set(replica_names())
     by_prefix = hit_rate(url, shared_prefixes(12, 4, 200, num_new=2), 1)
     assert by_prefix >= 1.5 * by_turns, (by_prefix, by_turns)
-    assert len(statistics(url)["replicas"]) == 2
+    running = {name.rpartition("#")[2] for name in replica_names()}
+    assert running <= set(statistics(url)["replicas"]), "one was never asked"
 
 
 def test_what_is_wrong_is_refused_once(url: str) -> None:

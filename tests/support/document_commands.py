@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Final
 
@@ -18,6 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from paged_kv.entrypoints.cli import build_parser
+from paged_kv.integrations.ray_serve.options import read_options
 
 from .documents import ROOT
 
@@ -99,6 +101,15 @@ def check_python(arguments: list[str]) -> None:
         assert (ROOT / arguments[0]).is_file(), f"no file {arguments[0]}"
 
 
+def check_serve(arguments: list[str]) -> None:
+    """An application of ours for Ray Serve, and its options."""
+    action, application, *options = arguments
+    module, _, function = application.partition(":")
+    assert action == "run"
+    assert callable(getattr(import_module(module), function)), application
+    read_options(dict(option.split("=", 1) for option in options))
+
+
 def check_make(arguments: list[str]) -> None:
     for target in arguments:
         if "=" not in target:
@@ -160,5 +171,6 @@ KNOWN: Final[dict[str, Callable[[list[str]], None]]] = {
     "pip": check_pip,
     "python": check_python,
     "python3": check_python,
+    "serve": check_serve,
     "vllm": check_vllm,
 }
