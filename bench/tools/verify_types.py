@@ -1,7 +1,7 @@
 """Whether a type checker knows the whole public interface: `pyright --verifytypes`.
 
 Exits with 1 where the type of a public name is unknown, or left for a checker to guess.
-basedpyright is pyright with a node of its own. vLLM, which few have, is stubs here.
+basedpyright is pyright with a node of its own. vLLM and Ray, which few have, are stubs here.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def write_stubs(folder: Path, package: str) -> None:
 
 def main() -> int:
     with TemporaryDirectory() as folder:
-        if not find_spec("vllm"):
-            write_stubs(Path(folder), "vllm")
+        for package in ("vllm", "ray"):
+            if not find_spec(package):
+                write_stubs(Path(folder), package)
         command = ["basedpyright", "--pythonpath", sys.executable]
         command += ["--verifytypes", "paged_kv", "--ignoreexternal"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), folder])}

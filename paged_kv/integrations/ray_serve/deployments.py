@@ -62,7 +62,7 @@ class ReplicaDeployment:
 class RayCalls:
     """Orders through a handle, whose router chooses the replica."""
 
-    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+    def __init__(self, replicas: DeploymentHandle) -> None:
         self._generate = replicas.options(method_name="generate", stream=True)
 
     async def send(self, order: Order) -> AsyncGenerator[Reply, None]:
@@ -93,9 +93,7 @@ def first_line(error: Exception) -> str:
 class EndpointDeployment:
     """OpenAI's API over the replicas: the server of `paged-kv serve`, whose engine is the fleet."""
 
-    def __init__(
-        self, replicas: DeploymentHandle[Any], options: dict[str, Any], fleet: str
-    ) -> None:
+    def __init__(self, replicas: DeploymentHandle, options: dict[str, Any], fleet: str) -> None:
         self._replicas = replicas
         self._options = FleetOptions.model_validate(options)
         self._fleet = fleet
