@@ -117,8 +117,8 @@ class FleetRequest:
     def __init__(
         self, engine: FleetEngine, order: Order, timeout: float | None, deadline: float | None
     ) -> None:
-        self.prompt_token_ids = order.prompt_token_ids
-        self.params = order.params
+        self.prompt_token_ids: list[int] = order.prompt_token_ids
+        self.params: SamplingParams = order.params
         self.num_cached_tokens: int = 0
         self._engine = engine
         self._order = order

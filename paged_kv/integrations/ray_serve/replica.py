@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from ...entrypoints.async_llm import AsyncLLM
 from ...entrypoints.async_request import AsyncRequest, Feed
@@ -24,10 +24,10 @@ class EngineReplica:
         self, name: str, model: str, keywords: Mapping[str, Any], *, max_requests: int
     ) -> None:
         self.name = name
-        self.llm = LLM(model, record_events=True, **keywords)
+        self.llm: Final = LLM(model, record_events=True, **keywords)
         self._blocks = BlockLog()
         self._log = RequestLog()
-        self.engine = AsyncLLM(self.llm, max_requests=max_requests, listener=self)
+        self.engine: Final = AsyncLLM(self.llm, max_requests=max_requests, listener=self)
 
     async def close(self) -> None:
         """End what is not over: whoever asked for it asks elsewhere."""
