@@ -80,7 +80,8 @@ class FleetEngine:
         """
         loop = asyncio.get_running_loop()
         deadline = None if timeout is None else loop.time() + timeout
-        await self.room.enter(priority, deadline, waits=wait)
+        num_places = params.num_samples
+        await self.room.enter(priority, deadline, waits=wait, num_places=num_places)
         request: FleetRequest | None = None
         try:
             most = self.card.max_prompt_tokens(params)
@@ -98,7 +99,7 @@ class FleetEngine:
             await request.begin()
         except BaseException:
             if request is None:
-                self.room.leave()
+                self.room.leave(num_places)
             else:
                 await request.close()
             raise
@@ -233,7 +234,7 @@ class FleetRequest:
             try:
                 await self._end_attempt()
             finally:
-                self._engine.room.leave()
+                self._engine.room.leave(self.params.num_samples)
 
     def __aiter__(self) -> FleetRequest:
         return self

@@ -10,7 +10,11 @@ from typing import Any, ClassVar, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...entrypoints.llm import LLM
-from ...entrypoints.server.settings import DEFAULT_MAX_REQUESTS, ServerSettings
+from ...entrypoints.server.settings import (
+    DEFAULT_MAX_REQUESTS,
+    DEFAULT_MIN_PRIORITY,
+    ServerSettings,
+)
 from ...errors import ConfigError
 from ...models.loading import DEMO_MODEL
 from .fleet import BY_BLOCKS, POLICIES
@@ -29,7 +33,8 @@ class FleetOptions(BaseModel):
     `deployment` are further options of Ray Serve's deployment of them, as `autoscaling_config`
     (then without `num_replicas`), `ray_actor_options` or `graceful_shutdown_timeout_s`. Each
     replica takes at most `max_ongoing_requests` at once; `num_endpoints` processes that read HTTP
-    take `max_requests` each, others get status 429. An order is tried on at most `max_attempts`
+    take `max_requests` each, of which each sample is one, others get status 429; a `priority` below
+    `min_priority` is refused. An order is tried on at most `max_attempts`
     replicas. A new `release` restarts all replicas, one after another.
     """
 
@@ -44,6 +49,7 @@ class FleetOptions(BaseModel):
     num_endpoints: int = Field(1, ge=1)
     max_ongoing_requests: int = Field(64, ge=1)
     max_requests: int = Field(DEFAULT_MAX_REQUESTS, ge=1)
+    min_priority: int = DEFAULT_MIN_PRIORITY
     max_attempts: int = Field(4, ge=1)
     request_timeout: float | None = Field(None, gt=0)
     release: str = ""
@@ -76,6 +82,7 @@ class FleetOptions(BaseModel):
         return ServerSettings(
             model_name=self.served_model_name or self.model,
             max_requests=self.max_requests,
+            min_priority=self.min_priority,
             request_timeout=self.request_timeout,
         )
 
