@@ -88,6 +88,7 @@ class LLM:
     """
 
     tokenizer: PreTrainedTokenizerBase | None
+    engine: Engine
 
     def __init__(
         self,
@@ -145,12 +146,10 @@ class LLM:
             tensor_parallel_size=tensor_parallel_size,
         )
         source = Source(gguf_file, revision, trust_remote_code)
-        self._group, self._model, self.tokenizer, engine = start(
+        self._group, self._model, self.tokenizer, self.engine = start(
             model, source, tokenizer, parse_dtype(dtype), config, parse_device(device)
         )
-        self.engine: Final = engine
-        self._processor = OutputProcessor(self.tokenizer)
-        self.requests: Final = TextEngine(self.engine, self._processor)
+        self.requests: Final = TextEngine(self.engine, OutputProcessor(self.tokenizer))
 
     def __enter__(self) -> LLM:
         return self
@@ -330,7 +329,7 @@ class LLM:
         is_stop = hypothesis.finish_reason == "stop"
         token_ids = hypothesis.token_ids[: -1 if is_stop else None]
         return Completion(
-            text=self._processor.text_of(prompt_token_ids, token_ids),
+            text=self.requests.processor.text_of(prompt_token_ids, token_ids),
             token_ids=hypothesis.token_ids,
             finish_reason=hypothesis.finish_reason,
             log_probability=hypothesis.score,
@@ -343,7 +342,7 @@ class LLM:
         intake = self.engine.intake
         params = intake.completed(params)
         intake.rules(intake.request("", token_ids, params, priority), params)
-        self._processor.check(params)
+        self.requests.processor.check(params)
         return token_ids
 
     def _check_all(

@@ -91,6 +91,11 @@ def add_memory(parser: argparse.ArgumentParser, *, has_format: bool = True) -> N
     memory.add_argument(
         "--sinks", type=int, metavar="TOKENS", help="and so many first ones (4), with --window"
     )
+    add_computation(memory)
+
+
+def add_computation(memory: argparse._ArgumentGroup) -> None:
+    """In which precision, by which guesses, and where."""
     memory.add_argument("--dtype", choices=DTYPES)
     memory.add_argument("--kv-dtype", choices=DTYPES, help="of what is not quantized of a sequence")
     memory.add_argument(

@@ -52,7 +52,7 @@ class TextEngine:
 
     def __init__(self, engine: Engine, processor: OutputProcessor) -> None:
         self.engine = engine
-        self._processor = processor
+        self.processor: Final = processor
         self._request_numbers = itertools.count()
         self._outputs: dict[str, Output] = {}  # of requests that somebody waits for
         self._lock = RLock()  # held by the thread that steps the engine
@@ -86,7 +86,7 @@ class TextEngine:
         )
         outputs = []
         for live in lives:
-            text = self._processor.follow(live, token_ids)
+            text = self.processor.follow(live, token_ids)
             outputs.append(Output(text, tell, prompt_index, live.sample_index))
             self._outputs[live.request_id] = outputs[-1]
         return outputs
