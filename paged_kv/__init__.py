@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .cache.transfer import import_sequence as import_sequence
     from .engine.beam_search import BeamSearchParams as BeamSearchParams
     from .engine.draft_model import DraftModel as DraftModel
+    from .engine.handover import PrefilledPrompt as PrefilledPrompt
     from .engine.prompt_lookup import PromptLookup as PromptLookup
     from .engine.sampling_params import SamplingParams as SamplingParams
     from .engine.store_counts import BlockStoreStatistics as BlockStoreStatistics
@@ -120,6 +121,7 @@ _HOME = {
     "NewTokens": "kernels.new_tokens",
     "PagedCache": "integrations.transformers_cache",
     "PagedKVCache": "cache.kv_cache",
+    "PrefilledPrompt": "engine.handover",
     "PromptLookup": "engine.prompt_lookup",
     "Request": "scheduler.request",
     "RequestOutput": "entrypoints.outputs",

@@ -225,6 +225,9 @@ def find_need(request: Request, budget: int, manager: BlockManager, steps_ahead:
     next_link, is_pending = None, False
     if swapped is not None:
         lengths, taken = swapped.lengths, len(swapped.host_block_ids)
+    elif request.brought is not None:
+        lengths = request.brought.lengths
+        taken = manager.count_blocks(lengths)
     else:
         match = manager.find_prefix(request.tokens)
         next_link, is_pending = match.next_link, match.is_pending

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 
 from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.block_tables import StoredLengths
 from paged_kv.blocks.host_blocks import SwappedSequence
 from paged_kv.blocks.sink_window import SinkWindow
 from paged_kv.blocks.token_chain import ExtraKey, TokenChain, TokenIds, as_token_ids, root_hash
@@ -48,6 +49,17 @@ class Branching:
                 raise InvalidRequestError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
+@dataclass(frozen=True, eq=False)
+class BroughtBlocks:
+    """Blocks that a request begins with, computed elsewhere: what each group of layers stores.
+
+    Whoever runs the model knows what the `records` are, and writes them.
+    """
+
+    lengths: tuple[StoredLengths, ...]
+    records: object
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt and how far to continue it.
@@ -82,6 +94,7 @@ class Request:
     # While it does not run: all its tokens, of a branching one the prompt; and its blocks, if they
     # lie in host memory.
     tokens: TokenChain = field(init=False, repr=False)
+    brought: BroughtBlocks | None = field(default=None, init=False, repr=False)  # until it starts
     swapped: SwappedSequence | None = field(default=None, init=False, repr=False)
     manager: BlockManager | None = field(default=None, init=False, repr=False)
 
@@ -107,6 +120,14 @@ class Request:
                 )
             self.max_tokens = int(self.max_tokens)
         self.tokens = TokenChain(token_ids, root=b"")
+
+    def bring(self, output_token_ids: Sequence[int], brought: BroughtBlocks) -> None:
+        """It was begun elsewhere: it has these output tokens, and blocks of all before the last.
+
+        Before a scheduler knows it.
+        """
+        self.restart(output_token_ids)
+        self.brought = brought
 
     def restart(self, output_token_ids: Sequence[int] = ()) -> None:
         """Back to where no scheduler knows it, with so many output tokens already.

@@ -5,14 +5,15 @@ from __future__ import annotations
 from reprlib import repr as short_repr
 
 from paged_kv.blocks.block_manager import BlockManager
+from paged_kv.blocks.host_blocks import SwappedSequence
 from paged_kv.change import Change
 from paged_kv.errors import InvalidRequestError, OutOfBlocksError
 
 from .admission import Lack, check_servable
-from .request import Request, RequestStatus
+from .request import BroughtBlocks, Request, RequestStatus
 from .running import RunningRequests
 from .statistics import SchedulerStatistics
-from .step import BlockCopy, ScheduledStep
+from .step import Arrival, BlockCopy, ScheduledStep
 from .waiting_queue import WaitingQueue
 
 
@@ -40,6 +41,7 @@ class Roster:
         self._ending: list[Request] = []  # finished while a step still computes them
         self._swap_outs: list[BlockCopy] = []
         self._swap_ins: list[BlockCopy] = []
+        self._arrivals: list[Arrival] = []
 
     def recover(self) -> None:
         """Drop every request, and every sequence of the manager, whatever state they are in.
@@ -174,6 +176,37 @@ class Roster:
         else:
             self._stop_running(request)
         request.status = RequestStatus.FINISHED
+
+    def _start(self, request: Request) -> None:
+        """Start a request's sequence, with the blocks that it can share, brings or had in host
+        memory."""
+        self.waiting.remove(request)
+        if request.swapped is not None:
+            seq_id = self._swap_in(request, request.swapped)
+        elif request.brought is not None:
+            seq_id = self._bring_in(request, request.brought)
+        else:
+            seq_id = self.manager.add_sequence(request.tokens)
+            its = self.manager.stored_lengths(seq_id)[0]
+            request.began_with(its.num_stored + its.num_evicted)
+        self._running.begin(request, seq_id)
+
+    def _swap_in(self, request: Request, swapped: SwappedSequence) -> int:
+        swapped_in = self.manager.swap_in(swapped)
+        assert swapped_in is not None, "its need was checked"
+        seq_id, block_ids = swapped_in
+        self._swap_ins.append(BlockCopy(request.request_id, block_ids, swapped.host_block_ids))
+        self._num_swapped -= 1
+        request.swapped = None
+        return seq_id
+
+    def _bring_in(self, request: Request, brought: BroughtBlocks) -> int:
+        seq_id, _ = self.manager.place_sequence(request.tokens, brought.lengths)
+        block_ids = [tables.block_ids(seq_id) for tables in self.manager.groups]
+        self._arrivals.append(Arrival(request.request_id, block_ids, brought.records))
+        request.began_with(brought.lengths[0].num_stored + brought.lengths[0].num_evicted)
+        request.brought = None
+        return seq_id
 
     def pause(self, request: Request) -> None:
         """Compute nothing for this request until `resume`; it is the first to make room.

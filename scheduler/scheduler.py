@@ -35,7 +35,7 @@ from .drafts import (
 from .request import Request, RequestStatus
 from .roster import Roster
 from .running import seq_ids_of
-from .step import BlockCopy, Branches, Fork, ScheduledStep
+from .step import Branches, Fork, ScheduledStep
 
 
 class Scheduler(Roster):
@@ -172,6 +172,7 @@ class Scheduler(Roster):
         sampled_seq_ids = seq_ids if do_all_sample else seq_ids[sampled]
         swap_outs, self._swap_outs = self._swap_outs, []
         swap_ins, self._swap_ins = self._swap_ins, []
+        arrivals, self._arrivals = self._arrivals, []
         if plan.is_decode and do_all_sample:
             token_ids = self.manager.last_token_ids[seq_ids]
         else:
@@ -184,6 +185,7 @@ class Scheduler(Roster):
             preempted=preempted,
             swap_outs=swap_outs,
             swap_ins=swap_ins,
+            arrivals=arrivals,
             requests_by_seq_id=self._running.by_seq_id,
         )
 
@@ -274,24 +276,6 @@ class Scheduler(Roster):
         if geometry.seals and self.steps_ahead:  # tails are longer at one time than at another
             grown += num_growing * geometry.open_blocks_per_block / 8
         return int((grown - given_back).max(initial=0))
-
-    def _start(self, request: Request) -> None:
-        """Start a request's sequence, with the blocks that it can share or had in host memory."""
-        self.waiting.remove(request)
-        if request.swapped is None:
-            seq_id = self.manager.add_sequence(request.tokens)
-            its = self.manager.stored_lengths(seq_id)[0]
-            request.began_with(its.num_stored + its.num_evicted)
-        else:
-            swapped_in = self.manager.swap_in(request.swapped)
-            assert swapped_in is not None, "its need was checked"
-            seq_id, block_ids = swapped_in
-            self._swap_ins.append(
-                BlockCopy(request.request_id, block_ids, request.swapped.host_block_ids)
-            )
-            self._num_swapped -= 1
-            request.swapped = None
-        self._running.begin(request, seq_id)
 
     def update(
         self,

@@ -28,6 +28,14 @@ class BlockCopy(NamedTuple):
     host_block_ids: BlockIds
 
 
+class Arrival(NamedTuple):
+    """Records of a request that was begun elsewhere, for these blocks of each group of layers."""
+
+    request_id: str
+    block_ids: Sequence[BlockIds]
+    records: object
+
+
 class Fork(NamedTuple):
     """`child` goes on from the tokens that `parent` has before this step's sample."""
 
@@ -77,7 +85,7 @@ class ScheduledStep:
 
     Behind its last token each of these may try drafts, D in all: the token that is sampled by one
     counts if the draft itself was sampled by the token before. The copies come first: out of the
-    pool, then into it, even if the step is cancelled later.
+    pool, then into it, also what arrives, even if the step is cancelled later.
     """
 
     plan: StepPlan
@@ -87,6 +95,7 @@ class ScheduledStep:
     preempted: list[Request]
     swap_outs: list[BlockCopy] = field(default_factory=list)
     swap_ins: list[BlockCopy] = field(default_factory=list)
+    arrivals: list[Arrival] = field(default_factory=list)
     requests_by_seq_id: NDArray[np.object_] = field(repr=False)
 
     @cached_property

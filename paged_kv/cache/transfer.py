@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from reprlib import repr as short_repr
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from .block_views import KEY_CODES
 from .formats import RecordLayout
 from .kv_cache import PagedKVCache
 from .layer_spec import LayerSpec
-from .transfer_counts import JsonObject, read_counts, read_evicted
+from .transfer_counts import JsonObject, read_count, read_counts, read_evicted
 from .travelling_records import TravellingRecords
 
 MAGIC: Final = b"paged_kv"
@@ -140,15 +140,11 @@ def import_sequence(
     changed then.
     """
     require_instance("cache", cache, PagedKVCache)
-    require_all_heads(cache)
-    cache.require_manager(manager)
-    sequence, layer_data = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
-    require_token_ids(sequence.tokens.token_ids, vocab_size)
-    records = read_records(cache, sequence, layer_data)
-    seq_id, _ = manager.place_sequence(sequence.tokens, sequence.lengths(cache.geometry))
+    read = read_export(cache, manager, data, model_fingerprint, extra_keys, vocab_size)
+    seq_id, _ = manager.place_sequence(read.tokens, read.lengths)
     try:
         cache.bind(manager)
-        write_records(cache, records, [tables.block_ids(seq_id) for tables in manager.groups])
+        write_records(cache, read.records, [tables.block_ids(seq_id) for tables in manager.groups])
     except BaseException:
         manager.remove_sequence(seq_id)
         raise
@@ -163,6 +159,45 @@ def require_all_heads(cache: PagedKVCache) -> None:
             f"this cache holds its part of the kv heads of {cache.num_parts} processes "
             "(tensor_parallel_size): its sequences cannot be exported, nor others imported"
         )
+
+
+class ExportedSequence(NamedTuple):
+    """What exported data say, once they are known to fit: what each group of layers stores, and
+    each layer's records in host memory."""
+
+    tokens: TokenChain
+    lengths: tuple[StoredLengths, ...]
+    records: list[Tensor]
+
+
+def read_export(
+    cache: PagedKVCache,
+    manager: BlockManager,
+    data: bytes | bytearray | memoryview,
+    model_fingerprint: bytes,
+    extra_keys: Sequence[ExtraKey],
+    vocab_size: int | None,
+) -> ExportedSequence:
+    """Everything in exported data, which is refused as by `import_sequence`; changes nothing."""
+    require_all_heads(cache)
+    cache.require_manager(manager)
+    sequence, layer_data = read_sequence(cache, manager, data, model_fingerprint, extra_keys)
+    require_token_ids(sequence.tokens.token_ids, vocab_size)
+    records = read_records(cache, sequence, layer_data)
+    return ExportedSequence(sequence.tokens, sequence.lengths(cache.geometry), records)
+
+
+def tokens_of_export(data: bytes | bytearray | memoryview) -> tuple[TokenIds, int]:
+    """The known tokens of exported data, whatever cache they fit, and how many are computed.
+
+    Raises `TransferError` for data that are corrupt, or of which this cannot be known.
+    """
+    header, body = open_frame(as_bytes(data))
+    num_computed = read_count(header, "num_computed_tokens")
+    num_bytes = read_count(header, "num_known_tokens") * TOKEN_DTYPE.itemsize
+    if num_bytes > len(body):
+        raise TransferError(f"{num_bytes} bytes of tokens, and {len(body)} in the data")
+    return np.array(body[:num_bytes]).view(TOKEN_DTYPE).astype(np.int32), num_computed
 
 
 def on_device(cache: PagedKVCache, block_ids: BlockIds) -> Tensor:

@@ -18,13 +18,9 @@ JsonObject = dict[str, object]
 
 def read_counts(header: JsonObject, manager: BlockManager) -> tuple[int, int, int]:
     """Computed tokens, known tokens and sealed blocks, as a sequence here could have them."""
-    counts: list[int] = []
-    for name in ("num_computed_tokens", "num_known_tokens", "num_sealed"):
-        value = header.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise TransferError(f"header.{name} must be a count, got {short_repr(value)}")
-        counts.append(value)
-    num_computed, num_known, num_sealed = counts
+    num_computed = read_count(header, "num_computed_tokens")
+    num_known = read_count(header, "num_known_tokens")
+    num_sealed = read_count(header, "num_sealed")
     longest = max(num_computed, num_known)
     if longest > manager.max_model_len:
         raise TransferError(
@@ -42,6 +38,13 @@ def read_counts(header: JsonObject, manager: BlockManager) -> tuple[int, int, in
             f"tokens computed it is {possible.start} to {possible.stop - 1}"
         )
     return num_computed, num_known, num_sealed
+
+
+def read_count(header: JsonObject, name: str) -> int:
+    value = header.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TransferError(f"header.{name} must be a count, got {short_repr(value)}")
+    return value
 
 
 def read_evicted(

@@ -5,7 +5,6 @@ One direction: nothing that a step decides later reaches back into what it decid
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter
@@ -25,6 +24,7 @@ from ..scheduler.step import Fork, ScheduledStep
 from .beam_search import BeamSearch, BeamSearchParams
 from .block_tier import NoBlockTier
 from .flight import Flight
+from .handover import Handover, HandoverDesk
 from .intake import NO_DEFAULTS, Intake
 from .live_request import (
     BeamShortlist,
@@ -36,6 +36,7 @@ from .live_request import (
     draws_of,
     leaders_of,
     samples_left,
+    searches_of,
     shortlists_of,
     with_following,
 )
@@ -71,7 +72,10 @@ class Engine(Turns):
         self.scheduler = scheduler
         self.manager: Final = scheduler.manager
         ends = frozenset(t for t in end_token_ids if 0 <= t < self.model.vocab_size)
-        self.intake: Final = Intake(self.model, scheduler, ends, sink_window, defaults, tokenizer)
+        self._desk = HandoverDesk(self.model, self.cache, self.manager)
+        self.intake: Final = Intake(
+            self.model, scheduler, ends, sink_window, defaults, tokenizer, self._desk
+        )
         self.num_steps: int = 0
         self._live: dict[str, LiveRequest] = {}
         self._searches: dict[str, BeamSearch] = {}
@@ -131,35 +135,33 @@ class Engine(Turns):
         *,
         priority: int = 0,
         given: GivenTokens | None = None,
+        handover: Handover | None = None,
     ) -> list[LiveRequest]:
         """Queue a request; raises `InvalidRequestError` and queues nothing if it cannot be served.
 
         One id for each of its samples; what becomes of them is returned. `max_tokens` beyond the
         model's length is cut to what is left after the prompt; None is what the pool holds too.
         Stop strings are text: not looked at. Of another engine's request the samples of `given` go
-        on, each behind these tokens as if they had been drawn here.
+        on, each behind these tokens as if they had been drawn here. A `Departure` ends it with its
+        first token; a `PrefilledPrompt`, of this very prompt, is what it goes on from.
         """
+        if given is not None and handover is not None:
+            raise InvalidRequestError("given: a prompt that is handed over has its own first token")
         params = self.intake.completed(params)
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         indices = samples_left(params.num_samples, given)
         if len(ids) != len(indices) or len(set(ids)) != len(ids):
             raise InvalidRequestError(f"{len(indices)} samples need as many ids, got {ids}")
-        seed = secrets.randbits(64) if params.seed is None else params.seed
         with self._turn():
-            samples = []
-            for sample_index, request_id in zip(indices, ids, strict=True):
+            for request_id in ids:
                 self._check_id(request_id)
-                request = self.intake.request(request_id, prompt_token_ids, params, priority)
-                live = LiveRequest(
-                    request=request,
-                    params=params,
-                    seed=seed,
-                    sample_index=sample_index,
-                    end_token_ids=self.intake.end_token_ids(params),
-                    rules=self.intake.rules(request, params),
-                    given=self.intake.tokens_given(request, params, given, sample_index),
-                )
-                samples.append(live)
+            named = dict(zip(indices, ids, strict=True))
+            samples = self.intake.samples(
+                named, prompt_token_ids, params, priority, given, handover
+            )
+            if samples[0].finish_reason is not None:  # by the token that its prompt brings
+                self._ended += ids
+                return samples
             is_forked = given is None and not self.model.keeps_states  # states do not fork
             leaders = leaders_of(samples) if is_forked else samples
             with self._change:
@@ -286,9 +288,9 @@ class Engine(Turns):
             scheduled = self._schedule()
             if scheduled is None:
                 return []
-            if scheduled.swap_outs or scheduled.swap_ins:
+            if scheduled.swap_outs or scheduled.swap_ins or scheduled.arrivals:
                 with self._change:  # blocks that are copied in part are nobody's
-                    self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
+                    self._copy_blocks(scheduled)
             flight = self._launch(scheduled)
         if not self._may_step_ahead(flight):
             return self._land(flight)
@@ -308,6 +310,11 @@ class Engine(Turns):
                 self.tier.bring_in()
             scheduled = self.scheduler.schedule(self._drafts())
         return scheduled
+
+    def _copy_blocks(self, scheduled: ScheduledStep) -> None:
+        self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
+        if scheduled.arrivals:
+            self.runner.write_arrived(scheduled.arrivals)
 
     def _drafts(self) -> Drafts:
         return self.speculation.drafts_for(self._live.values()) if self.speculation else NO_DRAFTS
@@ -378,7 +385,7 @@ class Engine(Turns):
             self.tier.bring_in()
             scheduled = self.scheduler.schedule()
             if scheduled is not None:
-                self.runner.copy_swapped(scheduled.swap_outs, scheduled.swap_ins)
+                self._copy_blocks(scheduled)
                 drawn = flight.drawn_for(scheduled.plan.seq_ids, self.manager.max_num_seqs)
                 if self.runner.takes_drawn(
                     scheduled.plan, scheduled.sampled_token_index, scheduled.adapters
@@ -423,7 +430,7 @@ class Engine(Turns):
         spoilt_rows = [draw.row for draw in draws if not draw.is_finite]
         spoilt_rows += [shortlist.row for shortlist in shortlists if not shortlist.is_finite]
         is_spoilt[spoilt_rows] = True
-        searches = self._collect(shortlists)
+        searches = searches_of(shortlists, self._searches)
         branches = [b for b in (search.advance() for search in searches) if b is not None]
         self.scheduler.update(scheduled, token_ids, forks, branches, is_spoilt, num_accepted)
         self.num_steps += 1
@@ -440,16 +447,6 @@ class Engine(Turns):
             self.speculation.learn(draws)
         return updates
 
-    def _collect(self, shortlists: Sequence[BeamShortlist]) -> list[BeamSearch]:
-        """Give beams their shortlists; the searches that these belong to, but aborted ones."""
-        searches: dict[str, BeamSearch] = {}
-        for shortlist in shortlists:
-            name = shortlist.search.request.request_id
-            if self._searches.get(name) is shortlist.search:
-                shortlist.beam.shortlist = shortlist
-                searches[name] = shortlist.search
-        return list(searches.values())
-
     def _end_search(self, search: BeamSearch) -> SearchUpdate:
         name = search.request.request_id
         search.is_done = True
@@ -464,6 +461,9 @@ class Engine(Turns):
             self._end_with(live, draw.error, None)
             return [live.last_update()]
         updates = []
+        if live.departure is not None:
+            assert live.request.seq_id is not None
+            self._desk.send(live.departure, live.request.seq_id)  # before it counts as over
         for each in draw.taken:
             live.take(each)
             live.finish_reason = live.end

@@ -37,7 +37,9 @@ class Flight:
             and not self.looks
             and len(self.draws) == num_rows
             and not self.sampling.may_be_open
-            and not any(draw.rules.needs_tokens for draw in self.draws)
+            and not any(
+                draw.rules.needs_tokens or draw.live.departure is not None for draw in self.draws
+            )
         )
 
     @cached_property

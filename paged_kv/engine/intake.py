@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from secrets import token_hex
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -19,7 +20,8 @@ from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from .beam_search import BeamSearch, BeamSearchParams, find_branching, max_blocks_of_beams
 from .grammar import GrammarCompiler
-from .live_request import GivenTokens
+from .handover import Departure, Handover, HandoverDesk, PrefilledPrompt
+from .live_request import GivenTokens, LiveRequest
 from .sampling_params import SamplingParams
 from .token_rules import TokenRules, rules_of
 
@@ -48,8 +50,10 @@ class Intake:
         sink_window: SinkWindow | None,
         defaults: Mapping[str, Any] = NO_DEFAULTS,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        desk: HandoverDesk | None = None,
     ) -> None:
         self._model = model
+        self._desk = desk
         self._scheduler = scheduler
         self._manager = scheduler.manager
         self._ends = ends
@@ -78,12 +82,51 @@ class Intake:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         priority: int = 0,
+        handover: Handover | None = None,
     ) -> Request:
-        """The request as it would be queued; raises `InvalidRequestError` if it cannot be."""
+        """The request as it would be queued; raises `InvalidRequestError` if it cannot be, and
+        `TransferError` where what its prompt brings does not fit."""
         sink_window = params.sink_window or self.sink_window
         if sink_window is not None:
             _ = self._model.rotations  # or it raises
-        return self._checked_request(request_id, prompt_token_ids, params, priority, sink_window)
+        if handover is not None:
+            assert self._desk is not None
+            self._desk.check(params, is_windowed=sink_window is not None)
+        request = self._checked_request(request_id, prompt_token_ids, params, priority, sink_window)
+        if isinstance(handover, PrefilledPrompt):
+            assert self._desk is not None
+            self._desk.take_in(handover, request)
+        return request
+
+    def samples(
+        self,
+        request_ids: Mapping[int, str],
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        priority: int,
+        given: GivenTokens | None,
+        handover: Handover | None,
+    ) -> list[LiveRequest]:
+        """The samples of a request, by the index and id of each, as `request` says; one may be over
+        already. `given` is what they have of another engine."""
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        samples = []
+        for sample_index, request_id in request_ids.items():
+            request = self.request(request_id, prompt_token_ids, params, priority, handover)
+            live = LiveRequest(
+                request=request,
+                params=params,
+                seed=seed,
+                sample_index=sample_index,
+                end_token_ids=self.end_token_ids(params),
+                rules=self.rules(request, params),
+                token_ids=array("i", request.output_token_ids),
+                departure=handover if isinstance(handover, Departure) else None,
+                given=self.tokens_given(request, params, given, sample_index),
+            )
+            live.finish_reason = live.end
+            samples.append(live)
+        return samples
 
     def rules(self, request: Request, params: SamplingParams) -> TokenRules:
         """What the options of a request, which are complete, do to its logits.
@@ -254,7 +297,7 @@ def cache_keys(params: SamplingParams, adapters: AdapterNames) -> tuple[ExtraKey
     """
     keys: tuple[ExtraKey, ...] = tuple(name.encode(errors="surrogatepass") for name in adapters)
     keys = keys if params.cache_salt is None else (*keys, params.cache_salt)
-    return keys if params.prompt_logprobs is None else (*keys, f"{LOOKED_AT}{token_hex()}")
+    return keys if params.prompt_logprobs is None else (*keys, f"{LOOKED_AT}{secrets.token_hex()}")
 
 
 def is_nobody_elses(keys: Sequence[ExtraKey]) -> bool:

@@ -19,6 +19,7 @@ from ..scheduler.request import Request, RequestStatus
 from ..scheduler.step import ScheduledStep
 from .beam_search import Beam, BeamOutput, BeamSearch
 from .draft_length import DraftLength
+from .handover import Departure
 from .sampler import Draw, Shortlist, uniform_numbers
 from .sampling_params import SamplingParams
 from .token_logprob import TokenLogprob
@@ -50,7 +51,8 @@ class LiveRequest:
     """A request with everything that its sampling needs, and what it was given so far.
 
     `siblings` are further samples of the same prompt: they start as forks when the prompt is
-    computed by this one, their `leader`, and until then only wait here.
+    computed by this one, their `leader`, and until then only wait here. With a `departure` it ends
+    with its first token.
     """
 
     request: Request
@@ -59,6 +61,7 @@ class LiveRequest:
     sample_index: int
     end_token_ids: frozenset[int]
     rules: TokenRules
+    departure: Departure | None = None
     leader: LiveRequest | None = None
     siblings: list[LiveRequest] = field(default_factory=list)
     token_ids: array[int] = field(default_factory=lambda: array("i"))
@@ -107,7 +110,8 @@ class LiveRequest:
         """How this token would end it, were it the last of so many."""
         if token_id in self.end_token_ids and num_tokens >= self.params.least_tokens:
             return "stop"
-        return "length" if num_tokens == self.request.max_tokens else None
+        is_last = num_tokens == self.request.max_tokens or self.departure is not None
+        return "length" if is_last else None
 
     @property
     def may_try_drafts(self) -> bool:
@@ -297,3 +301,16 @@ def shortlists_of(
             count = search.num_candidates
             shortlists.append(BeamShortlist(row=row, count=count, search=search, beam=beam))
     return shortlists
+
+
+def searches_of(
+    shortlists: Sequence[BeamShortlist], living: Mapping[str, BeamSearch]
+) -> list[BeamSearch]:
+    """Give beams their shortlists; the searches that these belong to, but aborted ones."""
+    searches: dict[str, BeamSearch] = {}
+    for shortlist in shortlists:
+        name = shortlist.search.request.request_id
+        if living.get(name) is shortlist.search:
+            shortlist.beam.shortlist = shortlist
+            searches[name] = shortlist.search
+    return list(searches.values())

@@ -7,6 +7,7 @@ beam search and evaluation all run the model through this.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from ..blocks.step_plan import StepPlan
 from ..cache.decode_tables import Drawn
 from ..cache.kv_cache import NO_ARRAYS, PagedKVCache
 from ..cache.step_staging import StagedArray
+from ..cache.transfer import write_records
 from ..models.adapters import AdapterNames
 from ..models.attached_model import AttachedModel
-from ..scheduler.step import BlockCopy
+from ..scheduler.step import Arrival, BlockCopy
 from .decode_graphs import DecodeGraphs
 
 
@@ -39,6 +41,11 @@ class ModelRunner:
             self.cache.swap_out(copy.device_block_ids, copy.host_block_ids)
         for copy in swap_ins:
             self.cache.swap_in(copy.device_block_ids, copy.host_block_ids)
+
+    def write_arrived(self, arrivals: Sequence[Arrival]) -> None:
+        """Write blocks that were computed elsewhere, before a step reads them."""
+        for arrival in arrivals:
+            write_records(self.cache, cast("list[Tensor]", arrival.records), arrival.block_ids)
 
     @property
     def runs_ahead(self) -> bool:

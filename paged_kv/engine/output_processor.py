@@ -152,11 +152,14 @@ class OutputProcessor:
         if params.stop_strings and self.tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer")
 
-    def follow(self, live: LiveRequest, prompt_token_ids: Sequence[int]) -> TextOutput:
-        """The text of a request, from its next token on."""
+    def follow(
+        self, live: LiveRequest, prompt_token_ids: Sequence[int], *, goes_on: bool = False
+    ) -> TextOutput:
+        """The text of a request, from its first token on; of one that `goes_on`, from its next."""
         stop_strings = live.params.stop_strings
         text = TextOutput(live, Detokenizer(self.tokenizer, prompt_token_ids, stop_strings))
-        text.pass_over()
+        if goes_on:
+            text.pass_over()
         return text
 
     def text_of(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:

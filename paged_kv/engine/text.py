@@ -12,11 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidRequestError, PromptTooLongError
 from ..validation import is_integer
+from .handover import PrefilledPrompt
 from .text_length import least_tokens
 
 ChatMessages: TypeAlias = Sequence[Mapping[str, Any]]
 # Also {"prompt": text} and {"prompt_token_ids": ids}; ids may be an array with one dimension.
-Prompt: TypeAlias = str | Sequence[int] | ChatMessages | Mapping[str, Any] | NDArray[Any] | Tensor
+Prompt: TypeAlias = (
+    str | Sequence[int] | ChatMessages | Mapping[str, Any] | NDArray[Any] | Tensor | PrefilledPrompt
+)
 PROMPT_KEYS: Final = ("prompt", "prompt_token_ids")
 # What the decoder needs to see of the prompt to know whether the first word needs a space.
 PROMPT_CONTEXT_TOKENS: Final = 8
@@ -37,6 +40,9 @@ def encode_prompt(
     Raises `InvalidRequestError` for what is none of these. What is certain to be more than
     `max_tokens` is refused by its length, before it is looked at.
     """
+    if isinstance(prompt, PrefilledPrompt):
+        require_fit(len(prompt.prompt_token_ids), max_tokens)
+        return list(prompt.prompt_token_ids)
     prompt = unpacked(prompt)
     if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
         raise wrong_type(prompt)

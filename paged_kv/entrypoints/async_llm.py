@@ -14,6 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Protocol
 
+from ..engine.handover import Departure, Handover, PrefilledPrompt
 from ..engine.live_request import GivenTokens
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import Prompt
@@ -141,6 +142,20 @@ class AsyncLLM:
         `QueueFullError` where `max_requests` are there and it is not to `wait`, and `ClosedError`
         after `drain`.
         """
+        handover = prompt if isinstance(prompt, PrefilledPrompt) else None
+        return await self._submit(prompt, params, handover, given, priority, timeout, waits=wait)
+
+    async def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        handover: Handover | None,
+        given: GivenTokens | None,
+        priority: int,
+        timeout: float | None,
+        *,
+        waits: bool,
+    ) -> AsyncRequest:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ConfigError(f"params must be SamplingParams, got {params!r}")
@@ -151,11 +166,13 @@ class AsyncLLM:
         deadline = None if timeout is None else loop.time() + timeout
         self._check_is_accepting()
         num_places = params.num_samples
-        await self._room.enter(priority, deadline, waits=wait, num_places=num_places)
+        await self._room.enter(priority, deadline, waits=waits, num_places=num_places)
         try:
-            token_ids = await asyncio.to_thread(self.llm.check, prompt, params, priority)
+            departure = handover if isinstance(handover, Departure) else None
+            token_ids = await asyncio.to_thread(self.llm.check, prompt, params, priority, departure)
             self._check_is_accepting()
             feed = Feed(self, token_ids, params, times, given)
+            feed.handover = handover
         except BaseException:
             self._room.leave(num_places)
             raise
@@ -194,12 +211,23 @@ class AsyncLLM:
         timeout: float | None = None,
     ) -> RequestOutput:
         """Continue one prompt; raises `GenerationError` if that fails, as `LLM.generate` does."""
-        async with await self.submit(prompt, params, priority=priority, timeout=timeout) as request:
-            assembler = OutputAssembler([prompt], [request.prompt_token_ids], [request.params])
-            async for event in request:
-                assembler.add(event)
-        raise_failures(assembler.outputs)
-        return assembler.outputs[0]
+        return await collect(
+            prompt, await self.submit(prompt, params, priority=priority, timeout=timeout)
+        )
+
+    async def prefill(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> bytes:
+        """Compute a prompt and its first token, to go on with elsewhere, as `LLM.prefill` does."""
+        departure = Departure()
+        request = await self._submit(prompt, params, departure, None, priority, timeout, waits=True)
+        await collect(prompt, request)
+        return departure.taken()
 
     def _enter_loop(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.get_running_loop()
@@ -235,7 +263,9 @@ class AsyncLLM:
                 feed.tell,
                 priority=priority,
                 given=feed.given,
+                handover=feed.handover,
             )
+            feed.handover = None  # what it brings is large, and the engine has it
             feed.times.queued = time.monotonic()
             self._running[feed] = None
         except Exception as failure:
@@ -296,6 +326,16 @@ class AsyncLLM:
         except RuntimeError:  # it is closed
             self.llm.requests.let_go([name for feed in self._running for name in feed.request_ids])
             self._running.clear()
+
+
+async def collect(prompt: Prompt, request: AsyncRequest) -> RequestOutput:
+    """All that becomes of a request; raises `GenerationError` if that is a failure."""
+    async with request:
+        assembler = OutputAssembler([prompt], [request.prompt_token_ids], [request.params])
+        async for event in request:
+            assembler.add(event)
+    raise_failures(assembler.outputs)
+    return assembler.outputs[0]
 
 
 def settle(queued: asyncio.Future[None], error: Exception | None) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ..engine.handover import Handover
 from ..engine.live_request import GivenTokens, samples_left
 from ..engine.sampling_params import SamplingParams
 from ..errors import PagedKVError
@@ -53,6 +54,7 @@ class Feed:
         self.times = times
         self.given = given
         indices = samples_left(params.num_samples, given)
+        self.handover: Handover | None = None  # until it is queued
         self.outputs: list[Output] = []  # one for each sample, when it is queued
         # Samples that are not over, for the engine's thread.
         self.num_running: int = len(indices)

@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from ..engine.handover import PrefilledPrompt
 from ..engine.sampling_params import SamplingParams
 from ..engine.text import ChatMessages, Prompt, is_message
 from ..errors import ConfigError, InvalidRequestError
@@ -43,6 +44,11 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if is_integer(prompts[0]) or is_message(prompts[0]):
         return [cast("Sequence[int] | ChatMessages", prompts)]
     return list(cast("Sequence[Prompt]", prompts))
+
+
+def handovers_of(prompts: Sequence[Prompt]) -> list[PrefilledPrompt | None]:
+    """Of each prompt what was computed of it elsewhere."""
+    return [prompt if isinstance(prompt, PrefilledPrompt) else None for prompt in prompts]
 
 
 def as_params(

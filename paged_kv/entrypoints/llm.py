@@ -25,13 +25,14 @@ from ..engine.build import build_engine
 from ..engine.config import MODELS_OWN, USUAL, EngineConfig
 from ..engine.draft_model import DraftModel
 from ..engine.engine import Engine
+from ..engine.handover import Departure, Handover, PrefilledPrompt
 from ..engine.output_processor import OutputProcessor
 from ..engine.parallel_group import WorkerGroup, start_group
 from ..engine.prompt_lookup import PromptLookup
 from ..engine.sampling_params import SamplingParams
 from ..engine.store_counts import BlockStoreStatistics
 from ..engine.text import Prompt, encode_prompt
-from ..errors import ConfigError, GenerationError, PagedKVError
+from ..errors import ConfigError, GenerationError, InvalidRequestError, PagedKVError
 from ..models.attached_model import AttachedModel, Route
 from ..models.calibration import Calibration
 from ..models.loading import Source, parse_device, parse_dtype
@@ -41,7 +42,7 @@ from ..scheduler.statistics import SchedulerStatistics
 from ..stores.block_store import BlockStore
 from ..stores.opening import USUAL_SIZE
 from ..validation import is_list_of
-from .batch import as_batch, as_params, naming_prompt
+from .batch import as_batch, as_params, handovers_of, naming_prompt
 from .outputs import Completion, OutputAssembler, RequestOutput, StreamEvent
 from .progress import Progress
 from .stream import Stream
@@ -232,10 +233,11 @@ class LLM:
         batch = as_batch(prompts)
         per_prompt = as_params(params, len(batch))
         token_ids = self._check_all(batch, per_prompt, priorities)
+        handovers = handovers_of(batch)
         assembler = OutputAssembler(batch, token_ids, per_prompt)
         total = sum(p.num_samples for p in per_prompt)
         with Progress(total, self.engine, show_progress) as progress:
-            for event in self._run(token_ids, per_prompt, priorities):
+            for event in self._run(token_ids, per_prompt, priorities, handovers):
                 assembler.add(event)
                 progress.update(is_finished=event.finish_reason is not None)
         outputs = assembler.outputs
@@ -264,7 +266,25 @@ class LLM:
         if not keep_going and any(p.num_samples > p.n for p in per_prompt):
             raise ConfigError("best_of compares finished continuations: use generate")
         token_ids = self._check_all(batch, per_prompt, priorities)
-        return self._run(token_ids, per_prompt, priorities, keep_going=keep_going)
+        handovers = handovers_of(batch)
+        return self._run(token_ids, per_prompt, priorities, handovers, keep_going=keep_going)
+
+    def prefill(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> bytes:
+        """Compute a prompt and its first token, to go on with in another process.
+
+        The other one has the same model and format and gives these bytes to `generate` as a
+        `PrefilledPrompt`, with the same `params`: with a seed, or greedy, its tokens are those that
+        this process would have gone on with. Raises as `generate` does.
+        """
+        departure, params = Departure(), SamplingParams() if params is None else params
+        token_ids = self.check(prompt, params, priority, departure)
+        assembler = OutputAssembler([prompt], [token_ids], [params])
+        for event in self._run([token_ids], [params], [priority], [departure]):
+            assembler.add(event)
+        raise_failures(assembler.outputs)
+        return departure.taken()
 
     def open_stream(self, sink_window: SinkWindow | None = None) -> Stream:
         """A sequence without end, to be fed and asked for more; closing it frees its memory.
@@ -290,6 +310,8 @@ class LLM:
         token_ids = []
         for index, prompt in enumerate(batch):
             with naming_prompt(index, len(batch)):
+                if isinstance(prompt, PrefilledPrompt):
+                    raise InvalidRequestError("a beam search does not begin elsewhere")
                 token_ids.append(encode_prompt(prompt, self.tokenizer, most))
                 self.engine.intake.search("", token_ids[-1], params)
         found = [search.output for search in self._search(token_ids, params)]
@@ -335,13 +357,24 @@ class LLM:
             log_probability=hypothesis.score,
         )
 
-    def check(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[int]:
-        """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot."""
+    def check(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int = 0,
+        handover: Handover | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt that can be served; raises `InvalidRequestError` if it cannot, and
+        `TransferError` where it is a `PrefilledPrompt` of something else."""
+        if isinstance(prompt, PrefilledPrompt):
+            if handover is not None:
+                raise InvalidRequestError("a prefilled prompt is not computed once more")
+            handover = prompt
         most = self.engine.intake.max_prompt_tokens(params)
         token_ids = encode_prompt(prompt, self.tokenizer, most)
         intake = self.engine.intake
         params = intake.completed(params)
-        intake.rules(intake.request("", token_ids, params, priority), params)
+        intake.rules(intake.request("", token_ids, params, priority, handover), params)
         self.requests.processor.check(params)
         return token_ids
 
@@ -367,6 +400,7 @@ class LLM:
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
         priorities: Sequence[int] | None,
+        handovers: Sequence[Handover | None],
         *,
         keep_going: bool = False,
     ) -> Iterator[StreamEvent]:
@@ -385,6 +419,7 @@ class LLM:
                     ready.append,
                     priority=priority,
                     prompt_index=prompt_index,
+                    handover=handovers[prompt_index],
                 )
             while left:
                 if not ready:

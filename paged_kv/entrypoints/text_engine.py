@@ -13,6 +13,7 @@ from threading import RLock, get_ident
 from typing import Final, NamedTuple
 
 from ..engine.engine import Engine
+from ..engine.handover import Handover
 from ..engine.live_request import GivenTokens
 from ..engine.output_processor import OutputProcessor, TextOutput, TextUpdate
 from ..engine.sampling_params import SamplingParams
@@ -76,17 +77,18 @@ class TextEngine:
         priority: int = 0,
         prompt_index: int = 0,
         given: GivenTokens | None = None,
+        handover: Handover | None = None,
     ) -> list[Output]:
         """Queue a request of one id for each sample; `tell` is called whenever one has more text.
 
         Raises as `Engine.add_request` does, and queues nothing then.
         """
         lives = self.engine.add_request(
-            request_ids, token_ids, params, priority=priority, given=given
+            request_ids, token_ids, params, priority=priority, given=given, handover=handover
         )
         outputs = []
         for live in lives:
-            text = self.processor.follow(live, token_ids)
+            text = self.processor.follow(live, token_ids, goes_on=given is not None)
             outputs.append(Output(text, tell, prompt_index, live.sample_index))
             self._outputs[live.request_id] = outputs[-1]
         return outputs
