@@ -52,7 +52,7 @@ STILL_MANY_ARGUMENTS: set[str] = set()
 FILES = module_files(ROOT)
 MODULES = sorted(FILES)
 # What is inside another engine or framework can only be imported where that is installed.
-FRAMEWORKS = {"vllm": "vllm", "ray_serve": "ray"}
+FRAMEWORKS = {"vllm": "vllm", "ray_serve": "ray", "lmcache": "lmcache"}
 IMPORTABLE = [
     module
     for module in MODULES

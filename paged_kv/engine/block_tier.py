@@ -185,7 +185,8 @@ class BlockTier(NoBlockTier):
 
     def _may_look_up(self, request: Request) -> bool:
         """Whether a request is about to start, and a store could have what it lacks."""
-        if request.stands_still or request.swapped is not None or request.is_retried:
+        brings_blocks = request.swapped is not None or request.brought is not None
+        if request.stands_still or brings_blocks or request.is_retried:
             return False
         if self._looked_up.get(request) == request.num_preemptions:
             return False
