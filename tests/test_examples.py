@@ -28,6 +28,7 @@ FORBIDDEN = {
     "chat_server": (),
     "embed": ("transformers", "rich"),
     "endless_chat": SERVER,
+    "prefill_elsewhere": SERVER,
     "summarise_folder": SERVER,
     "watch_log": SERVER,
 }
@@ -118,6 +119,14 @@ def test_samples_of_all_questions_share_the_blocks_of_what_comes_before() -> Non
     assert sum("likeliest, -" in line for line in answers) == 4
     held, alone = map(int, re.findall(r"\d+", last))
     assert held * 4 < alone
+
+
+@OF_EXAMPLE["prefill_elsewhere"]
+def test_a_prompt_goes_on_in_another_process_as_in_one() -> None:
+    moved, *text, last = output_of("prefill_elsewhere").splitlines()
+    assert re.fullmatch(r"\d+ tokens came as \d+ bytes each", moved)
+    assert any(text)
+    assert last == "the same as alone: True"
 
 
 @OF_EXAMPLE["chat_server"]

@@ -10,7 +10,7 @@ from typing import Final
 
 from ..blocks.block_manager import BlockManager
 from ..cache.kv_cache import PagedKVCache
-from ..cache.transfer import export_sequence, read_export, tokens_of_export
+from ..cache.transfer import export_sequence, read_export, require_all_heads, tokens_of_export
 from ..errors import InvalidRequestError, PagedKVError, TransferError, UnsupportedModelError
 from ..models.attached_model import AttachedModel
 from ..scheduler.request import BroughtBlocks, Request
@@ -70,7 +70,9 @@ class HandoverDesk:
         self._manager = manager
 
     def check(self, params: SamplingParams, is_windowed: bool) -> None:
-        """Raise `InvalidRequestError` for a request that cannot begin here and go on elsewhere."""
+        """Raise `InvalidRequestError` for a request that cannot begin here and go on elsewhere,
+        `TransferError` where each of several processes has some of the kv heads."""
+        require_all_heads(self._cache)
         if self._model.keeps_states:
             raise UnsupportedModelError(
                 "prompts are handed over as blocks, and the states of recurrent layers, which this "
