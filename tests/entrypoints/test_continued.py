@@ -116,8 +116,8 @@ def test_text_and_stop_strings_reach_over_the_seam(make_llm: MakeLLM, num_given:
 
     events = with_engine(llm, use)
     given = put_together([1, 2, 3], GREEDY, events)
-    whole = llm._processor.text_of([1, 2, 3], [*token_ids[:num_given], *given.token_ids])
-    before = llm._processor.text_of([1, 2, 3], token_ids[:num_given])
+    whole = llm.requests.processor.text_of([1, 2, 3], [*token_ids[:num_given], *given.token_ids])
+    before = llm.requests.processor.text_of([1, 2, 3], token_ids[:num_given])
     assert whole.endswith(given.text)
     assert before.replace("\ufffd", "") + given.text == whole
 

@@ -62,7 +62,7 @@ def demo_params() -> dict[str, SamplingParams]:
 def from_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What another process has computed: a file for each format and way of sampling."""
     folder = tmp_path_factory.mktemp("prefilled")
-    subprocess.run([sys.executable, "-c", PREFILL, str(folder)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", PREFILL, str(folder)], check=True, timeout=300)
     return folder
 
 
