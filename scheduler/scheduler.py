@@ -156,7 +156,7 @@ class Scheduler(Roster):
             else:
                 return None
             seq_ids, num_new, _ = self._share_budget(budget)
-            plan = self.manager.reserve(seq_ids, num_new) if len(seq_ids) else None
+            plan = self.manager.reserve(seq_ids, num_new)
         return plan
 
     def _describe(self, plan: StepPlan, preempted: list[Request], drafts: Drafts) -> ScheduledStep:

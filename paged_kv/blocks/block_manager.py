@@ -380,8 +380,7 @@ class BlockManager(Holdings):
     ) -> StepPlan | None:
         """Take the blocks for one step; None, changing nothing, if too few are free.
 
-        `seq_ids` [N] are distinct living sequences, at least one: where nobody has anything to
-        compute there is no step. `num_new_tokens` [N] are at least 1 each. The last
+        `seq_ids` [N] are distinct living sequences, `num_new_tokens` [N] at least 1 each. The last
         `num_draft_tokens` [N] of these may be dropped when the step is committed; they are fewer
         than the new tokens, and at most a block. Raises `InvalidStepError` where that does not
         hold, or while a step is neither committed nor rolled back.

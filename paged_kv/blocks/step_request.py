@@ -15,7 +15,7 @@ from .sequences import Sequences, integer_array
 
 
 class StepRequest(NamedTuple):
-    """N >= 1 distinct living sequences and the new tokens of each."""
+    """N distinct living sequences and the new tokens of each."""
 
     seq_ids: IntArray  # [N]
     num_new_tokens: IntArray  # [N] at least 1
@@ -37,8 +37,6 @@ def checked_request(
     `computable_tokens`, by seq_id: tokens that may be computed, drafts aside.
     """
     seq_ids = sequences.distinct(seq_ids)
-    if not len(seq_ids):
-        raise InvalidStepError("a step needs sequences, got none")
     num_new_tokens = _checked_counts(seq_ids, num_new_tokens, sequences.max_model_len)
     first = groups[0]
     before = first.num_stored[seq_ids]

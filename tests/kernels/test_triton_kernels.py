@@ -15,16 +15,14 @@ from torch import Tensor
 
 from paged_kv.cache.attention import paged_attention
 from paged_kv.cache.backend import TORCH_BACKEND, choose_backend
-from paged_kv.cache.embedding import EmbeddedLayer, step_from_block_table
 from paged_kv.cache.formats import INT2, INT4, INT8, KIVI2
-from paged_kv.cache.layer_spec import LayerSpec, cache_geometry
+from paged_kv.cache.layer_spec import LayerSpec
 from paged_kv.kernels.new_tokens import NewTokens
 from paged_kv.kernels.rules import ScoreRules
 from paged_kv.kernels.triton import codes as triton_codes
 from paged_kv.kernels.triton.launch import tile_rows
 from paged_kv.kernels.triton.plan import FEW_ROWS, TritonPlan, plan_rows
 from tests.support import attention_oracle, triton_fleet
-from tests.support.arrays import ids
 from tests.support.calibrations import calibrated
 from tests.support.step_inputs import step_of
 from tests.support.token_streams import in_float32_only, make_stream, tokens_of_every_kind
@@ -172,19 +170,14 @@ def test_query_and_new_tokens_may_be_views(kv_format):
 
 
 def test_a_step_without_tokens_is_empty():
-    # As an engine with tables of its own may have it.
-    layer, dtype, device = layer_of(INT8), torch.float32, torch.device(DEVICE)
-    size = layer.record_layout(dtype).record_bytes
-    arena = torch.zeros(2, layer.num_kv_heads, size, dtype=torch.uint8, device=DEVICE)
-    geometry, backend = cache_geometry([layer], dtype), choose_backend(device, "triton")
-    embedded = EmbeddedLayer(arena, layer, dtype, geometry, backend)
+    cache = Cache([layer_of(INT8)], num_blocks=2, dtype=torch.float32, backend="triton")
+    manager = cache.new_manager(max_num_seqs=1, max_model_len=64)
     nobody = np.zeros(0, dtype=np.int64)
-    step = step_from_block_table(geometry, ids(0), nobody, ids().reshape(0, 1), device)
-    none = torch.zeros(0, layer.num_kv_heads, 32, device=DEVICE)
-    output = embedded.attend_and_store(
-        NewTokens(none, none, none), backend.plan(step), ScoreRules(1.0)
-    )
-    assert output.shape == none.shape
+    plan = manager.reserve(nobody, nobody)
+    assert plan is not None
+    none = torch.zeros(0, 2, 32, device=DEVICE)
+    output = paged_attention(none, none, none, cache, 0, cache.begin(plan))
+    assert output.shape == (0, 2, 32)
 
 
 def test_sequences_without_new_tokens_are_left_out():

@@ -32,7 +32,6 @@ def refuse(pair: ManagerPair, which: int) -> None:
         lambda: manager.place_sequence(manager.chain_tokens([1]), [*nothing, StoredLengths(0, 0)]),
         lambda: manager.reserve([dead], [1]),
         lambda: manager.reserve([-1], [1]),
-        lambda: manager.reserve([], []),
     ):
         with refused(InvalidStepError):
             call()
