@@ -68,10 +68,11 @@ def test_a_client_that_leaves_ends_its_requests(server, stream):
     assert server.post(PATH, prompt="x", max_tokens=1).status_code == 200
 
 
-def test_a_client_that_leaves_while_it_waits_for_several(server):
-    with send(server, **{**ENDLESS, "prompt": ["a", "b"], "n": 2}):
-        until(lambda: server.llm.statistics().num_running == 4)
-    assert_nothing_is_held(server)
+def test_a_client_that_leaves_while_it_waits_for_several(llm):
+    with running(llm, max_requests=4) as server:
+        with send(server, **{**ENDLESS, "prompt": ["a", "b"], "n": 2}):
+            until(lambda: server.llm.statistics().num_running == 4)
+        assert_nothing_is_held(server)
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(server, monkeypatch):

@@ -26,6 +26,7 @@ from paged_kv.entrypoints.demo import MODEL_FOLDER
 from .documents import ROOT, Fence
 from .running_server import running
 
+STORE: Final = '"kv-store"'
 SERVER: Final = "http://127.0.0.1:8000"
 STAND_INS: Final = {
     "path/to/model": str(MODEL_FOLDER),
@@ -46,6 +47,8 @@ def printed_by(fence: Fence) -> str:
             text = stack.enter_context(with_adapters(text))
         if SERVER in text:
             text = text.replace(SERVER, stack.enter_context(server_url()))
+        if STORE in text:
+            text = text.replace(STORE, f'"{stack.enter_context(TemporaryDirectory())}/store"')
         return executed(text, str(fence)) if fence.language == "python" else run_in_shell(text)
 
 
