@@ -1,7 +1,7 @@
 """Whether a type checker knows the whole public interface: `pyright --verifytypes`.
 
 Exits with 1 where the type of a public name is unknown, or left for a checker to guess.
-basedpyright is pyright with a node of its own. vLLM and Ray, which few have, are stubs here.
+basedpyright is pyright with a node of its own. vLLM, LMCache and Ray, which few have, are stubs here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[2]
+FEW_HAVE = ("vllm", "lmcache", "ray")
 ANYTHING = "from typing import Any\n\ndef __getattr__(name: str) -> Any: ...\n"
 
 
@@ -45,7 +46,7 @@ def write_stubs(folder: Path, package: str) -> None:
 
 def main() -> int:
     with TemporaryDirectory() as folder:
-        for package in ("vllm", "ray"):
+        for package in FEW_HAVE:
             if not find_spec(package):
                 write_stubs(Path(folder), package)
         command = ["basedpyright", "--pythonpath", sys.executable]

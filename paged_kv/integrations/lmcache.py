@@ -26,10 +26,10 @@ try:
         get_registered_serde_types,
         register_serde_factory,
     )
-except ImportError as error:
+except ImportError as _missing:
     raise MissingDependencyError(
-        f"paged_kv.integrations.lmcache needs lmcache 0.5 ({error}): pip install lmcache"
-    ) from error
+        f"paged_kv.integrations.lmcache needs lmcache 0.5 ({_missing}): pip install lmcache"
+    ) from _missing
 
 NAME: Final = "paged_kv"
 # What stands beside the type of a serde, and what `ChunkCodec` calls it.
