@@ -1,7 +1,7 @@
 """Whether a type checker knows the whole public interface: `pyright --verifytypes`.
 
 Exits with 1 where the type of a public name is unknown, or left for a checker to guess.
-basedpyright is pyright with a node of its own. vLLM, LMCache and Ray, which few have, are stubs here.
+basedpyright is pyright with a node of its own. vLLM, LMCache and Ray, which few have, are stubs.
 """
 
 from __future__ import annotations
