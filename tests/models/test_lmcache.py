@@ -111,7 +111,7 @@ def test_damage_is_a_miss(store, tmp_path, damage):
         {"a byte": data, "cut": data[:1000], "another's": second.read_bytes(), "empty": b""}[damage]
     )
     assert not store.load(names[:1], loaded[:1])[0]
-    assert bool((loaded[0].tensor == 7).all()) or damage == "cut"
+    assert bool((loaded[0].tensor == 7).all())
     assert store.load(names[1:], loaded[1:]) == [True]
 
 
