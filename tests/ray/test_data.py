@@ -126,8 +126,8 @@ def test_rows_of_one_table_ask_for_different_things(stage):
     assert (found[1]["num_tokens"], found[1]["finish_reason"]) == (3, "length")
     assert found[1]["text"] == stage.llm.tokenizer.decode([5, 5, 5])
     errors = [one["error"] for one in found]
-    assert errors[:2] == [None, None]
-    assert "chat template" in errors[2]  # the demo model has none
+    assert errors[:3] == [None, None, None]
+    assert found[2]["num_tokens"] > 0
     assert errors[3] == errors[5] == 'a row needs either "prompt" or "messages"'
     assert "no n" in errors[4]
 
