@@ -1,11 +1,13 @@
-"""What a replica on paper says of a run that was measured: bench/results/budget.json.
+"""What is known of replicas without simulating them: a queue's closed form, and a measured run.
 
-Knows one report: SmolLM2-135M on a CPU, in a pool for 8 sequences of `native`.
+Knows bench/results/budget.json, in which SmolLM2-135M serves 64 requests on a CPU, in a pool for 8
+sequences of `native`; it is given to whoever asks, and read by others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -14,9 +16,10 @@ from numpy.typing import NDArray
 from ...cache.layer_groups import block_bytes, num_blocks_for, sequence_bytes
 from ...cache.layer_spec import cache_geometry
 from ..workloads import Lengths, Shape, Workload, make_workload, mean_tokens
-from .machines import Machine, ModelShape, StepTime
+from .machines import L4, Machine, ModelShape, StepTime, machine_of
 from .replica import Job, Replica
-from .traffic import Conversation
+from .simulation import Fleet, FleetSettings
+from .traffic import Conversation, Traffic
 
 SMOLLM2: Final = ModelShape(
     name="SmolLM2-135M",
@@ -34,6 +37,12 @@ SHAPE: Final = Shape(Lengths(300, 0.8, 4096), Lengths(1000, 0.6, 3000))
 NUM_REQUESTS: Final = 64
 FORMATS: Final = ("native", "int8", "int2")
 CASE: Final = "lognormal, {}"
+MEASURED: Final = {  # metrics of the report, with their units
+    "output tokens": "tokens/s",
+    "sequences at once, while others wait": "sequences",
+    "between tokens, p50": "ms",
+    "preemptions": "times",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +108,46 @@ def job_of(number: int, prompt: Any, num_outputs: int) -> Job:
     return Job(
         conversation=conversation, turn=0, prompt=tokens, num_outputs=num_outputs, arrival=0.0
     )
+
+
+def fitted_time(replays: Sequence[Replay], seconds: Sequence[float]) -> StepTime:
+    """Seconds of a step and of each token, with which runs come to about their `seconds`."""
+    work = np.array([each.work.sum(axis=0)[:2] for each in replays])
+    took = np.array(seconds)
+    parts = np.linalg.lstsq(work / took[:, None], np.ones(len(took)), rcond=None)[0]
+    return StepTime(*map(float, parts))
+
+
+def told_by(replayed: Replay, step_time: StepTime) -> dict[str, float]:
+    """What a run says where steps take so long, as the report of the measured one says it."""
+    seconds = replayed.work[:, :2] @ np.array(step_time[:2])
+    crowded = seconds * replayed.is_crowded
+    gaps = np.repeat(seconds, replayed.num_sampled)
+    return {
+        "output tokens": float(replayed.num_sampled.sum() / seconds.sum()),
+        "sequences at once, while others wait": float(
+            (replayed.num_running * crowded).sum() / max(crowded.sum(), 1e-9)
+        ),
+        "between tokens, p50": float(1000 * np.median(gaps)),
+        "preemptions": float(replayed.num_preemptions),
+    }
+
+
+def waits(utilization: float, num_requests: int, seed: int = 0) -> tuple[float, float]:
+    """Mean steps that requests wait where one at a time is served, in one step each, and what
+    Pollaczek and Khinchine's formula says of an endless queue (M/D/1)."""
+    machine = replace(machine_of(L4, "native"), step_time=StepTime(1.0), max_num_seqs=1)
+    one = Lengths(16, 0.0, 16)
+    traffic = Traffic(
+        rate=utilization,
+        seconds=num_requests / utilization,
+        num_prefixes=1,
+        prefix=one,
+        question=one,
+        answer=Lengths(1, 0.0, 1),
+        mean_turns=1.0,
+    )
+    settings = FleetSettings(machine=machine, num_replicas=1, policy="round robin", warm_up=0.0)
+    jobs = [job for job in Fleet(settings, traffic, seed).run().jobs if job.first is not None]
+    waited = [job.first - job.arrival - 1.0 for job in jobs if job.first is not None]
+    return float(np.mean(waited)), utilization / (2 * (1 - utilization))
