@@ -37,6 +37,7 @@ FOLDERS = {
     "paged_kv/integrations": "The cache where other libraries take one.",
     "paged_kv/integrations/vllm": "The cache inside vLLM, as a plugin.",
     "paged_kv/benchmarks": "What `paged-kv bench` and `bench/*.py` measure with.",
+    "paged_kv/benchmarks/fleet": "Fleets on paper: real schedulers, simulated time.",
     "paged_kv/entrypoints": "What people and programs call.",
     "paged_kv/entrypoints/server": "An `LLM` over HTTP, and what is told of it.",
     "paged_kv/integrations/ray_serve": "Our `LLM` on Ray Serve: replicas behind one endpoint.",
