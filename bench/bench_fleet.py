@@ -1,7 +1,7 @@
 """A fleet on paper: replicas of the real scheduler and block manager behind routers, by format.
 
     python bench/bench_fleet.py --json bench/results/fleet.json            (10 000 replica-traces)
-    python bench/bench_fleet.py --seeds 2 --json FILE                      (fewer of them)
+    python bench/bench_fleet.py --seeds 1 --seconds 30 --json FILE         (fewer and shorter)
 
 Nothing here is a measurement of a GPU: a step's time is arithmetic on published figures, as
 `paged_kv/benchmarks/fleet/machines.py` has them. The model is Llama-3-8B's shape in bfloat16.
@@ -56,7 +56,7 @@ class Search(NamedTuple):
 
     card: str
     rate: float
-    seconds: float
+    part: float  # of the seconds of other runs
     most: int
     most_seeds: int
 
@@ -72,8 +72,8 @@ class Sizes(NamedTuple):
     loads: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5, 2.0, 2.5)
     mean_life: float = 120.0
     searches: tuple[Search, ...] = (
-        Search("L4", rate=12.0, seconds=60.0, most=32, most_seeds=10),
-        Search("H100", rate=64.0, seconds=30.0, most=12, most_seeds=5),
+        Search("L4", rate=12.0, part=1.0, most=32, most_seeds=10),
+        Search("H100", rate=64.0, part=0.5, most=12, most_seeds=5),
     )
     checked: int = 8000  # requests of the queue
 
@@ -85,7 +85,7 @@ QUICK = Sizes(
     load_replicas=2,
     loads=(0.75, 1.5),
     mean_life=8.0,
-    searches=(Search("L4", rate=1.5, seconds=8.0, most=4, most_seeds=1),),
+    searches=(Search("L4", rate=1.5, part=1.0, most=4, most_seeds=1),),
     checked=300,
 )
 
@@ -173,7 +173,7 @@ def tasks(sizes: Sizes) -> Iterator[Task]:
                     kv_format=kv_format,
                     rate=search.rate,
                     replicas=search.most,
-                    seconds=search.seconds,
+                    seconds=sizes.seconds * search.part,
                     seed=seed,
                     is_search=True,
                 )
@@ -319,12 +319,15 @@ def simulated_rows(found: Sequence[Done], sizes: Sizes) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, help=f"of each case ({Sizes().seeds})")
+    parser.add_argument("--seconds", type=float, help=f"of arrivals in a run ({Sizes().seconds:g})")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="(all cores)")
     add_arguments(parser)
     arguments = parser.parse_args()
     sizes = QUICK if arguments.quick else Sizes()
     if arguments.seeds is not None:
         sizes = sizes._replace(seeds=arguments.seeds)
+    if arguments.seconds is not None:
+        sizes = sizes._replace(seconds=arguments.seconds)
     todo = list(tasks(sizes))
     if arguments.workers == 1:
         found = list(map(perform, todo))

@@ -434,7 +434,7 @@ def test_the_search_finds_the_fewest(enough: int) -> None:
 
 def test_the_same_seeds_are_the_same_report() -> None:
     sizes = bench_fleet.QUICK._replace(
-        seconds=3.0, loads=(1.0,), searches=(bench_fleet.Search("L4", 1.0, 3.0, 2, 1),)
+        seconds=3.0, loads=(1.0,), searches=(bench_fleet.Search("L4", 1.0, 1.0, 2, 1),)
     )
     todo = [task for task in bench_fleet.tasks(sizes) if task.kv_format in ("native", "int2")]
     assert {task.case.partition(",")[0] for task in todo} == {
