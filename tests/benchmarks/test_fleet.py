@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,11 @@ from paged_kv.benchmarks.fleet.simulation import Fleet, FleetSettings
 from paged_kv.benchmarks.fleet.traffic import Traffic, continued, following
 from paged_kv.benchmarks.serving import Limits
 from paged_kv.benchmarks.workloads import Lengths
+from paged_kv.blocks.events import BlockRemoved, BlockStored, CacheEvent
+from paged_kv.blocks.token_chain import TokenChain
 from paged_kv.engine.live_request import SequenceUpdate
+from paged_kv.integrations.ray_serve import fleet as ray_serve
+from paged_kv.integrations.ray_serve.order import BlockChanges, Order, PromptBlocks
 from paged_kv.scheduler.request import Request
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -395,6 +400,67 @@ def test_events_say_what_every_cache_has() -> None:
             assert has == set(cache._block_of)
     assert not policy._promised
     assert not any(policy._placed.values())
+
+
+class BesideRayServe(BlockAware):
+    """Asks what Ray Serve asks, too, and holds both to the same answers."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.theirs = ray_serve.Fleet()
+        self.placed: dict[int, Job] = {}
+
+    def choose(self, job: Job, alive: Sequence[Replica]) -> Replica:
+        for number, other in self.placed.items():
+            if other.first is not None:
+                self.theirs.begin(number)
+        chain = fresh_chain(job, alive[0])
+        ends = [alive[0].machine.geometry.link_end(n + 1) for n in range(len(chain.hashes))]
+        number = int(job.name.replace(".", ""))
+        order = Order(
+            number=number, prompt_token_ids=[], params=SamplingParams(), known={},
+            blocks=PromptBlocks(len(chain.token_ids), chain.hashes, ends),
+        )  # fmt: skip
+        self.placed[number] = job
+        mine = super().choose(job, alive)
+        assert self.theirs.choose(order, [str(each.number) for each in alive])[0] == str(
+            mine.number
+        )
+        return mine
+
+    def ended(self, replica: Replica, job: Job) -> None:
+        super().ended(replica, job)
+        number = int(job.name.replace(".", ""))
+        self.theirs.end(number)
+        self.placed.pop(number, None)
+
+    def follow(self, replica: Replica, events: Sequence[CacheEvent]) -> None:
+        super().follow(replica, events)
+        name = str(replica.number)
+        for event in events:
+            come = [event.block_hash] if isinstance(event, BlockStored) else []
+            gone = [event.block_hash] if isinstance(event, BlockRemoved) else []
+            known = self.theirs.known.get(name, 0)
+            self.theirs.learn(name, BlockChanges(known, known + 1, come, gone))
+
+    def forget(self, replica: Replica) -> None:
+        super().forget(replica)
+        self.theirs.forget(str(replica.number))
+
+
+def fresh_chain(job: Job, replica: Replica) -> TokenChain:
+    return replica.manager.chain_tokens(job.known_tokens)
+
+
+@pytest.mark.parametrize("mean_life", [None, 4.0])
+def test_ray_serve_would_choose_the_same(mean_life: float | None) -> None:
+    fleet = fleet_of(
+        small(num_blocks=700), replace(BUSY, rate=4.0), num_replicas=3, policy="KV-aware",
+        mean_life=mean_life,
+        down_seconds=1.0, patience=1e9,
+    )  # fmt: skip
+    fleet._policy = BesideRayServe()
+    assert len(fleet.run().jobs) > 20
 
 
 # -- figures and the benchmark --------------------------------------------------------------------

@@ -203,6 +203,7 @@ class BlockAware:
     def forget(self, replica: Replica) -> None:
         for job in list(self._placed.get(replica.number, {})):
             self.ended(replica, job)
+        del self._last_chosen[replica.number]
         bit = 1 << replica.number
         self._who = {key: its & ~bit for key, its in self._who.items() if its & ~bit}
 
