@@ -43,6 +43,7 @@ from paged_kv.blocks.warming import warm_up
 FORMATS = ("native", "int8", "int4", "int2")
 READ_AS_NATIVE = "int2, read as native"
 KV_AWARE = "KV-aware"
+DOWN_SECONDS = 15.0
 GOAL = 95.0  # percent of requests that keep the limits
 HALF = ", half of 95 %"  # behind a metric: half of its 95 % interval over seeds
 LIMITS = {"L4": Limits(3.0, 0.2), "H100": Limits(1.0, 0.05)}
@@ -111,7 +112,7 @@ class Task:
             num_replicas=replicas,
             policy=self.policy,
             mean_life=self.mean_life,
-            down_seconds=15.0,
+            down_seconds=DOWN_SECONDS,
             warm_up=self.seconds / 4,
         )
         traffic = Traffic(rate=self.rate, seconds=self.seconds)

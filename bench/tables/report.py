@@ -16,6 +16,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 VERSIONS = ("torch", "transformers", "numba", "vllm")
 VERSIONS_OF = {
     "block_manager": ("numpy", "numba"),
+    "fleet": ("numpy", "numba"),
     "generate_cache": ("torch", "transformers", "numba", "optimum-quanto", "hqq"),
     "layer_groups": ("numpy", "numba", "vllm"),
     "machine_code": ("triton",),
