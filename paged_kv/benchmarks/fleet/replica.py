@@ -77,16 +77,16 @@ class Replica:
     def __init__(self, number: int, machine: Machine, *, record_events: bool = False) -> None:
         self.number = number
         self.machine = machine
-        self.counts = Counts()
+        self.counts: Counts = Counts()
         self.work: Work = NO_WORK  # of the step that began last
-        self.is_alive = True
-        self.life = 0  # how often it has begun: what comes of an earlier life is void
+        self.is_alive: bool = True
+        self.life: int = 0  # how often it has begun: what comes of an earlier life is void
         self._record_events = record_events
         self._begin_empty()
 
     def _begin_empty(self) -> None:
         machine = self.machine
-        self.manager = BlockManager(
+        self.manager: BlockManager = BlockManager(
             machine.geometry,
             num_blocks=machine.num_blocks,
             max_num_seqs=machine.max_num_seqs,
@@ -94,7 +94,7 @@ class Replica:
             prefix_caching=True,
             record_events=self._record_events,
         )
-        self.scheduler = Scheduler(self.manager, token_budget=machine.token_budget)
+        self.scheduler: Scheduler = Scheduler(self.manager, token_budget=machine.token_budget)
         self.jobs: dict[str, Job] = {}
         self._without_token: set[str] = set()
         self._step: ScheduledStep | None = None

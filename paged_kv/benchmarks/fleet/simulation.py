@@ -77,12 +77,12 @@ class Fleet:
     def __init__(self, settings: FleetSettings, traffic: Traffic, seed: int) -> None:
         self.settings = settings
         self.traffic = traffic
-        self.now = 0.0
-        self.num_deaths = 0
+        self.now: float = 0.0
+        self.num_deaths: int = 0
         self.jobs: list[Job] = []
         self._policy = POLICIES[settings.policy](seed)
         self._follows = isinstance(self._policy, BlockAware)
-        self.replicas = [
+        self.replicas: list[Replica] = [
             Replica(number, settings.machine, record_events=self._follows)
             for number in range(settings.num_replicas)
         ]
