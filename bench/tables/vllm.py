@@ -42,34 +42,6 @@ def memory(reports: Reports) -> str:
     return table(("", *HOLDING), lines)
 
 
-def budget(reports: Reports) -> str:
-    report = reports["vllm_budget"]
-    metrics = (
-        ("decoding side by side", "{:.0f}"),
-        ("side by side, mean", "{:.1f}"),
-        ("throughput", "{:.0f}"),
-        ("first token", "{:.0f}"),
-        ("between tokens", "{:.0f}"),
-    )
-    head = ("", "side by side, at most", "on average", "tokens/s", "first token, s", "between, ms")
-    lines = [
-        (name, *(form.format(report.value(f"budget, {name}", metric)) for metric, form in metrics))
-        for name in ("vLLM auto", "native", "int8", "int2")
-    ]
-    gains = []
-    for name in ("int8", "int2"):
-        mean, tokens = (
-            report.value(f"budget, {name}", metric) / report.value("budget, native", metric)
-            for metric in ("side by side, mean", "throughput")
-        )
-        peak = report.ratio(f"budget, {name}", "decoding side by side", "vLLM auto")
-        gains.append(
-            f"`{name}`: {peak:.2f} times the requests of vLLM's own cache at most, {mean:.2f} "
-            f"times `native`'s on average, {tokens:.2f} times its tokens/s"
-        )
-    return "\n\n".join((table(head, lines), "; ".join(gains) + "."))
-
-
 def gain(reports: Reports) -> str:
     report = reports["vllm"]
     gains = [
