@@ -1695,4 +1695,271 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
         ],
     ),
+    # -- blocks that travel -----------------------------------------------------------------------
+    *faults_in(
+        "paged_kv/stores/folder_store.py",
+        "stores/test_stores",
+        [
+            Fault(
+                "an-entry-appears-before-it-is-whole",
+                'part = self.path / f".{key.hex()}.{os.getpid()}.{token_hex(4)}{PART_SUFFIX}"',
+                "part = path",
+            ),
+            Fault(
+                "a-full-disk-keeps-what-was-begun",
+                "            part.unlink(missing_ok=True)\n            raise",
+                "            raise",
+            ),
+            Fault(
+                "what-was-read-goes-first",
+                "            os.utime(path)\n",
+                "            pass\n",
+            ),
+            Fault(
+                "files-of-others-are-removed",
+                "if not OURS.fullmatch(each.name):",
+                "if False:",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/stores/size_limit.py",
+        "stores/test_stores",
+        [
+            Fault(
+                "what-is-new-does-not-count",
+                "if total + num_new <= self.max_bytes:",
+                "if total <= self.max_bytes:",
+            ),
+            Fault(
+                "the-newest-entries-go",
+                "entries = sorted(self._look())",
+                "entries = sorted(self._look(), reverse=True)",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/stores/redis_store.py",
+        "stores/test_stores",
+        [
+            Fault(
+                "an-entry-replaced-counts-twice",
+                "        self.remove(key)\n        # The entry",
+                "        # The entry",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/cache/block_entries.py",
+        "engine/test_block_tier",
+        [
+            Fault(
+                "entries-of-other-models-fit",
+                "self._root = sha256(json.dumps(fields, sort_keys=True).encode()).digest()",
+                'self._root = b""',
+            ),
+            Fault(
+                "a-corrupt-entry-is-taken",
+                "if sha256(memoryview(data)[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:",
+                "if not data:",
+            ),
+            Fault(
+                "a-renamed-entry-is-taken",
+                "if data[:OPENING_BYTES] != opening:",
+                "if data[: FRAME.size] != opening[: FRAME.size]:",
+            ),
+            Fault(
+                "what-is-not-finite-is-stored",
+                "self._framed(key, kind, payload) if is_finite else None",
+                "self._framed(key, kind, payload)",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/block_tier.py",
+        "engine/test_block_tier",
+        [
+            Fault(
+                "requests-with-a-salt-are-everybodys",
+                "if is_nobody_elses(extra_keys):",
+                "if False:",
+            ),
+            Fault(
+                "entries-of-older-weights-are-taken",
+                "if lookup.entries is not self._entries:  # of what the model was before",
+                "if False:",
+            ),
+            Fault(
+                "a-full-pool-takes-what-it-cannot-hold",
+                "return match.num_idle_blocks + num_blocks <= manager.num_free_blocks",
+                "return True",
+            ),
+            Fault(
+                "each-of-many-alike-asks-for-itself",
+                "if lacked[0] in lookup.lacked:",
+                "if False:",
+            ),
+            Fault(
+                "an-aborted-request-is-held-for-ever",
+                "if lookup.is_over or not request.is_unfinished:",
+                "if lookup.is_over:",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/block_reader.py",
+        "engine/test_block_tier",
+        [
+            Fault(
+                "what-is-found-lands-in-other-blocks",
+                "its = stack if rows == tuple(range(len(stack))) else stack[list(rows)]",
+                "its = stack[: len(rows)]",
+            ),
+            Fault(
+                "a-slow-store-is-waited-for",
+                "timeout=max(lookup.deadline - time.monotonic(), 0)",
+                "timeout=None",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/handover.py",
+        "entrypoints/test_prefilled",
+        [
+            Fault(
+                "the-first-token-is-drawn-again",
+                "request.bring([prompt.token_id], BroughtBlocks(read.lengths, read.records))",
+                "request.bring([], BroughtBlocks(read.lengths, read.records))",
+            ),
+            Fault(
+                "any-exported-sequence-is-a-prompt",
+                "if not 0 < num_computed == len(tokens) - 1:",
+                "if not 0 < num_computed:",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/integrations/chunk_codec.py",
+        "models/test_chunk_codec",
+        [
+            Fault(
+                "a-chunk-of-another-key-is-taken",
+                'header = self._header_start | {"name": sha256(name).hexdigest()}',
+                'header = self._header_start | {"name": ""}',
+            ),
+            Fault(
+                "first-tokens-come-back-quantized",
+                "kv[:, layer, self._num_sinks : size] = tokens[:, self._num_sinks :]",
+                "kv[:, layer, :size] = tokens",
+            ),
+        ],
+    ),
+    # -- several processes ------------------------------------------------------------------------
+    *faults_in(
+        "paged_kv/models/split_modules.py",
+        "entrypoints/test_tensor_parallel",
+        [
+            Fault(
+                "a-bias-is-added-by-every-process",
+                '        linear.register_parameter("bias", None)\n',
+                "",
+            ),
+            Fault(
+                "rows-of-others-are-looked-up",
+                "return summed(torch.where(is_own[..., None], output, 0))",
+                "return summed(output)",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/models/model_part.py",
+        "entrypoints/test_tensor_parallel",
+        [
+            Fault(
+                "every-process-has-the-first-heads-calibration",
+                "own = place.of(calibration.num_kv_heads)",
+                "own = place._replace(rank=0).of(calibration.num_kv_heads)",
+            ),
+            Fault(
+                "experts-are-not-summed",
+                'part.__dict__["forward"] = summing(part.forward)',
+                "pass",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/engine/parallel_group.py",
+        "entrypoints/test_tensor_parallel",
+        [
+            Fault(
+                "swapped-blocks-are-copied-by-one",
+                "with self.group.together(CopySwapped(swap_outs, swap_ins)):",
+                "if True:",
+            ),
+            Fault(
+                "an-interrupt-leaves-others-in-the-step",
+                "if not is_main or not callable(before):",
+                "if True:",
+            ),
+        ],
+    ),
+    # -- a fleet on paper -------------------------------------------------------------------------
+    *faults_in(
+        "paged_kv/benchmarks/fleet/routing.py",
+        "benchmarks/test_fleet",
+        [
+            Fault(
+                "who-waits-does-not-count",
+                "return 2 * to_compute + there, self._last_chosen[replica.number]",
+                "return 2 * to_compute, self._last_chosen[replica.number]",
+            ),
+            Fault(
+                "evicted-blocks-are-still-there",
+                "                who[event.block_hash] = known & ~bit",
+                "                pass",
+            ),
+            Fault(
+                "a-dead-replica-has-its-blocks",
+                "self._who = {key: its & ~bit for key, its in self._who.items() if its & ~bit}",
+                "pass",
+            ),
+            Fault(
+                "a-ring-knows-no-load",
+                "next(replica for replica in in_turn if replica.load < most)",
+                "next(in_turn)",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/benchmarks/fleet/simulation.py",
+        "benchmarks/test_fleet",
+        [
+            Fault(
+                "a-step-of-an-earlier-life-ends",
+                "if replica.life != life:",
+                "if False:",
+            ),
+            Fault(
+                "a-dead-replicas-requests-are-lost",
+                "        for job in lost:\n            self._place(job)\n\n",
+                "\n",
+            ),
+        ],
+    ),
+    *faults_in(
+        "paged_kv/benchmarks/fleet/replica.py",
+        "benchmarks/test_fleet",
+        [
+            Fault(
+                "an-answer-begins-again-elsewhere",
+                "num_left = job.num_outputs - (len(tokens) - len(job.prompt))",
+                "num_left = job.num_outputs",
+            ),
+            Fault(
+                "hits-of-a-second-start-count",
+                "if job.num_hit_tokens is None:",
+                "if True:",
+            ),
+        ],
+    ),
 )
