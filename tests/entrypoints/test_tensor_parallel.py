@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from paged_kv import DEMO_MODEL, LLM, BeamSearchParams, SamplingParams
+from paged_kv import DEMO_MODEL, LLM, AsyncLLM, BeamSearchParams, SamplingParams
 from paged_kv.cache.transfer import export_sequence
 from paged_kv.engine.parallel_group import WorkerProcess
 from paged_kv.engine.parallel_worker import RunStep
@@ -154,6 +155,50 @@ def test_windows_and_guesses_are_those_of_one_process(make: Make, prompts: list[
         expected = tokens_of(one, batch)
         assert one.statistics().num_accepted_tokens
     assert tokens_of(make(**settings), batch) == expected
+
+
+def log_probs_of(llm: LLM, prompts: list[list[int]]) -> torch.Tensor:
+    """Of every token of the prompts but the first."""
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    outputs = llm.generate(prompts, params, show_progress=False)
+    found = [output.prompt_logprobs for output in outputs]
+    return torch.tensor([each.logprob for its in found for each in its[1:]], dtype=torch.float64)
+
+
+def test_four_processes_in_half_precision_are_as_near_as_one(
+    make: Make, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """Beside float32: what they add up in another order is rounded no worse."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+        num_attention_heads=8, num_key_value_heads=4, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    settings = {"tokenizer": tokenizer, "kv_format": "native", "max_num_seqs": 4}
+    with LLM(tmp_path, dtype="float32", **settings) as llm:
+        exact = log_probs_of(llm, prompts)
+    with LLM(tmp_path, dtype="bfloat16", **settings) as llm:
+        alone = (log_probs_of(llm, prompts) - exact).norm() / exact.norm()
+    four = make(tmp_path, tensor_parallel_size=4, num_threads=1, **settings | {"dtype": "bfloat16"})
+    assert len(four.engine.runner.group.process_ids) == 3
+    together = (log_probs_of(four, prompts) - exact).norm() / exact.norm()
+    assert 1e-5 < together < 1.5 * alone
+
+
+def test_tasks_share_an_engine_of_two_processes(make: Make, prompts: list[list[int]]) -> None:
+    llm = make(kv_format="int8", calibration=None, max_num_seqs=3)
+    expected = tokens_of(llm, prompts)
+
+    async def main() -> list[list[int]]:
+        async with AsyncLLM(llm) as engine:
+            left = asyncio.create_task(engine.generate(prompts[0], GREEDY))
+            answers = [engine.generate(prompt, GREEDY) for prompt in prompts]
+            await asyncio.sleep(0)
+            left.cancel()
+            return [answer.token_ids for answer in await asyncio.gather(*answers)]
+
+    assert [[tokens] for tokens in asyncio.run(main())] == expected
 
 
 def test_a_calibration_is_joined_from_the_heads_of_all(
