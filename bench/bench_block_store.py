@@ -32,7 +32,7 @@ from paged_kv.entrypoints.llm import LLM
 from paged_kv.models.calibration import TEXT
 from paged_kv.models.loading import load_model, load_tokenizer
 
-FORMATS = ("native", "int8", "int4", "int2")
+FORMATS = ("native", "int8", "int8/0", "int4", "int2")
 ROUNDS = 3
 FIRST = SamplingParams(max_tokens=1, ignore_eos=True, temperature=0)
 ANSWER = SamplingParams(max_tokens=16, ignore_eos=True, temperature=0)

@@ -27,7 +27,7 @@ from paged_kv import LLM, PrefilledPrompt, SamplingParams
 from paged_kv.entrypoints.demo import MODEL_FOLDER
 
 LENGTHS = (500, 2000, 4000)
-FORMATS = ("native", "int8", "k4v2", "int2")
+FORMATS = ("native", "int8", "int4", "int2")
 NUM_TOKENS = 16  # that have to be the same
 
 

@@ -46,6 +46,7 @@ from paged_kv.models.loading import load_model
 CHUNK = 256  # tokens whose logits are held at once
 CONTROLS: dict[str, KVFormat] = {
     "int2, no clip": INT2.with_options(key_clip=1.0, value_clip=1.0),
+    "int8/0": INT8.with_options(num_sink_tokens=0),
     "int2, no head": INT2.with_options(num_sink_tokens=0),
     "int2, no tail": INT2.with_options(min_tail_tokens=0),
     "int2, no feedback": INT2.with_options(has_error_feedback=False),

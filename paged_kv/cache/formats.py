@@ -10,6 +10,7 @@ Sources: KIVI (Liu et al. 2024, arXiv:2402.02750) for keys per channel and value
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Final
@@ -227,20 +228,32 @@ FORMATS: Final = {
     for kv_format in (NATIVE, INT8, INT8_TOKEN, INT4, K4V2, INT3, INT2, INT2_LONG, KIVI2)
 }
 
+SIZED_NAME: Final = re.compile(r"(?P<name>[^@/]*)(?P<sizes>.*)", re.DOTALL)
+SIZES: Final = re.compile(r"(?:@(?P<block_size>[0-9]{1,9}))?(?:/(?P<num_sink_tokens>[0-9]{1,9}))?")
+
 
 def resolve_format(kv_format: str | KVFormat) -> KVFormat:
-    """The format of that name, or the given format itself; "int8@128" has blocks of 128 tokens."""
+    """The format of that name, or the given format itself.
+
+    "int8@128" has blocks of 128 tokens, "int8/0" no first tokens in full precision, "int8@128/0"
+    both.
+    """
     if isinstance(kv_format, KVFormat):
         return kv_format
-    name, at, size = kv_format.partition("@") if isinstance(kv_format, str) else ("", "", "")
-    if name not in FORMATS:
+    parts = SIZED_NAME.fullmatch(kv_format) if isinstance(kv_format, str) else None
+    if parts is None or parts["name"] not in FORMATS:
         raise ConfigError(f"unknown KV format {kv_format!r}; expected one of {', '.join(FORMATS)}")
-    if not at:
-        return FORMATS[name]
-    if not (size.isascii() and size.isdecimal() and len(size) < 10):
-        raise ConfigError(f"KV format {kv_format!r} must be a format@tokens of a block")
+    found = FORMATS[parts["name"]]
+    if not parts["sizes"]:
+        return found
+    sizes = SIZES.fullmatch(parts["sizes"])
+    if sizes is None:
+        raise ConfigError(
+            f"KV format {kv_format!r} must be a format@tokens of a block, a format/first tokens "
+            "that it keeps, or both in this order"
+        )
     try:
-        return FORMATS[name].with_options(block_size=int(size))
+        return found.with_options(**{name: int(n) for name, n in sizes.groupdict().items() if n})
     except ConfigError as error:
         raise ConfigError(f"KV format {kv_format!r}: {error}") from None
 

@@ -5,6 +5,7 @@
 {"default": "int2", 0: "int8", -1: "native"} the same
 ["int8", "int2", "int2", "native"]           of each of four layers
 "int8@128,0=native"                          with blocks of 128 tokens
+"int8/0"                                     whose first tokens are quantized too
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final
 
 from ..errors import ConfigError
 from ..validation import is_integer
-from .formats import FORMATS, NATIVE, KVFormat, resolve_format
+from .formats import FORMATS, KVFormat, resolve_format
 
 Format = str | KVFormat
 DEFAULT: Final = "default"
@@ -128,14 +129,15 @@ def of_mapping(named: Mapping[str | int, Format]) -> LayerFormats:
 
 
 def formats_name(formats: Sequence[KVFormat]) -> str:
-    """What is stored in all of these layers, as `resolve_formats` reads it, blocks as large."""
-    most = Counter(each.name for each in formats).most_common(1)[0][0]
-    others = [f"{n}={each.name}" for n, each in enumerate(formats) if each.name != most]
+    """What is stored in all of these layers, as `resolve_formats` reads it, blocks as large and as
+    many first tokens kept."""
     quantized = [each for each in formats if not each.is_native]
-    sizes = [FORMATS[each.name].block_size for each in quantized if each.name in FORMATS]
-    if sizes and max(sizes) < quantized[0].block_size:  # said of the first that seals
-        names = [most, *others]
-        first = next(n for n, name in enumerate(names) if not name.endswith(NATIVE.name))
-        names[first] += f"@{quantized[0].block_size}"
-        return ",".join(names)
-    return ",".join([most, *others])
+    known = [FORMATS[each.name] for each in quantized if each.name in FORMATS]
+    block, sinks = "", ""
+    if known and quantized[0].block_size > max(each.block_size for each in known):
+        block = f"@{quantized[0].block_size}"
+    if known and quantized[0].num_sink_tokens != max(each.num_sink_tokens for each in known):
+        sinks = f"/{quantized[0].num_sink_tokens}"
+    names = [each.name if each.is_native else f"{each.name}{block}{sinks}" for each in formats]
+    most = Counter(names).most_common(1)[0][0]
+    return ",".join([most, *(f"{n}={name}" for n, name in enumerate(names) if name != most)])

@@ -55,38 +55,37 @@ class LLM:
     `model` is a local folder, a hub name, a GGUF file (or the `gguf_file` of a folder or hub name)
     or a loaded model, which this object takes over until `close()`, also one that peft has wrapped
     or that has adapters (see `adapters`); of a hub name `revision` says which version, and
-    `trust_remote_code` lets its own code run. `kv_format` is the name of one of `FORMATS` or a
-    `KVFormat`, or which layer has which: "int2,0=int8,-1=native" or {"default": "int2", 0: "int8",
-    -1: "native"}, or a list with one for each layer. What is not quantized of a sequence has
-    `kv_dtype`: without it the model's precision, but bfloat16 beside quantized tokens of a float32
-    model. `dtype` is the precision to load and compute in; without it all have the checkpoint's,
-    but a CPU without a unit for it computes in float32; dtypes may be names, and "auto" is None. A
-    `device` of "auto" is a GPU where there is one. Formats below 8 bits
-    want to know what the model's queries and keys are like: the `calibration` is one of `paged-kv
-    calibrate` or its file, "usual" makes one from a text that comes with the library, once, and
-    keeps it; None does without. The pool is sized by `num_blocks` or by `kv_memory` (bytes, or text
-    such as "2GiB"); without either by what `max_num_seqs` full-length sequences need, at most 1 GiB
-    and at most half of the memory that is free. A step runs at most `max_num_seqs` sequences and
-    `token_budget` tokens, of one prompt at most `max_prefill_tokens`. With a `max_slowdown` prompts
-    are computed in such small pieces beside requests that decode that a step takes at most about so
-    many times as long as without them: tokens come evenly, prompts wait longer; but a request that
-    has waited for six steps to begin is computed whatever that takes. With
-    `prefix_caching` prompts that begin alike share their blocks, also with earlier ones; with
-    `record_events` what happens to cached blocks is kept until `engine.manager.take_events()`. With
-    a `block_store`, a folder, a url or a `BlockStore`, they outlive this object, in at most
-    `block_store_size` bytes, and others that are made alike find them.
-    Sequences that must make room go to `swap_space` bytes of host memory where that is cheaper than
-    computing them again. On a CPU model and kernels share torch's threads; `num_threads` sets how
-    many there are, for the whole process. On a GPU decode steps are captured as graphs, which
-    `enforce_eager` leaves out. With a `sink_window` every request is windowed: it keeps attention
-    sinks and a window of newest tokens, and may go on beyond the model's length, for ever, in
-    constant memory. What the model's generation config asks for, as a repetition penalty or
-    sampling, holds for every request that says nothing else; with `generation_config` None only its
-    end tokens count. With `speculation` a step tries guesses of several next tokens at once, out of
-    what was there before or of a smaller model's: tokens are the same, steps are fewer. Several
-    threads may use one LLM: their requests are decoded together, and each waits while another one
-    steps the engine.
-    """
+    `trust_remote_code` lets its own code run. `kv_format` is the name of one of `FORMATS` ("int8/0"
+    also quantizes first tokens) or a `KVFormat`, or which layer has which: "int2,0=int8,-1=native"
+    or {"default": "int2", 0: "int8", -1: "native"}, or a list with one for each layer. What is not
+    quantized of a sequence has `kv_dtype`: without it the model's precision, but bfloat16 beside
+    quantized tokens of a float32 model. `dtype` is the precision to load and compute in; without it
+    all have the checkpoint's, but a CPU without a unit for it computes in float32; dtypes may be
+    names, and "auto" is None. A `device` of "auto" is a GPU where there is one. Formats below 8
+    bits want to know what the model's queries and keys are like: the `calibration` is one of
+    `paged-kv calibrate` or its file, "usual" makes one from a text that comes with the library,
+    once, and keeps it; None does without. The pool is sized by `num_blocks` or by `kv_memory`
+    (bytes, or text such as "2GiB"); without either by what `max_num_seqs` full-length sequences
+    need, at most 1 GiB and at most half of the memory that is free. A step runs at most
+    `max_num_seqs` sequences and `token_budget` tokens, of one prompt at most `max_prefill_tokens`.
+    With a `max_slowdown` prompts are computed in such small pieces beside requests that decode that
+    a step takes at most about so many times as long as without them: tokens come evenly, prompts
+    wait longer; but a request that has waited for six steps to begin is computed whatever that
+    takes. With `prefix_caching` prompts that begin alike share their blocks, also with earlier
+    ones; with `record_events` what happens to cached blocks is kept until
+    `engine.manager.take_events()`. With a `block_store`, a folder, a url or a `BlockStore`, they
+    outlive this object, in at most `block_store_size` bytes, and others that are made alike find
+    them. Sequences that must make room go to `swap_space` bytes of host memory where that is
+    cheaper than computing them again. On a CPU model and kernels share torch's threads;
+    `num_threads` sets how many there are, for the whole process. On a GPU decode steps are captured
+    as graphs, which `enforce_eager` leaves out. With a `sink_window` every request is windowed: it
+    keeps attention sinks and a window of newest tokens, and may go on beyond the model's length,
+    for ever, in constant memory. What the model's generation config asks for, as a repetition
+    penalty or sampling, holds for every request that says nothing else; with `generation_config`
+    None only its end tokens count. With `speculation` a step tries guesses of several next tokens
+    at once, out of what was there before or of a smaller model's: tokens are the same, steps are
+    fewer. Several threads may use one LLM: their requests are decoded together, and each waits
+    while another one steps the engine."""
 
     tokenizer: PreTrainedTokenizerBase | None
     engine: Engine

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
-KV_FORMAT: Final = f"""{", ".join(FORMATS)} (default: int8); with other layers behind it:
-int2,0=int8,-1=native"""
+KV_FORMAT: Final = f"""{", ".join(FORMATS)} (default: int8); int8/0: first tokens too;
+with other layers behind it: int2,0=int8,-1=native"""
 
 
 def count_or_none(text: str) -> int | None:

@@ -42,12 +42,23 @@ def test_blocks_may_be_larger_than_a_formats_own():
     assert resolve_formats("int8@128").of(2) == [INT8.with_options(block_size=128)] * 2
     formats = resolve_formats("int8@128,1=int2").of(3)
     assert {each.block_size for each in formats} == {128}
-    assert formats_name(formats) == "int8@128,1=int2"
+    assert formats_name(formats) == "int8@128,1=int2@128"
     assert formats_name(resolve_formats("int8,1=int4").of(3)) == "int8,1=int4"
     assert formats_name(resolve_formats("native,1=int2@128").of(3)) == "native,1=int2@128"
     for name in ("int8@128,1=int2", "native,1=int2@128", "int2@128,0=native"):
         formats = resolve_formats(name).of(4)
         assert resolve_formats(formats_name(formats)).of(4) == formats
+
+
+def test_first_tokens_may_be_quantized_too():
+    assert resolve_formats("int8/0").of(2) == [INT8.with_options(num_sink_tokens=0)] * 2
+    both = INT8.with_options(block_size=128, num_sink_tokens=0)
+    assert resolve_formats("int8@128/0") == LayerFormats(both)
+    assert {each.num_sink_tokens for each in resolve_formats("int8/0,1=int2").of(2)} == {4}
+    for name in ("int8/0", "int8@128/0", "int8/0,1=int2/0,2=native", "int2/40"):
+        formats = resolve_formats(name).of(3)
+        assert formats_name(formats) == name
+        assert resolve_formats(formats_name(formats)).of(3) == formats
 
 
 def test_layers_share_the_largest_sizes_that_any_asks_for():
@@ -86,6 +97,13 @@ def test_layers_share_the_largest_sizes_that_any_asks_for():
         ("int3@64", "KV format 'int3@64': value_bits 3 need a block_size of 128, got 64"),
         ("native@48", "KV format 'native@48': block_size must be a power of two, got 48"),
         ("int8@", "KV format 'int8@' must be a format@tokens of a block"),
+        ("int8/", "KV format 'int8/' must be .*, a format/first tokens"),
+        ("int8/-1", "KV format 'int8/-1' must be"),
+        ("int8/0@64", "KV format 'int8/0@64' must be .*, or both in this order"),
+        ("int8/0/0", "KV format 'int8/0/0' must be"),
+        ("int8/٣", "KV format 'int8/٣' must be"),
+        ("int8/9999999", "KV format 'int8/9999999': num_sink_tokens must be .*9999999"),
+        ("int8\n/0", r"unknown KV format 'int8\\n/0'"),
         ("int8@-64", "KV format 'int8@-64' must be a format@tokens of a block"),
         ("0=int8", "'0=int8' must begin with the format of all .*, as in 'int2,0=int8'"),
         ("int2," + "9" * 5000 + "=int8", "must be a format, then layer=format"),
