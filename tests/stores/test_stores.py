@@ -98,6 +98,15 @@ def test_many_entries_stay_below_the_limit(make):
     assert sum(is_there) > 15
 
 
+def test_an_entry_that_is_replaced_counts_once(make):
+    store = make(max_bytes=10_000)
+    for size in range(3000, 3010):
+        store.put(key_of(0), bytes(size))
+    store.put(key_of(1), bytes(4000))
+    assert store.contains([key_of(0), key_of(1)]) == [True, True]
+    assert store.get(key_of(0)) == bytes(3009)
+
+
 def test_what_never_fits_is_refused_and_takes_nothing_away(make):
     store = make(max_bytes=1000)
     store.put(key_of(0), bytes(900))
