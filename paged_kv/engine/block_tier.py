@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from ..blocks.prefix_cache import PublishedBlock
@@ -31,6 +31,19 @@ from .store_counts import BlockStoreStatistics, StoreCounts
 
 MOST_HELD: Final = 8  # of the best ranks among those that wait
 WAITING_SECONDS: Final = 0.01
+
+
+class Attempt(NamedTuple):
+    """When a request was looked up."""
+
+    num_preemptions: int  # that it had by then
+    num_free_blocks: int | None = None  # too few for what was found; None where that was no reason
+
+    def is_repeated(self, request: Request, num_free_blocks: int) -> bool:
+        """Whether to look again: it has lost its blocks since, or more are free."""
+        if request.num_preemptions != self.num_preemptions:
+            return True
+        return self.num_free_blocks is not None and num_free_blocks > self.num_free_blocks
 
 
 class NoBlockTier:
@@ -99,8 +112,7 @@ class BlockTier(NoBlockTier):
         self._copied: list[BlockCopies] = []
         self._bad: list[bytes] = []  # keys
         self._held: dict[Request, Lookup] = {}
-        # Who was looked up, and how often it had been preempted then.
-        self._looked_up: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+        self._looked_up: WeakKeyDictionary[Request, Attempt] = WeakKeyDictionary()
         self.model_changed()
 
     @property
@@ -188,7 +200,8 @@ class BlockTier(NoBlockTier):
         brings_blocks = request.swapped is not None or request.brought is not None
         if request.stands_still or brings_blocks or request.is_retried:
             return False
-        if self._looked_up.get(request) == request.num_preemptions:
+        before = self._looked_up.get(request)
+        if before is not None and not before.is_repeated(request, self._manager.num_free_blocks):
             return False
         if not self.is_shared(tuple(request.extra_keys)):
             return False
@@ -211,7 +224,7 @@ class BlockTier(NoBlockTier):
                 self._held[request] = lookup
                 self._scheduler.hold(request)
                 return
-        self._looked_up[request] = request.num_preemptions
+        self._looked_up[request] = Attempt(request.num_preemptions)
         lookup = Lookup(request.tokens, lacked, self._entries)
         self._held[request] = lookup
         self._scheduler.hold(request)
@@ -228,3 +241,6 @@ class BlockTier(NoBlockTier):
                 num_found=len(wanted),
                 num_found_bytes=sum(self._entries.num_bytes(kind) for kind in kinds),
             )
+        elif wanted:
+            num_free = self._manager.num_free_blocks
+            self._looked_up[request] = Attempt(request.num_preemptions, num_free)

@@ -204,6 +204,16 @@ def test_a_pool_that_is_nearly_full_takes_no_more_than_it_can(tmp_path):
     assert tokens == warm_tokens([PROMPT, PROMPT[:350], prompt_of(40, 7)])
 
 
+def test_who_finds_no_room_for_what_was_found_looks_again_when_there_is_some(tmp_path):
+    served(tmp_path)
+    other = SamplingParams(max_tokens=200)
+    with open_llm(tmp_path, num_blocks=48) as llm:
+        tokens = tokens_of(llm.generate([prompt_of(200, 7), PROMPT], [other, GREEDY]))
+        assert llm.statistics().num_hit_tokens > 600
+    first, second = warm_tokens([prompt_of(200, 7)], other), warm_tokens([PROMPT])
+    assert tokens == [*first, *second]
+
+
 # -- who shares -----------------------------------------------------------------------------------
 
 
@@ -476,6 +486,20 @@ def test_requests_that_begin_alike_ask_once(monkeypatch):
     assert set(store.num_gets.values()) == {1}
 
 
+def test_who_waits_for_room_asks_when_there_is_some():
+    store = Fragile()
+    served(store)
+    store.num_gets.clear()
+    with open_llm(store, num_blocks=48) as llm:
+        other = llm.stream([prompt_of(200, 7)], SamplingParams(max_tokens=200))
+        next(other)
+        tokens = llm.generate([PROMPT], GREEDY)[0].token_ids
+        assert llm.statistics().num_hit_tokens > 600
+        other.close()
+    assert [tokens] == warm_tokens([PROMPT])
+    assert set(store.num_gets.values()) == {1}
+
+
 def test_more_than_may_wait_is_dropped_and_nobody_waits(monkeypatch):
     monkeypatch.setattr(block_writer, "MOST_WAITING", 100_000)
     store = Fragile()
@@ -516,6 +540,24 @@ def test_an_aborted_request_waits_for_nothing():
         assert not engine.tier.holds_requests
         assert_nothing_is_held(llm)
         store.gate.set()
+
+
+def test_what_was_looked_for_before_a_change_of_weights_is_not_taken():
+    model, store = copy.deepcopy(MODEL), Fragile()
+    served(store, model=model)
+    with open_llm(store, model=model) as llm:
+        store.gate.clear()
+        engine, tokens = llm.engine, list[int]()
+        engine.add_request("a", PROMPT, GREEDY)
+        assert engine.step() == []
+        change_one_row(model)
+        llm.reset_prefix_cache()
+        store.gate.set()
+        while engine.has_unfinished:
+            tokens += [update.token_id for update in engine.step()]
+        assert llm.statistics().num_hit_tokens == 0
+        assert_nothing_is_held(llm)
+    assert [tokens] == warm_tokens([PROMPT], model=model)
 
 
 # -- several engines, and exceptions --------------------------------------------------------------
