@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +404,15 @@ class Fragile:
         self.gate = threading.Event()
         self.gate.set()
 
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Whoever calls it waits meanwhile."""
+        self.gate.clear()
+        try:
+            yield
+        finally:
+            self.gate.set()
+
     def _come(self, name: str) -> None:
         self.gate.wait()
         time.sleep(self.seconds)
@@ -448,14 +458,13 @@ def test_a_slow_store_holds_up_nobody_but_who_waits_for_it(monkeypatch):
     with open_llm(store) as llm:
         other = llm.stream([prompt_of(15, 3)], SamplingParams(max_tokens=300))
         tokens = [next(other).token_id]
-        store.gate.clear()
         known = llm.stream([PROMPT], GREEDY)
         got: list[int | None] = []
         thread = threading.Thread(target=lambda: got.extend(e.token_id for e in known))
-        thread.start()
-        tokens += [next(other).token_id for _ in range(200)]
-        assert not got
-        store.gate.set()
+        with store.standing_still():
+            thread.start()
+            tokens += [next(other).token_id for _ in range(200)]
+            assert not got
         tokens += [event.token_id for event in other]
         thread.join()
         assert llm.statistics().num_hit_tokens > 600
@@ -468,11 +477,9 @@ def test_what_takes_too_long_is_computed(monkeypatch):
     monkeypatch.setattr(block_reader, "LATE_SECONDS", 0.05)
     store = Fragile()
     served(store)
-    store.gate.clear()
-    with open_llm(store) as llm:
+    with open_llm(store) as llm, store.standing_still():
         assert tokens_of(llm.generate([PROMPT], GREEDY)) == warm_tokens([PROMPT])
         assert llm.statistics().num_hit_tokens == 0
-        store.gate.set()
 
 
 def test_requests_that_begin_alike_ask_once(monkeypatch):
@@ -503,18 +510,15 @@ def test_who_waits_for_room_asks_when_there_is_some():
 def test_more_than_may_wait_is_dropped_and_nobody_waits(monkeypatch):
     monkeypatch.setattr(block_writer, "MOST_WAITING", 100_000)
     store = Fragile()
-    store.gate.clear()
     with open_llm(store, token_budget=128) as llm:
-        store.gate.set()
         before = llm.generate([PROMPT[:20]], GREEDY)
         llm.engine.tier.flush()
         assert before
         entry_bytes = len(next(iter(store.entries.values())))
         monkeypatch.setattr(block_reader.BlockReader, "begin", finds_nothing)
-        store.gate.clear()
-        llm.generate([prompt_of(700, 3)], GREEDY)
-        stats = llm.block_store_statistics()
-        store.gate.set()
+        with store.standing_still():
+            llm.generate([prompt_of(700, 3)], GREEDY)
+            stats = llm.block_store_statistics()
         llm.engine.tier.flush()
     assert stats.num_dropped > 0
     num_kept = len(store.entries) - 1
@@ -529,8 +533,7 @@ def finds_nothing(reader: block_reader.BlockReader, lookup: block_reader.Lookup)
 def test_an_aborted_request_waits_for_nothing():
     store = Fragile()
     served(store)
-    with open_llm(store) as llm:
-        store.gate.clear()
+    with open_llm(store) as llm, store.standing_still():
         engine = llm.engine
         engine.add_request("a", PROMPT, GREEDY)
         assert engine.step() == []
@@ -539,20 +542,18 @@ def test_an_aborted_request_waits_for_nothing():
         assert engine.step() == []
         assert not engine.tier.holds_requests
         assert_nothing_is_held(llm)
-        store.gate.set()
 
 
 def test_what_was_looked_for_before_a_change_of_weights_is_not_taken():
     model, store = copy.deepcopy(MODEL), Fragile()
     served(store, model=model)
     with open_llm(store, model=model) as llm:
-        store.gate.clear()
         engine, tokens = llm.engine, list[int]()
-        engine.add_request("a", PROMPT, GREEDY)
-        assert engine.step() == []
-        change_one_row(model)
-        llm.reset_prefix_cache()
-        store.gate.set()
+        with store.standing_still():
+            engine.add_request("a", PROMPT, GREEDY)
+            assert engine.step() == []
+            change_one_row(model)
+            llm.reset_prefix_cache()
         while engine.has_unfinished:
             tokens += [update.token_id for update in engine.step()]
         assert llm.statistics().num_hit_tokens == 0
