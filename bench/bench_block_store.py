@@ -134,8 +134,8 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     )
 
 
-def count_wrong(bench: Bench, kv_format: str, count: int) -> tuple[int, int, int]:
-    """Damaged entries, answers, and of these wrong ones."""
+def damage_rows(bench: Bench, kv_format: str, count: int) -> list[Row]:
+    """Of damaged entries those that are refused, and of answers those that are wrong."""
     rng, num_damaged, num_answers, num_wrong = random.Random(1), 0, 0, 0
     with tempfile.TemporaryDirectory() as name:
         whole, folder = Path(name) / "whole", Path(name) / "store"
@@ -164,7 +164,14 @@ def count_wrong(bench: Bench, kv_format: str, count: int) -> tuple[int, int, int
                 num_wrong += answer() != expected
                 num_answers += 1
                 num_damaged += len(some)
-    return num_damaged, num_answers, num_wrong
+            refused = llm.block_store_statistics()
+    assert refused is not None
+    case = f"{kv_format}, {num_damaged} damaged entries"
+    return [
+        Row(case=case, metric="refused", value=refused.num_refused, unit="entries"),
+        Row(case=case, metric="answers", value=num_answers, unit=""),
+        Row(case=case, metric="wrong answers", value=num_wrong, unit=""),
+    ]
 
 
 def main() -> None:
@@ -189,10 +196,7 @@ def main() -> None:
     rows += [size_row(name, size, sizes["native"]) for name, size in sizes.items()]
     shorter = Bench(model, tokenizer, prompt[:DAMAGED_TOKENS])
     for kv_format, share in SHARES.items():
-        damaged_ones, answers, wrong = count_wrong(shorter, kv_format, round(num_damaged * share))
-        case = f"{kv_format}, {damaged_ones} damaged entries"
-        rows.append(Row(case=case, metric="answers", value=answers, unit=""))
-        rows.append(Row(case=case, metric="wrong answers", value=wrong, unit=""))
+        rows += damage_rows(shorter, kv_format, round(num_damaged * share))
     write_report("block_store", rows, arguments.json)
 
 
