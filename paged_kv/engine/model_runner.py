@@ -48,6 +48,11 @@ class ModelRunner:
             write_records(self.cache, cast("list[Tensor]", arrival.records), arrival.block_ids)
 
     @property
+    def failure(self) -> str | None:
+        """Why no step can be run any more; None while steps can."""
+        return None
+
+    @property
     def runs_ahead(self) -> bool:
         """Whether a device computes steps while the host goes on."""
         return self.graphs is not None

@@ -115,11 +115,15 @@ class WorkerProcess(NamedTuple):
                     return f"failed: {found.text}"
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):
-                code = self.process.wait(ENDING_SECONDS)
-                how = f"signal {-code}" if code < 0 else f"exit code {code}"
-                return f"ended with {how}"
+                self.process.wait(ENDING_SECONDS)
+                return f"ended with {self.ending}"
             return "closed its connection"
         return None
+
+    @property
+    def ending(self) -> str:
+        code: int = self.process.returncode
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 class RankFailed(Exception):
@@ -145,6 +149,13 @@ class WorkerGroup:
     @property
     def process_ids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
+
+    def death(self) -> str | None:
+        """Which process has ended without being told to; may be asked in any thread."""
+        for rank, worker in enumerate(self._workers, start=1):
+            if worker.process.poll() is not None:
+                return worker.named(rank, f"ended with {worker.ending}")
+        return None
 
     def kill(self) -> None:
         for worker in self._workers:
@@ -258,6 +269,10 @@ class ParallelRunner(ModelRunner):
     def __init__(self, model: AttachedModel, cache: PagedKVCache, group: WorkerGroup) -> None:
         super().__init__(model, cache)
         self.group = group
+
+    @property
+    def failure(self) -> str | None:
+        return self.group.failure or self.group.death()
 
     def copy_swapped(self, swap_outs: Sequence[BlockCopy], swap_ins: Sequence[BlockCopy]) -> None:
         if swap_outs or swap_ins:

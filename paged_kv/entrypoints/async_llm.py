@@ -86,8 +86,16 @@ class AsyncLLM:
 
     @property
     def is_accepting(self) -> bool:
-        """Whether it takes requests: until `drain` or `close`."""
-        return self._is_accepting
+        """Whether it takes requests: until `drain`, `close` or a `failure`."""
+        return self._is_accepting and self.failure is None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine can compute no more and has to be made anew; None while it can.
+
+        That is so where a process of tensor parallelism has died.
+        """
+        return self.llm.engine.runner.failure
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -140,7 +148,7 @@ class AsyncLLM:
         another engine has begun: by the index of each that is not over, the tokens that it has,
         which have no events here. Raises what `LLM.check` raises for what cannot be served,
         `QueueFullError` where `max_requests` are there and it is not to `wait`, and `ClosedError`
-        after `drain`.
+        after `drain` and a `failure`.
         """
         handover = prompt if isinstance(prompt, PrefilledPrompt) else None
         return await self._submit(prompt, params, handover, given, priority, timeout, waits=wait)
@@ -239,6 +247,8 @@ class AsyncLLM:
     def _check_is_accepting(self) -> None:
         if not self._is_accepting:
             raise ClosedError("no more requests are taken")
+        if self.failure is not None:
+            raise ClosedError(self.failure)
 
     def _deliver(self, feeds: list[Feed]) -> None:
         """Wake the tasks of requests that have something for them."""

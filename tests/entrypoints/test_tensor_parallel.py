@@ -9,16 +9,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from paged_kv import DEMO_MODEL, LLM, AsyncLLM, BeamSearchParams, SamplingParams
+from paged_kv import (
+    DEMO_MODEL,
+    LLM,
+    AsyncLLM,
+    BeamSearchParams,
+    SamplingParams,
+    ServerSettings,
+    create_app,
+)
 from paged_kv.cache.transfer import export_sequence
 from paged_kv.engine.parallel_group import WorkerProcess
 from paged_kv.engine.parallel_worker import RunStep
 from paged_kv.engine.prompt_lookup import PromptLookup
 from paged_kv.errors import (
+    ClosedError,
     ConfigError,
     GenerationError,
     StepFailedError,
@@ -315,6 +325,37 @@ def test_a_worker_that_is_killed_ends_the_requests_and_is_named(
     with pytest.raises((StepFailedError, GenerationError), match="signal 9"):
         tokens_of(llm, prompts[:1])
     assert not llm.engine.has_unfinished
+
+
+@pytest.mark.parametrize("is_idle", [True, False])
+def test_a_server_whose_worker_died_says_that_it_must_be_started_anew(
+    is_idle: bool, make: Make, prompts: list[list[int]]
+) -> None:
+    llm = make(kv_format="int8", calibration=None)
+    [process_id] = llm.engine.runner.group.process_ids
+
+    async def main() -> None:
+        async with AsyncLLM(llm) as engine:
+            app = create_app(engine, ServerSettings(model_name="m"))
+            async with httpx.AsyncClient(
+                transport=httpx.ASGITransport(app=app), base_url="http://here"
+            ) as client:
+                assert (await client.get("/health")).status_code == 200
+                os.kill(process_id, signal.SIGKILL)
+                if is_idle:
+                    while engine.is_accepting:
+                        await asyncio.sleep(0.01)
+                else:
+                    with pytest.raises((GenerationError, ClosedError)):
+                        await engine.generate(prompts[0], GREEDY)
+                with pytest.raises(ClosedError, match=f"process {process_id}.*signal 9"):
+                    await engine.generate(prompts[0], GREEDY)
+                for path in ("/health", "/ready"):
+                    answer = await client.get(path)
+                    assert answer.status_code == 503
+                    assert "signal 9" in answer.json()["error"]["message"]
+
+    asyncio.run(main())
 
 
 def test_closing_leaves_no_process(prompts: list[list[int]]) -> None:

@@ -43,6 +43,10 @@ class ServedEngine(Protocol):
     @property
     def is_accepting(self) -> bool: ...
 
+    @property
+    def failure(self) -> str | None:
+        """Why it will never take requests again, though nobody has closed it."""
+
     async def submit(
         self,
         prompt: Prompt,

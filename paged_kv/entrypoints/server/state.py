@@ -20,7 +20,10 @@ router: Final = APIRouter()
 
 @router.get("/health")
 @router.api_route("/ping", methods=["GET", "POST"])
-async def tell_health() -> dict[str, str]:
+async def tell_health(request: Request) -> dict[str, str]:
+    served: Served = request.app.state.served
+    if served.engine.failure is not None:
+        raise ClosedError(served.engine.failure)
     return {"status": "alive"}
 
 
@@ -28,7 +31,7 @@ async def tell_health() -> dict[str, str]:
 async def tell_readiness(request: Request) -> dict[str, str]:
     served: Served = request.app.state.served
     if not served.engine.is_accepting:
-        raise ClosedError("no more requests are taken")
+        raise ClosedError(served.engine.failure or "no more requests are taken")
     return {"status": "ready"}
 
 

@@ -51,8 +51,9 @@ class ReplicaDeployment:
                 yield reply
 
     def check_health(self) -> None:
-        if not self._replica.engine.is_accepting:
-            raise RuntimeError("the engine is closed")
+        engine = self._replica.engine
+        if not engine.is_accepting:
+            raise RuntimeError(engine.failure or "the engine is closed")
 
     async def __del__(self) -> None:
         if hasattr(self, "_replica"):  # or the model could not be loaded

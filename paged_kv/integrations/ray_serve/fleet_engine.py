@@ -63,6 +63,7 @@ class FleetEngine:
         self.room: Final = WaitingRoom(max_requests)
         self.numbers: Final = itertools.count(1)  # of orders
         self.is_accepting: bool = True
+        self.failure: None = None  # replicas may fail: others come for them
 
     async def submit(
         self,
