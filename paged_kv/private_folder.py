@@ -39,11 +39,14 @@ def owned_folder(name: str, what: str) -> Path | None:
 def private_folder_at(path: Path) -> Path:
     """A folder that a user names, made where it is not there; raises `ConfigError` where others
     could write to it."""
-    folder = path.expanduser().absolute()
-    folder = Path(os.path.realpath(folder.parent)) / folder.name
-    reason = _make_private(folder, folder)
+    try:
+        folder = path.expanduser().absolute()
+        folder = Path(os.path.realpath(folder.parent)) / folder.name
+        reason = _make_private(folder, folder)
+    except (RuntimeError, ValueError) as error:  # nobody's home, or no name of a file
+        reason = str(error)
     if reason is not None:
-        raise ConfigError(f"{str(path)!r} cannot be a folder of nobody else's: {reason}")
+        raise ConfigError(f"{str(path)!r} cannot be a folder that only we write to: {reason}")
     return folder
 
 
@@ -53,6 +56,8 @@ def _make_private(folder: Path, root: Path) -> str | None:
         try:
             path.mkdir(mode=0o700, exist_ok=True)
             status = path.lstat()
+        except FileExistsError:
+            return f"{path} is no folder"
         except OSError as error:
             return f"{path} cannot be made ({error.strerror})"
         if not stat.S_ISDIR(status.st_mode):

@@ -1777,7 +1777,7 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
     ),
     *faults_in(
         "paged_kv/engine/block_tier.py",
-        "engine/test_block_tier",
+        "engine/test_block_tier engine/test_slow_stores",
         [
             Fault(
                 "requests-with-a-salt-are-everybodys",
@@ -1808,7 +1808,7 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
     ),
     *faults_in(
         "paged_kv/engine/block_reader.py",
-        "engine/test_block_tier",
+        "engine/test_block_tier engine/test_slow_stores",
         [
             Fault(
                 "what-is-found-lands-in-other-blocks",

@@ -120,7 +120,11 @@ class BlockEntries:
         return copies
 
     def entries_of(self, copies: BlockCopies) -> Iterator[tuple[bytes, bytes | None]]:
-        """The key of each block and its entry, or None for one that is not all finite."""
+        """The key of each block and its entry, or None for one that is not all finite.
+
+        The last block comes first: whoever writes them in this order, and forgets the oldest, loses
+        the end of a prefix before its beginning.
+        """
         cache, kind = self._cache, copies.kind
         num_blocks = len(copies.block_hashes)
         payloads = np.empty((num_blocks, self._payload_bytes(kind)), dtype=np.uint8)
@@ -131,7 +135,7 @@ class BlockEntries:
             self._of_part(payloads, part)[:] = records[..., : part.used_bytes].numpy()
         are_finite = self._clear_and_check(payloads, kind)
         for block_hash, payload, is_finite in zip(
-            copies.block_hashes, payloads, are_finite, strict=True
+            reversed(copies.block_hashes), payloads[::-1], reversed(are_finite), strict=True
         ):
             key = self.key(block_hash)
             yield key, self._framed(key, kind, payload) if is_finite else None

@@ -250,7 +250,7 @@ def resolve_format(kv_format: str | KVFormat) -> KVFormat:
     if sizes is None:
         raise ConfigError(
             f"KV format {kv_format!r} must be a format@tokens of a block, a format/first tokens "
-            "that it keeps, or both in this order"
+            "that it keeps, or both in this order, as in int8@128/0"
         )
     try:
         return found.with_options(**{name: int(n) for name, n in sizes.groupdict().items() if n})

@@ -27,6 +27,7 @@ from .store_counts import StoreCounts
 
 SECONDS: Final = 5.0  # for which a store is waited for
 LATE_SECONDS: Final = 1.0  # more, and nobody waits for whoever reads from it
+PAUSE_SECONDS: Final = 30.0  # after which a store that took longer is asked again
 NUM_READERS: Final = 8
 NUM_LOOKUPS: Final = 4  # at once
 
@@ -73,15 +74,27 @@ class BlockReader:
         self._manager = manager
         self._remove = remove
         self.has_news: Event = Event()  # set when a lookup is done
+        self._asks_from = 0.0
         self._lookups = ThreadPoolExecutor(NUM_LOOKUPS, thread_name_prefix="paged_kv store lookup")
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="paged_kv store reader")
 
     def begin(self, lookup: Lookup) -> None:
         self._lookups.submit(self._run, lookup)
 
+    @property
+    def asks(self) -> bool:
+        """Whether a store is asked: not for a while after one that took too long."""
+        return time.monotonic() >= self._asks_from
+
+    def note_late(self) -> None:
+        """A store took too long: a failure, as others that have a message."""
+        self._asks_from = time.monotonic() + PAUSE_SECONDS
+        self._counts.failed(TimeoutError(f"no answer within {SECONDS:g} seconds"))
+
     def close(self) -> None:
+        """Nothing more is read; whoever waits for a store now is left alone."""
         for threads in (self._lookups, self._readers):
-            threads.shutdown(cancel_futures=True)
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def write(self, lookup: Lookup, wanted: list[WantedBlock], block_ids: BlockIds) -> None:
         """Write what was found into as many blocks."""
@@ -116,19 +129,23 @@ class BlockReader:
         stored = {each for each, found in zip(lookup.lacked, is_there, strict=True) if found}
         wanted = self._manager.wanted(lookup.tokens, stored)
         kinds = [entries.kind_of(each.block_hash, each.is_sealed) for each in wanted]
+        # The end of a prefix first: what is read last is the last to be evicted.
         futures: list[Future[NDArray[np.uint8] | None]] = [
             self._readers.submit(self._read, entries, entries.key(each.block_hash), kind)
-            for each, kind in zip(wanted, kinds, strict=True)
-        ]
+            for each, kind in zip(reversed(wanted), reversed(kinds), strict=True)
+        ][::-1]
         found: dict[Kind, dict[bytes, NDArray[np.uint8]]] = {}
+        is_late = False
         for each, kind, future in zip(wanted, kinds, futures, strict=True):
             try:
                 payload = future.result(timeout=max(lookup.deadline - time.monotonic(), 0))
             except FutureTimeoutError:
-                payload = None
+                payload, is_late = None, True
                 future.cancel()
             if payload is not None:
                 found.setdefault(kind, {})[each.block_hash] = payload
+        if is_late:
+            self.note_late()
         return found
 
     def _read(self, entries: BlockEntries, key: bytes, kind: Kind) -> NDArray[np.uint8] | None:

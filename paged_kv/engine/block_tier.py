@@ -181,6 +181,8 @@ class BlockTier(NoBlockTier):
         self._reader.has_news.clear()
         for request, lookup in list(self._held.items()):
             if lookup.is_over or not request.is_unfinished:
+                if lookup.is_over and not lookup.is_done and self._reader.asks:
+                    self._reader.note_late()
                 if lookup.is_done and request.is_unfinished:
                     self._adopt(request, lookup)
                 self._scheduler.let_go(request)
@@ -203,7 +205,7 @@ class BlockTier(NoBlockTier):
         before = self._looked_up.get(request)
         if before is not None and not before.is_repeated(request, self._manager.num_free_blocks):
             return False
-        if not self.is_shared(tuple(request.extra_keys)):
+        if not self._reader.asks or not self.is_shared(tuple(request.extra_keys)):
             return False
         manager, tokens = self._manager, request.tokens
         match = manager.find_prefix(tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Final
 
 from ..cache.block_entries import BlockCopies, BlockEntries
@@ -12,6 +13,7 @@ from ..stores.block_store import BlockStore
 from .store_counts import StoreCounts
 
 MOST_WAITING: Final = 256 << 20  # bytes of copies
+CLOSING_SECONDS: Final = 30.0
 
 
 class BlockWriter:
@@ -44,9 +46,13 @@ class BlockWriter:
         self._thread.submit(self._work).result()
 
     def close(self) -> None:
-        """Return when all that waits is written; nothing may be put afterwards."""
-        self.flush()
-        self._thread.shutdown()
+        """Return when all that waits is written, or a store takes too long for that; nothing may
+        be put afterwards."""
+        try:
+            self._thread.submit(self._work).result(timeout=CLOSING_SECONDS)
+        except FutureTimeoutError:
+            self._counts.failed(TimeoutError(f"not all was written in {CLOSING_SECONDS:g} seconds"))
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> None:
         """All that waits, whoever put it there."""
@@ -67,6 +73,7 @@ class BlockWriter:
             found = self._store.contains([entries.key(each) for each in copies.block_hashes])
             if all(found):
                 return
+            found.reverse()
             for is_there, (key, data) in zip(found, entries.entries_of(copies), strict=True):
                 if data is not None and not is_there:
                     self._put(key, data)

@@ -120,7 +120,10 @@ def require_budget(budget: float, token_bytes: NDArray[np.float64]) -> None:
     """Raise `ConfigError` where even the smallest formats [L, F] take more bytes."""
     least = token_bytes.min(1).sum()
     if budget < least:
-        raise ConfigError(f"a budget of {budget:g} bytes a token is less than {least:g}")
+        raise ConfigError(
+            f"a budget of {budget:g} bytes a token is less than {least:g}, which the smallest of "
+            "the formats take"
+        )
 
 
 def least_sum(

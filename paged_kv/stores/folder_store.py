@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -31,21 +32,25 @@ class FolderStore:
     def __init__(self, path: str | os.PathLike[str], max_bytes: int) -> None:
         self.path: Path = private_folder_at(Path(path))
         self._limit = SizeLimit(max_bytes, self._entries, self._unlink)
+        self._limit.make_room(0)  # in a folder that had a larger limit
 
     def put(self, key: bytes, data: bytes) -> None:
-        path = self._path(key)
+        if not self.path.is_dir():  # somebody has removed it
+            private_folder_at(self.path)
         self._limit.make_room(len(data))
         part = self.path / f".{key.hex()}.{os.getpid()}.{token_hex(4)}{PART_SUFFIX}"
         try:
             with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
-            os.replace(part, path)
+            os.replace(part, self._path(key))
         except BaseException:
             part.unlink(missing_ok=True)
             raise
 
     def get(self, key: bytes) -> bytes | None:
         path = self._path(key)
+        if not path.is_file():  # nor is a folder read, or a pipe, which would be waited for
+            return None
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -55,7 +60,7 @@ class FolderStore:
         return data
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        return [self._path(key).exists() for key in keys]
+        return [self._path(key).is_file() for key in keys]
 
     def remove(self, key: bytes) -> None:
         self._path(key).unlink(missing_ok=True)
@@ -79,6 +84,8 @@ class FolderStore:
                 try:
                     status = each.stat(follow_symlinks=False)
                 except FileNotFoundError:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
                     continue
                 if each.name.endswith(PART_SUFFIX) and status.st_mtime < stale:
                     self._unlink(each.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -10,8 +11,10 @@ from typing import Any, Final
 
 from ..errors import ConfigError, MissingDependencyError
 from .size_limit import SizeLimit, StoredEntry
+from .url import without_password
 
 SUFFIX: Final = ".kv"
+OURS: Final = re.compile(r"[0-9a-f]{64}\.kv")
 NUM_THREADS: Final = 16  # that ask at once whether entries are there
 # How filesystems call the time when an object was written.
 TIMES: Final = ("LastModified", "last_modified", "mtime", "updated", "created")
@@ -33,10 +36,13 @@ class FsspecStore:
             filesystem, root = url_to_fs(url)
         except ImportError as error:
             raise MissingDependencyError(
-                f"a block store at {url!r} needs more: pip install 'paged-kv[store]' ({error})"
+                f"a block store at {without_password(url)!r} needs more: pip install "
+                f"'paged-kv[store]' ({error})"
             ) from error
         except ValueError as error:
-            raise ConfigError(f"a block store cannot be at {url!r}: {error}") from error
+            raise ConfigError(
+                f"a block store cannot be at {without_password(url)!r}: {error}"
+            ) from error
         self._filesystem: Any = filesystem
         self._root: str = root.rstrip("/")
         with suppress(Exception):  # object stores have no folders; what fails is told by `put`
@@ -72,13 +78,15 @@ class FsspecStore:
             self._filesystem.rm_file(path)
 
     def _entries(self) -> list[StoredEntry]:
-        found: dict[str, dict[str, Any]] = self._filesystem.find(self._root, detail=True)
+        found: dict[str, dict[str, Any]] = self._filesystem.find(
+            self._root, maxdepth=1, detail=True
+        )
         # Or it would go on to tell of what was there, whoever has put or removed something since.
         self._filesystem.invalidate_cache()
         return [
             StoredEntry(written_at(about), int(about.get("size") or 0), path)
             for path, about in found.items()
-            if path.endswith(SUFFIX)
+            if OURS.fullmatch(path.rpartition("/")[2])
         ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
@@ -12,9 +13,12 @@ from .block_store import BlockStore
 from .folder_store import FolderStore
 from .fsspec_store import FsspecStore
 from .redis_store import RedisStore
+from .url import without_password
 
 USUAL_SIZE: Final = "10GiB"
+FOLDER: Final = ("file", "local")
 REDIS: Final = ("redis", "rediss", "unix")
+URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
 def open_store(where: str | os.PathLike[str], size: int | str = USUAL_SIZE) -> BlockStore:
@@ -27,9 +31,27 @@ def open_store(where: str | os.PathLike[str], size: int | str = USUAL_SIZE) -> B
     if not isinstance(where, (str, os.PathLike)) or not os.fspath(where):
         raise ConfigError(f"a block store is a folder or a url, got {where!r}")
     name = os.fspath(where)
-    scheme = name.partition("://")[0] if "://" in name else ""
-    if scheme == "file":
-        return FolderStore(unquote(urlsplit(name).path), max_bytes)
-    if scheme in REDIS:
-        return RedisStore(name, max_bytes)
-    return FsspecStore(name, max_bytes) if scheme else FolderStore(name, max_bytes)
+    begins = URL.match(name)
+    scheme = begins[1].lower() if begins else ""
+    if "://" not in name:
+        if scheme in (*FOLDER, *REDIS):
+            raise ConfigError(f"a block store's url begins with {scheme}://, got {name!r}")
+        return FolderStore(name, max_bytes)
+    if begins is None or not name.startswith("://", begins.end(1)):
+        told = without_password(name)
+        raise ConfigError(f"a block store cannot be at {told!r}: its url has no scheme")
+    name = scheme + name[begins.end(1) :]
+    if scheme in FOLDER:
+        return FolderStore(folder_of(name), max_bytes)
+    return RedisStore(name, max_bytes) if scheme in REDIS else FsspecStore(name, max_bytes)
+
+
+def folder_of(url: str) -> str:
+    """The path of a file:// url; raises `ConfigError` for one that names another machine."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise ConfigError(
+            f"a block store cannot be at {url!r}: a folder's url has three slashes and its whole "
+            "path, as file:///var/cache/kv"
+        )
+    return unquote(parts.path)

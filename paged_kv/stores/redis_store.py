@@ -9,6 +9,7 @@ from typing import Any, Final
 from ..errors import ConfigError, MissingDependencyError
 from ..units import MAX_BYTES
 from ..validation import require_count
+from .url import without_password
 
 PREFIX: Final = b"paged_kv:"
 USED: Final = b"paged_kv used"  # a sorted set: entries as KEY:SIZE by when they were used
@@ -83,9 +84,11 @@ def client_of(url: str) -> Any:
         import redis
     except ImportError as error:
         raise MissingDependencyError(
-            f"a block store at {url!r} needs redis: pip install 'paged-kv[store]'"
+            f"a block store at {without_password(url)!r} needs redis: pip install 'paged-kv[store]'"
         ) from error
     try:
         return redis.Redis.from_url(url)
     except ValueError as error:
-        raise ConfigError(f"a block store cannot be at {url!r}: {error}") from error
+        raise ConfigError(
+            f"a block store cannot be at {without_password(url)!r}: {error}"
+        ) from error

@@ -31,7 +31,7 @@ def entries_of(fleet: SharingFleet, entries: BlockEntries) -> dict[bytes, tuple[
     found = {}
     for copies in entries.copy(fleet.manager.prefix_cache.take_news().published):
         made = entries.entries_of(copies)
-        for block_hash, (key, data) in zip(copies.block_hashes, made, strict=True):
+        for block_hash, (key, data) in zip(reversed(copies.block_hashes), made, strict=True):
             assert key == entries.key(block_hash)
             assert data is not None
             assert len(data) == entries.num_bytes(copies.kind)

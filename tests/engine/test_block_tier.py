@@ -7,102 +7,36 @@ import os
 import random
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from paged_kv import LLM, SamplingParams, SinkWindow
-from paged_kv.engine import block_reader, block_writer
 from paged_kv.engine.beam_search import BeamSearchParams
 from paged_kv.errors import ConfigError
 from paged_kv.stores.folder_store import FolderStore
 from tests.support.interrupts import Lines
 from tests.support.small_llm import assert_nothing_is_held, tokens_of
+from tests.support.stored_blocks import (
+    GREEDY,
+    MODEL,
+    PROMPT,
+    change_one_row,
+    gemma,
+    open_llm,
+    prompt_of,
+    served,
+    warm_tokens,
+)
 
 ROOT = Path(__file__).parents[2]
 NUM_TRIALS = int(os.environ.get("PAGED_KV_TRIALS", "30"))
 FORMATS = ("native", "int8", "int2", "int2,0=native")
 every_format = pytest.mark.parametrize("kv_format", FORMATS)
-GREEDY = SamplingParams(max_tokens=12)
-
-
-def llama(**options: Any) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-        eos_token_id=None,
-        **options,
-    )
-    torch.manual_seed(1)
-    return LlamaForCausalLM(config).eval()
-
-
-def gemma() -> Gemma3ForCausalLM:
-    """Five of six layers see a window."""
-    config = Gemma3TextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=48,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-        eos_token_id=None,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    torch.manual_seed(2)
-    return Gemma3ForCausalLM(config).eval()
-
-
-MODEL = llama()
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    return [random.Random(seed + 1000 * place).randrange(64) for place in range(length)]
-
-
-PROMPT = prompt_of(700, 1)
-
-
-def open_llm(store: object, model: Any = MODEL, **options: Any) -> LLM:
-    settings = {"kv_format": "native", "num_blocks": 300, "max_num_seqs": 8, "calibration": None}
-    return LLM(model, block_store=store, **{**settings, **options})
-
-
-def served(
-    store: object, prompts: Sequence[list[int]] = (PROMPT,), params: Any = GREEDY, **options: Any
-) -> tuple[list[list[int]], Any, int]:
-    """Tokens of a new engine, its store's figures, and how many prompt tokens it has hit."""
-    with open_llm(store, **options) as llm:
-        tokens = tokens_of(llm.generate(list(prompts), params))
-        assert_nothing_is_held(llm)
-        llm.engine.tier.flush()
-        return tokens, llm.block_store_statistics(), llm.statistics().num_hit_tokens
-
-
-def warm_tokens(prompts: Sequence[list[int]], params: Any = GREEDY, **options: Any) -> Any:
-    """What an engine answers that has its own cache and no store."""
-    with open_llm(None, **options) as llm:
-        for prompt in prompts:
-            llm.generate([prompt], GREEDY)
-        return tokens_of(llm.generate(list(prompts), params))
 
 
 # -- what comes back ------------------------------------------------------------------------------
@@ -234,13 +168,6 @@ def changed(how: Callable[[LlamaForCausalLM], object]) -> LlamaForCausalLM:
     model = copy.deepcopy(MODEL)
     how(model)
     return model
-
-
-@torch.no_grad()
-def change_one_row(model: LlamaForCausalLM) -> None:
-    """Which samples of the weights do not show."""
-    weight = model.model.layers[1].mlp.down_proj.weight
-    weight[3, 5] += 0.25
 
 
 def change_a_setting(model: LlamaForCausalLM) -> None:
@@ -392,182 +319,11 @@ def block_reader_published(block_hash: bytes, block_id: int) -> Any:
     return PublishedBlock(block_hash, block_id, False, ())
 
 
-# -- stores that fail, and slow ones --------------------------------------------------------------
-
-
-class Fragile:
-    """A store in memory that raises, and takes its time, as it is told."""
-
-    def __init__(self) -> None:
-        self.entries: dict[bytes, bytes] = {}
-        self.failing: set[str] = set()
-        self.seconds = 0.0
-        self.num_gets: dict[bytes, int] = {}
-        self.gate = threading.Event()
-        self.gate.set()
-
-    @contextmanager
-    def standing_still(self) -> Iterator[None]:
-        """Whoever calls it waits meanwhile."""
-        self.gate.clear()
-        try:
-            yield
-        finally:
-            self.gate.set()
-
-    def _come(self, name: str) -> None:
-        self.gate.wait()
-        time.sleep(self.seconds)
-        if name in self.failing:
-            raise ConnectionError(f"{name} failed")
-
-    def put(self, key: bytes, data: bytes) -> None:
-        self._come("put")
-        self.entries[key] = data
-
-    def get(self, key: bytes) -> bytes | None:
-        self.num_gets[key] = self.num_gets.get(key, 0) + 1
-        self._come("get")
-        return self.entries.get(key)
-
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        self._come("contains")
-        return [key in self.entries for key in keys]
-
-    def remove(self, key: bytes) -> None:
-        self._come("remove")
-        self.entries.pop(key, None)
-
-
-@pytest.mark.parametrize("failing", ["put", "get", "contains"])
-def test_a_store_that_fails_is_a_store_without_entries(failing, caplog):
-    store = Fragile()
-    served(store)
-    store.failing = {failing}
-    with open_llm(store) as llm:
-        tokens = tokens_of(llm.generate([PROMPT, prompt_of(100, 3)], GREEDY))
-        llm.engine.tier.flush()
-        stats = llm.block_store_statistics()
-    assert tokens == warm_tokens([PROMPT, prompt_of(100, 3)])
-    assert stats.num_failed > 0
-    assert len([r for r in caplog.records if "the block store fails" in r.message]) == 1
-
-
-def test_a_slow_store_holds_up_nobody_but_who_waits_for_it(monkeypatch):
-    monkeypatch.setattr(block_reader, "SECONDS", 600.0)
-    store = Fragile()
-    served(store)
-    with open_llm(store) as llm:
-        other = llm.stream([prompt_of(15, 3)], SamplingParams(max_tokens=300))
-        tokens = [next(other).token_id]
-        known = llm.stream([PROMPT], GREEDY)
-        got: list[int | None] = []
-        thread = threading.Thread(target=lambda: got.extend(e.token_id for e in known))
-        with store.standing_still():
-            thread.start()
-            tokens += [next(other).token_id for _ in range(200)]
-            assert not got
-        tokens += [event.token_id for event in other]
-        thread.join()
-        assert llm.statistics().num_hit_tokens > 600
-    assert [got] == warm_tokens([PROMPT])
-    assert [tokens] == warm_tokens([prompt_of(15, 3)], SamplingParams(max_tokens=300))
-
-
-def test_what_takes_too_long_is_computed(monkeypatch):
-    monkeypatch.setattr(block_reader, "SECONDS", 0.05)
-    monkeypatch.setattr(block_reader, "LATE_SECONDS", 0.05)
-    store = Fragile()
-    served(store)
-    with open_llm(store) as llm, store.standing_still():
-        assert tokens_of(llm.generate([PROMPT], GREEDY)) == warm_tokens([PROMPT])
-        assert llm.statistics().num_hit_tokens == 0
-
-
-def test_requests_that_begin_alike_ask_once(monkeypatch):
-    store = Fragile()
-    served(store)
-    store.seconds = 0.002
-    prompts = [[*PROMPT[: 650 - n], n] for n in range(6)]
-    tokens, _, hit = served(store, prompts=prompts)
-    assert tokens == warm_tokens(prompts)
-    assert hit > 6 * 500
-    assert set(store.num_gets.values()) == {1}
-
-
-def test_who_waits_for_room_asks_when_there_is_some():
-    store = Fragile()
-    served(store)
-    store.num_gets.clear()
-    with open_llm(store, num_blocks=48) as llm:
-        other = llm.stream([prompt_of(200, 7)], SamplingParams(max_tokens=200))
-        next(other)
-        tokens = llm.generate([PROMPT], GREEDY)[0].token_ids
-        assert llm.statistics().num_hit_tokens > 600
-        other.close()
-    assert [tokens] == warm_tokens([PROMPT])
-    assert set(store.num_gets.values()) == {1}
-
-
-def test_more_than_may_wait_is_dropped_and_nobody_waits(monkeypatch):
-    monkeypatch.setattr(block_writer, "MOST_WAITING", 100_000)
-    store = Fragile()
-    with open_llm(store, token_budget=128) as llm:
-        before = llm.generate([PROMPT[:20]], GREEDY)
-        llm.engine.tier.flush()
-        assert before
-        entry_bytes = len(next(iter(store.entries.values())))
-        monkeypatch.setattr(block_reader.BlockReader, "begin", finds_nothing)
-        with store.standing_still():
-            llm.generate([prompt_of(700, 3)], GREEDY)
-            stats = llm.block_store_statistics()
-        llm.engine.tier.flush()
-    assert stats.num_dropped > 0
-    num_kept = len(store.entries) - 1
-    assert num_kept * entry_bytes <= 100_000 + 8 * entry_bytes
-    assert num_kept + stats.num_dropped >= 700 // 16
-
-
-def finds_nothing(reader: block_reader.BlockReader, lookup: block_reader.Lookup) -> None:
-    lookup.is_done = True
-
-
-def test_an_aborted_request_waits_for_nothing():
-    store = Fragile()
-    served(store)
-    with open_llm(store) as llm, store.standing_still():
-        engine = llm.engine
-        engine.add_request("a", PROMPT, GREEDY)
-        assert engine.step() == []
-        assert engine.tier.holds_requests
-        assert engine.abort("a")
-        assert engine.step() == []
-        assert not engine.tier.holds_requests
-        assert_nothing_is_held(llm)
-
-
-def test_what_was_looked_for_before_a_change_of_weights_is_not_taken():
-    model, store = copy.deepcopy(MODEL), Fragile()
-    served(store, model=model)
-    with open_llm(store, model=model) as llm:
-        engine, tokens = llm.engine, list[int]()
-        with store.standing_still():
-            engine.add_request("a", PROMPT, GREEDY)
-            assert engine.step() == []
-            change_one_row(model)
-            llm.reset_prefix_cache()
-        while engine.has_unfinished:
-            tokens += [update.token_id for update in engine.step()]
-        assert llm.statistics().num_hit_tokens == 0
-        assert_nothing_is_held(llm)
-    assert [tokens] == warm_tokens([PROMPT], model=model)
-
-
 # -- several engines, and exceptions --------------------------------------------------------------
 
 SERVING = """
 import sys
-from tests.engine.test_block_tier import GREEDY, PROMPT, open_llm
+from tests.support.stored_blocks import GREEDY, PROMPT, open_llm
 for _ in range(2):
     with open_llm(sys.argv[1]) as llm:
         for n in (700, 400, 555):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fakeredis
+import fsspec
 import pytest
 
 from paged_kv import ConfigError, MissingDependencyError
@@ -133,7 +135,7 @@ def test_a_folder_is_its_owners_alone(tmp_path):
     with pytest.raises(ConfigError, match="is a symbolic link"):
         FolderStore(tmp_path / "link", 1000)
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="file is no folder"):
         FolderStore(tmp_path / "file", 1000)
 
 
@@ -161,6 +163,44 @@ def test_a_file_that_was_cut_off_is_no_entry_and_goes_in_time(tmp_path):
     for number in range(3, 13):
         store.put(key_of(number), bytes(100))
     assert not part.exists()
+
+
+def test_a_smaller_limit_holds_at_once(tmp_path):
+    for number in range(10):
+        FolderStore(tmp_path, 10_000).put(key_of(number), bytes(1000))
+    FolderStore(tmp_path, 3000)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3000
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path):
+    store = FolderStore(tmp_path / "store", 10_000)
+    shutil.rmtree(store.path)
+    assert store.get(key_of(0)) is None
+    store.put(key_of(0), b"data")
+    assert store.get(key_of(0)) == b"data"
+
+
+def test_what_is_no_file_is_no_entry(tmp_path):
+    store = FolderStore(tmp_path, 3000)
+    store._path(key_of(0)).mkdir()
+    os.mkfifo(store._path(key_of(1)))
+    assert store.contains([key_of(0), key_of(1)]) == [False, False]
+    assert store.get(key_of(0)) is store.get(key_of(1)) is None
+    for number in range(2, 20):
+        store.put(key_of(number), bytes(500))
+    assert store.contains([key_of(19)]) == [True]
+
+
+def test_objects_of_others_are_left_alone(tmp_path):
+    url = memory_url(tmp_path)
+    store, others = open_store(url, 1000), open_store(f"{url}/others", 1000)
+    others.put(key_of(0), bytes(900))
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"/{url.removeprefix('memory://')}/theirs.kv", bytes(900))
+    for number in range(1, 20):
+        store.put(key_of(number), bytes(500))
+    assert others.get(key_of(0)) == bytes(900)
+    assert memory.exists(f"/{url.removeprefix('memory://')}/theirs.kv")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -226,6 +266,8 @@ def test_a_path_is_a_folder_and_a_url_what_it_names(tmp_path, monkeypatch):
     assert isinstance(store, FolderStore)
     store.put(key_of(0), b"data")
     assert open_store(f"file://{tmp_path}/a%20b").get(key_of(0)) == b"data"
+    assert open_store(f"FILE://localhost{tmp_path}/a%20b").get(key_of(0)) == b"data"
+    assert isinstance(open_store(f"local://{tmp_path}/a%20b"), FolderStore)
     assert isinstance(open_store(memory_url(tmp_path)), FsspecStore)
     assert isinstance(open_store("redis://localhost:1/0"), RedisStore)
     monkeypatch.chdir(tmp_path)
@@ -240,6 +282,15 @@ def test_a_path_is_a_folder_and_a_url_what_it_names(tmp_path, monkeypatch):
         (7, "a folder or a url, got 7"),
         ("nothing://x/y", "cannot be at 'nothing://x/y'"),
         ("redis://host:port/0", "cannot be at 'redis://host:port/0'"),
+        ("redis://me:secret@host:port/0", "cannot be at 'redis://host:port/0'"),
+        ("nothing://me:secret@x/y", "cannot be at 'nothing://x/y'"),
+        ("file://kv/x", "cannot be at 'file://kv/x': a folder's url has three slashes"),
+        ("file:kv", "begins with file://, got 'file:kv'"),
+        ("REDIS:/x", "begins with redis://, got 'REDIS:/x'"),
+        ("://x", "cannot be at '://x': its url has no scheme"),
+        ("~nobody-of-this-name/x", "'~nobody-of-this-name/x' cannot be a folder"),
+        ("a\0b", "cannot be a folder that only we write to: embedded null byte"),
+        (__file__, "test_stores.py is no folder"),
     ],
 )
 def test_what_cannot_be_opened_is_named(where, message):
