@@ -91,3 +91,5 @@ def test_options_of_serve_pass_through() -> None:
     assert config.autoscaling_config.max_replicas == 5
     with pytest.raises(ConfigError, match="kv_fromat: "):
         build_app({"kv_fromat": "int2"})
+    with pytest.raises(ConfigError, match=r"deployment: .*nosuch.*, got \{'nosuch': 3\}"):
+        build_app({"deployment": {"nosuch": 3}})

@@ -7,6 +7,7 @@ from typing import Any, Final
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from ...errors import ConfigError
 from .deployments import EndpointDeployment, ReplicaDeployment
 from .options import FleetOptions
 
@@ -23,16 +24,21 @@ def application_of(options: FleetOptions) -> serve.Application:
     scaled: dict[str, Any] = {"num_replicas": options.num_replicas or 1}
     if "autoscaling_config" in options.deployment:
         scaled = {}
-    replicas = serve.deployment(
-        name=REPLICAS,
-        max_ongoing_requests=options.max_ongoing_requests,
-        request_router_config=RequestRouterConfig(
-            request_router_class=ROUTER,
-            request_router_kwargs={"fleet": fleet, "policy": options.policy},
-        ),
-        **scaled,
-        **options.deployment,
-    )(ReplicaDeployment)
+    router = RequestRouterConfig(
+        request_router_class=ROUTER,
+        request_router_kwargs={"fleet": fleet, "policy": options.policy},
+    )
+    try:
+        replicas = serve.deployment(
+            name=REPLICAS,
+            max_ongoing_requests=options.max_ongoing_requests,
+            request_router_config=router,
+            **scaled,
+            **options.deployment,
+        )(ReplicaDeployment)
+    except (TypeError, ValueError) as error:  # Ray's own checks, some of them of several lines
+        told = " ".join(str(error).split())
+        raise ConfigError(f"deployment: {told}, got {options.deployment!r}") from error
     endpoint = serve.deployment(
         name=ENDPOINT,
         num_replicas=options.num_endpoints,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ...engine.config import EngineConfig
 from ...entrypoints.llm import LLM
 from ...entrypoints.server.settings import (
     DEFAULT_MAX_REQUESTS,
@@ -16,11 +18,12 @@ from ...entrypoints.server.settings import (
     ServerSettings,
 )
 from ...errors import ConfigError
-from ...models.loading import DEMO_MODEL
+from ...models.loading import DEMO_MODEL, parse_dtype
 from .fleet import BY_BLOCKS, POLICIES
 
 # What an `LLM` takes and text can say.
 NOT_TEXT: Final = {"self", "model", "tokenizer", "speculation", "sink_window", "record_events"}
+ENGINE_KEYWORDS: Final = {field.name for field in dataclasses.fields(EngineConfig)}
 LLM_KEYWORDS: Final = frozenset(inspect.signature(LLM.__init__).parameters) - NOT_TEXT
 TEXTS: Final = {"model", "served_model_name", "release", "policy"}
 # What the application says of its engines' deployment.
@@ -95,7 +98,10 @@ def known(given: dict[str, Any], names: frozenset[str], what: str) -> dict[str, 
 
 
 def read_options(arguments: Mapping[str, Any]) -> FleetOptions:
-    """Fields, and keywords of `LLM` beside them. Raises `ConfigError` for what cannot be."""
+    """Fields, and keywords of `LLM` beside them. Raises `ConfigError` for what cannot be, whatever
+    the model is."""
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"an application is told by a mapping of names, got {arguments!r}")
     fields: dict[str, Any] = {}
     llm: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -113,7 +119,17 @@ def read_options(arguments: Mapping[str, Any]) -> FleetOptions:
         raise ConfigError(
             f"num_replicas {options.num_replicas} and an autoscaling_config: give one of them"
         )
+    check_engine(options.llm)
     return options
+
+
+def check_engine(llm: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` now, rather than in replicas that are started again and again."""
+    settings = {name: llm[name] for name in ENGINE_KEYWORDS & llm.keys()}
+    if "kv_dtype" in settings:
+        settings["kv_dtype"] = parse_dtype(settings["kv_dtype"], "kv_dtype")
+    EngineConfig(**settings)
+    parse_dtype(llm.get("dtype"))
 
 
 def read_value(value: Any) -> Any:
