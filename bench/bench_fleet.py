@@ -325,6 +325,11 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     sizes = QUICK if arguments.quick else Sizes()
+    for name in ("seeds", "workers"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.seconds is not None and not 1 <= arguments.seconds <= 86_400:
+        parser.error(f"--seconds must be from 1 to 86400, got {arguments.seconds:g}")
     if arguments.seeds is not None:
         sizes = sizes._replace(seeds=arguments.seeds)
     if arguments.seconds is not None:

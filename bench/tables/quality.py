@@ -81,6 +81,21 @@ def own_formats(reports: Reports) -> str:
     return table(("format", "bytes", "KL, mnat", "same first choice"), lines)
 
 
+def first_tokens(reports: Reports) -> str:
+    report = reports["quality_first_tokens"]
+    lines = []
+    for case in ("int8", "int8/0"):
+        cells = [f"`{case}`"]
+        for length in (512, 2048):
+            books = [book.replace("2048", str(length)) for book in BOOKS]
+            found = (report.value(f"{case}, {book}", DIVERGENCE) for book in books)
+            held = report.value(case, f"the same, of {length} tokens with head and tail")
+            cells += [" / ".join(map(brief, found)), f"{held:.0f}"]
+        lines.append(tuple(cells))
+    head = ("", "KL, mnat, of 512 tokens", "bytes held", "of 2048 tokens", "bytes held")
+    return table(head, lines)
+
+
 def recall(reports: Reports) -> str:
     report = reports["quality_recall"]
     by_count: dict[int, list[str]] = {}

@@ -52,3 +52,21 @@ def gain(reports: Reports) -> str:
         f"In 160 MiB `int8`, `int4` and `int2` decode {between(gains)} times the tokens a second "
         "of vLLM's own cache."
     )
+
+
+def budget(reports: Reports) -> str:
+    report = reports["vllm_budget"]
+    lines = []
+    for name in ("vLLM auto", "native", "int8", "int8/0", "int2"):
+        case = f"budget, {name}"
+        cells = [name if name.startswith("vLLM") else f"`{name}`"]
+        for metric, form in (
+            ("running side by side", "{:.0f}"),
+            ("side by side, mean", "{:.1f}"),
+            ("throughput", "{:.0f}"),
+            ("first token", "{:.0f}"),
+        ):
+            cells.append(form.format(report.value(case, metric)))
+        lines.append(tuple(cells))
+    head = ("", "requests side by side, most", "mean", "tokens/s", "first token, s")
+    return table(head, lines)

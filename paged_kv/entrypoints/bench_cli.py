@@ -19,7 +19,7 @@ from .bench_options import REPEATS, add_workload, check_workload, workload_of
 from .llm_options import add_memory, load_llm
 from .progress import WorkBar
 from .quality_cli import add_measuring, evaluate, set_threads
-from .result_file import explained
+from .result_file import explained, require_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -166,18 +166,6 @@ def run_bench(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         draw(report, arguments.plot, SHOWN[arguments.what], BOUND)
     return 0
-
-
-def require_writable(path: Path) -> None:
-    """Before anything is measured: that a file can be there, whatever is there now stays."""
-    from ..benchmarks.report import unfinished_of
-
-    with explained("write", path):
-        if path.is_dir() or not path.name:
-            raise ConfigError(f"cannot write {str(path)!r}: it is a folder")
-        trial = unfinished_of(path)
-        trial.touch()
-        trial.unlink()
 
 
 def show(report: dict[str, Any]) -> None:

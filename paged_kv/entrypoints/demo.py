@@ -27,6 +27,7 @@ from ..models.calibration import usual_calibration
 from ..models.huggingface import PagedModel
 from ..models.loading import DEMO_MODEL, load_model, load_tokenizer
 from ..units import format_memory
+from ..validation import require_count
 from .llm import LLM
 from .outputs import RequestOutput
 
@@ -51,6 +52,7 @@ NUM_SHOWN: Final = 3
 NUM_CHARACTERS_SHOWN: Final = 400
 TOKENS_PER_TEACHER_STEP: Final = 4
 NUM_TURNS: Final = 3
+MOST_TOKENS: Final = 960  # of the model's 1024 places
 CAPTION: Final = (
     "tokens/s: median of three turns; the model is so small that most of a step is neither "
     "attention nor cache, so it does not say which format is faster on a model of yours. "
@@ -98,12 +100,13 @@ def run_formats(
         for llm in llms.values():
             llm.generate(demo_prompts(), SamplingParams(max_tokens=2), show_progress=False)
         for turn in range(NUM_TURNS):
-            show(f"turn {turn + 1} of {NUM_TURNS}: {', '.join(llms)}")
+            show(f"turn {turn + 1} of {NUM_TURNS}")
             for name, llm in llms.items():
                 started = time.perf_counter()
                 outputs = llm.generate(demo_prompts(), params)
                 seconds = time.perf_counter() - started
                 rates[name].append(sum(len(output.token_ids) for output in outputs) / seconds)
+                show(f"  {name}: {seconds:.1f} s")
                 runs[name] = FormatRun(
                     outputs=outputs,
                     tokens_per_second=median(rates[name]),
@@ -131,7 +134,11 @@ def compare_on(outputs: Sequence[RequestOutput]) -> list[Quality]:
 
 
 def run_demo(max_tokens: int, console: Console) -> None:
-    """Decode the prompts in every format, then print the table and a few continuations."""
+    """Decode the prompts in every format, then print the table and a few continuations.
+
+    Raises `ConfigError` for more tokens than the model knows places of.
+    """
+    require_count("--max-tokens", max_tokens, most=MOST_TOKENS)
     params = [
         SamplingParams(
             temperature=0.7, top_p=0.9, seed=seed, max_tokens=max_tokens, ignore_eos=True

@@ -277,7 +277,7 @@ class LLM:
         `PrefilledPrompt`, with the same `params`: with a seed, or greedy, its tokens are those that
         this process would have gone on with. Raises as `generate` does.
         """
-        departure, params = Departure(), SamplingParams() if params is None else params
+        departure, (params,) = Departure(), as_params(params, 1)
         token_ids = self.check(prompt, params, priority, departure)
         assembler = OutputAssembler([prompt], [token_ids], [params])
         for event in self._run([token_ids], [params], [priority], [departure]):

@@ -17,11 +17,12 @@ from ..errors import InvalidRequestError
 from ..units import parse_memory
 from ..validation import MAX_COUNT
 from .progress import WorkBar
-from .result_file import explained
+from .result_file import explained, require_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..blocks.geometry import IntArray
     from ..engine.format_choice import Sensitivity
     from ..models.attached_model import AttachedModel
     from ..models.calibration import Calibration
@@ -111,7 +112,10 @@ def read_text(path: Path | None) -> str | None:
     if path is None:
         return None
     with explained("read", path):
-        return path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        raise InvalidRequestError(f"{str(path)!r} holds no text")
+    return text
 
 
 def find_calibration(
@@ -131,7 +135,7 @@ def find_calibration(
 
 
 def run_calibrate(arguments: argparse.Namespace) -> int:
-    from ..engine.format_choice import bytes_by_layer, require_budget
+    from ..engine.format_choice import bytes_by_layer, require_budget, require_sealed
     from ..models.calibration import calibrate_on_text
 
     for name in ("formats", "tokens"):
@@ -140,35 +144,40 @@ def run_calibrate(arguments: argparse.Namespace) -> int:
     kv_formats = [resolve_format(name) for name in arguments.formats or CANDIDATES]
     budget = None if arguments.budget is None else parse_memory(arguments.budget, "--budget")
     require_counts(arguments, tokens=2, threads=1)
+    require_writable(arguments.output)
     text = read_text(arguments.text)
     set_threads(arguments.threads)
     model, tokenizer = load(arguments, widens=budget is not None)
+    windows = first_window(tokenizer, text, arguments.tokens or MEASURED_TOKENS)
     if budget is not None:
         require_budget(budget, bytes_by_layer(model, kv_formats))
+        for each in kv_formats:
+            require_sealed(model, each, windows.shape[1] - 1)
     calibration = calibrate_on_text(model, tokenizer, text)
     calibration.save(arguments.output)
     if budget is not None:
-        num_tokens = arguments.tokens or MEASURED_TOKENS
-        sensitivity = measure(model, tokenizer, calibration, kv_formats, text, num_tokens)
-        tell_choice(sensitivity, budget)
+        tell_choice(measure(model, windows, calibration, kv_formats), budget)
     return 0
+
+
+def first_window(tokenizer: PreTrainedTokenizerBase, text: str | None, num_tokens: int) -> IntArray:
+    """[1, so many]: the first tokens of the text, or of the library's own."""
+    from ..engine.evaluate import token_windows
+    from ..models.calibration import TEXT, encode
+
+    token_ids = encode(tokenizer, TEXT.read_text(encoding="utf-8") if text is None else text)
+    return token_windows(token_ids, min(num_tokens, len(token_ids)), None)[:1]
 
 
 def measure(
     model: AttachedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    windows: IntArray,
     calibration: Calibration,
     kv_formats: Sequence[KVFormat],
-    text: str | None,
-    num_tokens: int,
 ) -> Sensitivity:
-    """What each format changes in each layer, on the first tokens of the text."""
-    from ..engine.evaluate import token_windows
+    """What each format changes in each layer."""
     from ..engine.format_choice import measure_layers
-    from ..models.calibration import TEXT, encode
 
-    token_ids = encode(tokenizer, TEXT.read_text(encoding="utf-8") if text is None else text)
-    windows = token_windows(token_ids, min(num_tokens, len(token_ids)), None)[:1]
     with WorkBar("layers measured", len(model.layer_shapes)) as bar:
         return measure_layers(
             model,
@@ -219,6 +228,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
     from .evaluation import write_json
 
+    if arguments.json is not None:
+        require_writable(arguments.json)
     evaluation = evaluate(arguments, arguments.json)
     with explained("write", "standard output"):
         Console().print(evaluation.table())

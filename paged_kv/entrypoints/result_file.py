@@ -21,7 +21,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias
 
-from ..errors import InvalidRequestError, PagedKVError
+from ..errors import ConfigError, InvalidRequestError, PagedKVError
 from .request_lines import encode_json
 
 if sys.platform != "win32":
@@ -305,3 +305,13 @@ def explained(action: str, path: Path | str) -> Iterator[None]:
         raise  # nobody is there to be told
     except OSError as error:
         raise PagedKVError(f"cannot {action} {str(path)!r}: {error.strerror}") from error
+
+
+def require_writable(path: Path) -> None:
+    """Before anything is computed: that a file can be there, whatever is there now stays."""
+    with explained("write", path):
+        if path.is_dir() or not path.name:
+            raise ConfigError(f"cannot write {str(path)!r}: it is a folder")
+        trial = path.with_name(f".{path.name}.{os.getpid()}.trial")
+        trial.touch()
+        trial.unlink()

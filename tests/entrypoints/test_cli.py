@@ -222,6 +222,12 @@ def test_demo_prints_a_row_for_every_format(capsys: pytest.CaptureFixture[str]) 
         assert name in out
 
 
+def test_a_demo_of_more_tokens_than_the_model_has_places_for_is_refused(capsys):
+    code, out, err = run(capsys, "demo", "--max-tokens", "100000")
+    assert (code, out) == (2, "")
+    assert "--max-tokens must be at most 960, got 100000" in err
+
+
 def test_a_window_makes_streams(capsys: pytest.CaptureFixture[str]) -> None:
     """Beyond the length that the model is given, with and without a number of sinks."""
     options = ["--max-model-len", "64", "--max-tokens", "200", "--ignore-eos", "--kv-format"]

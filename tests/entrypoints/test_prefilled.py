@@ -14,6 +14,7 @@ from paged_kv import (
     LLM,
     AsyncLLM,
     BeamSearchParams,
+    ConfigError,
     InvalidRequestError,
     PrefilledPrompt,
     SamplingParams,
@@ -159,6 +160,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_queued(make_llm):
         other.generate(prefilled, params_of(cache_salt="a"))
     with pytest.raises(InvalidRequestError, match="not computed once more"):
         llm.prefill(prefilled, params_of())
+    with pytest.raises(ConfigError, match=r"params must be SamplingParams, got \{'n': 1\}"):
+        llm.prefill(PROMPT, {"n": 1})
 
 
 @pytest.mark.parametrize(
@@ -193,8 +196,15 @@ def test_an_exported_sequence_in_the_middle_of_its_prompt_is_no_prompt(make_llm)
     manager = llm.engine.manager
     seq_id = manager.add_sequence(manager.chain_tokens(PROMPT))
     data = export_sequence(llm.engine.cache, manager, seq_id)
-    manager.remove_sequence(seq_id)
     with pytest.raises(TransferError, match="0 computed tokens and 300 known"):
+        PrefilledPrompt(data)
+    for arena in llm.engine.cache.arenas:
+        arena.zero_()
+    plan = manager.reserve([seq_id], [128])
+    manager.commit(plan)
+    data = export_sequence(llm.engine.cache, manager, seq_id)
+    manager.remove_sequence(seq_id)
+    with pytest.raises(TransferError, match="128 computed tokens and 300 known"):
         PrefilledPrompt(data)
 
 

@@ -13,6 +13,7 @@ from paged_kv import LLM, SamplingParams
 from paged_kv.cache.layer_formats import resolve_formats
 from paged_kv.cache.layer_groups import block_bytes
 from paged_kv.cache.layer_spec import usual_kv_dtype
+from paged_kv.entrypoints import quality_cli
 from paged_kv.entrypoints.cli import main
 from paged_kv.entrypoints.demo import MODEL_FOLDER
 from paged_kv.entrypoints.kept_results import KeptResults
@@ -147,6 +148,31 @@ def test_too_few_tokens_to_seal_anything_are_refused(tmp_path, capsys):
     assert (
         "150 tokens say too little of int2-long, whose blocks hold 128" in capsys.readouterr().err
     )
+    assert not (tmp_path / "found").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("eval", "--json", "no/where.json"),
+        ("eval", "--json", "folder"),
+        ("calibrate", "--output", "no/where"),
+        ("calibrate", "--output", "folder"),
+        ("eval", "--text", "empty"),
+        ("calibrate", "--output", "found", "--text", "empty"),
+    ],
+)
+def test_files_that_cannot_be_are_named_before_a_model_is_loaded(
+    tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").write_text(" \n")
+    monkeypatch.setattr(quality_cli, "load", lambda *_, **__: pytest.fail("loaded"))
+    name, *options = command
+    assert main([name, str(MODEL_FOLDER), *options]) == 2
+    assert repr(options[-1]) in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "folder"]
 
 
 def test_formats_are_chosen_within_a_budget(tmp_path, capsys):

@@ -19,6 +19,8 @@ OnePrompt: TypeAlias = str | list[int]
 
 def as_prompts(given: Any) -> list[OnePrompt]:
     """Text, token ids, or a list of these; ids are no bool and no float."""
+    if given in ("", []):
+        raise Refusal("prompt is empty", param="prompt")
     prompts = [given] if is_prompt(given) else given
     if not isinstance(prompts, list) or not prompts or not all(map(is_prompt, prompts)):
         raise Refusal(
