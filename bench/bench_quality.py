@@ -30,7 +30,16 @@ from training.train_demo_model import read_book
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from paged_kv.blocks.geometry import IntArray
-from paged_kv.cache.formats import FORMATS, INT2, INT2_LONG, INT4, INT8, NATIVE, KVFormat
+from paged_kv.cache.formats import (
+    FORMATS,
+    INT2,
+    INT2_LONG,
+    INT4,
+    INT8,
+    INT8_TOKEN,
+    NATIVE,
+    KVFormat,
+)
 from paged_kv.cache.key_calibration import KeyCalibration
 from paged_kv.cache.layer_spec import cache_geometry, usual_kv_dtype
 from paged_kv.engine.evaluate import Quality, compare_formats
@@ -47,6 +56,7 @@ CHUNK = 256  # tokens whose logits are held at once
 CONTROLS: dict[str, KVFormat] = {
     "int2, no clip": INT2.with_options(key_clip=1.0, value_clip=1.0),
     "int8/0": INT8.with_options(num_sink_tokens=0),
+    "int8-token@64/0": INT8_TOKEN.with_options(block_size=64, num_sink_tokens=0),
     "int2, no head": INT2.with_options(num_sink_tokens=0),
     "int2, no tail": INT2.with_options(min_tail_tokens=0),
     "int2, no feedback": INT2.with_options(has_error_feedback=False),
