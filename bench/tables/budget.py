@@ -1,10 +1,11 @@
-"""What a fixed budget of memory buys: a report of `paged-kv bench throughput`."""
+"""What a fixed budget of memory buys: reports of `paged-kv bench throughput`."""
 
 from __future__ import annotations
 
 from tables.report import Report, Reports, table
 
 FORMATS = ("native", "int8", "int2")
+BY_TOKEN = "int8-token@64/0"  # in a run of its own, beside native
 CASE = "lognormal"
 
 
@@ -29,4 +30,6 @@ def served(reports: Reports) -> str:
         *("format", "sequences at once, while others wait", "output tokens/s", "preemptions"),
         *("first token, s", "between tokens, ms"),
     )
-    return table(head, [line(report, name) for name in FORMATS])
+    lines = [line(report, name) for name in FORMATS]
+    lines.insert(2, line(reports["budget_by_token"], BY_TOKEN))
+    return table(head, lines)

@@ -84,7 +84,7 @@ def own_formats(reports: Reports) -> str:
 def first_tokens(reports: Reports) -> str:
     report = reports["quality_first_tokens"]
     lines = []
-    for case in ("int8", "int8/0"):
+    for case in ("int8", "int8/0", "int8-token@64/0"):
         cells = [f"`{case}`"]
         for length in (512, 2048):
             books = [book.replace("2048", str(length)) for book in BOOKS]
