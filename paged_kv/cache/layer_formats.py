@@ -38,8 +38,9 @@ class LayerFormats:
     @property
     def name(self) -> str:
         """As a string that means the same, where all formats have the names of known ones."""
-        names = [] if self.default is None else [self.default.name]
-        return ",".join([*names, *(f"{layer}={each.name}" for layer, each in self.others)])
+        names = [] if self.default is None else [sized_name(self.default, [self.default])]
+        others = (f"{layer}={sized_name(each, [each])}" for layer, each in self.others)
+        return ",".join([*names, *others])
 
     def of(self, num_layers: int, *, num_sink_tokens: int = 0) -> list[KVFormat]:
         """The format of each of so many layers, with sizes that one block table can serve.
@@ -132,12 +133,19 @@ def formats_name(formats: Sequence[KVFormat]) -> str:
     """What is stored in all of these layers, as `resolve_formats` reads it, blocks as large and as
     many first tokens kept."""
     quantized = [each for each in formats if not each.is_native]
-    known = [FORMATS[each.name] for each in quantized if each.name in FORMATS]
-    block, sinks = "", ""
-    if known and quantized[0].block_size > max(each.block_size for each in known):
-        block = f"@{quantized[0].block_size}"
-    if known and quantized[0].num_sink_tokens != max(each.num_sink_tokens for each in known):
-        sinks = f"/{quantized[0].num_sink_tokens}"
-    names = [each.name if each.is_native else f"{each.name}{block}{sinks}" for each in formats]
+    names = [sized_name(each, quantized) for each in formats]
     most = Counter(names).most_common(1)[0][0]
     return ",".join([most, *(f"{n}={name}" for n, name in enumerate(names) if name != most)])
+
+
+def sized_name(kv_format: KVFormat, beside: Sequence[KVFormat]) -> str:
+    """A format's name, with its sizes where they are not the largest that the formats beside it,
+    itself included, have by their names."""
+    known = [FORMATS[each.name] for each in beside if each.name in FORMATS]
+    if kv_format.is_native or not known:
+        return kv_format.name
+    block_size = max(each.block_size for each in known)
+    num_sinks = max(each.num_sink_tokens for each in known)
+    block = f"@{kv_format.block_size}" if kv_format.block_size != block_size else ""
+    sinks = f"/{kv_format.num_sink_tokens}" if kv_format.num_sink_tokens != num_sinks else ""
+    return f"{kv_format.name}{block}{sinks}"

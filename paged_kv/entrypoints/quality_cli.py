@@ -148,8 +148,8 @@ def run_calibrate(arguments: argparse.Namespace) -> int:
     text = read_text(arguments.text)
     set_threads(arguments.threads)
     model, tokenizer = load(arguments, widens=budget is not None)
-    windows = first_window(tokenizer, text, arguments.tokens or MEASURED_TOKENS)
     if budget is not None:
+        windows = first_window(tokenizer, text, arguments.tokens or MEASURED_TOKENS)
         require_budget(budget, bytes_by_layer(model, kv_formats))
         for each in kv_formats:
             require_sealed(model, each, windows.shape[1] - 1)

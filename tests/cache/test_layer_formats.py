@@ -55,7 +55,9 @@ def test_first_tokens_may_be_quantized_too():
     both = INT8.with_options(block_size=128, num_sink_tokens=0)
     assert resolve_formats("int8@128/0") == LayerFormats(both)
     assert {each.num_sink_tokens for each in resolve_formats("int8/0,1=int2").of(2)} == {4}
-    for name in ("int8/0", "int8@128/0", "int8/0,1=int2/0,2=native", "int2/40"):
+    names = ("int8/0", "int8@128/0", "int8/0,1=int2/0,2=native", "int2/40", "int8-token@64/0")
+    for name in names:
+        assert resolve_formats(name).name == name
         formats = resolve_formats(name).of(3)
         assert formats_name(formats) == name
         assert resolve_formats(formats_name(formats)).of(3) == formats
