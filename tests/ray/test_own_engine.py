@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -82,6 +83,39 @@ def test_what_is_wrong_is_refused_once(url: str) -> None:
     assert answer.status_code == 400
     assert "token id 70000 is outside the vocabulary" in answer.json()["error"]["message"]
     assert statistics(url)["lost_attempts"] == before
+
+
+def test_replicas_come_with_load_and_go_without_it(
+    url: str, asks: list[Ask], expected: list[list[int]]
+) -> None:
+    scaling = {
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "target_ongoing_requests": 4,
+        "metrics_interval_s": 0.5,
+        "look_back_period_s": 1,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 2,
+    }
+    deploy(num_replicas=None, num_blocks=128, deployment={"autoscaling_config": scaling})
+    await_replicas(1)
+    under_load: list[str] = []
+    outcome = disturbed(
+        url, asks * 4, expected * 4, at=200, disturb=lambda: under_load.extend(replica_names())
+    )
+    assert (outcome.num_lost, outcome.num_wrong) == (0, 0), outcome.faults
+    assert len(under_load) == 2
+    assert {name.rpartition("#")[2] for name in under_load} <= set(statistics(url)["replicas"])
+    await_replicas(1)
+    outcome = disturbed(url, asks[:8], expected[:8], at=8, disturb=lambda: None)
+    assert (outcome.num_lost, outcome.num_wrong) == (0, 0), outcome.faults
+
+
+def await_replicas(count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(replica_names()) != count:
+        assert time.monotonic() < deadline, replica_names()
+        time.sleep(0.2)
 
 
 def test_options_of_serve_pass_through() -> None:

@@ -31,9 +31,14 @@ def config() -> LLMConfig:
             "max_model_len": 1024,
             "kv_cache_memory_bytes": 64 << 20,
             "enforce_eager": True,
+            "tensor_parallel_size": 2,
         },
         deployment_config={
-            "num_replicas": 1,
+            "autoscaling_config": {
+                "min_replicas": 1,
+                "max_replicas": 2,
+                "target_ongoing_requests": 32,
+            },
             "request_router_config": {
                 "request_router_class": "ray.serve.llm.request_router.PrefixCacheAffinityRouter"
             },
@@ -75,7 +80,7 @@ def test_an_answer_is_that_of_our_own_engine(url):
 
 
 def test_the_log_says_the_format(url, cluster):
-    said = "paged_kv: format int2, 84.0 bytes a token and layer (1024 in vLLM's own cache)"
+    said = "paged_kv: format int2, 42.0 bytes a token and layer (512 in vLLM's own cache)"
     logs = [path.read_text(errors="replace") for path in cluster.glob("worker-*")]
     assert any(said in log for log in logs)
 
