@@ -23,6 +23,7 @@ VERSIONS_OF = {
     "mutants": (),
     "ptx": ("triton",),
     "ray_serve": ("torch", "transformers", "numba", "ray"),
+    "ray_vllm": ("torch", "transformers", "vllm", "ray"),
     "soak_block_manager": ("numpy", "numba"),
 }
 

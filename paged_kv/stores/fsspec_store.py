@@ -25,6 +25,7 @@ class FsspecStore:
 
     Beyond `max_bytes` the oldest objects are removed: object stores do not know what was read. A
     store that many write to is better kept small by a rule of its own, as a bucket's lifecycle.
+    Makes the last folder of the url, and never a bucket.
     Raises `ConfigError` for a url that fsspec does not know, `MissingDependencyError` where it, or
     what it needs for this one, is not installed.
     """
@@ -45,8 +46,9 @@ class FsspecStore:
             ) from error
         self._filesystem: Any = filesystem
         self._root: str = root.rstrip("/")
-        with suppress(Exception):  # object stores have no folders; what fails is told by `put`
-            self._filesystem.makedirs(self._root, exist_ok=True)
+        if "/" in self._root.strip("/"):  # or it may be a bucket, which is made by its owner alone
+            with suppress(Exception):  # it is there; or what fails is told by `put`
+                self._filesystem.mkdir(self._root, create_parents=False)
         self._limit = SizeLimit(max_bytes, self._entries, self._remove_path)
 
     def put(self, key: bytes, data: bytes) -> None:

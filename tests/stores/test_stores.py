@@ -16,6 +16,7 @@ from typing import Any
 import fakeredis
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from paged_kv import ConfigError, MissingDependencyError
 from paged_kv.stores.block_store import BlockStore
@@ -201,6 +202,20 @@ def test_objects_of_others_are_left_alone(tmp_path):
         store.put(key_of(number), bytes(500))
     assert others.get(key_of(0)) == bytes(900)
     assert memory.exists(f"/{url.removeprefix('memory://')}/theirs.kv")
+
+
+def test_a_folder_is_made_and_never_a_bucket(tmp_path, monkeypatch):
+    """Filesystems of object stores make the bucket of what they are told to make with parents."""
+    made = []
+    monkeypatch.setattr(
+        MemoryFileSystem,
+        "mkdir",
+        lambda _, path, create_parents=True, **options: made.append((path, create_parents)),
+    )
+    url = memory_url(tmp_path)
+    for where in (url, f"{url}/", f"{url}/folder"):
+        open_store(where, 1000)
+    assert made == [(f"/{url.removeprefix('memory://')}/folder", False)]
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
