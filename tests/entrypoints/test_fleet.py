@@ -91,6 +91,17 @@ def test_too_much_work_outweighs_what_is_cached() -> None:
     assert fleet.choose(order(101, "xyz"), ["a", "b"])[0] == "a"
 
 
+def test_answers_count_more_where_steps_read_more() -> None:
+    fleet = Fleet()
+    for number, name, size in ((1, "a", 1600), (2, "b", 160)):
+        fleet.place(order(number, num_tokens=size), name)
+        fleet.begin(number)
+    assert fleet.choose(order(3, num_tokens=10), ["a", "b"])[0] == "b"
+    assert fleet._replicas["a"].num_answering_tokens == TOKENS_PER_REQUEST + 100
+    fleet.end(1)
+    assert fleet._replicas["a"].num_answering_tokens == 0
+
+
 def test_prompts_that_wait_count_until_their_answers_begin() -> None:
     fleet = Fleet()
     fleet.place(order(1, num_tokens=1000), "a")

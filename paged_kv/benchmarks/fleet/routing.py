@@ -23,13 +23,17 @@ from .replica import Job, Replica
 RING_POINTS: Final = 64  # of each replica
 MOST_LOAD: Final = 1.25  # times the mean, above which the next on the ring takes a request
 AFFINITY_TOKENS: Final = 256  # of a prompt, by which a prefix is known
-ANSWER_TOKENS: Final = 64  # of prompts, that an answer which has begun delays others by
+# What an answer that has begun delays others by, in tokens of prompts: its own, and one for each so
+# many of its prompt, which every step reads.
+ANSWER_TOKENS: Final = 64
+CONTEXT_PER_TOKEN: Final = 16
 
 
 class Placed(NamedTuple):
     """What a request adds to the work of its replica."""
 
     num_tokens: int  # of its prompt, to be computed
+    num_answering_tokens: int  # what it counts as when its answer has begun
     hashes: Sequence[bytes]  # of its blocks that can be shared
 
 
@@ -130,9 +134,9 @@ class BlockAware:
     """The replica where the least is to be done, as `paged_kv.integrations.ray_serve` counts it.
 
     That is twice the prompt tokens that a request would have to compute there, those that others
-    wait for there, and `ANSWER_TOKENS` for each answer that has begun there. A replica has what
-    events say of it and what requests that were sent there will compute. Of equal ones it is the
-    one that was chosen least recently.
+    wait for there, and `ANSWER_TOKENS` and a `CONTEXT_PER_TOKEN`th of its prompt for each answer
+    that has begun there. A replica has what events say of it and what requests that were sent
+    there will compute. Of equal ones it is the one that was chosen least recently.
     """
 
     def __init__(self, seed: int) -> None:
@@ -151,7 +155,7 @@ class BlockAware:
 
         def work(replica: Replica) -> tuple[int, int]:
             there = sum(
-                ANSWER_TOKENS if other.first is not None else placed.num_tokens
+                placed.num_answering_tokens if other.first is not None else placed.num_tokens
                 for other, placed in self._placed.get(replica.number, {}).items()
             )
             to_compute = size - known[replica.number]
@@ -161,7 +165,9 @@ class BlockAware:
         self._num_choices += 1
         self._last_chosen[best.number] = self._num_choices
         its = self._placed.setdefault(best.number, {})
-        its[job] = Placed(size - known[best.number], chain.hashes)
+        its[job] = Placed(
+            size - known[best.number], ANSWER_TOKENS + size // CONTEXT_PER_TOKEN, chain.hashes
+        )
         self._promised.update((best.number, each) for each in chain.hashes)
         return best
 

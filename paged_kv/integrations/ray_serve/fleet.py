@@ -18,8 +18,10 @@ from .order import BlockChanges, Order, PromptBlocks
 BY_BLOCKS: Final = "prefix"
 ROUND_ROBIN: Final = "round_robin"
 POLICIES: Final = (BY_BLOCKS, ROUND_ROBIN)
-# What a request that is being answered delays another one by, in prompt tokens.
+# What a request that is being answered delays another one by, in prompt tokens: its own tokens, and
+# one for each so many of its prompt, which every step reads.
 TOKENS_PER_REQUEST: Final = 64
+CONTEXT_PER_TOKEN: Final = 16
 # What a session's own replica is ahead of others, where none has anything of a prompt.
 TOKENS_PER_SESSION: Final = 256
 
@@ -32,7 +34,7 @@ class Replica:
     cached: set[bytes] = field(default_factory=set)
     promised: Counter[bytes] = field(default_factory=Counter)  # by requests that are there
     num_waiting_tokens: int = 0  # of prompts whose answers have not begun
-    num_answering: int = 0  # requests whose answers have
+    num_answering_tokens: int = 0  # what requests whose answers have count as
     last_chosen: int = 0
 
     def num_cached_tokens(self, blocks: PromptBlocks) -> int:
@@ -47,8 +49,7 @@ class Replica:
     def work_for(self, blocks: PromptBlocks) -> int:
         """What a request adds here, twice because others wait for that too, to what is there."""
         to_compute = blocks.num_tokens - self.num_cached_tokens(blocks)
-        there = self.num_waiting_tokens + TOKENS_PER_REQUEST * self.num_answering
-        return 2 * to_compute + there
+        return 2 * to_compute + self.num_waiting_tokens + self.num_answering_tokens
 
 
 @dataclass(eq=False)
@@ -60,14 +61,19 @@ class Placement:
     num_waiting_tokens: int
     has_begun: bool = False
 
+    @property
+    def num_answering_tokens(self) -> int:
+        return TOKENS_PER_REQUEST + self.blocks.num_tokens // CONTEXT_PER_TOKEN
+
 
 class Fleet:
     """Which replica an order goes to, and what follows from it.
 
     By "prefix" an order goes where the sum is least of twice the prompt tokens that it would have
     to compute there, because they are not cached, of those that orders wait for there, and of
-    `TOKENS_PER_REQUEST` for each order that is being answered there. Of equal ones it is the one
-    that was chosen least recently. By "round_robin" they take turns.
+    `TOKENS_PER_REQUEST` and a `CONTEXT_PER_TOKEN`th of its prompt for each order that is being
+    answered there. Of equal ones it is the one that was chosen least recently. By "round_robin"
+    they take turns.
     """
 
     def __init__(self, policy: str = BY_BLOCKS) -> None:
@@ -168,7 +174,7 @@ class Fleet:
                 placement.has_begun = True
                 replica = self._replicas[placement.replica]
                 replica.num_waiting_tokens -= placement.num_waiting_tokens
-                replica.num_answering += 1
+                replica.num_answering_tokens += placement.num_answering_tokens
 
     def end(self, number: int) -> None:
         """An order is over, however it ended."""
@@ -193,7 +199,7 @@ class Fleet:
             if not replica.promised[block_hash]:
                 del replica.promised[block_hash]
         if placement.has_begun:
-            replica.num_answering -= 1
+            replica.num_answering_tokens -= placement.num_answering_tokens
         else:
             replica.num_waiting_tokens -= placement.num_waiting_tokens
 
