@@ -1739,6 +1739,22 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         ],
     ),
     *faults_in(
+        "paged_kv/stores/fsspec_store.py",
+        "stores/test_stores",
+        [
+            Fault(
+                "a-mistyped-bucket-is-made",
+                "self._filesystem.mkdir(self._root, create_parents=False)",
+                "self._filesystem.mkdir(self._root)",
+            ),
+            Fault(
+                "a-bucket-is-a-folder",
+                'if "/" in self._root.strip("/"):',
+                "if True:",
+            ),
+        ],
+    ),
+    *faults_in(
         "paged_kv/stores/redis_store.py",
         "stores/test_stores",
         [
@@ -1903,6 +1919,33 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
             ),
         ],
     ),
+    # -- who is asked on Ray Serve ----------------------------------------------------------------
+    *faults_in(
+        "paged_kv/integrations/ray_serve/fleet.py",
+        "entrypoints/test_fleet",
+        [
+            Fault(
+                "answers-count-for-nothing",
+                "self.num_waiting_tokens + self.num_answering_tokens",
+                "self.num_waiting_tokens",
+            ),
+            Fault(
+                "prompts-of-answers-count-for-nothing",
+                "return TOKENS_PER_REQUEST + self.blocks.num_tokens // CONTEXT_PER_TOKEN",
+                "return TOKENS_PER_REQUEST",
+            ),
+            Fault(
+                "what-ended-is-promised-for-ever",
+                "                del replica.promised[block_hash]\n",
+                "                pass\n",
+            ),
+            Fault(
+                "an-answer-begins-with-each-reply",
+                "if placement is not None and not placement.has_begun:",
+                "if placement is not None:",
+            ),
+        ],
+    ),
     # -- a fleet on paper -------------------------------------------------------------------------
     *faults_in(
         "paged_kv/benchmarks/fleet/routing.py",
@@ -1912,6 +1955,11 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
                 "who-waits-does-not-count",
                 "return 2 * to_compute + there, self._last_chosen[replica.number]",
                 "return 2 * to_compute, self._last_chosen[replica.number]",
+            ),
+            Fault(
+                "prompts-of-answers-count-for-nothing-on-paper",
+                "ANSWER_TOKENS + size // CONTEXT_PER_TOKEN",
+                "ANSWER_TOKENS",
             ),
             Fault(
                 "evicted-blocks-are-still-there",

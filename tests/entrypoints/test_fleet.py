@@ -108,6 +108,7 @@ def test_prompts_that_wait_count_until_their_answers_begin() -> None:
     assert fleet.choose(order(2, num_tokens=10), ["a", "b"])[0] == "b"
     fleet.begin(1)
     fleet.begin(1)  # again, as each reply does
+    assert fleet._replicas["a"].num_waiting_tokens == 0
     fleet.end(2)
     for number in (3, 4):
         fleet.place(order(number), "b")
