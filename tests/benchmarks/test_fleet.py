@@ -425,6 +425,21 @@ def test_events_say_what_every_cache_has() -> None:
     assert not any(policy._placed.values())
 
 
+def test_what_one_replica_evicts_another_still_has() -> None:
+    one, other = replicas(2)
+    policy = BlockAware(0)
+    stored = BlockStored(
+        block_hash=b"x", parent_hash=b"", token_ids=(1, 2), num_tokens_before=0, block_id=0
+    )
+    for replica in (one, other):
+        policy.follow(replica, [stored])
+    assert policy._who == {b"x": 0b11}
+    policy.follow(one, [BlockRemoved(block_hash=b"x", block_id=0)])
+    assert policy._who == {b"x": 0b10}
+    policy.follow(other, [BlockRemoved(block_hash=b"x", block_id=0)])
+    assert not policy._who
+
+
 class BesideRayServe(BlockAware):
     """Asks what Ray Serve asks, too, and holds both to the same answers."""
 
