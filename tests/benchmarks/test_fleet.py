@@ -280,6 +280,24 @@ def test_a_step_takes_what_it_computes_and_reads() -> None:
     assert (job.first, job.last) == (2.0, 3.0)
 
 
+def test_hits_are_those_of_the_first_start() -> None:
+    one, other = replicas(2)
+    moved, alike = (checks.job_of(number, range(64), 4) for number in range(2))
+    other.add(alike)
+    while other.begin_step() is not None:
+        other.end_step(0.0)
+    one.add(moved)
+    one.begin_step()
+    one.end_step(0.0)
+    assert one.die() == [moved]
+    other.add(moved)
+    while other.begin_step() is not None:
+        other.end_step(0.0)
+    assert moved.request is not None
+    assert moved.request.num_hit_tokens > 0
+    assert moved.num_hit_tokens == 0
+
+
 def test_conversations_hang_on_their_seed_alone() -> None:
     traffic = Traffic(rate=20.0, seconds=60.0, num_prefixes=50, exponent=1.2)
     one, again, other = (list(traffic.conversations(seed)) for seed in (0, 0, 1))
