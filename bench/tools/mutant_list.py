@@ -1940,6 +1940,21 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
                 "                pass\n",
             ),
             Fault(
+                "a-request-goes-back-to-where-it-failed",
+                "(name in order.failed_on, replicas[name].failing_until > now)",
+                "(False, replicas[name].failing_until > now)",
+            ),
+            Fault(
+                "who-fails-at-once-draws-all",
+                "(name in order.failed_on, replicas[name].failing_until > now)",
+                "(name in order.failed_on, False)",
+            ),
+            Fault(
+                "who-has-left-is-placed-again",
+                "if number in self._ended:",
+                "if False:",
+            ),
+            Fault(
                 "an-answer-begins-with-each-reply",
                 "if placement is not None and not placement.has_begun:",
                 "if placement is not None:",

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -464,7 +465,8 @@ class BesideRayServe(BlockAware):
     def __init__(self) -> None:
         super().__init__(0)
         self.theirs = ray_serve.Fleet()
-        self.placed: dict[int, Job] = {}
+        self.placed: dict[int, Job] = {}  # by the number of its latest attempt
+        self.numbers = count()
 
     def choose(self, job: Job, alive: Sequence[Replica]) -> Replica:
         for number, other in self.placed.items():
@@ -472,7 +474,7 @@ class BesideRayServe(BlockAware):
                 self.theirs.begin(number)
         chain = fresh_chain(job, alive[0])
         ends = [alive[0].machine.geometry.link_end(n + 1) for n in range(len(chain.hashes))]
-        number = int(job.name.replace(".", ""))
+        number = next(self.numbers)
         order = Order(
             number=number, prompt_token_ids=[], params=SamplingParams(), known={},
             blocks=PromptBlocks(len(chain.token_ids), chain.hashes, ends),
@@ -486,9 +488,9 @@ class BesideRayServe(BlockAware):
 
     def ended(self, replica: Replica, job: Job) -> None:
         super().ended(replica, job)
-        number = int(job.name.replace(".", ""))
+        (number,) = (number for number, other in self.placed.items() if other is job)
         self.theirs.end(number)
-        self.placed.pop(number, None)
+        del self.placed[number]
 
     def follow(self, replica: Replica, events: Sequence[CacheEvent]) -> None:
         super().follow(replica, events)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import random
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +14,9 @@ import pytest
 from paged_kv import BlockRemoved, BlockStored, CacheCleared, ConfigError, SamplingParams
 from paged_kv.integrations.ray_serve.block_log import BlockLog
 from paged_kv.integrations.ray_serve.fleet import (
+    ENDED_KEPT,
+    FAILING_SECONDS,
+    POLICIES,
     ROUND_ROBIN,
     TOKENS_PER_REQUEST,
     TOKENS_PER_SESSION,
@@ -89,6 +94,38 @@ def test_too_much_work_outweighs_what_is_cached() -> None:
     fleet.end(1)
     fleet.end(100)
     assert fleet.choose(order(101, "xyz"), ["a", "b"])[0] == "a"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_who_has_failed_comes_last(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    fleet = Fleet(policy)
+    has(fleet, "a", "xyz")
+    again = replace(order(1, "xyz"), failed_on=frozenset("a"))
+    assert fleet.choose(again, NAMES)[-1] == "a"
+    fleet.failed("b")
+    assert fleet.choose(again, NAMES) == ["c", "b", "a"]
+    assert fleet.choose(order(2, "uvw"), NAMES)[-1] == "b"
+    fleet.place(order(3, num_tokens=10_000), "a")
+    assert fleet.choose(order(4, num_tokens=10), ["a", "b"]) == ["a", "b"]
+    fleet.end(4)
+    now = FAILING_SECONDS
+    assert fleet.choose(order(5, num_tokens=10), ["a", "b"]) == ["b", "a"]
+
+
+def test_an_order_that_is_over_counts_no_more() -> None:
+    """A router that waits for room asks again, and may do so when the client has left."""
+    fleet = Fleet()
+    fleet.choose(order(1, "xyz"), NAMES)
+    fleet.end(1)
+    fleet.choose(order(1, "xyz"), NAMES)
+    fleet.place(order(1, "xyz"), "a")
+    assert not fleet._placements
+    assert not any(each.promised for each in fleet._replicas.values())
+    for number in range(2, ENDED_KEPT + 10):
+        fleet.end(number)
+    assert len(fleet._ended) == ENDED_KEPT
 
 
 def test_answers_count_more_where_steps_read_more() -> None:

@@ -164,6 +164,27 @@ def test_a_replica_that_is_closed_hands_its_requests_on(
     assert found == expected(make_llm(), [request for request, _ in results])
 
 
+def test_a_replica_that_fails_at_once_does_not_draw_all_requests(
+    with_fleet: Callable[..., Any], make_llm: MakeLLM, prompts: list[list[int]]
+) -> None:
+    """It is always idle, so that by work alone each attempt would go there."""
+
+    async def use(engine: FleetEngine, calls: LocalCalls) -> Any:
+        await calls.alive["replica 0"].engine.close()
+        results = []
+        for _ in range(2):
+            tasks = [output_of(engine, each, GREEDY) for each in [*prompts, *prompts]]
+            results += await asyncio.gather(*tasks)
+        assert not engine.figures.num_lost_requests
+        there = [name for name, _ in calls.sent].count("replica 0")
+        assert 0 < there <= 2 * len(prompts)  # once, and only of those that came together
+        return results
+
+    results = with_fleet(use)
+    found = [answers(output) for _, output in results]
+    assert found == expected(make_llm(), [request for request, _ in results])
+
+
 def test_a_step_that_fails_is_tried_elsewhere(
     with_fleet: Callable[..., Any], make_llm: MakeLLM, prompts: list[list[int]]
 ) -> None:

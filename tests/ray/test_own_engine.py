@@ -97,7 +97,12 @@ def test_replicas_come_with_load_and_go_without_it(
         "upscale_delay_s": 0.5,
         "downscale_delay_s": 2,
     }
-    deploy(num_replicas=None, num_blocks=128, deployment={"autoscaling_config": scaling})
+    deploy(
+        num_replicas=None,
+        num_blocks=128,
+        max_model_len=256,
+        deployment={"autoscaling_config": scaling},
+    )
     await_replicas(1)
     under_load: list[str] = []
     outcome = disturbed(
@@ -109,6 +114,16 @@ def test_replicas_come_with_load_and_go_without_it(
     await_replicas(1)
     outcome = disturbed(url, asks[:8], expected[:8], at=8, disturb=lambda: None)
     assert (outcome.num_lost, outcome.num_wrong) == (0, 0), outcome.faults
+
+
+def test_another_model_is_read_for_as_soon_as_it_is_there(url: str) -> None:
+    """The replica before, to which 300 tokens are too many, answers until it is replaced."""
+    deploy(num_blocks=128, num_replicas=1)
+    answer = httpx.post(
+        f"{url}/v1/completions", json={"prompt": [300] * 300, "max_tokens": 1}, trust_env=False,
+        timeout=60,
+    )  # fmt: skip
+    assert answer.status_code == 200, answer.text
 
 
 def await_replicas(count: int) -> None:

@@ -14,12 +14,12 @@ from .options import FleetOptions
 REPLICAS: Final = "replicas"
 ENDPOINT: Final = "endpoint"
 ROUTER: Final = f"{__package__}.router.FleetRouter"
+ENDING: Final = ("graceful_shutdown_timeout_s", "graceful_shutdown_wait_loop_s")  # of both
 SPARE: Final = 32  # requests beside those of `max_requests`, which are told so
 
 
 def application_of(options: FleetOptions) -> serve.Application:
     fleet = f"{options.model}/{REPLICAS}"
-    # No more than they depend on: whatever else is changed, they stay.
     given = (options.model, options.llm, options.max_ongoing_requests, options.release)
     scaled: dict[str, Any] = {"num_replicas": options.num_replicas or 1}
     if "autoscaling_config" in options.deployment:
@@ -39,10 +39,12 @@ def application_of(options: FleetOptions) -> serve.Application:
     except (TypeError, ValueError) as error:  # Ray's own checks, some of them of several lines
         told = " ".join(str(error).split())
         raise ConfigError(f"deployment: {told}, got {options.deployment!r}") from error
+    ending = {name: options.deployment[name] for name in ENDING if name in options.deployment}
     endpoint = serve.deployment(
         name=ENDPOINT,
         num_replicas=options.num_endpoints,
         max_ongoing_requests=options.max_requests + SPARE,
         ray_actor_options={"num_cpus": 0},
+        **ending,
     )(serve.ingress()(EndpointDeployment))
     return endpoint.bind(replicas.bind(*given), options.model_dump(), fleet)

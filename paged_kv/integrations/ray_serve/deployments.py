@@ -5,16 +5,26 @@ Knows Ray Serve's hooks, never what a request asks for.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from contextvars import Context
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any, Final
 
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, RayError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
@@ -30,7 +40,24 @@ from .order import Order, ReplicaLostError, Reply
 from .replica import EngineReplica
 from .session import SessionKeys
 
-GONE: Final = (RayActorError, ObjectLostError, WorkerCrashedError)
+# How Ray tells of a replica that is no more, or of none that is there.
+GONE: Final = (
+    RayActorError,
+    ObjectLostError,
+    WorkerCrashedError,
+    NodeDiedError,
+    OutOfMemoryError,  # a replica that Ray's memory monitor has killed
+    DeploymentUnavailableError,
+)
+
+
+CARD_SECONDS: Final = 0.2  # between questions for the card of a model that is being loaded
+
+
+def engine_name(model: str, keywords: Mapping[str, Any]) -> str:
+    """What replicas and an endpoint have in common that may talk to each other."""
+    told = json.dumps([model, keywords], sort_keys=True, default=repr)
+    return sha256(told.encode()).hexdigest()
 
 
 class ReplicaDeployment:
@@ -41,11 +68,17 @@ class ReplicaDeployment:
     ) -> None:
         name = serve.get_replica_context().replica_id.unique_id
         self._replica = EngineReplica(name, model, keywords, max_requests=max_requests)
+        self._engine_name = engine_name(model, keywords)
 
-    async def card(self) -> ModelCard:
-        return self._replica.card()
+    async def card(self, engine: str) -> ModelCard | None:
+        """None where this is a replica of another model or other options of it."""
+        return self._replica.card() if engine == self._engine_name else None
 
-    async def generate(self, order: Order) -> AsyncGenerator[Reply, None]:
+    async def generate(self, order: Order, engine: str) -> AsyncGenerator[Reply, None]:
+        if engine != self._engine_name:  # one of them is on its way out
+            lost = ReplicaLostError("this replica has another model, or other options of it")
+            yield Reply(replica=self._replica.name, refusal=lost)
+            return
         async with aclosing(self._replica.generate(order)) as replies:
             async for reply in replies:
                 yield reply
@@ -63,13 +96,14 @@ class ReplicaDeployment:
 class RayCalls:
     """Orders through a handle, whose router chooses the replica."""
 
-    def __init__(self, replicas: DeploymentHandle) -> None:
+    def __init__(self, replicas: DeploymentHandle, engine: str) -> None:
         self._generate = replicas.options(method_name="generate", stream=True)
+        self._engine = engine
 
     async def send(self, order: Order) -> AsyncGenerator[Reply, None]:
         # A call takes the number of the HTTP request that it is made for, and a router that has two
         # waiting calls of one number finds a replica for the first alone. Here it makes its own.
-        replies = Context().run(self._generate.remote, order)
+        replies = Context().run(self._generate.remote, order, self._engine)
         is_over = False
         try:
             async for reply in replies:
@@ -77,7 +111,7 @@ class RayCalls:
             is_over = True
         except BackPressureError as error:
             raise QueueFullError(str(error)) from error
-        except RayError as error:
+        except (RayError, DeploymentUnavailableError) as error:
             cause = getattr(error, "cause", None)
             if isinstance(error, GONE) or isinstance(cause, GONE):
                 raise ReplicaLostError(first_line(error)) from error
@@ -101,12 +135,21 @@ class EndpointDeployment:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         options = self._options
+        name = engine_name(options.model, options.llm)
         engine = FleetEngine(
-            RayCalls(self._replicas),
+            RayCalls(self._replicas, name),
             shared_fleet(self._fleet, options.policy),
-            await self._replicas.card.remote(),
+            await self._card(name),
             max_requests=options.max_requests,
             max_attempts=options.max_attempts,
         )
         settings = replace(options.settings, api_key=os.environ.get(API_KEY_VARIABLE) or None)
         return SessionKeys(app_of(Served(engine, settings, engine.figures, engine.card)))
+
+    async def _card(self, engine: str) -> ModelCard:
+        """That of the model that is asked for: replicas of another one may still be there."""
+        while True:
+            card: ModelCard | None = await self._replicas.card.remote(engine)
+            if card is not None:
+                return card
+            await asyncio.sleep(CARD_SECONDS)

@@ -5,6 +5,7 @@ Knows hashes and counts, never Ray, nor how requests get there. Any thread may a
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ TOKENS_PER_REQUEST: Final = 64
 CONTEXT_PER_TOKEN: Final = 16
 # What a session's own replica is ahead of others, where none has anything of a prompt.
 TOKENS_PER_SESSION: Final = 256
+FAILING_SECONDS: Final = 5.0  # that a replica which failed an order comes after all others
+ENDED_KEPT: Final = 4096  # orders that are over, which a router may still be asking about
 
 
 @dataclass(eq=False)
@@ -36,6 +39,7 @@ class Replica:
     num_waiting_tokens: int = 0  # of prompts whose answers have not begun
     num_answering_tokens: int = 0  # what requests whose answers have count as
     last_chosen: int = 0
+    failing_until: float = 0.0  # by the monotonic clock
 
     def num_cached_tokens(self, blocks: PromptBlocks) -> int:
         """Tokens of a prompt that this replica has, or will have before it computes them."""
@@ -73,7 +77,8 @@ class Fleet:
     to compute there, because they are not cached, of those that orders wait for there, and of
     `TOKENS_PER_REQUEST` and a `CONTEXT_PER_TOKEN`th of its prompt for each order that is being
     answered there. Of equal ones it is the one that was chosen least recently. By "round_robin"
-    they take turns.
+    they take turns. Either way those come last where it has failed, and before them those where
+    any order has failed in the last `FAILING_SECONDS`: who fails at once is always idle.
     """
 
     def __init__(self, policy: str = BY_BLOCKS) -> None:
@@ -83,6 +88,7 @@ class Fleet:
         self._lock = Lock()  # of what follows
         self._replicas: dict[str, Replica] = {}
         self._placements: dict[int, Placement] = {}
+        self._ended: dict[int, None] = {}
         self._num_choices = 0
 
     # -- replicas -------------------------------------------------------------------------------
@@ -115,6 +121,12 @@ class Fleet:
         with self._lock:
             self._forget(name)
 
+    def failed(self, name: str) -> None:
+        """A replica, which may be there again, has failed an order."""
+        with self._lock:
+            replica = self._replicas.setdefault(name, Replica())
+            replica.failing_until = time.monotonic() + FAILING_SECONDS
+
     def keep_only(self, names: Collection[str]) -> None:
         """All replicas that there are."""
         with self._lock:
@@ -139,6 +151,10 @@ class Fleet:
                 ranked = sorted(replicas, key=lambda name: replicas[name].last_chosen)
             else:
                 ranked = self._by_work(order, blocks, replicas)
+            now = time.monotonic()
+            ranked.sort(
+                key=lambda name: (name in order.failed_on, replicas[name].failing_until > now)
+            )
             if ranked:
                 self._place(order.number, ranked[0], blocks)
         return ranked
@@ -180,8 +196,13 @@ class Fleet:
         """An order is over, however it ended."""
         with self._lock:
             self._take_away(number)
+            self._ended[number] = None
+            if len(self._ended) > ENDED_KEPT:
+                del self._ended[next(iter(self._ended))]
 
     def _place(self, number: int, name: str, blocks: PromptBlocks) -> None:
+        if number in self._ended:  # its client has left while a router was waiting
+            return
         replica = self._replicas.setdefault(name, Replica())
         replica.last_chosen = self._num_choices
         to_compute = blocks.num_tokens - replica.num_cached_tokens(blocks)

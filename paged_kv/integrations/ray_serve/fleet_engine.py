@@ -164,8 +164,11 @@ class FleetRequest:
     async def _prepare_again(self, error: Exception) -> None:
         """End the attempt that failed; raises where it was the last."""
         engine = self._engine
-        if self._replica is not None and isinstance(error, ReplicaLostError):
-            engine.fleet.forget(self._replica)
+        if self._replica is not None:
+            self._order = replace(self._order, failed_on=self._order.failed_on | {self._replica})
+            if isinstance(error, ReplicaLostError):
+                engine.fleet.forget(self._replica)
+            engine.fleet.failed(self._replica)
         await self._end_attempt()
         engine.figures.lost(is_last=self._num_attempts >= engine.max_attempts)
         log.warning("attempt %d of a request failed: %s", self._num_attempts, error)

@@ -24,9 +24,9 @@ class PromptBlocks(NamedTuple):
 class Order:
     """One attempt at a request, on whatever replica.
 
-    With `given` other replicas have begun it. `blocks` and `session` are for whoever chooses the
-    replica, and stay here. `known` are the numbers up to which the caller knows what each
-    replica has cached.
+    With `given` other replicas have begun it. `known` are the numbers up to which the caller knows
+    what each replica has cached. `blocks`, `session` and `failed_on`, the replicas where the
+    request has failed, are for whoever chooses the replica, and stay here.
     """
 
     number: int
@@ -37,9 +37,10 @@ class Order:
     known: Mapping[str, int]
     blocks: PromptBlocks | None
     session: str | None = None
+    failed_on: frozenset[str] = frozenset()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return order_of, (vars(replace(self, blocks=None, session=None)),)
+        return order_of, (vars(replace(self, blocks=None, session=None, failed_on=frozenset())),)
 
 
 def order_of(fields: Mapping[str, Any]) -> Order:
