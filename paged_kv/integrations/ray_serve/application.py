@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any, Final
 
 from ray import serve
@@ -20,7 +23,8 @@ SPARE: Final = 32  # requests beside those of `max_requests`, which are told so
 
 def application_of(options: FleetOptions) -> serve.Application:
     fleet = f"{options.model}/{REPLICAS}"
-    given = (options.model, options.llm, options.max_ongoing_requests, options.release)
+    engine = engine_name(options.model, options.llm)
+    given = (options.model, options.llm, options.max_ongoing_requests, engine, options.release)
     scaled: dict[str, Any] = {"num_replicas": options.num_replicas or 1}
     if "autoscaling_config" in options.deployment:
         scaled = {}
@@ -47,4 +51,10 @@ def application_of(options: FleetOptions) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         **ending,
     )(serve.ingress()(EndpointDeployment))
-    return endpoint.bind(replicas.bind(*given), options.model_dump(), fleet)
+    return endpoint.bind(replicas.bind(*given), options.model_dump(), fleet, engine)
+
+
+def engine_name(model: str, keywords: Mapping[str, Any]) -> str:
+    """What replicas and an endpoint have in common that may talk to each other."""
+    told = json.dumps([model, keywords], sort_keys=True, default=repr)
+    return sha256(told.encode()).hexdigest()

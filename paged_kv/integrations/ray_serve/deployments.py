@@ -6,13 +6,11 @@ Knows Ray Serve's hooks, never what a request asks for.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import Context
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any, Final
 
 from ray import serve
@@ -54,28 +52,25 @@ GONE: Final = (
 CARD_SECONDS: Final = 0.2  # between questions for the card of a model that is being loaded
 
 
-def engine_name(model: str, keywords: Mapping[str, Any]) -> str:
-    """What replicas and an endpoint have in common that may talk to each other."""
-    told = json.dumps([model, keywords], sort_keys=True, default=repr)
-    return sha256(told.encode()).hexdigest()
-
-
 class ReplicaDeployment:
-    """A replica as Ray Serve runs it: it is closed when its requests are over."""
+    """A replica as Ray Serve runs it: it is closed when its requests are over.
+
+    Serves those who name the same `engine`: others are of the application before or after it.
+    """
 
     def __init__(
-        self, model: str, keywords: dict[str, Any], max_requests: int, release: str
+        self, model: str, keywords: dict[str, Any], max_requests: int, engine: str, release: str
     ) -> None:
         name = serve.get_replica_context().replica_id.unique_id
         self._replica = EngineReplica(name, model, keywords, max_requests=max_requests)
-        self._engine_name = engine_name(model, keywords)
+        self._engine = engine
 
     async def card(self, engine: str) -> ModelCard | None:
-        """None where this is a replica of another model or other options of it."""
-        return self._replica.card() if engine == self._engine_name else None
+        """None for those who want another model or other options of it."""
+        return self._replica.card() if engine == self._engine else None
 
     async def generate(self, order: Order, engine: str) -> AsyncGenerator[Reply, None]:
-        if engine != self._engine_name:  # one of them is on its way out
+        if engine != self._engine:  # one of them is on its way out
             lost = ReplicaLostError("this replica has another model, or other options of it")
             yield Reply(replica=self._replica.name, refusal=lost)
             return
@@ -128,28 +123,30 @@ def first_line(error: Exception) -> str:
 class EndpointDeployment:
     """OpenAI's API over the replicas: the server of `paged-kv serve`, whose engine is the fleet."""
 
-    def __init__(self, replicas: DeploymentHandle, options: dict[str, Any], fleet: str) -> None:
+    def __init__(
+        self, replicas: DeploymentHandle, options: dict[str, Any], fleet: str, engine: str
+    ) -> None:
         self._replicas = replicas
         self._options = FleetOptions.model_validate(options)
         self._fleet = fleet
+        self._engine = engine
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         options = self._options
-        name = engine_name(options.model, options.llm)
         engine = FleetEngine(
-            RayCalls(self._replicas, name),
+            RayCalls(self._replicas, self._engine),
             shared_fleet(self._fleet, options.policy),
-            await self._card(name),
+            await self._card(),
             max_requests=options.max_requests,
             max_attempts=options.max_attempts,
         )
         settings = replace(options.settings, api_key=os.environ.get(API_KEY_VARIABLE) or None)
         return SessionKeys(app_of(Served(engine, settings, engine.figures, engine.card)))
 
-    async def _card(self, engine: str) -> ModelCard:
-        """That of the model that is asked for: replicas of another one may still be there."""
+    async def _card(self) -> ModelCard:
+        """That of our model: replicas of another one may still be there."""
         while True:
-            card: ModelCard | None = await self._replicas.card.remote(engine)
+            card: ModelCard | None = await self._replicas.card.remote(self._engine)
             if card is not None:
                 return card
             await asyncio.sleep(CARD_SECONDS)
